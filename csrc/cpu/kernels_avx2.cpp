@@ -1,0 +1,23 @@
+#include "kernels.h"
+#include "vec_avx2.h"
+
+namespace specdec {
+namespace avx2 {
+namespace {
+#include "kernels_body.h"
+}  // namespace
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {
+    "avx2",
+    avx2::tile_max,
+    avx2::tile_stats,
+    avx2::combine,
+    avx2::tile_residuals,
+    avx2::token_residuals,
+    avx2::token_probs,
+    avx2::race,
+    avx2::words,
+};
+
+}  // namespace specdec

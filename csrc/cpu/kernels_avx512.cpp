@@ -1,0 +1,23 @@
+#include "kernels.h"
+#include "vec_avx512.h"
+
+namespace specdec {
+namespace avx512 {
+namespace {
+#include "kernels_body.h"
+}  // namespace
+}  // namespace avx512
+
+const Kernels kAvx512Kernels = {
+    "avx512",
+    avx512::tile_max,
+    avx512::tile_stats,
+    avx512::combine,
+    avx512::tile_residuals,
+    avx512::token_residuals,
+    avx512::token_probs,
+    avx512::race,
+    avx512::words,
+};
+
+}  // namespace specdec

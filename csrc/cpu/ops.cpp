@@ -1,0 +1,153 @@
+// Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/ops/schema.py, and so are shapes and
+// dtypes checked; here only what needs the data is. Stable ABI: one build serves torch 2.10 and later.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <tuple>
+#include <vector>
+
+#include "verify.h"
+
+namespace specdec {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const Kernels& require_kernels() {
+  const Kernels* table = kernels();
+  STD_TORCH_CHECK(table != nullptr, "SPECDEC_CPU_ISA must be scalar, avx2 or avx512 and run on this machine, got ",
+                  std::getenv("SPECDEC_CPU_ISA"));
+  return *table;
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: return DType::f32;
+  }
+}
+
+Logits logits_of(const Tensor& t) {
+  const bool batched = t.dim() == 3;
+  return {t.const_data_ptr(), dtype_of(t), batched ? t.stride(0) : 0, t.stride(batched ? 1 : 0)};
+}
+
+Ids ids_of(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
+}
+
+template <class T>
+const T* data_of(const OptionalTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Tensor make(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+}
+
+void on_threads(int64_t threads, void (*body)(void*), void* context) {
+  // A range that the pool cuts into fewer pieces than threads is fine: a Team does not count on its members.
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> verify_chain_cpu(Tensor target_logits, Tensor draft_tokens,
+                                                    OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
+                                                    Tensor position, OptionalTensor num_draft,
+                                                    OptionalTensor temperatures, double temperature) {
+  require_kernels();
+  const int64_t batch = target_logits.size(0), rows = target_logits.size(1);
+  Tensor tokens = make(target_logits, {batch, rows}, ScalarType::Long);
+  Tensor accepted = make(target_logits, {batch}, ScalarType::Int);
+  Tensor valid = make(target_logits, {batch}, ScalarType::Bool);
+  const VerifyChain op{
+      .batch = batch,
+      .longest = rows - 1,
+      .vocab = target_logits.size(2),
+      .target = logits_of(target_logits),
+      .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
+      .tokens = ids_of(draft_tokens),
+      .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
+      .draft_stats = data_of<float>(draft_stats),
+      .seed = data_of<int64_t>(seed),
+      .position = data_of<int64_t>(position),
+      .num_draft = ids_of(num_draft),
+      .temperatures = data_of<float>(temperatures),
+      .temperature = float(temperature),
+      .out_tokens = out<int64_t>(tokens),
+      .out_accepted = out<int32_t>(accepted),
+      .out_valid = out<bool>(valid),
+  };
+  if (const auto bad = find_bad_token(op)) {
+    const auto [b, i] = *bad;
+    const int64_t token = op.tokens[b * op.token_strides[0] + i * op.token_strides[1]];
+    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", op.vocab, "), got ", token, " at [", b, ", ", i, "]");
+  }
+  verify_chain(op, torch::stable::get_num_threads(), on_threads);
+  return {tokens, accepted, valid};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
+                                              OptionalTensor temperatures, double temperature) {
+  require_kernels();
+  const int64_t rows = logits.size(0);
+  Tensor tokens = make(logits, {rows}, ScalarType::Long);
+  Tensor logprobs = make(logits, {rows}, ScalarType::Float);
+  Tensor stats = make(logits, {rows, 3}, ScalarType::Float);
+  const Sample op{
+      .rows = rows,
+      .vocab = logits.size(1),
+      .logits = logits_of(logits),
+      .seed = data_of<int64_t>(seed),
+      .position = data_of<int64_t>(position),
+      .row = data_of<int64_t>(row),
+      .temperatures = data_of<float>(temperatures),
+      .temperature = float(temperature),
+      .out_tokens = out<int64_t>(tokens),
+      .out_logprobs = out<float>(logprobs),
+      .out_stats = out<float>(stats),
+  };
+  sample(op, torch::stable::get_num_threads(), on_threads);
+  return {tokens, logprobs, stats};
+}
+
+Tensor noise_words_cpu(Tensor seed, Tensor position, int64_t tag, int64_t first, int64_t counters) {
+  const Kernels& table = require_kernels();
+  const int64_t rows = seed.size(0);
+  Tensor words = make(seed, {rows, 4 * counters}, ScalarType::Long);
+  std::vector<uint32_t> buffer(size_t(4 * counters));
+  for (int64_t r = 0; r < rows; ++r) {
+    const Noise noise{uint64_t(data_of<int64_t>(seed)[r]), uint64_t(data_of<int64_t>(position)[r]), uint32_t(tag)};
+    table.words(noise, uint32_t(first), counters, buffer.data());
+    std::copy(buffer.begin(), buffer.end(), out<int64_t>(words) + r * 4 * counters);
+  }
+  return words;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_cpu));
+  m.impl("sample", TORCH_BOX(&sample_cpu));
+  m.impl("noise_words", TORCH_BOX(&noise_words_cpu));
+}
+
+}  // namespace specdec
+
+// For `specdec doctor`, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* specdec_cpu_isa() {
+  const specdec::Kernels* table = specdec::kernels();
+  return table ? table->name : "none";
+}

@@ -1,0 +1,43 @@
+// One lane, any machine.
+#pragma once
+
+#include "elements.h"
+
+namespace specdec::scalar {
+
+struct V {
+  using F = float;
+  using M = bool;
+  static constexpr int64_t width = 1;
+
+  template <class T>
+  static F load(const T* p) { return to_float(*p); }
+  static void store(float* p, F x) { *p = x; }
+  static F set(float x) { return x; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return std::fma(a, b, c); }
+  // As the vector instructions: the second operand where either is nan.
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static float reduce_add(F x) { return x; }
+  static float reduce_max(F x) { return x; }
+  static float reduce_min(F x) { return x; }
+  static M is_nan(F x) { return x != x; }
+  static M at_least(F a, F b) { return !(a < b); }
+  static M positive(F x) { return x > 0.0f; }
+  static M either(M a, M b) { return a || b; }
+  static bool any(M m) { return m; }
+  static F keep(M m, F x) { return m ? x : 0.0f; }
+  static F either_of(M m, F x, float otherwise) { return m ? x : otherwise; }
+  static F exp2(F x) { return std::exp2(x); }
+  static F exponential(const uint32_t* word) {
+    const bool small = *word < 0x80000000u;  // u = (word + 1/2) / 2^32 < 1/2
+    const float half = (float(small ? *word : ~*word) + 0.5f) * 0x1p-32f;
+    return small ? -std::log1p(-half) : -std::log(half);
+  }
+};
+
+}  // namespace specdec::scalar

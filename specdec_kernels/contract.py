@@ -1,0 +1,39 @@
+"""The constants of the noise contract and of a distribution's scalars: one place for every Python implementation.
+
+The normative text is docs/noise.md; the C++ has its own copy in `csrc/cpu/`, held to this one by known-answer vectors.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+#: Consecutive token ids that the tile race of the two-level race treats as one entry.
+TILE = 128
+
+#: Rows of one step: the row has 16 bits of the Philox counter.
+MAX_ROWS = 1 << 16
+
+#: Philox4x32-10 multipliers and key increments (Salmon et al., SC 2011).
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+
+class Purpose(IntEnum):
+    """What a random number decides. Numbers of different purposes are independent."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    TARGET = 2
+
+
+class Level(IntEnum):
+    """Which race of the two-level race the noise belongs to."""
+
+    TILE = 0
+    TOKEN = 1
+
+
+def counter_tag(purpose: int, level: int = 0, row: int = 0) -> int:
+    """The last word of the Philox counter: ``purpose | level << 8 | row << 16``."""
+    return purpose | level << 8 | row << 16

@@ -1,0 +1,86 @@
+"""Which implementations can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec_kernels import reference
+from specdec_kernels.ops import schema
+
+NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so"
+OPS = ("verify_chain", "sample", "noise_words")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops. ``reason`` says why it cannot run, empty if it can."""
+
+    name: str
+    device: str
+    reason: str
+    detail: str
+    functions: dict[str, Callable[..., Any]]
+
+    def require(self, device: torch.device) -> None:
+        """Raise with the reason when this backend cannot run on ``device``."""
+        if self.reason:
+            raise RuntimeError(f"backend={self.name!r} cannot run here: {self.reason}")
+        if self.device not in ("any", device.type):
+            raise RuntimeError(f"backend={self.name!r} needs tensors on {self.device}, got tensors on {device}")
+
+
+def _reference() -> Backend:
+    return Backend("reference", "any", "", "PyTorch, float64", {op: getattr(reference, op) for op in OPS})
+
+
+def _cpu() -> Backend:
+    functions = {op: getattr(torch.ops.specdec, op).default for op in OPS}
+    if not NATIVE_LIBRARY.is_file():
+        return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} was not built (pip install -e .)", "", functions)
+    try:
+        torch.ops.load_library(str(NATIVE_LIBRARY))
+    except OSError as error:
+        return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} does not load: {error}", "", functions)
+    isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
+    isa.restype = ctypes.c_char_p
+    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions)
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", "cuda", "triton is not installed", "", {})
+    import triton
+
+    interpreted = bool(triton.knobs.runtime.interpret)
+    if not interpreted and not torch.cuda.is_available():
+        reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
+        return Backend("triton", "cuda", reason, f"triton {triton.__version__}", {})
+    from specdec_kernels import triton_kernels
+
+    functions: dict[str, Callable[..., Any]] = {op: getattr(triton_kernels, op) for op in OPS}
+    if interpreted:
+        return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
+    for op, function in functions.items():
+        schema.LIBRARY.impl(op, function, "CUDA")
+    return Backend("triton", "cuda", "", f"triton {triton.__version__}", functions)
+
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_reference(), _cpu(), _triton())}
+
+
+def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
+    """The implementation of an op: the dispatcher's choice for ``None``, else exactly the one that was asked for."""
+    if backend is None:
+        chosen: Callable[..., Any] = getattr(torch.ops.specdec, op).default
+        return chosen
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
+    BACKENDS[backend].require(device)
+    return BACKENDS[backend].functions[op]

@@ -1,0 +1,55 @@
+"""The torch operators: one schema in Python, its fake beside it, the reference as the fallback of every device.
+
+Compiled backends only add implementations for a device (`backends.py`), so the dispatcher is the if/else ladder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels import reference
+
+LIBRARY = torch.library.Library("specdec", "DEF")
+
+_SCHEMAS = {
+    "verify_chain": (
+        "(Tensor target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
+        "Tensor position, Tensor? num_draft, Tensor? temperatures, float temperature) -> (Tensor, Tensor, Tensor)"
+    ),
+    "sample": (
+        "(Tensor logits, Tensor seed, Tensor position, Tensor row, Tensor? temperatures, float temperature) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "noise_words": "(Tensor seed, Tensor position, int tag, int first, int counters) -> Tensor",
+}
+
+
+def _fake_verify_chain(target_logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, _vocab = target_logits.shape
+    return (
+        target_logits.new_empty((batch, rows), dtype=torch.int64),
+        target_logits.new_empty((batch,), dtype=torch.int32),
+        target_logits.new_empty((batch,), dtype=torch.bool),
+    )
+
+
+def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows,), dtype=torch.int64),
+        logits.new_empty((rows,), dtype=torch.float32),
+        logits.new_empty((rows, 3), dtype=torch.float32),
+    )
+
+
+def _fake_noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: int) -> Tensor:
+    return seed.new_empty((seed.shape[0], 4 * counters))
+
+
+_FAKES = {"verify_chain": _fake_verify_chain, "sample": _fake_sample, "noise_words": _fake_noise_words}
+
+for _name, _schema in _SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"specdec::{_name}", _FAKES[_name], lib=LIBRARY)

@@ -1,0 +1,77 @@
+"""Checks of what callers pass. Written once, here: no backend checks a shape again.
+
+Only metadata is looked at, never data on a device, so that nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def describe(value: object) -> str:
+    """``float32 [4, 7]`` for a tensor, the repr for anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]) -> Tensor:
+    """``value`` if it is a tensor of one of ``dtypes`` and of ``shape`` (None matches any size)."""
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(_dtype_names(dtypes))} [{dims}], got {describe(value)}")
+    actual = value.shape
+    if len(actual) != len(shape) or any(want is not None and want != got for want, got in zip(shape, actual, strict=True)):
+        sizes = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{dims}] = [{sizes}], got {describe(value)}")
+    return value
+
+
+def _dtype_names(dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Logits: float, at least one column, the vocabulary contiguous; rows may have any stride."""
+    checked = tensor(name, value, LOGIT_DTYPES, dims, shape)
+    if checked.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(checked)}")
+    if checked.stride(-1) != 1 and checked.shape[-1] != 1:
+        raise ValueError(
+            f"{name} must be contiguous along the vocabulary (stride 1), got strides {list(checked.stride())}"
+        )
+    return checked
+
+
+def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Every tensor given is where the first one is."""
+    for name, other in others.items():
+        if other is not None and other.device != reference.device:
+            raise ValueError(f"{name} must be on {reference.device} like {reference_name}, got {other.device}")
+
+
+def integers(name: str, value: object, size: int, dim: str, device: torch.device) -> Tensor:
+    """An int64 tensor [size]; an int is repeated."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return torch.full((size,), value, dtype=torch.int64, device=device)
+    checked = tensor(name, value, (torch.int64,), dim, (size,))
+    return checked.contiguous()
+
+
+def temperature(value: object, size: int, dim: str) -> tuple[Tensor | None, float]:
+    """A temperature for each of ``size`` requests, as (tensor, 0.0), or one for all, as (None, value)."""
+    if isinstance(value, Tensor):
+        checked = tensor("temperature", value, (torch.float32,), dim, (size,))
+        if checked.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((checked >= 0) & checked.isfinite()).all()):
+            raise ValueError(f"temperature must be finite and not negative, got {checked.tolist()}")
+        return checked.contiguous(), 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a float or float32 [{dim}], got {describe(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"temperature must be finite and not negative, got {value!r}")
+    return None, float(value)

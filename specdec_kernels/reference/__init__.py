@@ -1,0 +1,9 @@
+"""The PyTorch reference: every op in plain tensor code, on any device PyTorch has, in float64.
+
+It is what runs where no compiled backend does, and what a reader should read first.
+"""
+
+from specdec_kernels.reference.noise import noise_words
+from specdec_kernels.reference.verify import sample, verify_chain
+
+__all__ = ["noise_words", "sample", "verify_chain"]
