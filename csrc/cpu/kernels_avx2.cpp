@@ -13,10 +13,10 @@ const Kernels kAvx2Kernels = {
     avx2::tile_max,
     avx2::tile_stats,
     avx2::combine,
-    avx2::tile_residuals,
-    avx2::token_residuals,
     avx2::token_probs,
-    avx2::race,
+    avx2::token_residuals,
+    avx2::arrivals,
+    avx2::first_arrival,
     avx2::words,
 };
 

@@ -13,10 +13,10 @@ const Kernels kAvx512Kernels = {
     avx512::tile_max,
     avx512::tile_stats,
     avx512::combine,
-    avx512::tile_residuals,
-    avx512::token_residuals,
     avx512::token_probs,
-    avx512::race,
+    avx512::token_residuals,
+    avx512::arrivals,
+    avx512::first_arrival,
     avx512::words,
 };
 

@@ -1,28 +1,14 @@
 // The one body of every row kernel, written against a vector type `V` (vec_*.h). Each kernels_*.cpp includes it once,
 // inside a namespace of its own: code compiled for AVX-512 must never be merged by the linker with code for AVX2.
 
-constexpr float kLog2e = 1.44269504088896341f;
+constexpr double kLog2eExact = 1.44269504088896340736;
+constexpr float kLog2e = float(kLog2eExact);
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
-template <class T>
-const T* tile_pointer(const Row& row, int64_t tile) {
-  return static_cast<const T*>(row.logits) + tile * kTile;
-}
-
-// The last tile may be short; it is copied out and padded with -inf, so that no other code knows about it.
-template <class T>
-void padded_tile(const Row& row, int64_t tile, float* out) {
-  const T* logits = tile_pointer<T>(row, tile);
-  const int64_t count = row.vocab - tile * kTile;
-  for (int64_t i = 0; i < kTile; ++i) out[i] = i < count ? to_float(logits[i]) : -INFINITY;
-}
-
-inline bool is_short(const Row& row, int64_t tile) { return (tile + 1) * kTile > row.vocab; }
-
-// Calls body(T*, ...) with the row's element type.
+// Calls body(T{}) with the row's element type.
 template <class F>
-auto with_dtype(DType dtype, F&& body) {
+void with_dtype(DType dtype, F&& body) {
   switch (dtype) {
     case DType::bf16: return body(BFloat16{});
     case DType::f16: return body(Half{});
@@ -30,30 +16,40 @@ auto with_dtype(DType dtype, F&& body) {
   }
 }
 
-// Calls body(tile, pointer) for the tiles [begin, end), the pointer being to 128 readable elements.
-template <class F>
-void each_tile(const Row& row, int64_t begin, int64_t end, F&& body) {
-  with_dtype(row.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      if (is_short(row, tile)) {
-        float padded[kTile];
-        padded_tile<T>(row, tile, padded);
-        body(tile, padded);
-      } else {
-        body(tile, tile_pointer<T>(row, tile));
-      }
+// As many tiles as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
+// reducing them one by one, and does not wait for each. The tiles of a row, readable to 128 elements wherever they are;
+// the short last tile is copied and padded with -inf, and so is what a group has past the end.
+template <class T>
+class Group {
+ public:
+  Group(const Row& row, int64_t first, int64_t end) {
+    const T* logits = static_cast<const T*>(row.logits) + first * kTile;
+    const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
+    const int64_t whole = left / kTile;
+    for (int64_t i = 0; i < V::width && i < whole; ++i) tiles_[i] = logits + i * kTile;
+    if (whole >= V::width) return;
+    for (int64_t j = 0; j < kTile; ++j) {
+      short_[j] = whole * kTile + j < left ? logits[whole * kTile + j] : negative_infinity(T{});
+      empty_[j] = negative_infinity(T{});
     }
-  });
-}
+    tiles_[whole] = short_;
+    for (int64_t i = whole + 1; i < V::width; ++i) tiles_[i] = empty_;
+  }
 
-// Fetches ahead of the hardware, which stops at every 4 KiB page.
+  const T* operator[](int64_t i) const { return tiles_[i]; }
+
+ private:
+  const T* tiles_[V::width];
+  T short_[kTile], empty_[kTile];
+};
+
+// Fetches what the next group reads, while this one computes; the hardware's own prefetch stops at every 4 KiB page.
 template <class T>
 void prefetch(const T* tile) {
-  constexpr int64_t kAhead = 4096;
+  constexpr uintptr_t kAhead = V::width * kTile * sizeof(T);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tile) + kAhead;  // may lie past the row: an address, not a pointer
   for (uintptr_t at = begin; at < begin + kTile * sizeof(T); at += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 
 template <class T>
@@ -66,50 +62,89 @@ V::F max_of_tile(const T* logits) {
   return V::max(a, b);
 }
 
+// Subtracting -inf from -inf would give nan where the sum is 0.
+V::F usable_base(V::F max) { return V::keep(V::differs(max, -INFINITY), max); }
+
 void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
-  each_tile(row, begin, end, [&](int64_t tile, const auto* logits) {
-    prefetch(logits);
-    // max drops a nan or keeps it, depending on the order of its operands: look for it apart.
-    V::M nan = V::is_nan(V::load(logits));
-    for (int64_t i = V::width; i < kTile; i += V::width) nan = V::either(nan, V::is_nan(V::load(logits + i)));
-    max[tile] = V::any(nan) ? NAN : V::reduce_max(max_of_tile(logits));
+  with_dtype(row.dtype, [&](auto element) {
+    for (int64_t first = begin; first < end; first += V::width) {
+      const Group<decltype(element)> group(row, first, end);
+      V::F largest[V::width];
+      for (int64_t g = 0; g < V::width; ++g) {
+        const auto* logits = group[g];
+        prefetch(logits);
+        // max drops a nan or keeps it, depending on the order of its operands: look for it apart.
+        V::M nan = V::is_nan(V::load(logits));
+        for (int64_t i = V::width; i < kTile; i += V::width) nan = V::either(nan, V::is_nan(V::load(logits + i)));
+        largest[g] = V::any(nan) ? V::set(NAN) : max_of_tile(logits);
+      }
+      V::store(max + first, V::fold_max(largest));
+    }
   });
 }
 
-void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* max, float* sum) {
-  const V::F scale2 = V::set(scale * kLog2e);
-  each_tile(row, begin, end, [&](int64_t tile, const auto* logits) {
+// Each tile of a group, relative to `bases`: its sum of exp(scale * (logit - base)).
+template <class T>
+V::F group_sums(const Group<T>& group, V::F bases, V::F scale2) {
+  float spread[V::width];
+  V::store(spread, V::mul(bases, scale2));
+  V::F sums[V::width];
+  for (int64_t g = 0; g < V::width; ++g) {
+    const V::F base = V::set(-spread[g]);
+    const T* logits = group[g];
     prefetch(logits);
-    const float largest = V::reduce_max(max_of_tile(logits));
-    // An all -inf tile keeps base 0, so that its sum is 0; a nan or +inf anywhere makes the sum nan.
-    const V::F base = V::set(largest == -INFINITY ? 0.0f : largest);
     V::F a = V::set(0.0f), b = V::set(0.0f);
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
-      a = V::add(a, V::exp2(V::mul(V::sub(V::load(logits + i), base), scale2)));
-      b = V::add(b, V::exp2(V::mul(V::sub(V::load(logits + i + V::width), base), scale2)));
+      a = V::add(a, V::exp2(V::fma(V::load(logits + i), scale2, base)));
+      b = V::add(b, V::exp2(V::fma(V::load(logits + i + V::width), scale2, base)));
     }
-    max[tile] = largest;
-    sum[tile] = V::reduce_add(V::add(a, b));
+    sums[g] = V::add(a, b);
+  }
+  return V::fold_add(sums);
+}
+
+// Beyond it a sum has not lost anything yet, but the sum of a row of them might.
+constexpr float kLargeSum = 0x1p60f;
+
+void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum) {
+  const V::F scale2 = V::set(scale * kLog2e);
+  with_dtype(row.dtype, [&](auto element) {
+    for (int64_t first = begin; first < end; first += V::width) {
+      const Group<decltype(element)> group(row, first, end);
+      // Any base will do that is not far below the largest logit; looking for that one first would cost a third more.
+      V::F bases = usable_base(V::set(V::reduce_max(V::load(group[0]))));
+      V::F sums = group_sums(group, bases, scale2);
+      if (V::any(V::exceeds(sums, kLargeSum))) {
+        V::F largest[V::width];
+        for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
+        bases = usable_base(V::fold_max(largest));
+        sums = group_sums(group, bases, scale2);
+      }
+      V::store(base + first, bases);
+      V::store(sum + first, sums);
+    }
   });
 }
 
-Combined combine(const float* tile_max, float* tile_sum, int64_t tiles, float scale) {
-  float largest = -INFINITY;
-  for (int64_t t = 0; t < tiles; ++t) largest = tile_max[t] > largest ? tile_max[t] : largest;
-  const V::F base = V::set(largest), scale2 = V::set(scale * kLog2e);
-  V::F total = V::set(0.0f);
-  float buffer[V::width];
-  for (int64_t t = 0; t < tiles; t += V::width) {
-    const int64_t count = tiles - t < V::width ? tiles - t : V::width;
-    for (int64_t i = 0; i < V::width; ++i) buffer[i] = i < count ? tile_max[t + i] : -INFINITY;
-    const V::F factor = V::exp2(V::mul(V::sub(V::load(buffer), base), scale2));
-    for (int64_t i = 0; i < V::width; ++i) buffer[i] = i < count ? tile_sum[t + i] : 0.0f;
-    const V::F weight = V::mul(V::load(buffer), factor);
-    total = V::add(total, weight);
-    V::store(buffer, weight);
-    for (int64_t i = 0; i < count; ++i) tile_sum[t + i] = buffer[i];
+Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale) {
+  const V::F scale2 = V::set(scale * kLog2e);
+  V::F largest = V::set(-INFINITY);
+  for (int64_t t = 0; t < padded_tiles; t += V::width) {
+    // A tile without weight must not decide on the base.
+    const V::M weighs = V::differs(V::load(tile_sum + t), 0.0f);
+    largest = V::max(largest, V::either_of(weighs, V::load(tile_base + t), -INFINITY));
   }
-  return {largest, V::reduce_add(total)};
+  const V::F base = V::mul(usable_base(V::set(V::reduce_max(largest))), scale2);
+  V::F total = V::set(0.0f);
+  for (int64_t t = 0; t < padded_tiles; t += V::width) {
+    // The same product as in tile_stats, so that its rounding cancels.
+    const V::F factor = V::exp2(V::sub(V::mul(V::load(tile_base + t), scale2), base));
+    const V::F sum = V::load(tile_sum + t);
+    const V::F weight = V::either_of(V::differs(sum, 0.0f), V::mul(sum, factor), 0.0f);
+    total = V::add(total, weight);
+    V::store(tile_sum + t, weight);
+  }
+  return {double(V::first(base)) / kLog2eExact, V::reduce_add(total)};
 }
 
 // --- probabilities --------------------------------------------------------------------------------------------------
@@ -130,43 +165,27 @@ struct Spread {
 
 template <class T, class U>
 V::F residual(const Spread& target, const T* target_logits, const Spread& draft, const U* draft_logits, int64_t i) {
-  // max(x, y) gives y when either is nan: a nan in the draft must reach the sum.
-  return V::max(V::set(0.0f), V::sub(target.prob(V::load(target_logits + i)), draft.prob(V::load(draft_logits + i))));
-}
-
-void tile_residuals(const Row& target, const Distribution& target_dist, const Row& draft, const Distribution& draft_dist,
-                    int64_t begin, int64_t end, float* weights) {
-  const Spread p(target_dist), q(draft_dist);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    each_tile(target, tile, tile + 1, [&](int64_t, const auto* target_logits) {
-      each_tile(draft, tile, tile + 1, [&](int64_t, const auto* draft_logits) {
-        prefetch(target_logits);
-        prefetch(draft_logits);
-        V::F a = V::set(0.0f), b = V::set(0.0f);
-        for (int64_t i = 0; i < kTile; i += 2 * V::width) {
-          a = V::add(a, residual(p, target_logits, q, draft_logits, i));
-          b = V::add(b, residual(p, target_logits, q, draft_logits, i + V::width));
-        }
-        weights[tile] = V::reduce_add(V::add(a, b));
-      });
-    });
-  }
+  // max(x, y) gives y where either is nan.
+  return V::max(V::sub(target.prob(V::load(target_logits + i)), draft.prob(V::load(draft_logits + i))), V::set(0.0f));
 }
 
 void token_residuals(const Row& target, const Distribution& target_dist, const Row& draft, const Distribution& draft_dist,
                      int64_t tile, float* weights) {
   const Spread p(target_dist), q(draft_dist);
-  each_tile(target, tile, tile + 1, [&](int64_t, const auto* target_logits) {
-    each_tile(draft, tile, tile + 1, [&](int64_t, const auto* draft_logits) {
-      for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, residual(p, target_logits, q, draft_logits, i));
+  with_dtype(target.dtype, [&](auto target_element) {
+    with_dtype(draft.dtype, [&](auto draft_element) {
+      const Group<decltype(target_element)> targets(target, tile, tile + 1);
+      const Group<decltype(draft_element)> drafts(draft, tile, tile + 1);
+      for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, residual(p, targets[0], q, drafts[0], i));
     });
   });
 }
 
 void token_probs(const Row& row, const Distribution& dist, int64_t tile, float* weights) {
   const Spread p(dist);
-  each_tile(row, tile, tile + 1, [&](int64_t, const auto* logits) {
-    for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, p.prob(V::load(logits + i)));
+  with_dtype(row.dtype, [&](auto element) {
+    const Group<decltype(element)> group(row, tile, tile + 1);
+    for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, p.prob(V::load(group[0] + i)));
   });
 }
 
@@ -174,30 +193,22 @@ void token_probs(const Row& row, const Distribution& dist, int64_t tile, float* 
 
 constexpr int64_t kCounters = kRaceBlock / 4;
 
-// Philox4x32-10 (Salmon et al., SC 2011) of 16 consecutive counters, written so that compilers vectorise it.
+// Philox4x32-10 (Salmon et al., SC 2011) of 16 consecutive counters, a counter a lane.
 void philox_block(const Noise& noise, uint32_t first, uint32_t* out) {
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    c0[i] = first + uint32_t(i);
-    c1[i] = uint32_t(noise.position);
-    c2[i] = uint32_t(noise.position >> 32);
-    c3[i] = noise.tag;
-  }
-  uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t a = uint64_t(c0[i]) * 0xD2511F53u, b = uint64_t(c2[i]) * 0xCD9E8D57u;
-      c0[i] = uint32_t(b >> 32) ^ c1[i] ^ k0;
-      c1[i] = uint32_t(b);
-      c2[i] = uint32_t(a >> 32) ^ c3[i] ^ k1;
-      c3[i] = uint32_t(a);
+  using U = typename V::U;
+  for (int64_t start = 0; start < kCounters; start += V::width) {
+    U c0 = V::counters(first + uint32_t(start)), c1 = V::set_u(uint32_t(noise.position)),
+      c2 = V::set_u(uint32_t(noise.position >> 32)), c3 = V::set_u(noise.tag);
+    uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const auto [high_a, low_a] = V::multiply(c0, 0xD2511F53u);
+      const auto [high_b, low_b] = V::multiply(c2, 0xCD9E8D57u);
+      c0 = V::exclusive_or(V::exclusive_or(high_b, c1), V::set_u(k0));
+      c1 = low_b;
+      c2 = V::exclusive_or(V::exclusive_or(high_a, c3), V::set_u(k1));
+      c3 = low_a;
     }
-  }
-  for (int i = 0; i < kCounters; ++i) {
-    out[4 * i] = c0[i];
-    out[4 * i + 1] = c1[i];
-    out[4 * i + 2] = c2[i];
-    out[4 * i + 3] = c3[i];
+    V::store_words(out + 4 * start, c0, c1, c2, c3);
   }
 }
 
@@ -210,27 +221,23 @@ void words(const Noise& noise, uint32_t first, int64_t counters, uint32_t* out) 
   }
 }
 
-int64_t race(const float* weights, int64_t count, const Noise& noise) {
-  float best = INFINITY;
-  int64_t winner = -1;
+void arrivals(const float* weights, int64_t count, const Noise& noise, float* out) {
   uint32_t block[kRaceBlock];
-  float arrivals[kRaceBlock];
   for (int64_t start = 0; start < count; start += kRaceBlock) {
     philox_block(noise, uint32_t(start / 4), block);
-    V::F first = V::set(INFINITY);
     for (int64_t i = 0; i < kRaceBlock; i += V::width) {
       const V::F weight = V::load(weights + start + i);
-      const V::F arrival = V::either_of(V::positive(weight), V::div(V::exponential(block + i), weight), INFINITY);
-      V::store(arrivals + i, arrival);
-      first = V::min(first, arrival);
-    }
-    if (!(V::reduce_min(first) < best)) continue;
-    for (int64_t i = 0; i < kRaceBlock; ++i) {
-      if (arrivals[i] < best) {
-        best = arrivals[i];
-        winner = start + i;
-      }
+      const V::F time = V::div(V::exponential(block + i), weight);
+      V::store(out + start + i, V::either_of(V::positive(weight), time, INFINITY));
     }
   }
-  return winner;
+}
+
+Arrival first_arrival(const float* times, int64_t count) {
+  V::F earliest = V::load(times);
+  for (int64_t i = V::width; i < count; i += V::width) earliest = V::min(earliest, V::load(times + i));
+  const float time = V::reduce_min(earliest);
+  int64_t index = 0;
+  while (times[index] != time) ++index;
+  return {index, time};
 }

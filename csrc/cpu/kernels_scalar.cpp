@@ -13,10 +13,10 @@ const Kernels kScalarKernels = {
     scalar::tile_max,
     scalar::tile_stats,
     scalar::combine,
-    scalar::tile_residuals,
-    scalar::token_residuals,
     scalar::token_probs,
-    scalar::race,
+    scalar::token_residuals,
+    scalar::arrivals,
+    scalar::first_arrival,
     scalar::words,
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -54,8 +55,14 @@ T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Tensor make(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+// Straight to the allocator: the stable `new_empty` looks its operator up by name, a microsecond each time.
+Tensor make(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 void on_threads(int64_t threads, void (*body)(void*), void* context) {
@@ -69,9 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> verify_chain_cpu(Tensor target_logits, Tensor
                                                     OptionalTensor temperatures, double temperature) {
   require_kernels();
   const int64_t batch = target_logits.size(0), rows = target_logits.size(1);
-  Tensor tokens = make(target_logits, {batch, rows}, ScalarType::Long);
-  Tensor accepted = make(target_logits, {batch}, ScalarType::Int);
-  Tensor valid = make(target_logits, {batch}, ScalarType::Bool);
+  Tensor tokens = make({batch, rows}, aoti_torch_dtype_int64());
+  Tensor accepted = make({batch}, aoti_torch_dtype_int32());
+  Tensor valid = make({batch}, aoti_torch_dtype_bool());
   const VerifyChain op{
       .batch = batch,
       .longest = rows - 1,
@@ -103,9 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor
                                               OptionalTensor temperatures, double temperature) {
   require_kernels();
   const int64_t rows = logits.size(0);
-  Tensor tokens = make(logits, {rows}, ScalarType::Long);
-  Tensor logprobs = make(logits, {rows}, ScalarType::Float);
-  Tensor stats = make(logits, {rows, 3}, ScalarType::Float);
+  Tensor tokens = make({rows}, aoti_torch_dtype_int64());
+  Tensor logprobs = make({rows}, aoti_torch_dtype_float32());
+  Tensor stats = make({rows, 3}, aoti_torch_dtype_float32());
   const Sample op{
       .rows = rows,
       .vocab = logits.size(1),
@@ -126,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor
 Tensor noise_words_cpu(Tensor seed, Tensor position, int64_t tag, int64_t first, int64_t counters) {
   const Kernels& table = require_kernels();
   const int64_t rows = seed.size(0);
-  Tensor words = make(seed, {rows, 4 * counters}, ScalarType::Long);
+  Tensor words = make({rows, 4 * counters}, aoti_torch_dtype_int64());
   std::vector<uint32_t> buffer(size_t(4 * counters));
   for (int64_t r = 0; r < rows; ++r) {
     const Noise noise{uint64_t(data_of<int64_t>(seed)[r]), uint64_t(data_of<int64_t>(position)[r]), uint32_t(tag)};

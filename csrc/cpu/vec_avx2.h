@@ -11,6 +11,10 @@ namespace specdec::avx2 {
 struct V {
   using F = __m256;
   using M = __m256;  // all ones where true
+  using U = __m256i;
+  struct Words {
+    U high, low;
+  };
   static constexpr int64_t width = 8;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -28,15 +32,15 @@ struct V {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
-  static float reduce_add(F x) {
-    return fold(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
-  }
-  static float reduce_max(F x) {
-    return fold(x, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
-  }
-  static float reduce_min(F x) {
-    return fold(x, [](__m128 a, __m128 b) { return _mm_min_ps(a, b); });
-  }
+  static float reduce_add(F x) { return first(reduce(x, add)); }
+  static float reduce_max(F x) { return first(reduce(x, max)); }
+  static float reduce_min(F x) { return first(reduce(x, min)); }
+  static float first(F x) { return _mm256_cvtss_f32(x); }
+  // Lane i of the result: x[i] reduced.
+  static F fold_add(const F* x) { return fold(x, add); }
+  static F fold_max(const F* x) { return fold(x, max); }
+  static M differs(F x, float y) { return _mm256_cmp_ps(x, set(y), _CMP_NEQ_UQ); }
+  static M exceeds(F x, float y) { return _mm256_cmp_ps(x, set(y), _CMP_NLE_UQ); }  // nan does
   static M is_nan(F x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
   static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
   static M positive(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
@@ -89,13 +93,51 @@ struct V {
     return sub(set(0.0f), add(log(y), correction));
   }
 
+  static U set_u(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+  // first, first + 1, ... in the order of lanes that store_words undoes.
+  static U counters(uint32_t first) {
+    return _mm256_add_epi32(set_u(first), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  }
+  static U exclusive_or(U a, U b) { return _mm256_xor_si256(a, b); }
+  static Words multiply(U a, uint32_t b) {
+    const U even = _mm256_mul_epu32(a, set_u(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set_u(b));
+    return {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA),
+            _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA)};
+  }
+  static void store_words(uint32_t* out, U w0, U w1, U w2, U w3) {
+    const U low01 = _mm256_unpacklo_epi32(w0, w1), low23 = _mm256_unpacklo_epi32(w2, w3);
+    const U high01 = _mm256_unpackhi_epi32(w0, w1), high23 = _mm256_unpackhi_epi32(w2, w3);
+    auto* to = reinterpret_cast<__m256i*>(out);
+    _mm256_storeu_si256(to, _mm256_unpacklo_epi64(low01, low23));
+    _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(low01, low23));
+    _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi64(high01, high23));
+    _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(high01, high23));
+  }
+
  private:
   template <class Op>
-  static float fold(F x, Op op) {
-    __m128 y = op(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = op(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(op(y, _mm_shuffle_ps(y, y, 1)));
+  static F reduce(F x, Op op) {
+    x = op(x, _mm256_permute2f128_ps(x, x, 0x01));
+    x = op(x, _mm256_permute_ps(x, 0x4E));
+    return op(x, _mm256_permute_ps(x, 0xB1));
   }
+
+  // Each step folds two vectors into one, halving what is left of every operand; the order of the operands is such
+  // that lane i ends up with x[i].
+  template <class Op>
+  static F fold(const F* x, Op op) {
+    F halves[4], pairs[2];
+    for (int i = 0; i < 4; ++i) {
+      const F a = x[order(2 * i)], b = x[order(2 * i + 1)];
+      halves[i] = op(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
+      pairs[i] = op(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return op(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88), _mm256_shuffle_ps(pairs[0], pairs[1], 0xDD));
+  }
+  static constexpr int order(int slot) { return 4 * (slot % 2) + slot / 2; }
 };
 
 }  // namespace specdec::avx2

@@ -11,6 +11,10 @@ namespace specdec::avx512 {
 struct V {
   using F = __m512;
   using M = __mmask16;
+  using U = __m512i;
+  struct Words {
+    U high, low;
+  };
   static constexpr int64_t width = 16;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -31,6 +35,12 @@ struct V {
   static float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
   static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
   static float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
+  static float first(F x) { return _mm512_cvtss_f32(x); }
+  // Lane i of the result: x[i] reduced.
+  static F fold_add(const F* x) { return fold(x, add); }
+  static F fold_max(const F* x) { return fold(x, max); }
+  static M differs(F x, float y) { return _mm512_cmp_ps_mask(x, set(y), _CMP_NEQ_UQ); }
+  static M exceeds(F x, float y) { return _mm512_cmp_ps_mask(x, set(y), _CMP_NLE_UQ); }  // nan does
   static M is_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
   static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static M positive(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
@@ -73,6 +83,48 @@ struct V {
     const F correction = _mm512_maskz_div_ps(small, lost, y);
     return sub(set(0.0f), add(log(y), correction));
   }
+
+  static U set_u(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+  // first, first + 1, ... in the order of lanes that store_words undoes.
+  static U counters(uint32_t first) {
+    return _mm512_add_epi32(set_u(first), _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  }
+  static U exclusive_or(U a, U b) { return _mm512_xor_si512(a, b); }
+  static Words multiply(U a, uint32_t b) {
+    const U even = _mm512_mul_epu32(a, set_u(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set_u(b));
+    return {_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd),
+            _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32))};
+  }
+  static void store_words(uint32_t* out, U w0, U w1, U w2, U w3) {
+    const U low01 = _mm512_unpacklo_epi32(w0, w1), low23 = _mm512_unpacklo_epi32(w2, w3);
+    const U high01 = _mm512_unpackhi_epi32(w0, w1), high23 = _mm512_unpackhi_epi32(w2, w3);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi64(high01, high23));
+  }
+
+ private:
+  // Each step folds two vectors into one, halving what is left of every operand; the order of the operands is such
+  // that lane i ends up with x[i].
+  template <class Op>
+  static F fold(const F* x, Op op) {
+    F halves[8], quarters[4], pairs[2];
+    for (int i = 0; i < 8; ++i) {
+      const F a = x[order(2 * i)], b = x[order(2 * i + 1)];
+      halves[i] = op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const F a = halves[2 * i], b = halves[2 * i + 1];
+      quarters[i] = op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
+      pairs[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    return op(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD));
+  }
+  static constexpr int order(int slot) { return 4 * (slot % 4) + slot / 4; }
 };
 
 }  // namespace specdec::avx512

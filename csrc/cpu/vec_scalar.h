@@ -8,6 +8,10 @@ namespace specdec::scalar {
 struct V {
   using F = float;
   using M = bool;
+  using U = uint32_t;
+  struct Words {
+    U high, low;
+  };
   static constexpr int64_t width = 1;
 
   template <class T>
@@ -25,6 +29,12 @@ struct V {
   static float reduce_add(F x) { return x; }
   static float reduce_max(F x) { return x; }
   static float reduce_min(F x) { return x; }
+  static float first(F x) { return x; }
+  // Lane i of the result: x[i] reduced.
+  static F fold_add(const F* x) { return *x; }
+  static F fold_max(const F* x) { return *x; }
+  static M differs(F x, float y) { return x != y; }
+  static M exceeds(F x, float y) { return !(x <= y); }  // nan does
   static M is_nan(F x) { return x != x; }
   static M at_least(F a, F b) { return !(a < b); }
   static M positive(F x) { return x > 0.0f; }
@@ -38,6 +48,15 @@ struct V {
     const float half = (float(small ? *word : ~*word) + 0.5f) * 0x1p-32f;
     return small ? -std::log1p(-half) : -std::log(half);
   }
+
+  static U set_u(uint32_t x) { return x; }
+  static U counters(uint32_t first) { return first; }
+  static U exclusive_or(U a, U b) { return a ^ b; }
+  static Words multiply(U a, uint32_t b) {
+    const uint64_t product = uint64_t(a) * b;
+    return {U(product >> 32), U(product)};
+  }
+  static void store_words(uint32_t* out, U w0, U w1, U w2, U w3) { out[0] = w0, out[1] = w1, out[2] = w2, out[3] = w3; }
 };
 
 }  // namespace specdec::scalar

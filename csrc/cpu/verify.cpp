@@ -133,45 +133,20 @@ class ChainRequest {
     return coin(kernels_, noise(kAccept, i)) * draft.prob < std::exp(target.logprob(token));
   }
 
-  int64_t residual_draw(const RowView& target, const DraftLaw& draft, int64_t token, int64_t i) {
+  // From (target - draft)+; where rounding alone rejected and nothing is left of it, from the target.
+  int64_t residual_draw(const RowView& target, const DraftLaw& draft, int64_t token, int64_t i) const {
     const Noise key = noise(kTarget, i);
     if (is_greedy(target.scale())) return target.draw(key);
-    const Distribution p = target.distribution();
-    int64_t winner;
-    if (draft.point_mass) {
-      // The target without one token: only that token's tile changes its weight.
-      const int64_t tile = token / kTile;
-      float& weight = target.space().weight[size_t(tile)];
-      const float whole = weight;
-      const auto without = [&](int64_t t, float* weights) {
-        kernels_.token_probs(target.row(), p, t, weights);
-        if (t == tile) weights[token % kTile] = 0.0f;
-      };
-      float rest[kTile];
-      without(tile, rest);
-      double sum = 0.0;
-      for (float w : rest) sum += w;
-      // The other tiles are relative to the largest logit, these weights to the sum.
-      weight = float(sum * std::exp(target.logsumexp() - double(target.scale()) * double(target.max())));
-      winner = target.race(key, without);
-      weight = whole;
-      return winner < 0 ? target.draw(key) : winner;
-    }
-    const int64_t tiles = tiles_of(op_.vocab);
-    RowView residual(kernels_, target.row(), target.scale(), scratch_.draft);
-    float* weights = scratch_.draft.weight.data();
-    pass_.run(pieces_of(tiles), [&](uint32_t piece) {
-      const int64_t begin = int64_t(piece) * kPieceTiles, end = std::min(begin + kPieceTiles, tiles);
-      kernels_.tile_residuals(target.row(), p, draft.row, draft.dist, begin, end, weights);
+    const Distribution dist = target.distribution();
+    const int64_t drawn = target.draw_below(key, [&](int64_t tile, float* weights) {
+      if (draft.point_mass) {
+        kernels_.token_probs(target.row(), dist, tile, weights);
+        if (tile == token / kTile) weights[token % kTile] = 0.0f;
+      } else {
+        kernels_.token_residuals(target.row(), dist, draft.row, draft.dist, tile, weights);
+      }
     });
-    if (std::any_of(weights, weights + tiles, [](float w) { return !std::isfinite(w); })) {
-      valid_ = false;  // the draft row is not the one its statistics were taken from
-      return target.draw(key);
-    }
-    winner = residual.race(key, [&](int64_t tile, float* out) {
-      kernels_.token_residuals(target.row(), p, draft.row, draft.dist, tile, out);
-    });
-    return winner < 0 ? target.draw(key) : winner;  // no residual: rounding alone rejected
+    return drawn < 0 ? target.draw(key) : drawn;
   }
 
   void finish(int64_t accepted, int64_t emitted) {

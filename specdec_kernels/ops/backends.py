@@ -75,11 +75,13 @@ def _triton() -> Backend:
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_reference(), _cpu(), _triton())}
 
 
+_DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op).default for op in OPS}
+
+
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
     """The implementation of an op: the dispatcher's choice for ``None``, else exactly the one that was asked for."""
     if backend is None:
-        chosen: Callable[..., Any] = getattr(torch.ops.specdec, op).default
-        return chosen
+        return _DISPATCHED[op]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
     BACKENDS[backend].require(device)

@@ -24,16 +24,16 @@ def describe(value: object) -> str:
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]) -> Tensor:
     """``value`` if it is a tensor of one of ``dtypes`` and of ``shape`` (None matches any size)."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(_dtype_names(dtypes))} [{dims}], got {describe(value)}")
-    actual = value.shape
-    if len(actual) != len(shape) or any(want is not None and want != got for want, got in zip(shape, actual, strict=True)):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {names} [{dims}], got {describe(value)}")
+    if value.shape != shape and not _matches(value.shape, shape):
         sizes = ", ".join("*" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{dims}] = [{sizes}], got {describe(value)}")
     return value
 
 
-def _dtype_names(dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+def _matches(actual: torch.Size, shape: tuple[int | None, ...]) -> bool:
+    return len(actual) == len(shape) and all(want in (None, got) for want, got in zip(shape, actual, strict=True))
 
 
 def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -> Tensor:
@@ -48,30 +48,35 @@ def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -
     return checked
 
 
-def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+def same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """Every tensor given is where the first one is."""
+    if first.is_cpu and all(other is None or other.is_cpu for other in others.values()):
+        return  # the common case on the hot path: comparing devices costs a microsecond
     for name, other in others.items():
-        if other is not None and other.device != reference.device:
-            raise ValueError(f"{name} must be on {reference.device} like {reference_name}, got {other.device}")
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like {first_name}, got {other.device}")
 
 
 def integers(name: str, value: object, size: int, dim: str, device: torch.device) -> Tensor:
     """An int64 tensor [size]; an int is repeated."""
     if isinstance(value, int) and not isinstance(value, bool):
         return torch.full((size,), value, dtype=torch.int64, device=device)
-    checked = tensor(name, value, (torch.int64,), dim, (size,))
-    return checked.contiguous()
+    return tensor(name, value, (torch.int64,), dim, (size,)).contiguous()
 
 
 def temperature(value: object, size: int, dim: str) -> tuple[Tensor | None, float]:
     """A temperature for each of ``size`` requests, as (tensor, 0.0), or one for all, as (None, value)."""
     if isinstance(value, Tensor):
         checked = tensor("temperature", value, (torch.float32,), dim, (size,))
-        if checked.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((checked >= 0) & checked.isfinite()).all()):
+        if checked.is_cpu and not torch.compiler.is_compiling() and not all(map(_is_temperature, checked.tolist())):
             raise ValueError(f"temperature must be finite and not negative, got {checked.tolist()}")
         return checked.contiguous(), 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a float or float32 [{dim}], got {describe(value)}")
-    if not (math.isfinite(value) and value >= 0):
+    if not _is_temperature(value):
         raise ValueError(f"temperature must be finite and not negative, got {value!r}")
     return None, float(value)
+
+
+def _is_temperature(value: float) -> bool:
+    return math.isfinite(value) and value >= 0

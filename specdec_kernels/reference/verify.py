@@ -148,8 +148,8 @@ def verify_chain(
     if rows > 1:
         at = accepted.clamp(max=rows - 2)
         rejected_draft = draft[requests, at]
-        usable = draft_valid[requests, at] & ~rejected_draft.isnan().any(-1)
-        residual = (emitting - rejected_draft).clamp(min=0.0)
+        usable = draft_valid[requests, at]
+        residual = (emitting - rejected_draft).nan_to_num(0.0).clamp(min=0.0)
         use_residual = rejected & usable & (residual.sum(-1) > 0) & ~scales.isinf()
         weights = torch.where(use_residual[:, None], residual, emitting)
         valid = row_valid & (usable | ~rejected)

@@ -1,0 +1,91 @@
+"""The noise contract (docs/noise.md) in Triton."""
+
+# Triton kernels are compiled, not run: annotations of their arguments would be noise.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.contract import Purpose
+
+ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
+
+# log1p(f) = f - f^2 / 2 + f^3 P(f) on [-1/4, 1/2], to 5e-9; the fit of csrc/cpu/polynomials.h.
+_P0 = tl.constexpr(3.333344912e-1)
+_P1 = tl.constexpr(-2.500009583e-1)
+_P2 = tl.constexpr(1.999086086e-1)
+_P3 = tl.constexpr(-1.664731234e-1)
+_P4 = tl.constexpr(1.447840050e-1)
+_P5 = tl.constexpr(-1.316119653e-1)
+_P6 = tl.constexpr(1.046299571e-1)
+_P7 = tl.constexpr(-4.507446709e-2)
+
+
+@triton.jit
+def counter_words(seed, position, tag, index):
+    """The four words of the counters ``index`` (uint32, any shape)."""
+    zero = index * 0
+    low = (position & 0xFFFFFFFF).to(tl.uint32) + zero
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
+    return tl.philox(seed, index, low, high, tag.to(tl.uint32) + zero)
+
+
+@triton.jit
+def exponentials(seed, position, tag, entry):
+    """Standard exponentials of the race entries ``entry``: -log1p(-u), u = (word + 1/2) / 2^32."""
+    w0, w1, w2, w3 = counter_words(seed, position, tag, (entry // 4).to(tl.uint32))
+    which = entry % 4
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    small = word < 0x80000000
+    half = (tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    # Near u = 0, where winners are, a GPU's approximate logarithm has no relative precision left: a polynomial has.
+    f = -tl.where(half < 0.25, half, 0.0)
+    series = _P7
+    series = series * f + _P6
+    series = series * f + _P5
+    series = series * f + _P4
+    series = series * f + _P3
+    series = series * f + _P2
+    series = series * f + _P1
+    series = series * f + _P0
+    near_zero = f - 0.5 * f * f + f * f * f * series
+    elsewhere = tl.log(tl.where(small, 1.0 - half, half))
+    return -tl.where(small & (half < 0.25), near_zero, elsewhere)
+
+
+@triton.jit
+def coin(seed, position, row):
+    """The uniform in [0, 1) that decides on acceptance: float64, 53 bits."""
+    tag = tl.full([], ACCEPT, tl.int64) | (row.to(tl.int64) << 16)
+    w0, w1, _w2, _w3 = counter_words(seed, position, tag, tl.full([], 0, tl.uint32))
+    return (((w0.to(tl.uint64) << 32) | w1.to(tl.uint64)) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+
+
+@triton.jit
+def noise_words_kernel(seed_ptr, position_ptr, scalars_ptr, out_ptr, counters, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    tag, first = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    w0, w1, w2, w3 = counter_words(seed, position, tag, (first + index).to(tl.uint32))
+    out = out_ptr + row * counters * 4 + index * 4
+    tl.store(out, w0.to(tl.int64), mask=index < counters)
+    tl.store(out + 1, w1.to(tl.int64), mask=index < counters)
+    tl.store(out + 2, w2.to(tl.int64), mask=index < counters)
+    tl.store(out + 3, w3.to(tl.int64), mask=index < counters)
+
+
+def noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: int) -> Tensor:
+    """Words of the counters ``first, first + 1, ...`` of each stream: int64 ``[R, 4 * counters]``."""
+    out = seed.new_empty((seed.shape[0], 4 * counters))
+    if out.numel():
+        # A tensor, since Triton would take an int above 2^31 for a negative one.
+        scalars = torch.tensor([tag, first], device=seed.device)
+        noise_words_kernel[(seed.shape[0],)](
+            seed, position, scalars, out, counters, BLOCK=triton.next_power_of_2(counters)
+        )
+    return out
