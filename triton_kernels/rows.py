@@ -48,8 +48,8 @@ def first_arrival(times, ids):
 
 
 @triton.jit
-def row_stats(row_ptr, scale, vocab, seed, position, tag, TILES: tl.constexpr):
-    """One pass: (logsumexp in float64, the tile that wins the tile race, whether the row is valid).
+def row_stats(row_ptr, scale, vocab, seed, position, tag, RACE: tl.constexpr, TILES: tl.constexpr):
+    """One pass: (logsumexp in float64, the tile that wins the tile race if ``RACE``, whether the row is valid).
 
     The race is held on logarithms of arrival times, so that no tile needs the largest logit of the whole row.
     """
@@ -66,11 +66,12 @@ def row_stats(row_ptr, scale, vocab, seed, position, tag, TILES: tl.constexpr):
         new_base = usable_base(new_max)
         total = total * tl.exp(scale * (maximum - new_base)) + tile_sum * tl.exp(scale * (tile_max - new_base))
         maximum = new_max
-        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-        time = tl.log(exponentials(seed, position, tag, tiles)) - (scale * base + tl.log(tile_sum))
-        sooner = (time < best) & (tile_sum > 0)
-        winner = tl.where(sooner, tiles, winner)
-        best = tl.where(sooner, time, best)
+        if RACE:
+            tiles = (start + tl.arange(0, TILES)).to(tl.int64)
+            time = tl.log(exponentials(seed, position, tag, tiles)) - (scale * base + tl.log(tile_sum))
+            sooner = (time < best) & (tile_sum > 0)
+            winner = tl.where(sooner, tiles, winner)
+            best = tl.where(sooner, time, best)
     top = tl.max(maximum)
     sum_of_row = tl.sum(total * tl.exp(scale * (maximum - usable_base(top))))
     valid = (sum_of_row > 0) & (sum_of_row < float("inf")) & (top < float("inf"))

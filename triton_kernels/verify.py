@@ -42,13 +42,20 @@ class LaunchConfig:
     warps: int
 
 
-def launch_config(vocab: int, interpreted: bool) -> LaunchConfig:
-    """4,096 logits a block over 8 warps: two 16-byte loads a thread in bfloat16, far from spilling.
+def launch_config(vocab: int, platform: str) -> LaunchConfig:
+    """The launch for ``platform``: "cuda", "hip" or "interpreter".
 
-    The interpreter takes 0.1 ms an operation whatever its size, so there a block is the whole row.
+    A thread loads 16 bytes of bfloat16 at a time. 32 tiles over 16 warps is what spills on none of sm_80, sm_90 and
+    sm_100 (over 8 and 4 warps one kernel does, ptxas of CUDA 12.9), 16 over 8 what does not on gfx942. The
+    interpreter takes 0.1 ms an operation whatever its size, so there a block is a whole row.
     """
-    tiles = triton.next_power_of_2(triton.cdiv(vocab, _TILE))
-    return LaunchConfig(min(tiles, 1024), 1) if interpreted else LaunchConfig(min(tiles, 32), 8)
+    tiles, warps = {"cuda": (32, 16), "hip": (16, 8), "interpreter": (1024, 1)}[platform]
+    return LaunchConfig(min(tiles, triton.next_power_of_2(triton.cdiv(vocab, _TILE))), warps)
+
+
+def _launch_config(logits: Tensor) -> LaunchConfig:
+    platform = "interpreter" if logits.device.type == "cpu" else "hip" if torch.version.hip else "cuda"
+    return launch_config(logits.shape[-1], platform)
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def sample_kernel(
         cutoff, token, valid = row_argmax(logits_row, vocab, TILES)
     else:
         tag = race_tag(DRAFT, tl.load(row_ptr + r))
-        logsumexp, tile, valid = row_stats(logits_row, scale, vocab, seed, position, tag, TILES)
+        logsumexp, tile, valid = row_stats(logits_row, scale, vocab, seed, position, tag, True, TILES)
         if valid:
             token = draw_from_row(logits_row, scale, logsumexp, tile, vocab, seed, position, tag)
             logprob = scale.to(tl.float64) * tl.load(logits_row + token).to(tl.float64) - logsumexp
@@ -200,63 +207,63 @@ def verify_chain_kernel(
         if i < drafted:
             token = tl.load(tokens_ptr + b * token_request_stride + i * token_row_stride).to(tl.int64)
         live = (token >= 0) & (token < vocab)  # -1, or an id that is none, ends the draft
-        if greedy:
+        logsumexp = tl.full([], 0.0, tl.float64)
+        tile = tl.full([], 0, tl.int64)
+        valid = tl.full([], 1, tl.int1)
+        argmax = tl.full([], -1, tl.int64)
+        if not greedy:
+            logsumexp, tile, valid = row_stats(target_row, scale, vocab, seed, position, tag, True, TILES)
+        if greedy | (valid == 0):
             _top, argmax, valid = row_argmax(target_row, vocab, TILES)
-            all_valid = all_valid & valid.to(tl.int32)
-            if valid & live & (token == argmax):
-                i += 1
-            else:
-                emitted = argmax
-        else:
-            logsumexp, tile, valid = row_stats(target_row, scale, vocab, seed, position, tag, TILES)
-            if not valid:
-                _top, emitted, _valid = row_argmax(target_row, vocab, TILES)
-                all_valid = all_valid & 0
-            else:
-                # The law the draft token was drawn from: a point mass, its own softmax, or the scalars handed over.
-                draft_row = target_row
-                draft_scale = tl.full([], 1.0, tl.float32)
-                draft_cutoff = tl.full([], float("-inf"), tl.float32)
-                draft_logsumexp = tl.full([], 0.0, tl.float64)
-                draft_prob = tl.full([], 1.0, tl.float64)
-                point_mass = tl.full([], 1, tl.int1)
-                usable = tl.full([], 1, tl.int1)
-                if draft_ptr is not None:
-                    if live:
-                        draft_row = draft_ptr + b * draft_request_stride + i * draft_row_stride
-                        logit = tl.load(draft_row + token).to(tl.float64)
-                        if draft_stats_ptr is not None:
-                            stats = draft_stats_ptr + 3 * (b * longest + i)
-                            draft_scale, draft_cutoff = tl.load(stats), tl.load(stats + 1)
-                            draft_logsumexp = tl.load(stats + 2).to(tl.float64)
-                            point_mass = draft_scale == float("inf")
-                        else:
-                            point_mass = tl.full([], 0, tl.int1)
-                            draft_logsumexp, _tile, usable = row_stats(
-                                draft_row, draft_scale, vocab, seed, position, tag, TILES
-                            )
-                        if not point_mass:
-                            draft_prob = tl.exp(draft_scale.to(tl.float64) * logit - draft_logsumexp)
-                            draft_prob = tl.where(logit < draft_cutoff.to(tl.float64), 0.0, draft_prob)
-                            usable = usable & (draft_prob < float("inf"))
-                accepted = tl.full([], 0, tl.int1)
-                if live & usable:
-                    logit = tl.load(target_row + token).to(tl.float64)
-                    target_prob = tl.exp(scale.to(tl.float64) * logit - logsumexp)
-                    # Strict: a token the target gives probability 0 is never accepted, even by coin 0.
-                    accepted = coin(seed, position, i) * draft_prob < target_prob
-                all_valid = all_valid & (usable | (live == 0)).to(tl.int32)
-                if accepted:
-                    i += 1
+
+        # The law the draft token was drawn from: a point mass, its own softmax, or the scalars handed over. A greedy
+        # target accepts its argmax and emits its argmax, so there it does not matter.
+        draft_row = target_row
+        draft_scale = tl.full([], 1.0, tl.float32)
+        draft_cutoff = tl.full([], float("-inf"), tl.float32)
+        draft_logsumexp = tl.full([], 0.0, tl.float64)
+        draft_prob = tl.full([], 1.0, tl.float64)
+        point_mass = tl.full([], 1, tl.int1)
+        usable = live & valid
+        if draft_ptr is not None:
+            if usable & (argmax < 0):
+                draft_row = draft_ptr + b * draft_request_stride + i * draft_row_stride
+                if draft_stats_ptr is not None:
+                    stats = draft_stats_ptr + 3 * (b * longest + i)
+                    draft_scale, draft_cutoff = tl.load(stats), tl.load(stats + 1)
+                    draft_logsumexp = tl.load(stats + 2).to(tl.float64)
+                    point_mass = draft_scale == float("inf")
                 else:
-                    emitted = tl.full([], NO_ID, tl.int64)
-                    if live & usable:
-                        emitted = residual_draw(
-                            target_row, draft_row, scale, logsumexp, draft_scale, draft_cutoff, draft_logsumexp,
-                            token, point_mass, vocab, seed, position, tag, TILES,
-                        )  # fmt: skip
-                    if emitted == NO_ID:
-                        emitted = draw_from_row(target_row, scale, logsumexp, tile, vocab, seed, position, tag)
+                    point_mass = tl.full([], 0, tl.int1)
+                    draft_logsumexp, _tile, usable = row_stats(
+                        draft_row, draft_scale, vocab, seed, position, tag, False, TILES
+                    )
+                if not point_mass:
+                    logit = tl.load(draft_row + token).to(tl.float64)
+                    draft_prob = tl.exp(draft_scale.to(tl.float64) * logit - draft_logsumexp)
+                    draft_prob = tl.where(logit < draft_cutoff.to(tl.float64), 0.0, draft_prob)
+                    usable = usable & (draft_prob < float("inf"))
+
+        accepted = usable & (token == argmax)
+        if usable & (argmax < 0):
+            logit = tl.load(target_row + token).to(tl.float64)
+            target_prob = tl.exp(scale.to(tl.float64) * logit - logsumexp)
+            # Strict: a token the target gives probability 0 is never accepted, even by coin 0.
+            accepted = coin(seed, position, i) * draft_prob < target_prob
+        all_valid = all_valid & (valid & (usable | (live == 0))).to(tl.int32)
+        if accepted:
+            i += 1
+        else:
+            emitted = argmax
+            if argmax < 0:
+                emitted = tl.full([], NO_ID, tl.int64)
+                if usable:
+                    emitted = residual_draw(
+                        target_row, draft_row, scale, logsumexp, draft_scale, draft_cutoff, draft_logsumexp,
+                        token, point_mass, vocab, seed, position, tag, TILES,
+                    )  # fmt: skip
+                if emitted == NO_ID:
+                    emitted = draw_from_row(target_row, scale, logsumexp, tile, vocab, seed, position, tag)
 
     out = out_tokens_ptr + b * (longest + 1)
     for index in range(0, longest):
@@ -278,7 +285,7 @@ def sample(
     logprobs = logits.new_empty((rows,), dtype=torch.float32)
     stats = logits.new_empty((rows, 3), dtype=torch.float32)
     if rows:
-        config = launch_config(vocab, logits.device.type == "cpu")
+        config = _launch_config(logits)
         sample_kernel[(rows,)](
             logits, seed, position, row, temperatures, temperature, tokens, logprobs, stats,
             logits.stride(0), vocab, TILES=config.tiles, num_warps=config.warps,
@@ -302,7 +309,7 @@ def verify_chain(
     accepted = target_logits.new_empty((batch,), dtype=torch.int32)
     valid = target_logits.new_empty((batch,), dtype=torch.bool)
     if batch:
-        config = launch_config(vocab, target_logits.device.type == "cpu")
+        config = _launch_config(target_logits)
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         verify_chain_kernel[(batch,)](
             target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, temperatures,
