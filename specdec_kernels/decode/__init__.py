@@ -1,0 +1,20 @@
+"""The thin decoding loop: propose, score, verify, commit."""
+
+from specdec_kernels.decode.loop import Generation, Token, generate, stream
+from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target
+from specdec_kernels.decode.statistics import Statistics
+from specdec_kernels.decode.targets import TransformersTarget
+
+__all__ = [
+    "Draft",
+    "Drafter",
+    "Generation",
+    "Scores",
+    "Statistics",
+    "Step",
+    "Target",
+    "Token",
+    "TransformersTarget",
+    "generate",
+    "stream",
+]

@@ -1,0 +1,109 @@
+"""Drafters that draw token after token from a model of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.decode.ragged_cache import RaggedCache
+from specdec_kernels.decode.targets import padded
+from specdec_kernels.ops import BackendName, sample
+
+
+class AutoregressiveDrafter(ABC):
+    """Keeps a cache in step with the text, and drafts ahead of it.
+
+    Tokens that were committed since the last draft are read together with the first draft's pass, so that K drafts
+    take K passes; what was read of the drafts themselves is taken back.
+    """
+
+    wants_features = False
+
+    def __init__(self, config: Any, device: torch.device, vocab_size: int, backend: BackendName | None = None) -> None:
+        self._config, self._device, self._vocab = config, device, vocab_size
+        self._backend = backend
+        self._logits: Tensor | None = None
+
+    @abstractmethod
+    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read rows; the logits [B, S] after the last real row of each request, and its features [B, H]."""
+
+    def _ids(self, index: Tensor) -> Tensor:
+        """Token ids of what was drawn from the S logits."""
+        return index
+
+    def _scatter(self, rows: Tensor, logits: Tensor) -> None:
+        """Write the S logits into rows of the vocabulary's width that hold -inf elsewhere."""
+        rows.copy_(logits)
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._cache = RaggedCache(self._config, len(prompts), self._device)
+        self._pending: list[list[int]] = [[] for _ in prompts]
+        self._pending_features: list[Tensor] | None = None
+        self._read_prompt(prompts, features)
+
+    def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._pending = [list(prompt) for prompt in prompts]
+
+    @torch.inference_mode()
+    def propose(self, step: Step) -> Draft:
+        longest = int(step.num_draft.max())
+        batch = len(self._pending)
+        if longest == 0:
+            return Draft.nothing(batch)
+        tokens, counts = padded(self._pending, self._device)
+        logits, features = self._advance(tokens, self._padded_features(), counts)
+        self._pending = [[] for _ in self._pending]
+        self._pending_features = None
+        drafts, stats = [], []
+        full = self._buffer(batch, longest, logits.dtype)
+        one = torch.ones_like(counts)
+        for row in range(longest):
+            drawn = sample(
+                logits, seed=step.seed, position=step.position, row=row, temperature=step.temperature, backend=self._backend
+            )
+            self._scatter(full[:, row], logits)
+            drafts.append(self._ids(drawn.tokens))
+            stats.append(drawn.stats)
+            if row + 1 < longest:
+                previous = None if features is None else features[:, None]
+                logits, features = self._advance(drafts[-1][:, None], previous, one)
+        self._cache.crop(longest - 1)
+        index = torch.arange(longest, device=self._device)
+        proposed = torch.stack(drafts, 1).masked_fill(index >= step.num_draft[:, None], -1)
+        return Draft(proposed, full, torch.stack(stats, 1))
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        for pending, new in zip(self._pending, tokens, strict=True):
+            pending.extend(new)
+        if features is not None:
+            new_features = [features[slot, : len(new)] for slot, new in enumerate(tokens)]
+            if self._pending_features is None:
+                self._pending_features = new_features
+            else:
+                self._pending_features = [
+                    torch.cat(pair) for pair in zip(self._pending_features, new_features, strict=True)
+                ]
+
+    def select(self, requests: Tensor) -> None:
+        self._cache.select(requests)
+        keep = requests.tolist()
+        self._pending = [self._pending[slot] for slot in keep]
+        if self._pending_features is not None:
+            self._pending_features = [self._pending_features[slot] for slot in keep]
+
+    def _padded_features(self) -> Tensor | None:
+        if self._pending_features is None:
+            return None
+        return torch.nn.utils.rnn.pad_sequence(self._pending_features, batch_first=True)
+
+    def _buffer(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Rows [B, K, V] for the draft logits, reused: what a drafter does not write stays -inf."""
+        if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
+            self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self._device)
+        return self._logits[:batch, :length]

@@ -1,0 +1,55 @@
+"""A drafter that reads the target's hidden states (EAGLE, arXiv:2401.15077)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
+from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.ops import BackendName
+
+
+class FeatureDrafter(AutoregressiveDrafter):
+    """A trained :class:`FeatureModel` with the embeddings and the head of its target.
+
+    Args:
+        model: trained for exactly this target.
+        target: the target's transformers model.
+        backend: of :func:`specdec_kernels.sample`.
+    """
+
+    wants_features = True
+
+    def __init__(self, model: FeatureModel, target: Any, backend: BackendName | None = None) -> None:
+        super().__init__(model.config, target.device, target.config.vocab_size, backend)
+        self.model = model
+        self._embed = target.get_input_embeddings()
+        self._head = target.get_output_embeddings().weight.detach()[model.shortlist]
+
+    def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        # The feature at each token is read together with the token after it.
+        self._pending = [list(prompt[1:]) for prompt in prompts]
+        if features is not None:
+            self._pending_features = [features[slot, : len(prompt) - 1] for slot, prompt in enumerate(prompts)]
+
+    def propose(self, step: Step) -> Draft:
+        # A prompt of one token has no feature before it: the first step goes without drafts.
+        return super().propose(step) if all(self._pending) else Draft.nothing(len(self._pending))
+
+    def _ids(self, index: Tensor) -> Tensor:
+        return self.model.shortlist[index]
+
+    def _scatter(self, rows: Tensor, logits: Tensor) -> None:
+        rows.index_copy_(1, self.model.shortlist, logits)
+
+    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs = self.model.inputs(self._embed(tokens), features)
+        outputs = self._cache.run(self.model, counts, tokens.shape[1], inputs_embeds=inputs)
+        last = outputs[torch.arange(len(counts)), counts - 1]
+        return functional.linear(last, self._head), last

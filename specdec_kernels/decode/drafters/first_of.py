@@ -1,0 +1,65 @@
+"""Two drafters: one that is sure of itself when it speaks, and one for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specdec_kernels.decode.protocols import Draft, Drafter, Step
+
+
+class FirstOf:
+    """Drafts of ``first`` (point masses, such as a lookup) where it has any, else those of ``second``.
+
+    Which of the two drafted depends on the text alone, so the law stays exact.
+    """
+
+    def __init__(self, first: Drafter, second: Drafter) -> None:
+        self.first, self.second = first, second
+        self.wants_features = first.wants_features or second.wants_features
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self.first.begin(prompts, features)
+        self.second.begin(prompts, features)
+
+    def propose(self, step: Step) -> Draft:
+        sure = self.first.propose(step)
+        has_draft = (sure.tokens[:, :1] >= 0).any(1)
+        if bool(has_draft.all()):
+            return sure
+        rest = self.second.propose(
+            Step(step.num_draft.masked_fill(has_draft, 0), step.seed, step.position, step.temperature)
+        )
+        if not bool(has_draft.any()):
+            return rest
+        return _merged(sure, rest, has_draft)
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self.first.commit(tokens, features)
+        self.second.commit(tokens, features)
+
+    def select(self, requests: Tensor) -> None:
+        self.first.select(requests)
+        self.second.select(requests)
+
+
+def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:
+    """One draft of both: among drafts with a law, a point mass has scale inf."""
+    length = max(sure.tokens.shape[1], rest.tokens.shape[1])
+
+    def longer(x: Tensor, value: float) -> Tensor:
+        return functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, length - x.shape[1]), value=value)
+
+    tokens = torch.where(has_draft[:, None], longer(sure.tokens, -1), longer(rest.tokens, -1))
+    if rest.logits is None:
+        return Draft(tokens)
+    stats = rest.stats
+    if stats is None:  # drawn from softmax(logits) as they are
+        logsumexp = rest.logits.float().logsumexp(-1)
+        stats = torch.stack([torch.ones_like(logsumexp), torch.full_like(logsumexp, -torch.inf), logsumexp], -1)
+    stats = longer(stats, 0.0)
+    stats[has_draft] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    return Draft(tokens, longer(rest.logits, 0.0), stats)

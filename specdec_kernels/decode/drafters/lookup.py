@@ -1,0 +1,48 @@
+"""Prompt lookup: continue as the text did the last time it looked like this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specdec_kernels.decode.drafters.suffix import SuffixIndex
+from specdec_kernels.decode.protocols import Draft, Step
+
+
+class LookupDrafter:
+    """Drafts what followed the longest suffix of prompt and text that occurred before; point masses.
+
+    Args:
+        min_match: tokens of that suffix at least; below it nothing is drafted.
+
+    Raises:
+        ValueError: ``min_match`` below 1.
+    """
+
+    wants_features = False
+
+    def __init__(self, min_match: int = 2) -> None:
+        if min_match < 1:
+            raise ValueError(f"min_match must be at least 1, got {min_match}")
+        self.min_match = min_match
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._indices = [SuffixIndex() for _ in prompts]
+        self.commit(prompts, None)
+
+    def propose(self, step: Step) -> Draft:
+        wanted = step.num_draft.tolist()
+        drafts = [
+            index.continuation(count) if index.match()[0] >= self.min_match else []
+            for index, count in zip(self._indices, wanted, strict=True)
+        ]
+        return Draft.point_masses(drafts)
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        for index, new in zip(self._indices, tokens, strict=True):
+            for token in new:
+                index.append(token)
+
+    def select(self, requests: Tensor) -> None:
+        self._indices = [self._indices[slot] for slot in requests.tolist()]

@@ -1,0 +1,92 @@
+"""What the loop asks of a target and of a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the target says after each of the rows it was given."""
+
+    logits: Tensor
+    """[B, R, V]."""
+    features: Tensor | None
+    """[B, R, H], what the LM head read; None where nobody wants it."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens and the law they were drawn from, as :func:`specdec_kernels.verify_chain` takes them."""
+
+    tokens: Tensor
+    """int64 [B, K], -1 after the last draft of a request."""
+    logits: Tensor | None = None
+    """[B, K, V]; None where every draft is a point mass."""
+    stats: Tensor | None = None
+    """float32 [B, K, 3]; scale inf marks a point mass."""
+
+    @staticmethod
+    def nothing(batch: int) -> Draft:
+        """No drafts at all."""
+        return Draft(torch.empty((batch, 0), dtype=torch.int64))
+
+    @staticmethod
+    def point_masses(drafts: Sequence[Sequence[int]]) -> Draft:
+        """Lists of token ids that were not drawn from anything."""
+        longest = max(len(draft) for draft in drafts)
+        rows = [[*draft, *[-1] * (longest - len(draft))] for draft in drafts]
+        return Draft(torch.tensor(rows, dtype=torch.int64).reshape(len(drafts), longest))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a drafter may depend on. The verification's coins are not among it, which keeps the law exact."""
+
+    num_draft: Tensor
+    """int64 [B]: drafts wanted at most."""
+    seed: Tensor
+    """int64 [B]."""
+    position: Tensor
+    """int64 [B]: tokens of the request so far."""
+    temperature: Tensor
+    """float32 [B]."""
+
+
+class Target(Protocol):
+    """A model that scores rows against a cache of keys and values, and takes rows back."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: bool) -> Tensor | None:
+        """Read all of each prompt but its last token; the features [B, R, H] of what was read, if wanted."""
+
+    def score(self, tokens: Tensor, counts: Tensor) -> Scores:
+        """Append ``counts[b]`` of the rows ``tokens[b]`` to each request and score them."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Of the rows just scored, keep the first ``rows[b]``."""
+
+    def select(self, requests: Tensor) -> None:
+        """Go on with these requests only, in this order."""
+
+
+class Drafter(Protocol):
+    """Something that proposes tokens."""
+
+    wants_features: bool
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        """Start; ``features[b, t]`` is the target's feature at prompt token t, the last token not among them."""
+
+    def propose(self, step: Step) -> Draft:
+        """Tokens to verify."""
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        """What each request's text was continued with; ``features[b, i]`` is the target's before ``tokens[b][i]``."""
+
+    def select(self, requests: Tensor) -> None:
+        """Go on with these requests only, in this order."""

@@ -1,0 +1,174 @@
+"""Train the feature drafter on what ``training.collect`` wrote.
+
+    python -m training.train --data data --out specdec_kernels/assets/smollm2-drafter.safetensors
+
+The loss is the cross-entropy of the target's own distribution under the drafter's, at the first draft and, on the
+drafter's own features, at the following ones (as HASS, arXiv:2408.15766): that is what drafting several tokens needs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from specdec_kernels.cli.models import load_target
+from specdec_kernels.decode.drafters.feature_model import FeatureModel
+
+STEP_WEIGHTS = (1.0, 0.8, 0.7)
+#: Share of the time in which only the first draft is trained: three times as many batches, and most of the learning.
+FIRST_STEP_ONLY = 0.45
+TOKENS_A_BATCH = 2048
+#: Share of positions that enter the loss: neighbours say much the same, and the head is what costs.
+LOSS_SHARE = 0.5
+
+Conversation = tuple[Tensor, Tensor, int]
+
+
+def batches(conversations: list[Conversation], rng: random.Random) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Padded (ids [B, T], hidden [B, T, H], loss mask [B, T]) of conversations of similar length, in random order."""
+    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i][1]) + rng.random() * 32)
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * len(conversations[i][1]) > TOKENS_A_BATCH:
+            groups.append([])
+        groups[-1].append(i)
+    rng.shuffle(groups)
+    for group in groups:
+        length = max(len(conversations[i][1]) for i in group)
+        ids = torch.zeros(len(group), length, dtype=torch.int64)
+        hidden = torch.zeros(len(group), length, conversations[0][1].shape[1])
+        mask = torch.zeros(len(group), length, dtype=torch.bool)
+        for slot, i in enumerate(group):
+            tokens, states, prompt = conversations[i]
+            count = min(len(tokens), len(states))
+            ids[slot, :count] = tokens[:count]
+            hidden[slot, :count] = states[:count].float()
+            mask[slot, prompt - 1 : count] = True
+        yield ids, hidden, mask
+
+
+def unrolled(model: FeatureModel, embeddings: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
+    """The features after one draft, two, ...: at step j, position t has read its own outputs at t-j+1 .. t."""
+    length = hidden.shape[1]
+    positions = torch.arange(length)[None]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    outputs: list[Tensor] = []
+    features = hidden
+    for step in range(steps):
+        x = model.inputs(embeddings, features)
+        query, key, value = model.project(x, positions)
+        keys.append(key.repeat_interleave(model.heads // model.kv_heads, 1))
+        values.append(value.repeat_interleave(model.heads // model.kv_heads, 1))
+        # True features up to t - step, then this drafter's own at t - step + 1 .. t.
+        scores = (query @ keys[0].transpose(2, 3)).float()
+        seen = torch.ones(length, length, dtype=torch.bool).tril(-step)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        own = [(query * _shift(keys[j], step - j)).sum(-1, keepdim=True).float() for j in range(1, step + 1)]
+        weights = torch.cat([scores, *own], -1) * model.head_dim**-0.5
+        weights = weights.softmax(-1).nan_to_num(0.0).to(value.dtype)
+        mixed = weights[..., :length] @ values[0]
+        for j in range(1, step + 1):
+            mixed = mixed + weights[..., length + j - 1, None] * _shift(values[j], step - j)
+        outputs.append(model.finish(x, mixed))
+        features = torch.cat([hidden[:, :1], outputs[-1][:, :-1]], 1)
+    return outputs
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Position t of the result is position t - by of ``x`` [B, heads, T, D]; zeros before it."""
+    return x if by == 0 else torch.cat([torch.zeros_like(x[:, :, :by]), x[:, :, :-by]], 2)
+
+
+def losses(
+    model: FeatureModel, embed: Tensor, head: Tensor, batch: tuple[Tensor, Tensor, Tensor], steps: int, share: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """The training loss, and for each draft step how often the drafter's first choice is the target's."""
+    ids, hidden, mask = batch
+    embeddings = torch.nn.functional.embedding(ids[:, 1:], embed)
+    outputs = unrolled(model, embeddings, hidden[:, :-1], steps)
+    total, agreements = torch.zeros(()), []
+    for step, (weight, output) in enumerate(zip(STEP_WEIGHTS, outputs, strict=False)):
+        keep = mask[:, 1:] & (torch.rand(mask[:, 1:].shape) < share)
+        keep[:, :step] = False
+        with torch.no_grad():
+            target = (hidden[:, 1:][keep].to(head.dtype) @ head.T).float().softmax(-1)
+        log_draft = (output[keep].to(head.dtype) @ head.T).float().log_softmax(-1)
+        total = total - weight * (target * log_draft).sum(-1).mean()
+        agreements.append((target.argmax(-1) == log_draft.argmax(-1)).float().mean())
+    return total / sum(STEP_WEIGHTS[:steps]), agreements
+
+
+@torch.no_grad()
+def start_from_last_layer(model: FeatureModel, target: Any) -> None:
+    """Copy the target's last layer and final norm, the best guess there is."""
+    layer = target.layers[-1]
+    attention, mlp = layer.self_attn, layer.mlp
+    model.attention_norm.weight.copy_(layer.input_layernorm.weight)
+    model.qkv.weight.copy_(torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]))
+    model.output.weight.copy_(attention.o_proj.weight)
+    model.mlp_norm.weight.copy_(layer.post_attention_layernorm.weight)
+    model.gate_up.weight.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    model.down.weight.copy_(mlp.down_proj.weight)
+    model.norm.weight.copy_(target.norm.weight)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="What training.collect wrote.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Where to write the drafter.")] = Path("drafter.safetensors"),
+    minutes: Annotated[float, typer.Option(help="Length of the learning-rate schedule.")] = 30.0,
+    shortlist: Annotated[int, typer.Option(help="Tokens that can be drafted.")] = 8192,
+    peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+) -> None:
+    """Train for a fixed time, print the held-out agreement, write the weights."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    target, _ = load_target()
+    shards = [torch.load(path) for path in sorted(data.glob("*.pt"))]
+    held_out, train = shards[-1], [conversation for shard in shards[:-1] for conversation in shard]
+    counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
+    chosen = torch.tensor(sorted(token for token, _ in counts.most_common(shortlist)))
+    embed = target.get_input_embeddings().weight.detach().float()
+    head = target.get_output_embeddings().weight.detach()[chosen]
+    model = FeatureModel(target.config, chosen)
+    start_from_last_layer(model, target.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    start, step, epoch = time.time(), 0, 0
+    while time.time() - start < 60 * minutes:
+        for batch in batches(train, rng):
+            progress = (time.time() - start) / (60 * minutes)
+            if progress >= 1:
+                break
+            rate = peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.param_groups[0]["lr"] = rate
+            with torch.autocast("cpu", torch.bfloat16):
+                steps = 1 if progress < FIRST_STEP_ONLY else len(STEP_WEIGHTS)
+                loss, agreements = losses(model, embed, head, batch, steps, LOSS_SHARE)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if step % 20 == 0:
+                shown = " ".join(f"{a:.3f}" for a in agreements)
+                print(f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown}", flush=True)
+        epoch += 1
+        model.save(out)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        results = [losses(model, embed, head, batch, len(STEP_WEIGHTS)) for batch in batches(held_out, rng)]
+    means = [sum(float(r[1][j]) for r in results) / len(results) for j in range(len(STEP_WEIGHTS))]
+    print(f"held out: loss {sum(float(r[0]) for r in results) / len(results):.3f} agreement " + " ".join(f"{m:.3f}" for m in means))
+    model.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
