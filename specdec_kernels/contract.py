@@ -10,6 +10,10 @@ from enum import IntEnum
 #: Consecutive token ids that the tile race of the two-level race treats as one entry.
 TILE = 128
 
+#: Below it a temperature is greedy. Float32 scalars cannot carry a law much colder than this: 65,504 (the largest
+#: float16) times the scale still fits the two floats of a logsumexp to 1e-5.
+MIN_TEMPERATURE = 1e-5
+
 #: Rows of one step: the row has 16 bits of the Philox counter.
 MAX_ROWS = 1 << 16
 

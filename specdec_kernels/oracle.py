@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec_kernels.contract import (
+    MIN_TEMPERATURE,
     PHILOX_INCREMENTS,
     PHILOX_MULTIPLIERS,
     PHILOX_ROUNDS,
@@ -100,14 +101,18 @@ def largest_finite(logits: Floats) -> int:
     return int(np.argmax(np.where(np.isfinite(logits), logits, -np.inf)))
 
 
+def is_greedy(temperature: float) -> bool:
+    """Temperature 0, or too small for float32 scalars."""
+    return bool(np.float32(temperature) < np.float32(MIN_TEMPERATURE))
+
+
 def distribution(logits: Floats, temperature: float) -> Distribution:
     """Softmax of a valid row at a temperature; the point mass on the largest logit at temperature 0."""
-    with np.errstate(divide="ignore"):
-        scale = float(np.float32(1.0) / np.float32(temperature))
-    if np.isinf(scale):
+    if is_greedy(temperature):
         probs = np.zeros_like(logits)
         probs[np.argmax(logits)] = 1.0
         return Distribution(probs, (np.inf, float(logits.max()), 0.0))
+    scale = float(np.float32(1.0) / np.float32(temperature))
     top = logits.max()
     weights = np.exp(scale * (logits - top))
     return Distribution(weights / weights.sum(), (scale, -np.inf, float(scale * top + np.log(weights.sum()))))
@@ -201,7 +206,7 @@ def verify_chain(
     ``target_logits [K+1, V]``, ``draft_tokens`` without padding (K of them or fewer), ``draft_logits [K, V]``.
     """
     target_logits = np.asarray(target_logits, np.float64)
-    greedy = _is_greedy(temperature)
+    greedy = is_greedy(temperature)
     margins: list[float] = []
 
     def stop(tokens: list[int], valid: bool) -> Verified:
@@ -237,11 +242,6 @@ def verify_chain(
             return stop([*accepted, draw(target, target, row)], True)
         return stop([*accepted, draw(residual, target + np.nan_to_num(draft), row)], True)
     raise AssertionError("unreachable: the bonus row returns")
-
-
-def _is_greedy(temperature: float) -> bool:
-    with np.errstate(divide="ignore"):
-        return bool(np.isinf(np.float32(1.0) / np.float32(temperature)))
 
 
 def _draft_probs(

@@ -128,6 +128,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Length of the learning-rate schedule.")] = 30.0,
     shortlist: Annotated[int, typer.Option(help="Tokens that can be drafted.")] = 8192,
     peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, with all drafts at once.")] = None,
 ) -> None:
     """Train for a fixed time, print the held-out agreement, write the weights."""
     torch.manual_seed(0)
@@ -140,7 +141,11 @@ def main(
     embed = target.get_input_embeddings().weight.detach().float()
     head = target.get_output_embeddings().weight.detach()[chosen]
     model = FeatureModel(target.config, chosen)
-    start_from_last_layer(model, target.model)
+    if start_from is None:
+        start_from_last_layer(model, target.model)
+    else:
+        model = FeatureModel.load(start_from, target.config, torch.float32).train()
+    first_only = FIRST_STEP_ONLY if start_from is None else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     start, step, epoch = time.time(), 0, 0
     while time.time() - start < 60 * minutes:
@@ -151,7 +156,7 @@ def main(
             rate = peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.param_groups[0]["lr"] = rate
             with torch.autocast("cpu", torch.bfloat16):
-                steps = 1 if progress < FIRST_STEP_ONLY else len(STEP_WEIGHTS)
+                steps = 1 if progress < first_only else len(STEP_WEIGHTS)
                 loss, agreements = losses(model, embed, head, batch, steps, LOSS_SHARE)
             optimizer.zero_grad()
             loss.backward()

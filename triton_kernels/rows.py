@@ -51,11 +51,13 @@ def first_arrival(times, ids):
 def row_stats(row_ptr, scale, vocab, seed, position, tag, RACE: tl.constexpr, TILES: tl.constexpr):
     """One pass: (logsumexp in float64, the tile that wins the tile race if ``RACE``, whether the row is valid).
 
-    The race is held on logarithms of arrival times, so that no tile needs the largest logit of the whole row.
+    The race is held on logarithms of arrival times, so that no tile needs the largest logit of the whole row, and on
+    their differences, so that a low temperature costs no precision.
     """
     maximum = tl.full([TILES], float("-inf"), tl.float32)
     total = tl.zeros([TILES], tl.float32)
-    best = tl.full([TILES], float("inf"), tl.float32)
+    best = tl.full([TILES], float("inf"), tl.float32)  # log(E / tile_sum), to be read relative to best_base
+    best_base = tl.zeros([TILES], tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
     for start in range(0, tl.cdiv(vocab, TILE), TILES):
         logits = load_logits(row_ptr, block_ids(start, TILES), vocab)
@@ -68,15 +70,17 @@ def row_stats(row_ptr, scale, vocab, seed, position, tag, RACE: tl.constexpr, TI
         maximum = new_max
         if RACE:
             tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-            time = tl.log(exponentials(seed, position, tag, tiles)) - (scale * base + tl.log(tile_sum))
-            sooner = (time < best) & (tile_sum > 0)
+            time = tl.log(exponentials(seed, position, tag, tiles)) - tl.log(tile_sum)
+            sooner = (time - best < scale * (base - best_base)) & (tile_sum > 0)
             winner = tl.where(sooner, tiles, winner)
             best = tl.where(sooner, time, best)
+            best_base = tl.where(sooner, base, best_base)
     top = tl.max(maximum)
     sum_of_row = tl.sum(total * tl.exp(scale * (maximum - usable_base(top))))
     valid = (sum_of_row > 0) & (sum_of_row < float("inf")) & (top < float("inf"))
     logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(sum_of_row.to(tl.float64))
-    return logsumexp, first_arrival(best, winner), valid
+    time = tl.where(winner < NO_ID, best - scale * (best_base - usable_base(top)), float("inf"))
+    return logsumexp, first_arrival(time, winner), valid
 
 
 @triton.jit

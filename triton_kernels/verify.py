@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.contract import MIN_TEMPERATURE, Purpose
 from specdec_kernels.contract import TILE as _TILE
-from specdec_kernels.contract import Purpose
 from specdec_kernels.triton_kernels.noise import coin
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
@@ -32,6 +32,7 @@ from specdec_kernels.triton_kernels.rows import (
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
 TARGET = tl.constexpr(int(Purpose.TARGET))
+GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def temperature_scale(temperature_ptr, temperature, index):
     """1 / temperature; inf is greedy."""
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + index)
-    return tl.where(temperature == 0.0, float("inf"), 1.0 / tl.where(temperature == 0.0, 1.0, temperature))
+    greedy = temperature < GREEDY_BELOW
+    return tl.where(greedy, float("inf"), 1.0 / tl.where(greedy, 1.0, temperature))
 
 
 @triton.jit

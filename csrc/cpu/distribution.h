@@ -32,8 +32,9 @@ struct TileSpace {
   }
 };
 
-// temperature 0, or so small that its inverse overflows, is greedy: scale = inf marks a point mass.
-inline float scale_of(float temperature) { return 1.0f / temperature; }
+// Temperature 0, or too small for float32 scalars, is greedy: scale = inf marks a point mass.
+constexpr float kMinTemperature = 1e-5f;
+inline float scale_of(float temperature) { return temperature < kMinTemperature ? INFINITY : 1.0f / temperature; }
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
 class RowView {
@@ -149,7 +150,7 @@ class RowView {
     const auto padded = int64_t(space_.weight.size());
     const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
     total_ = combined.total;
-    lse_ = combined.base + std::log(double(combined.total));
+    lse_ = double(scale_) * double(combined.base) + std::log(double(combined.total));
     valid_ = std::isfinite(lse_);
   }
 

@@ -37,9 +37,9 @@ struct Noise {
   uint32_t tag;  // purpose | level << 8 | row << 16
 };
 
-// logsumexp = base + log(total): nan where the row is not valid, -inf where nothing in it is finite.
+// logsumexp = scale * base + log(total): nan where the row is not valid, -inf where nothing in it is finite.
 struct Combined {
-  double base;
+  float base;
   float total;  // of the tile weights
 };
 

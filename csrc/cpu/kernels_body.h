@@ -1,8 +1,7 @@
 // The one body of every row kernel, written against a vector type `V` (vec_*.h). Each kernels_*.cpp includes it once,
 // inside a namespace of its own: code compiled for AVX-512 must never be merged by the linker with code for AVX2.
 
-constexpr double kLog2eExact = 1.44269504088896340736;
-constexpr float kLog2e = float(kLog2eExact);
+constexpr float kLog2e = 1.44269504088896341f;
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
@@ -83,28 +82,39 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
-// Each tile of a group, relative to `bases`: its sum of exp(scale * (logit - base)).
-template <class T>
+// The sum over each tile of a group of exp(scale * (logit - base)). Fused: scale * logit - scale * base in one operation,
+// the rounding of the second product taken out at the end; not fused: no rounding, for low temperatures.
+template <bool kFused, class T>
 V::F group_sums(const Group<T>& group, V::F bases, V::F scale2) {
-  float spread[V::width];
-  V::store(spread, V::mul(bases, scale2));
+  const V::F products = V::mul(bases, scale2);
+  float base[V::width], product[V::width];
+  V::store(base, bases);
+  V::store(product, products);
   V::F sums[V::width];
   for (int64_t g = 0; g < V::width; ++g) {
-    const V::F base = V::set(-spread[g]);
+    const V::F offset = V::set(kFused ? -product[g] : base[g]);
+    const auto term = [&](V::F logit) {
+      return V::exp2(kFused ? V::fma(logit, scale2, offset) : V::mul(V::sub(logit, offset), scale2));
+    };
     const T* logits = group[g];
     prefetch(logits);
     V::F a = V::set(0.0f), b = V::set(0.0f);
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
-      a = V::add(a, V::exp2(V::fma(V::load(logits + i), scale2, base)));
-      b = V::add(b, V::exp2(V::fma(V::load(logits + i + V::width), scale2, base)));
+      a = V::add(a, term(V::load(logits + i)));
+      b = V::add(b, term(V::load(logits + i + V::width)));
     }
     sums[g] = V::add(a, b);
   }
-  return V::fold_add(sums);
+  if (!kFused) return V::fold_add(sums);
+  const V::F rounding = V::fma(bases, scale2, V::sub(V::set(0.0f), products));
+  return V::mul(V::fold_add(sums), V::exp2(V::sub(V::set(0.0f), rounding)));
 }
 
 // Beyond it a sum has not lost anything yet, but the sum of a row of them might.
 constexpr float kLargeSum = 0x1p60f;
+
+// Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
+constexpr float kLargeSpread = 0x1p20f;
 
 void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum) {
   const V::F scale2 = V::set(scale * kLog2e);
@@ -112,13 +122,18 @@ void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* 
     for (int64_t first = begin; first < end; first += V::width) {
       const Group<decltype(element)> group(row, first, end);
       // Any base will do that is not far below the largest logit; looking for that one first would cost a third more.
-      V::F bases = usable_base(V::set(V::reduce_max(V::load(group[0]))));
-      V::F sums = group_sums(group, bases, scale2);
-      if (V::any(V::exceeds(sums, kLargeSum))) {
+      const float guess = V::reduce_max(V::load(group[0]));
+      V::F bases = usable_base(V::set(guess)), sums;
+      bool done = !(std::fabs(guess * scale) > kLargeSpread) || guess == -INFINITY;
+      if (done) {
+        sums = group_sums<true>(group, bases, scale2);
+        done = !V::any(V::exceeds(sums, kLargeSum));
+      }
+      if (!done) {
         V::F largest[V::width];
         for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
         bases = usable_base(V::fold_max(largest));
-        sums = group_sums(group, bases, scale2);
+        sums = group_sums<false>(group, bases, scale2);
       }
       V::store(base + first, bases);
       V::store(sum + first, sums);
@@ -127,24 +142,23 @@ void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* 
 }
 
 Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale) {
-  const V::F scale2 = V::set(scale * kLog2e);
   V::F largest = V::set(-INFINITY);
   for (int64_t t = 0; t < padded_tiles; t += V::width) {
     // A tile without weight must not decide on the base.
     const V::M weighs = V::differs(V::load(tile_sum + t), 0.0f);
     largest = V::max(largest, V::either_of(weighs, V::load(tile_base + t), -INFINITY));
   }
-  const V::F base = V::mul(usable_base(V::set(V::reduce_max(largest))), scale2);
+  const float base = V::reduce_max(largest);
+  const V::F bases = usable_base(V::set(base)), scale2 = V::set(scale * kLog2e);
   V::F total = V::set(0.0f);
   for (int64_t t = 0; t < padded_tiles; t += V::width) {
-    // The same product as in tile_stats, so that its rounding cancels.
-    const V::F factor = V::exp2(V::sub(V::mul(V::load(tile_base + t), scale2), base));
+    const V::F factor = V::exp2(V::mul(V::sub(V::load(tile_base + t), bases), scale2));
     const V::F sum = V::load(tile_sum + t);
     const V::F weight = V::either_of(V::differs(sum, 0.0f), V::mul(sum, factor), 0.0f);
     total = V::add(total, weight);
     V::store(tile_sum + t, weight);
   }
-  return {double(V::first(base)) / kLog2eExact, V::reduce_add(total)};
+  return {base, V::reduce_add(total)};
 }
 
 // --- probabilities --------------------------------------------------------------------------------------------------

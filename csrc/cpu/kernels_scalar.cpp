@@ -1,4 +1,6 @@
 #include "kernels.h"
+#include <cmath>
+
 #include "vec_scalar.h"
 
 namespace specdec {

@@ -58,7 +58,7 @@ def sample(
         seed: int64 [R] or int. One per request.
         position: int64 [R] or int. Tokens of the request before this step, in tokens.
         row: int64 [R] or int, in [0, 65536). Index of the drafted token in its step.
-        temperature: float32 [R] or float, at least 0. 0 is greedy: the largest logit, lowest id on ties.
+        temperature: float32 [R] or float, at least 0. 0 (and below 1e-5) is greedy: the largest logit, lowest id on ties.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -123,7 +123,7 @@ def verify_chain(
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step; it must grow with every step.
         num_draft: int64 or int32 [B], or None for K. Drafts beyond it are not looked at.
-        temperature: float32 [B] or float, at least 0, of the target. 0 is greedy.
+        temperature: float32 [B] or float, at least 0, of the target. 0 (and below 1e-5) is greedy.
         rule: ``"token"``, the only one so far.
         backend: ``None`` follows the device; a name forces that backend.
 

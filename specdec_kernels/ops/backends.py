@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 from specdec_kernels import reference
 from specdec_kernels.ops import schema
 
-NATIVE_LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so"
+#: SPECDEC_LIBRARY names another build, such as one with sanitizers.
+NATIVE_LIBRARY = Path(
+    os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
+)
 OPS = ("verify_chain", "sample", "noise_words")
 
 

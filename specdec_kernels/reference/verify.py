@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.contract import TILE, Level, Purpose
+from specdec_kernels.contract import MIN_TEMPERATURE, TILE, Level, Purpose
 from specdec_kernels.reference.noise import coins, exponentials
 
 
@@ -14,7 +14,7 @@ def _scales(temperatures: Tensor | None, temperature: float, rows: Tensor) -> Te
     """1 / temperature, float32 as in every backend, one a row; inf is greedy."""
     if temperatures is None:
         temperatures = torch.full((rows.shape[0],), temperature, dtype=torch.float32, device=rows.device)
-    return 1.0 / temperatures
+    return torch.where(temperatures < MIN_TEMPERATURE, torch.inf, 1.0 / temperatures)
 
 
 def _rows_valid(logits: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""Every test that takes ``backend`` runs once for each implementation: Triton in its interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
+
+import pytest
+from specdec_kernels import ops
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = ops.BACKENDS[name].reason
+    assert not reason, f"backend {name} must run in tests: {reason}"
+    return name
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cuda" if ops.BACKENDS[backend].device == "cuda" else "cpu"
+
+
+def on_device(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """The op with its tensors moved to where the backend runs, and its results moved back."""
+    device = "cuda" if ops.BACKENDS[backend].device == "cuda" else "cpu"
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    def call(*positional: Any, **named: Any) -> Any:
+        result = function(
+            *(moved(x) for x in positional), **{key: moved(x) for key, x in named.items()}, backend=backend
+        )
+        return type(result)(*(x.cpu() for x in result))
+
+    return call
+
+
+@pytest.fixture
+def verify_chain(backend: str) -> Callable[..., ops.Verified]:
+    return on_device(ops.verify_chain, backend)
+
+
+@pytest.fixture
+def sample(backend: str) -> Callable[..., ops.Sample]:
+    return on_device(ops.sample, backend)
