@@ -152,10 +152,10 @@ def test_reused_noise_is_a_wrong_law():
 
     target, draft = np.log([[0.1, 0.3, 0.6], [1, 1, 1]]), np.log([[0.8, 0.15, 0.05]])
     counts = {Reused: np.zeros(3), oracle.Noise: np.zeros(3)}
-    for seed, kind in product(range(1500), counts):
+    for seed, kind in product(range(3000), counts):
         drawn = oracle.sample(draft[0], oracle.Noise(seed, 0)).token
         counts[kind][oracle.verify_chain(target, [drawn], draft, None, kind(seed, 0)).tokens[0]] += 1
-    expected = 1500 * np.array([0.1, 0.3, 0.6])
+    expected = 3000 * np.array([0.1, 0.3, 0.6])
     chi2 = {kind: float(((seen - expected) ** 2 / expected).sum()) for kind, seen in counts.items()}
     assert chi2[oracle.Noise] < 28 < chi2[Reused]  # two degrees of freedom, one in a million
 

@@ -136,15 +136,14 @@ def main(
     target, _ = load_target()
     shards = [torch.load(path) for path in sorted(data.glob("*.pt"))]
     held_out, train = shards[-1], [conversation for shard in shards[:-1] for conversation in shard]
-    counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
-    chosen = torch.tensor(sorted(token for token, _ in counts.most_common(shortlist)))
-    embed = target.get_input_embeddings().weight.detach().float()
-    head = target.get_output_embeddings().weight.detach()[chosen]
-    model = FeatureModel(target.config, chosen)
     if start_from is None:
+        counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
+        model = FeatureModel(target.config, torch.tensor(sorted(t for t, _ in counts.most_common(shortlist))))
         start_from_last_layer(model, target.model)
     else:
         model = FeatureModel.load(start_from, target.config, torch.float32).train()
+    embed = target.get_input_embeddings().weight.detach().float()
+    head = target.get_output_embeddings().weight.detach()[model.shortlist]
     first_only = FIRST_STEP_ONLY if start_from is None else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     start, step, epoch = time.time(), 0, 0

@@ -1,0 +1,140 @@
+"""The backends as operators: against the oracle, under PyTorch's own checks, and when they are missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from specdec_kernels import ops, selftest
+
+
+def run_python(*arguments, **environment):
+    """A fresh interpreter, since backends are chosen at import."""
+    variables = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=600)
+
+
+def test_against_the_oracle(backend, device):
+    report = selftest.run(backend, device, count=120)
+    assert report.wrong == []
+    assert report.too_close <= report.requests // 100
+    assert report.requests == 720
+
+
+def test_the_suite_notices_a_wrong_backend(monkeypatch):
+    """The comparison itself can fail: a backend that accepts one token too few."""
+    real = ops.verify_chain
+
+    def wrong(*positional, **named):
+        verified = real(*positional, **named)
+        return verified._replace(num_accepted=(verified.num_accepted - 1).clamp(min=0))
+
+    monkeypatch.setattr(selftest, "verify_chain", wrong)
+    assert selftest.run("cpu", count=20).wrong
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    probe = run_python("-c", "import specdec_kernels.ops as o; print(o.BACKENDS['cpu'].detail)", SPECDEC_CPU_ISA=isa)
+    if probe.stdout.strip() == "C++, none":
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == f"C++, {isa}"
+    result = run_python("-m", "specdec_kernels.selftest", "cpu", SPECDEC_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = "import torch, specdec_kernels as s; s.sample(torch.zeros(1, 3), seed=1, position=1)"
+    result = run_python("-c", code, SPECDEC_CPU_ISA="sse9")
+    assert "SPECDEC_CPU_ISA must be scalar, avx2 or avx512 and run on this machine, got sse9" in result.stderr
+
+
+def test_without_the_compiled_library_the_reference_runs():
+    code = """
+import torch, specdec_kernels as s
+row = torch.tensor([[0.0, 5.0, 0.0]])
+print(s.sample(row, seed=1, position=1, temperature=0.0).tokens.tolist())
+try:
+    s.sample(row, seed=1, position=1, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    result = run_python("-c", code, SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
+    assert result.stdout.splitlines() == [
+        "[1]",
+        "backend='cpu' cannot run here: libspecdec_cpu.so was not built (pip install -e .)",
+    ]
+
+
+def test_without_a_gpu_triton_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code = "import torch, specdec_kernels as s; s.sample(torch.zeros(1, 3), seed=1, position=1, backend='triton')"
+    result = run_python("-c", code, TRITON_INTERPRET="0")
+    assert "backend='triton' cannot run here: there is no GPU" in result.stderr
+
+
+def arguments(kind="statistics", temperature=True):
+    generator = torch.Generator().manual_seed(0)
+    target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
+    drawn = ops.sample(draft.reshape(6, 50), seed=1, position=1)
+    return (
+        target,
+        drawn.tokens.reshape(2, 3),
+        None if kind == "point mass" else draft,
+        drawn.stats.reshape(2, 3, 3) if kind == "statistics" else None,
+        torch.tensor([1, 2]),
+        torch.tensor([3, 4]),
+        torch.tensor([3, 2]),
+        torch.tensor([0.5, 0.0]) if temperature else None,
+        0.7,
+    )
+
+
+@pytest.mark.parametrize("kind", selftest.DRAFT_KINDS)
+@pytest.mark.parametrize("temperature", [True, False])
+def test_opcheck_verify_chain(kind, temperature):
+    """Case 33: schema, fake, dispatch and tracing."""
+    torch.library.opcheck(torch.ops.specdec.verify_chain.default, arguments(kind, temperature))
+
+
+def test_opcheck_sample_and_noise_words():
+    two = torch.tensor([1, 2])
+    torch.library.opcheck(torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, None, 0.5))
+    torch.library.opcheck(torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, torch.tensor([0.0, 1]), 0.0))
+    torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
+
+
+def test_compiled_without_a_break_and_replayed():
+    """Cases 32 and 33: one graph, whose results follow its inputs."""
+
+    def step(target, draft, seed, position, temperature):
+        drawn = ops.sample(draft.flatten(0, 1), seed=seed.repeat_interleave(3), position=9, temperature=0.9)
+        tokens, stats = drawn.tokens.unflatten(0, (2, 3)), drawn.stats.unflatten(0, (2, 3))
+        return ops.verify_chain(target, tokens, draft, stats, seed=seed, position=position, temperature=temperature)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
+        given = (target, draft, torch.tensor([index, 7]), torch.tensor([index, 5]), torch.tensor([0.5, 1.0]))
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*given), step(*given), strict=True))
+
+
+def test_threads_do_not_change_the_tokens():
+    target = torch.randn(3, 5, 60_000, generator=torch.Generator().manual_seed(0))
+    draft = target[:, :4] + 0.5 * torch.randn(3, 4, 60_000, generator=torch.Generator().manual_seed(1))
+    tokens = ops.sample(draft.flatten(0, 1), seed=3, position=1).tokens.reshape(3, 4)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results += [ops.verify_chain(target, tokens, draft, seed=s, position=1).tokens for s in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(results[:20] * 2, results[20:], strict=True):
+        assert torch.equal(a, b)

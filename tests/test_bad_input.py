@@ -1,0 +1,135 @@
+"""What callers get wrong: an error that names the argument, what was expected and what came; never a crash."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from specdec_kernels import noise_words, sample, verify_chain
+
+TARGET, TOKENS, DRAFT = torch.zeros(2, 4, 7), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 7)
+STATS = torch.zeros(2, 3, 3)
+
+VERIFY = [
+    ({"target_logits": TARGET[0]}, ValueError, r"target_logits must have shape \[B, K\+1, V\].*float32 \[4, 7\]"),
+    ({"target_logits": TARGET.double()}, TypeError, r"target_logits must be float32 or bfloat16 or float16.*float64"),
+    ({"target_logits": [1.0]}, TypeError, r"target_logits must be .* got \[1.0\]"),
+    ({"target_logits": torch.zeros(2, 4, 0)}, ValueError, "target_logits must have a vocabulary"),
+    ({"target_logits": torch.zeros(2, 0, 7)}, ValueError, r"target_logits must have K\+1 rows"),
+    ({"target_logits": torch.zeros(2, 4, 14)[..., ::2]}, ValueError, "target_logits must be contiguous along the vocabulary"),
+    ({"draft_tokens": TOKENS.float()}, TypeError, r"draft_tokens must be int64 or int32 \[B, K\], got float32"),
+    ({"draft_tokens": TOKENS[:, :2]}, ValueError, r"draft_tokens must have shape \[B, K\] = \[2, 3\], got int64 \[2, 2\]"),
+    ({"draft_tokens": TOKENS + 7}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got 7 at \[0, 0\]"),
+    ({"draft_tokens": TOKENS - 2}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got -2 at \[0, 0\]"),
+    ({"draft_logits": DRAFT[..., :6]}, ValueError, r"draft_logits must have shape \[B, K, V\] = \[2, 3, 7\]"),
+    ({"draft_logits": None, "draft_stats": STATS}, ValueError, "draft_stats needs the draft_logits"),
+    ({"draft_stats": STATS.half()}, TypeError, r"draft_stats must be float32 \[B, K, 3\]"),
+    ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have shape \[B\] = \[2\], got int64 \[3\]"),
+    ({"seed": torch.zeros(2, dtype=torch.int32)}, TypeError, r"seed must be int64 \[B\], got int32"),
+    ({"position": 1.5}, TypeError, r"position must be int64 \[B\], got 1.5"),
+    ({"num_draft": torch.zeros(2)}, TypeError, r"num_draft must be int64 or int32 \[B\], got float32"),
+    ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative, got -1.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be finite and not negative, got nan"),
+    ({"temperature": torch.tensor([1.0, -2.0])}, ValueError, "temperature must be finite and not negative"),
+    ({"temperature": "hot"}, TypeError, r"temperature must be a float or float32 \[B\], got 'hot'"),
+    ({"rule": "block"}, ValueError, "rule must be 'token', got 'block'"),
+    ({"backend": "cuda9"}, ValueError, "backend must be None or one of .* got 'cuda9'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), VERIFY, ids=lambda x: str(list(x)[0]) if isinstance(x, dict) else "")
+def test_verify_chain(change, error, message):
+    named = {
+        "target_logits": TARGET, "draft_tokens": TOKENS, "draft_logits": DRAFT, "draft_stats": None,
+        "seed": 1, "position": 1, **change,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        verify_chain(**named)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_bad_ids_are_found_by_every_cpu_backend(name):
+    tokens = torch.tensor([[0, -1, 99], [0, 1, 99]])
+    with pytest.raises(ValueError, match=r"draft_tokens must be -1 or in \[0, 7\), got 99 at \[1, 2\]"):
+        verify_chain(TARGET, tokens, seed=1, position=1, backend=name)
+    verify_chain(TARGET, tokens, seed=1, position=1, num_draft=torch.tensor([3, 2]), backend=name)
+
+
+SAMPLE = [
+    ({"logits": torch.zeros(7)}, ValueError, r"logits must have shape \[R, V\]"),
+    ({"logits": torch.zeros(2, 7).long()}, TypeError, "logits must be float32 or bfloat16 or float16"),
+    ({"row": 65536}, ValueError, r"row must be in \[0, 65536\), got 65536"),
+    ({"row": -1}, ValueError, r"row must be in \[0, 65536\), got -1"),
+    ({"seed": True}, TypeError, r"seed must be int64 \[R\], got True"),
+    ({"temperature": torch.ones(3)}, ValueError, r"temperature must have shape \[R\] = \[2\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), SAMPLE, ids=lambda x: str(list(x)[0]) if isinstance(x, dict) else "")
+def test_sample(change, error, message):
+    with pytest.raises(error, match=message):
+        sample(**{"logits": torch.zeros(2, 7), "seed": 1, "position": 1, **change})
+
+
+@pytest.mark.parametrize(("change", "message"), [({"tag": 2**32}, "tag must be"), ({"first": -1}, "first must be"), ({"counters": -1}, "counters must")])  # fmt: skip
+def test_noise_words(change, message):
+    with pytest.raises(ValueError, match=message):
+        noise_words(**{"seed": torch.tensor([1]), "position": torch.tensor([1]), "tag": 0, **change})
+
+
+def test_tensors_on_different_devices():
+    with pytest.raises(ValueError, match="draft_tokens must be on meta like target_logits, got cpu"):
+        verify_chain(TARGET.to("meta"), TOKENS, seed=1, position=1)
+
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
+values = st.sampled_from([0.0, 1.0, -3.0, float("nan"), float("inf"), float("-inf"), 6e4])
+
+
+@st.composite
+def calls(draw):
+    """Arguments that are nearly right: sizes that may disagree, any ids, odd values, strides, lengths."""
+    batch, longest, vocab = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.integers(1, 300))
+
+    def logits(rows):
+        width = vocab + draw(st.sampled_from([0, 0, 0, 1]))
+        x = torch.full((batch, rows, width), draw(values))
+        if x.numel():
+            x.view(-1)[:: draw(st.integers(1, 9))] = draw(values)
+        return x.to(draw(dtypes) if draw(st.integers(0, 5)) == 0 else torch.float32)[..., :vocab]
+
+    ids = st.integers(-3, vocab + 2) if draw(st.booleans()) else st.integers(-1, vocab - 1)
+    tokens = torch.tensor([[draw(ids) for _ in range(longest)] for _ in range(batch)], dtype=torch.int64)
+    dense = draw(st.booleans())
+    return {
+        "target_logits": logits(longest + 1),
+        "draft_tokens": tokens.reshape(batch, longest),
+        "draft_logits": logits(longest) if dense else None,
+        "draft_stats": torch.full((batch, longest, 3), draw(values)) if dense and draw(st.booleans()) else None,
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "position": draw(st.integers(0, 2**63 - 1)),
+        "num_draft": draw(st.none() | st.just(torch.randint(-2, 6, (batch,)))),
+        "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),
+    }
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(calls())
+def test_nothing_crashes_and_ids_stay_in_range(named):
+    vocab = named["target_logits"].shape[-1]
+    results = []
+    for name in ("cpu", "reference"):
+        try:
+            results.append(verify_chain(**named, backend=name))
+        except (ValueError, TypeError) as error:
+            assert "must" in str(error)  # noqa: PT017
+            results.append(None)
+    assert (results[0] is None) == (results[1] is None)
+    for result in results:
+        if result is not None:
+            assert ((result.tokens >= -1) & (result.tokens < vocab)).all()
+            assert (result.tokens[:, 0] >= 0).all()
+            assert ((result.tokens >= 0).sum(1) == result.num_accepted + 1).all()
+    if results[0] is not None:
+        assert torch.equal(results[0].valid, results[1].valid)
