@@ -26,10 +26,11 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", build, "--prefix", into], check=True)
 
 
-# The upstream Triton project owns the top-level name `triton_kernels`, so the folder is imported under ours.
+# The upstream Triton project owns the top-level name `triton_kernels`, so folders at the top are imported under ours.
 setup(
     packages=[
         "specdec_kernels",
+        "specdec_kernels.bench",
         "specdec_kernels.cli",
         "specdec_kernels.decode",
         "specdec_kernels.decode.drafters",
@@ -37,7 +38,7 @@ setup(
         "specdec_kernels.reference",
         "specdec_kernels.triton_kernels",
     ],
-    package_dir={"specdec_kernels.triton_kernels": "triton_kernels"},
+    package_dir={"specdec_kernels.triton_kernels": "triton_kernels", "specdec_kernels.bench": "bench"},
     package_data={"specdec_kernels": ["assets/*", "py.typed"]},
     ext_modules=[Extension("specdec_kernels.native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

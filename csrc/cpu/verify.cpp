@@ -43,8 +43,8 @@ struct DraftLaw {
 
 class ChainRequest {
  public:
-  ChainRequest(const VerifyChain& op, const Kernels& kernels, int64_t request, SharedPass& pass)
-      : op_(op), kernels_(kernels), b_(request), pass_(pass), scratch_(scratch(tiles_of(op.vocab))) {}
+  ChainRequest(const VerifyChain& op, const Kernels& kernels, int64_t threads, int64_t request, SharedPass& pass)
+      : op_(op), kernels_(kernels), threads_(threads), b_(request), pass_(pass), scratch_(scratch(tiles_of(op.vocab))) {}
 
   void run() {
     const float scale = scale_of(op_.temperatures ? op_.temperatures[b_] : op_.temperature);
@@ -52,7 +52,7 @@ class ChainRequest {
     int64_t i = 0;
     int64_t emitted = -1;
     for (; emitted < 0; ++i) {
-      RowView target(kernels_, row_of(op_.target, op_.vocab, b_, i), scale, scratch_.target);
+      RowView target(kernels_, row_of(op_.target, op_.vocab, b_, i), scale, threads_, scratch_.target);
       const bool last = i == drafted;
       // A greedy target accepts its argmax and emits its argmax: no law of the draft matters.
       const bool needs_draft = !last && !is_greedy(scale);
@@ -108,7 +108,7 @@ class ChainRequest {
     law.row = row_of(op_.draft, op_.vocab, b_, i);
     const int64_t token = token_at(i);
     if (stats == nullptr) {
-      RowView draft(kernels_, law.row, 1.0f, scratch_.draft);
+      RowView draft(kernels_, law.row, 1.0f, threads_, scratch_.draft);
       const uint32_t pieces = target.pieces();
       pass_.run(2 * pieces, [&](uint32_t piece) { piece < pieces ? target.pass(piece) : draft.pass(piece - pieces); });
       target.finish();
@@ -122,7 +122,7 @@ class ChainRequest {
     law.point_mass = is_greedy(stats[0]);
     if (law.point_mass) return law;
     law.dist = {stats[0], stats[1], stats[2], 0.0f};
-    const float logit = RowView(kernels_, law.row, stats[0], scratch_.draft).logit(token);
+    const float logit = RowView(kernels_, law.row, stats[0], threads_, scratch_.draft).logit(token);
     law.prob = logit < stats[1] ? 0.0 : std::exp(double(stats[0]) * double(logit) - double(stats[2]));
     law.valid = std::isfinite(law.prob);
     return law;
@@ -159,15 +159,15 @@ class ChainRequest {
 
   const VerifyChain& op_;
   const Kernels& kernels_;
-  const int64_t b_;
+  const int64_t threads_, b_;
   SharedPass& pass_;
   Scratch& scratch_;
   bool valid_ = true;
 };
 
-void sample_row(const Sample& op, const Kernels& kernels, int64_t r, SharedPass& pass) {
+void sample_row(const Sample& op, const Kernels& kernels, int64_t threads, int64_t r, SharedPass& pass) {
   const float scale = scale_of(op.temperatures ? op.temperatures[r] : op.temperature);
-  RowView view(kernels, row_of(op.logits, op.vocab, 0, r), scale, scratch(tiles_of(op.vocab)).target);
+  RowView view(kernels, row_of(op.logits, op.vocab, 0, r), scale, threads, scratch(tiles_of(op.vocab)).target);
   pass.run(view.pieces(), [&](uint32_t piece) { view.pass(piece); });
   view.finish();
   float* stats = op.out_stats + 3 * r;
@@ -216,12 +216,12 @@ std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain& op)
 void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
   const Kernels& table = *kernels();
   each_request(op.batch, op.vocab, threads, run,
-               [&](int64_t b, SharedPass& pass) { ChainRequest(op, table, b, pass).run(); });
+               [&](int64_t b, SharedPass& pass) { ChainRequest(op, table, threads, b, pass).run(); });
 }
 
 void sample(const Sample& op, int64_t threads, RunOnThreads run) {
   const Kernels& table = *kernels();
-  each_request(op.rows, op.vocab, threads, run, [&](int64_t r, SharedPass& pass) { sample_row(op, table, r, pass); });
+  each_request(op.rows, op.vocab, threads, run, [&](int64_t r, SharedPass& pass) { sample_row(op, table, threads, r, pass); });
 }
 
 }  // namespace specdec

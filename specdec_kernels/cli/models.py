@@ -21,6 +21,9 @@ DRAFTER_WEIGHTS = Path(str(files("specdec_kernels"))) / "assets" / "smollm2-draf
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead; measured, see the README.
 SURE_MATCH = 4
 
+#: Drafting on costs a twentieth of a target's pass, so it has to be worth more than that; measured, see the README.
+MIN_CONFIDENCE = 0.15
+
 
 def _quiet() -> None:
     from transformers.utils import logging
@@ -91,9 +94,9 @@ def load_drafter(kind: str, target: Any, draft: str | None = None) -> Drafter | 
         raise ValueError(f"drafter must be auto, model, lookup or none, got {kind!r}")
     model: Drafter
     if draft is not None:
-        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size)
+        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, MIN_CONFIDENCE)
     elif Path(target.name_or_path) == smollm2_path():
-        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target)
+        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, MIN_CONFIDENCE)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
     return model if kind == "model" else FirstOf(LookupDrafter(SURE_MATCH), model)

@@ -33,15 +33,21 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str,
 
 
 def _matches(actual: torch.Size, shape: tuple[int | None, ...]) -> bool:
-    return len(actual) == len(shape) and all(want in (None, got) for want, got in zip(shape, actual, strict=True))
+    if len(actual) != len(shape):
+        return False
+    for want, got in zip(shape, actual, strict=True):  # noqa: SIM110 - a generator costs as much as the op's dispatch
+        if want is not None and want != got:
+            return False
+    return True
 
 
 def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -> Tensor:
     """Logits: float, at least one column, the vocabulary contiguous; rows may have any stride."""
     checked = tensor(name, value, LOGIT_DTYPES, dims, shape)
-    if checked.shape[-1] == 0:
+    vocab = checked.shape[-1]
+    if vocab == 0:
         raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(checked)}")
-    if checked.stride(-1) != 1 and checked.shape[-1] != 1:
+    if checked.stride(-1) != 1 and vocab != 1:
         raise ValueError(
             f"{name} must be contiguous along the vocabulary (stride 1), got strides {list(checked.stride())}"
         )
@@ -50,10 +56,11 @@ def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -
 
 def same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """Every tensor given is where the first one is."""
-    if first.is_cpu and all(other is None or other.is_cpu for other in others.values()):
-        return  # the common case on the hot path: comparing devices costs a microsecond
+    on_cpu = first.is_cpu  # a flag: comparing devices costs a microsecond
     for name, other in others.items():
-        if other is not None and other.device != first.device:
+        if other is None or (on_cpu and other.is_cpu):
+            continue
+        if other.device != first.device:
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {other.device}")
 
 

@@ -20,13 +20,21 @@ class AutoregressiveDrafter(ABC):
 
     Tokens that were committed since the last draft are read together with the first draft's pass, so that K drafts
     take K passes; what was read of the drafts themselves is taken back.
+
+    Drafting stops early once the model's own probability of all drafts so far, at temperature 1, falls below
+    ``min_confidence``. That depends on the drafts and their law alone, and every token drawn is proposed, so the law of
+    the text stays exact (algorithms.md, 10).
     """
 
     wants_features = False
 
-    def __init__(self, config: Any, device: torch.device, vocab_size: int, backend: BackendName | None = None) -> None:
+    def __init__(
+        self, config: Any, device: torch.device, vocab_size: int, min_confidence: float, backend: BackendName | None
+    ) -> None:
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence must be in [0, 1], got {min_confidence}")
         self._config, self._device, self._vocab = config, device, vocab_size
-        self._backend = backend
+        self._min_confidence, self._backend = min_confidence, backend
         self._logits: Tensor | None = None
 
     @abstractmethod
@@ -63,6 +71,9 @@ class AutoregressiveDrafter(ABC):
         drafts, stats = [], []
         full = self._buffer(batch, longest, logits.dtype)
         one = torch.ones_like(counts)
+        index = torch.arange(longest, device=self._device)
+        wanted = step.num_draft.clone()
+        confidence = torch.ones(batch, device=self._device)
         for row in range(longest):
             drawn = sample(
                 logits, seed=step.seed, position=step.position, row=row, temperature=step.temperature, backend=self._backend
@@ -70,13 +81,16 @@ class AutoregressiveDrafter(ABC):
             self._scatter(full[:, row], logits)
             drafts.append(self._ids(drawn.tokens))
             stats.append(drawn.stats)
-            if row + 1 < longest:
-                previous = None if features is None else features[:, None]
-                logits, features = self._advance(drafts[-1][:, None], previous, one)
-        self._cache.crop(longest - 1)
-        index = torch.arange(longest, device=self._device)
-        proposed = torch.stack(drafts, 1).masked_fill(index >= step.num_draft[:, None], -1)
-        return Draft(proposed, full, torch.stack(stats, 1))
+            confidence *= logits.float().softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
+            wanted = torch.where(confidence < self._min_confidence, wanted.clamp(max=row + 1), wanted)
+            if row + 1 >= int(wanted.max()):
+                break
+            previous = None if features is None else features[:, None]
+            logits, features = self._advance(drafts[-1][:, None], previous, one)
+        drafted = len(drafts)
+        self._cache.crop(drafted - 1)
+        proposed = torch.stack(drafts, 1).masked_fill(index[:drafted] >= wanted[:, None], -1)
+        return Draft(proposed, full[:, :drafted], torch.stack(stats, 1))
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         for pending, new in zip(self._pending, tokens, strict=True):

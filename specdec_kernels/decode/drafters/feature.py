@@ -21,13 +21,16 @@ class FeatureDrafter(AutoregressiveDrafter):
     Args:
         model: trained for exactly this target.
         target: the target's transformers model.
+        min_confidence: stop drafting below it, see :class:`AutoregressiveDrafter`; 0 never stops.
         backend: of :func:`specdec_kernels.sample`.
     """
 
     wants_features = True
 
-    def __init__(self, model: FeatureModel, target: Any, backend: BackendName | None = None) -> None:
-        super().__init__(model.config, target.device, target.config.vocab_size, backend)
+    def __init__(
+        self, model: FeatureModel, target: Any, min_confidence: float = 0.0, backend: BackendName | None = None
+    ) -> None:
+        super().__init__(model.config, target.device, target.config.vocab_size, min_confidence, backend)
         self.model = model
         self._embed = target.get_input_embeddings()
         self._head = target.get_output_embeddings().weight.detach()[model.shortlist]

@@ -1,0 +1,1 @@
+"""Microbenchmarks. Imports as ``specdec_kernels.bench``."""

@@ -1,0 +1,102 @@
+"""What is timed: this package, PyTorch in three ways, transformers, and reading the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import _speculative_sampling
+
+from specdec_kernels import Verified, verify_chain
+from specdec_kernels.bench.cases import TEMPERATURE, Case, Inputs
+from specdec_kernels.ops.backends import NATIVE_LIBRARY, BACKENDS
+
+Contender = Callable[[Case, Inputs], Any]
+
+
+def fused(case: Case, x: Inputs, backend: Any = None) -> Verified:
+    """The public function."""
+    draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
+    temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
+    return verify_chain(x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, backend=backend)
+
+
+def batched(case: Case, x: Inputs) -> Tensor:
+    """Natural PyTorch: both softmaxes, every row, then one multinomial."""
+    target = torch.softmax(x.target.float() / TEMPERATURE, -1)
+    draft = torch.softmax(x.draft.float() / TEMPERATURE, -1)
+    target_prob = target[:, :-1].gather(-1, x.tokens[..., None])[..., 0]
+    draft_prob = draft.gather(-1, x.tokens[..., None])[..., 0]
+    accepted = (torch.rand_like(draft_prob) * draft_prob < target_prob).long().cumprod(1).sum(1)
+    rows = torch.arange(case.batch)
+    residual = (target[rows, accepted] - draft[rows, accepted.clamp(max=case.num_draft - 1)]).clamp(min=0)
+    weights = torch.where((accepted < case.num_draft)[:, None], residual, target[:, -1])
+    emitted = torch.multinomial(weights, 1)
+    return torch.cat([x.tokens, emitted], 1)
+
+
+def lean_rows(case: Case, x: Inputs) -> list[list[int]]:
+    """The leanest for few requests: the draft's logsumexp handed over, row by row, stop at the rejection."""
+    texts = []
+    for b in range(case.batch):
+        coins = torch.rand(case.num_draft).tolist()
+        tokens = x.tokens[b].tolist()
+        stats = x.stats[b].tolist()
+        text: list[int] = []
+        for i, token in enumerate(tokens):
+            row = x.target[b, i].float()
+            target_lse = float(torch.logsumexp(row / TEMPERATURE, -1))
+            ratio = float(row[token]) / TEMPERATURE - target_lse - float(x.draft[b, i, token]) * stats[i][0] + stats[i][2]
+            if coins[i] < torch.e**min(0.0, ratio):
+                text.append(token)
+                continue
+            target = torch.exp(row / TEMPERATURE - target_lse)
+            residual = target.sub_(torch.exp(x.draft[b, i].float() * stats[i][0] - stats[i][2])).clamp_(min=0)
+            text.append(int(residual.div_(torch.empty_like(residual).exponential_()).argmax()))
+            break
+        else:
+            target = torch.softmax(x.target[b, -1].float() / TEMPERATURE, -1)
+            text.append(int(target.div_(torch.empty_like(target).exponential_()).argmax()))
+        texts.append(text)
+    return texts
+
+
+def lean_batch(case: Case, x: Inputs) -> Tensor:
+    """The leanest for many requests: one logsumexp over all target rows, the residual of one row each."""
+    logits = x.target.float().mul_(1 / TEMPERATURE)
+    lse = torch.logsumexp(logits, -1)
+    target_logprob = logits[:, :-1].gather(-1, x.tokens[..., None])[..., 0] - lse[:, :-1]
+    draft_logit = x.draft.gather(-1, x.tokens[..., None])[..., 0].float()
+    draft_logprob = draft_logit * x.stats[..., 0] - x.stats[..., 2]
+    accepted = (torch.rand_like(lse[:, 1:]).log() < target_logprob - draft_logprob).long().cumprod(1).sum(1)
+    rows, at = torch.arange(case.batch), accepted.clamp(max=case.num_draft - 1)
+    weights = torch.exp(logits[rows, accepted] - lse[rows, accepted, None])
+    draft = torch.exp(x.draft[rows, at].float() * x.stats[rows, at, :1] - x.stats[rows, at, 2:])
+    weights.sub_(draft.mul_((accepted < case.num_draft)[:, None])).clamp_(min=0)
+    emitted = weights.div_(torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
+    return torch.cat([x.tokens, emitted], 1)
+
+
+def transformers(case: Case, x: Inputs) -> Any:
+    """``_speculative_sampling``, for one request; its logits are already divided by the temperature."""
+    return _speculative_sampling(x.tokens, x.draft, case.num_draft, x.target, False)
+
+
+def stream(case: Case, x: Inputs) -> int:
+    """The floor: read the rows that had to be read, on all threads."""
+    result: int = torch.ops.specdec_bench.stream(x.target, x.target_rows, x.draft, x.draft_rows)
+    return result
+
+
+def contenders(case: Case) -> dict[str, Contender]:
+    """Who takes part. PyTorch only where the drafts were handed over with their statistics, as it would want them."""
+    BACKENDS["cpu"].require(torch.device("cpu"))
+    torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
+    chosen: dict[str, Contender] = {"fused": fused, "stream": stream}
+    if case.kind == "statistics":
+        chosen |= {"batched": batched, "lean rows": lean_rows, "lean batch": lean_batch}
+        if case.batch == 1:
+            chosen["transformers"] = transformers
+    return chosen

@@ -1,0 +1,143 @@
+"""Time every case, side by side in one run; write JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
+from specdec_kernels.bench.contenders import Contender, contenders, fused
+from specdec_kernels.ops import BACKENDS
+from specdec_kernels.version import __version__
+
+#: Rounds of the fast contenders, and of the slow ones.
+MOST_ROUNDS, SECONDS, SLOW_ROUNDS = 400, 2.0, 7
+
+
+def check(case: Case, buffers: list[Inputs]) -> None:
+    """Refuse to time a wrong answer: the reference has to give the same tokens."""
+    for x in buffers[:2]:
+        got, want = fused(case, x), fused(case, x, "reference")
+        if not torch.equal(got.tokens, want.tokens):
+            raise RuntimeError(f"{case.name}: the reference disagrees: {got.tokens.tolist()} and {want.tokens.tolist()}")
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 in microseconds."""
+    ordered = sorted(seconds)
+    return {f"p{p}": 1e6 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (20, 50, 80)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """All contenders on the same buffers, in turn."""
+    buffers = inputs(case, lambda x: fused(case, x).num_accepted.long())
+    check(case, buffers)
+    chosen = contenders(case)
+    times: dict[str, list[float]] = {name: [] for name in chosen}
+    count = len(buffers)
+    # Ours and the floor alternate on different buffers, so that both find theirs cold; then the slow ones.
+    started, rounds = time.perf_counter(), 0
+    while rounds < max(2 * count, MOST_ROUNDS // 4) or (time.perf_counter() - started < SECONDS and rounds < MOST_ROUNDS):
+        for offset, name in enumerate(("fused", "stream")):
+            times[name].append(timed(chosen[name], case, buffers[(rounds + offset * count // 2) % count]))
+        rounds += 1
+    for name, contender in chosen.items():
+        if name not in ("fused", "stream"):
+            contender(case, buffers[-1])
+            times[name] = [timed(contender, case, buffers[i % count]) for i in range(SLOW_ROUNDS)]
+    results = {name: percentiles(seconds) for name, seconds in times.items()}
+    bytes_read = sum(case.bytes_read(x) for x in buffers) / len(buffers)
+    lean = [results[name]["p50"] for name in ("lean rows", "lean batch") if name in results]
+    return {
+        "case": case.name,
+        **vars(case),
+        "accepted": float(torch.cat([x.target_rows for x in buffers]).float().mean() - 1),
+        "bytes": bytes_read,
+        "gigabytes_per_second": bytes_read / results["fused"]["p50"] / 1e3,
+        "microseconds": results,
+        "over_streaming": results["fused"]["p50"] / results["stream"]["p50"],
+        "faster_than_lean": min(lean) / results["fused"]["p50"] if lean else None,
+    }
+
+
+def timed(contender: Contender, case: Case, x: Inputs) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    contender(case, x)
+    return time.perf_counter() - start
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "specdec_kernels": __version__,
+        "backend": BACKENDS["cpu"].detail,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line a case."""
+    names = ("fused", "stream", "lean rows", "lean batch", "batched", "transformers")
+    result = Table("case", "accepted", "GB/s", *(f"{name} us" for name in names), "/ stream", "lean /")
+    for row in rows:
+        times = [f"{row['microseconds'][n]['p50']:,.0f}" if n in row["microseconds"] else "" for n in names]
+        lean = f"{row['faster_than_lean']:.0f}x" if row["faster_than_lean"] else ""
+        result.add_row(
+            row["case"], f"{row['accepted']:.1f}", f"{row['gigabytes_per_second']:.0f}", *times, f"{row['over_streaming']:.2f}", lean
+        )
+    return result
+
+
+def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
+    """Times at V = 128,256 and K = 8, the floor beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [r for r in rows if (r["vocab"], r["num_draft"], r["kind"]) == (128_256, 8, "statistics")]
+    names = ("stream", "fused", "lean rows", "lean batch", "batched", "transformers")
+    figure, axes = pyplot.subplots(figsize=(10, 4.5))
+    for offset, name in enumerate(names):
+        at = [(i, r["microseconds"][name]["p50"]) for i, r in enumerate(shown) if name in r["microseconds"]]
+        axes.bar([i + 0.13 * (offset - 2.5) for i, _ in at], [t for _, t in at], 0.13, label=name)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(shown)), [f"B={r['batch']}\n{r['dtype']}" for r in shown])
+    axes.set_ylabel("microseconds a call, median, cold cache")
+    axes.set_title(f"verify_chain, V=128,256, K=8, T=0.7 - {where['processor']}, {where['cores']} threads")
+    axes.legend(ncols=3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(out: Path, quick: bool, console: Console) -> None:
+    """Run the grid."""
+    grid = list(cases(quick))
+    rows = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=len(grid))
+        for case in grid:
+            progress.update(task, description=case.name)
+            rows.append(measure(case))
+            progress.advance(task)
+    console.print(table(rows))
+    where = machine()
+    console.print(where)
+    if not quick:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "cpu.json").write_text(json.dumps({"machine": where, "results": rows}, indent=1) + "\n")
+        plot(rows, where, out / "cpu.png")
+        console.print(f"wrote {out / 'cpu.json'} and {out / 'cpu.png'}")

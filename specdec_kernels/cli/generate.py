@@ -1,0 +1,163 @@
+"""``specdec generate``: stream an answer, compare with plain decoding, measure the built-in prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from specdec_kernels.cli.models import load_drafter, load_target
+from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.decode import Statistics, Token, TransformersTarget, stream
+
+_DRAFTED, _DRAWN = "green", "bold yellow"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of ``specdec generate``."""
+
+    target: str
+    draft: str | None
+    drafter: str
+    num_draft: int
+    max_new_tokens: int
+    seed: int
+    fixed_rows: int | None
+    precision: str
+
+
+class Session:
+    """The loaded models."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        if settings.fixed_rows is not None and settings.num_draft >= settings.fixed_rows:
+            raise ValueError(
+                f"--fixed-rows must be more than the {settings.num_draft} drafts of --num-draft, got {settings.fixed_rows}"
+            )
+        with console.status("loading the models"):
+            self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
+            self.drafter = load_drafter(settings.drafter, self.model, settings.draft)
+        self.stop_tokens = self._stop_tokens()
+
+    def _stop_tokens(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        stop = set(configured if isinstance(configured, list) else [configured]) | {self.tokenizer.eos_token_id}
+        if "<|im_end|>" in self.tokenizer.get_vocab():
+            stop.add(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        return {token for token in stop if token is not None}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a user's message, or of the bare text where there is no chat template."""
+        if self.tokenizer.chat_template is None:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            return ids
+        message = [{"role": "user", "content": prompt}]
+        templated: list[int] = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        return templated
+
+    def decode(
+        self, prompt: str, temperature: float, drafted: bool, statistics: Statistics, seed: int | None = None
+    ) -> Iterator[Token]:
+        """The tokens of the answer."""
+        return stream(
+            TransformersTarget(self.model, self.settings.fixed_rows),
+            [self.encode(prompt)],
+            drafter=self.drafter if drafted else None,
+            num_draft=self.settings.num_draft,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=temperature,
+            seed=self.settings.seed if seed is None else seed,
+            stop_tokens=self.stop_tokens,
+            statistics=statistics,
+        )
+
+
+def _print_stream(session: Session, tokens: Iterator[Token]) -> list[int]:
+    """Write tokens as they come, coloured by who wrote them."""
+    written: list[int] = []
+    shown = ""
+    for token in tokens:
+        written.append(token.token)
+        text = session.tokenizer.decode(written, skip_special_tokens=True)
+        if text.endswith("\ufffd"):
+            continue  # half a character
+        session.console.print(Text(text[len(shown) :], style=_DRAFTED if token.drafted else _DRAWN), end="")
+        shown = text
+    session.console.print()
+    return written
+
+
+def _summary(statistics: Statistics) -> str:
+    acceptance = " ".join(
+        f"{accepted / proposed:.2f}"
+        for accepted, proposed in zip(statistics.accepted_at, statistics.proposed_at, strict=True)
+        if proposed
+    )
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in statistics.seconds.items())
+    return (
+        f"{statistics.emitted} tokens, {statistics.tokens_per_second:.1f} tokens/s, "
+        f"{statistics.tokens_per_step:.2f} tokens a step; accepted by position: {acceptance or '-'}; {seconds}"
+    )
+
+
+def write(session: Session, prompt: str, temperature: float) -> None:
+    """Stream one answer."""
+    statistics = Statistics()
+    _print_stream(session, session.decode(prompt, temperature, True, statistics))
+    session.console.print(_summary(statistics), style="dim", highlight=False)
+
+
+def compare(session: Session, prompt: str, temperature: float) -> None:
+    """Stream one answer, then decode it plainly; print both rates."""
+    statistics, plain = Statistics(), Statistics()
+    list(session.decode(prompt, temperature, True, Statistics()))  # warm up
+    session.console.print(Text.assemble(("drafted", _DRAFTED), " and ", ("drawn by the verification", _DRAWN)))
+    text = _print_stream(session, session.decode(prompt, temperature, True, statistics))
+    alone = [token.token for token in session.decode(prompt, temperature, False, plain)]
+    session.console.print(f"with drafts:    {_summary(statistics)}", highlight=False)
+    session.console.print(f"without drafts: {_summary(plain)}", highlight=False)
+    session.console.print(f"speed-up {statistics.tokens_per_second / plain.tokens_per_second:.2f}x", style="bold")
+    if temperature == 0 and text != alone:
+        first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
+        session.console.print(
+            f"the greedy texts part at token {first}: passes over different numbers of rows round differently; "
+            "--fixed-rows makes them equal",
+            style="dim",
+        )
+
+
+def measure(session: Session, temperatures: tuple[float, ...]) -> None:
+    """With and without drafts over the built-in prompts, in one run, alternating."""
+    first_prompt = next(iter(PROMPTS.values()))[0]
+    session.console.print(Text.assemble(first_prompt + "\n", ("drafted", _DRAFTED), ", ", ("drawn", _DRAWN), ":"))
+    _print_stream(session, session.decode(first_prompt, temperatures[0], True, Statistics()))
+    table = Table("temperature", "prompts", "plain tokens/s", "tokens/s", "tokens a step", "accepted by position", "speed-up")
+    with Progress(console=session.console, transient=True) as progress:
+        task = progress.add_task("measuring", total=2 * len(temperatures) * sum(map(len, PROMPTS.values())))
+        for temperature in temperatures:
+            ratios = []
+            for kind, prompts in PROMPTS.items():
+                runs = {True: Statistics(), False: Statistics()}
+                for seed, prompt in enumerate(prompts):
+                    for drafted, statistics in runs.items():
+                        for _ in session.decode(prompt, temperature, drafted, statistics, session.settings.seed + seed):
+                            pass
+                        progress.advance(task)
+                with_drafts, plain = runs[True], runs[False]
+                ratios.append(with_drafts.tokens_per_second / plain.tokens_per_second)
+                positions = zip(with_drafts.accepted_at, with_drafts.proposed_at, strict=True)
+                table.add_row(
+                    f"{temperature:g}", kind, f"{plain.tokens_per_second:.1f}", f"{with_drafts.tokens_per_second:.1f}",
+                    f"{with_drafts.tokens_per_step:.2f}", " ".join(f"{a / max(1, p):.2f}" for a, p in positions),
+                    f"{ratios[-1]:.2f}x",
+                )  # fmt: skip
+            table.add_row(f"{temperature:g}", "mean", "", "", "", "", f"[bold]{mean(ratios):.2f}x[/bold]", end_section=True)
+    session.console.print(table)

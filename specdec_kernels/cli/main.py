@@ -1,0 +1,88 @@
+"""The command line."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+console = Console()
+
+
+class DrafterKind(StrEnum):
+    """What proposes tokens."""
+
+    auto = "auto"
+    model = "model"
+    lookup = "lookup"
+    none = "none"
+
+
+class Precision(StrEnum):
+    """Number format of the models."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")] = "",
+    target: Annotated[str, typer.Option(help="smollm2, or the path of a transformers checkpoint.")] = "smollm2",
+    draft: Annotated[str | None, typer.Option(help="Path of a drafting model; default: the one trained here.")] = None,
+    drafter: Annotated[
+        DrafterKind, typer.Option(help="auto: lookup where the text repeats itself, else the model.")
+    ] = DrafterKind.auto,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")] = None,
+    num_draft: Annotated[int, typer.Option(min=0, help="Drafts a step at most.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
+    fixed_rows: Annotated[
+        int | None, typer.Option(min=1, help="Score this many rows in every step: the text depends on no drafter.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the models.")] = Precision.bfloat16,
+    compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,
+) -> None:
+    """Stream text from a language model, decoded speculatively."""
+    from specdec_kernels.cli import generate as commands
+
+    settings = commands.Settings(target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision)
+    try:
+        session = commands.Session(settings, console)
+        if prompt and compare:
+            commands.compare(session, prompt, temperature or 0.0)
+        elif prompt:
+            commands.write(session, prompt, temperature or 0.0)
+        else:
+            commands.measure(session, (0.0, 0.8) if temperature is None else (temperature,))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
+    quick: Annotated[bool, typer.Option("--quick", help="One vocabulary, few repetitions, no files.")] = False,
+) -> None:
+    """Time verification against PyTorch, transformers and streaming the same rows."""
+    from specdec_kernels.bench.run import main
+
+    main(out, quick, console)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what runs here, which backend runs what and why the others do not."""
+    from specdec_kernels.cli.doctor import report
+
+    if not report(console):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""The C++ under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What the sanitized library is put through: the coupled suite, short tiles, nan, bad ids, many threads.
+EXERCISE = """
+import torch, specdec_kernels as s
+from specdec_kernels import selftest
+assert not selftest.run("cpu", count=60).wrong
+for vocab in (1, 127, 128, 129, 5000):
+    for value in (0.0, float("nan"), float("inf"), float("-inf")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            target = torch.zeros(3, 3, vocab, dtype=dtype)
+            target[1, 0, vocab // 2] = value
+            tokens = torch.zeros(3, 2, dtype=torch.int64)
+            for temperature in (0.0, 1e-4, 0.7):
+                for draft in (None, target[:, :2]):
+                    s.verify_chain(target, tokens, draft, seed=1, position=1, temperature=temperature)
+try:
+    s.verify_chain(torch.zeros(1, 2, 5), torch.tensor([[5]]), seed=1, position=1)
+except ValueError:
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+def test_sanitizers_find_nothing(isa, tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    build = ROOT / "build" / "sanitize"
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSPECDEC_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", EXERCISE],
+        env={
+            **os.environ,
+            "SPECDEC_LIBRARY": str(build / "libspecdec_cpu.so"),
+            "SPECDEC_CPU_ISA": isa,
+            "LD_PRELOAD": ":".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "halt_on_error=1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "run on this machine" in result.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "done"

@@ -1,0 +1,38 @@
+"""Triton kernels compiled for GPUs that are not here: no spills, 16-byte loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import dataclasses, json, sys
+from specdec_kernels.triton_kernels import aot
+print(json.dumps([dataclasses.asdict(aot.usage(variant, sys.argv[1])) for variant in aot.variants(sys.argv[1])]))
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spills_and_wide_loads(target):
+    # Its own process: an interpreted kernel cannot be compiled.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", PROBE, target], capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = json.loads(result.stdout)
+    assert len(kernels) == 13
+    for kernel in kernels:
+        assert kernel["spill_bytes"] == 0, kernel
+        if target.startswith("sm_") and kernel["kernel"] != "noise_words":
+            assert kernel["widest_load_bits"] == 128, kernel
+
+
+def test_launches_are_chosen_by_a_pure_function():
+    from specdec_kernels.triton_kernels.verify import LaunchConfig, launch_config
+
+    assert launch_config(128_256, "cuda") == LaunchConfig(32, 16)
+    assert launch_config(100, "cuda") == LaunchConfig(1, 16)
+    assert launch_config(128_256, "interpreter").tiles == 1024
