@@ -47,9 +47,6 @@ class RaggedCache:
         self.lengths = self.lengths - self.used[:, start:].sum(1) + rows
         self.used[:, start:] &= torch.arange(self._fresh, device=rows.device) < rows[:, None]
         self.crop(self._fresh - int(rows.max()))
-        self._fresh = int(rows.max())
-        if int(self.lengths.max()) < (1 - MAX_HOLES) * self.used.shape[1]:
-            self._squeeze()
 
     def crop(self, columns: int) -> None:
         """Take back the last columns of every request."""
@@ -57,6 +54,8 @@ class RaggedCache:
             self.lengths = self.lengths - self.used[:, -columns:].sum(1)
             self.used = self.used[:, :-columns]
             self.cache.crop(-columns)
+        if int(self.lengths.max()) < (1 - MAX_HOLES) * self.used.shape[1]:
+            self._squeeze()
 
     def select(self, requests: Tensor) -> None:
         """Go on with these requests only."""
@@ -66,9 +65,8 @@ class RaggedCache:
 
     def _squeeze(self) -> None:
         # A stable sort keeps tokens in order; positions are in the rotated keys already.
-        order = self.used.long().argsort(1, descending=True, stable=True)[:, : int(self.lengths.max())]
+        order = self.used.long().argsort(dim=1, descending=True, stable=True)[:, : int(self.lengths.max())]
         for layer in self.cache.layers:
             index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
         self.used = self.used.gather(1, order)
-        self._fresh = 0

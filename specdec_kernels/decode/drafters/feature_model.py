@@ -9,6 +9,7 @@ Written out rather than taken from transformers, whose generic layer takes twice
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class FeatureModel(nn.Module):
 
     def __init__(self, config: Any, shortlist: Tensor) -> None:
         super().__init__()
-        self.config = config
+        self.config = copy.deepcopy(config)
+        self.config.num_hidden_layers = 1  # what its cache is made for
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head
         self.fuse = nn.Linear(2 * width, width, bias=False)

@@ -38,7 +38,8 @@ class ModelDrafter(AutoregressiveDrafter):
         self.model = model
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        outputs = self._cache.run(self.model, counts, tokens.shape[1], input_ids=tokens)
+        known = tokens.where(tokens < self.model.config.vocab_size, 0)  # any id will do for a token it does not have
+        outputs = self._cache.run(self.model, counts, tokens.shape[1], input_ids=known)
         return outputs.logits[torch.arange(len(counts)), counts - 1], None
 
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:

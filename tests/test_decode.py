@@ -1,0 +1,241 @@
+"""The loop on small random models: its text, its law, its bookkeeping."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
+from specdec_kernels.decode.drafters import FeatureDrafter, FeatureModel, FirstOf, LookupDrafter, ModelDrafter, RuleDrafter
+from specdec_kernels.decode.drafters.suffix import SuffixIndex
+from test_law import g_test, limit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 11
+
+
+def tiny(seed, vocab=VOCAB, layers=1, sharp=3.0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, sharp / 32**0.5)
+        model.model.embed_tokens.weight.normal_(0, 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def target_model():
+    return tiny(1, layers=2)
+
+
+def feature_drafter(model):
+    torch.manual_seed(5)
+    return FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2, 3, 5, 8])).eval(), model)
+
+
+def drafters(model):
+    return {
+        "model": ModelDrafter(tiny(2)),
+        "small vocabulary": ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
+        "self": ModelDrafter(model),
+        "feature": feature_drafter(model),
+        "lookup": LookupDrafter(1),
+        "rule": RuleDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
+        "first of": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2))),
+        "nested": FirstOf(RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)),
+        "confident": ModelDrafter(tiny(2), min_confidence=0.3),
+    }
+
+
+NAMES = list(drafters(tiny(1, layers=2)))
+PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_draft", [0, 1, 4])
+def test_greedy_text_is_the_targets(target_model, name, num_draft):
+    """Ragged prompts and lengths in one batch, against a plain argmax loop."""
+    lengths = [20, 7, 13, 30]
+    drafter = drafters(target_model)[name]
+    results = generate(
+        TransformersTarget(target_model), PROMPTS, drafter=drafter, num_draft=num_draft, max_new_tokens=lengths
+    )
+    for prompt, length, result in zip(PROMPTS, lengths, results, strict=True):
+        text = list(prompt)
+        for _ in range(length):
+            text.append(int(target_model(torch.tensor([text])).logits[0, -1].argmax()))
+        assert result.tokens == text[len(prompt) :]
+        assert result.finished == "length"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
+    """Case 22 through the loop, at a temperature."""
+    options = {"num_draft": 3, "max_new_tokens": 15, "temperature": 0.9}
+    seeds = [3, 4, 5, 6]
+    together = generate(
+        TransformersTarget(target_model), PROMPTS, drafter=drafters(target_model)[name], seed=seeds, **options
+    )
+    for prompt, seed, result in zip(PROMPTS, seeds, together, strict=True):
+        alone = generate(
+            TransformersTarget(target_model), [prompt], drafter=drafters(target_model)[name], seed=seed, **options
+        )
+        assert alone[0].tokens == result.tokens
+
+
+@torch.no_grad()
+def exact_law(model, prompt, temperature, length):
+    law = {}
+    for text in product(range(model.config.vocab_size), repeat=length):
+        logits = model(torch.tensor([[*prompt, *text]])).logits[0].double() / temperature
+        probs = logits.softmax(-1)
+        law[text] = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(text)]).prod())
+    return law
+
+
+@pytest.mark.parametrize("kind", ["model", "confident", "lookup", "feature"])
+def test_joint_law_over_three_steps(kind):
+    """Four tokens, at least three steps with one draft each: the joint law of the text is the target's."""
+    model = tiny(7, vocab=3, sharp=2.0)
+    drafter = {
+        "model": lambda: ModelDrafter(tiny(8, vocab=3, sharp=2.0)),
+        "confident": lambda: ModelDrafter(tiny(8, vocab=3, sharp=2.0), min_confidence=0.4),
+        "lookup": lambda: LookupDrafter(1),
+        "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 1, 2])).eval(), model),
+    }[kind]()
+    count, batch, length = 12_000, 2_000, 4
+    law = exact_law(model, [1, 2], 0.8, length)
+    seen = Counter()
+    steps = Statistics()
+    for start in range(0, count, batch):
+        results = generate(
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=1, max_new_tokens=length,
+            temperature=0.8, seed=list(range(start, start + batch)), statistics=steps,
+        )  # fmt: skip
+        seen.update(tuple(result.tokens) for result in results)
+    assert steps.accepted > 500
+    texts = list(law)
+    statistic, freedom = g_test(np.array([float(seen[text]) for text in texts]), np.array([law[text] for text in texts]))
+    assert statistic < limit(freedom)
+
+
+def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():
+    """algorithms.md, 10: the control of the test above. A drafter that hides a token it does not like changes the law."""
+
+    class Hiding(ModelDrafter):
+        def propose(self, step):
+            draft = super().propose(step)
+            return Draft(draft.tokens.masked_fill(draft.tokens == 0, -1), draft.logits, draft.stats)
+
+    model, count = tiny(7, vocab=3, sharp=2.0), 16_000
+    law = exact_law(model, [1, 2], 0.8, 1)
+    results = generate(
+        TransformersTarget(model), [[1, 2]] * count, drafter=Hiding(tiny(8, vocab=3, sharp=2.0)), num_draft=1,
+        max_new_tokens=2, temperature=0.8, seed=list(range(count)),
+    )  # fmt: skip
+    seen = Counter(result.tokens[0] for result in results)
+    statistic, freedom = g_test(np.array([float(seen[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+    assert statistic > limit(freedom)
+
+
+def test_stop_tokens_end_a_text_inside_an_accepted_run(target_model):
+    plain = generate(TransformersTarget(target_model), [PROMPTS[0]], max_new_tokens=20)[0].tokens
+    stop = plain[5]
+    expected = plain[: plain.index(stop) + 1]
+    statistics = Statistics()
+    result = generate(
+        TransformersTarget(target_model), [PROMPTS[0], PROMPTS[2]], drafter=ModelDrafter(target_model), num_draft=7,
+        max_new_tokens=20, stop_tokens={stop}, statistics=statistics,
+    )[0]  # fmt: skip
+    assert result.tokens == expected
+    assert result.finished == "stop"
+    assert 0 <= statistics.accepted <= statistics.proposed
+
+
+def test_streaming_says_who_wrote_what(target_model):
+    tokens = list(stream(TransformersTarget(target_model), [PROMPTS[0]], drafter=ModelDrafter(target_model), num_draft=4, max_new_tokens=10))
+    assert [t.drafted for t in tokens] == [True] * 4 + [False] + [True] * 4 + [False]
+    assert [t.finished for t in tokens] == [""] * 9 + ["length"]
+
+
+def test_statistics(target_model):
+    statistics = Statistics()
+    generate(TransformersTarget(target_model), PROMPTS, drafter=ModelDrafter(tiny(2)), num_draft=3, max_new_tokens=12, seed=1, temperature=1.0, statistics=statistics)  # fmt: skip
+    assert statistics.emitted == 48
+    assert statistics.accepted == sum(statistics.accepted_at) <= statistics.proposed == sum(statistics.proposed_at)
+    assert all(a >= b for a, b in pairwise(statistics.accepted_at))
+    assert statistics.emitted == statistics.accepted + statistics.request_steps
+    assert statistics.steps <= statistics.request_steps <= 4 * statistics.steps
+    assert statistics.tokens_per_step == 48 / statistics.request_steps
+    assert all(seconds > 0 for seconds in statistics.seconds.values())
+
+
+def test_unseeded_requests_differ(target_model):
+    """Case 22: and the same seed gives the same text."""
+    options = {"max_new_tokens": 30, "temperature": 1.5}
+    free = generate(TransformersTarget(target_model), [PROMPTS[0]] * 2, **options)
+    assert free[0].tokens != free[1].tokens
+    seeded = generate(TransformersTarget(target_model), [PROMPTS[0]] * 2, seed=5, **options)
+    assert seeded[0].tokens == seeded[1].tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_draft": -1}, "num_draft must not be negative, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": float("inf")}, "temperature must be finite and not negative, got inf"),
+        ({"seed": [1]}, "seed must have one entry for each of the 2 prompts, got 1"),
+        ({"seed": "x"}, "seed must be an int, a list of int, or None, got 'x'"),
+    ],
+)
+def test_bad_options(target_model, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        generate(TransformersTarget(target_model), [[1], [2]], **options)
+
+
+def test_bad_constructions(target_model):
+    with pytest.raises(ValueError, match="prompts must not be empty, got an empty prompt at index 1"):
+        generate(TransformersTarget(target_model), [[1], []])
+    with pytest.raises(ValueError, match="fixed_rows must be None or at least 1, got 0"):
+        TransformersTarget(target_model, 0)
+    with pytest.raises(ValueError, match="fixed_rows must be at least the 5 rows of a step, got 3"):
+        generate(TransformersTarget(target_model, 3), [[1, 2]], drafter=ModelDrafter(target_model), num_draft=4)
+    with pytest.raises(ValueError, match="min_match must be at least 1, got 0"):
+        LookupDrafter(0)
+    with pytest.raises(ValueError, match="vocab_size must be at least the drafter's own 11, got 5"):
+        ModelDrafter(target_model, vocab_size=5)
+    with pytest.raises(ValueError, match=r"min_confidence must be in \[0, 1\], got 2"):
+        ModelDrafter(target_model, min_confidence=2)
+    assert generate(TransformersTarget(target_model), []) == []
+
+
+def test_suffix_index_against_a_slow_search():
+    rng = np.random.default_rng(0)
+    for alphabet in (2, 3, 20):
+        index, text = SuffixIndex(), []
+        for token in rng.integers(0, alphabet, 120).tolist():
+            index.append(token)
+            text.append(token)
+            lengths = [n for n in range(1, len(text)) if any(text[i : i + n] == text[-n:] for i in range(len(text) - n))]
+            longest = max(lengths, default=0)
+            length, after = index.match()
+            assert length == longest
+            if longest:
+                assert text[after - longest : after] == text[-longest:]
+                assert after < len(text)
+
+
+def test_lookup_continues_a_repetition():
+    index = SuffixIndex()
+    for token in [7, 1, 2, 3, 1, 2, 3, 1]:
+        index.append(token)
+    assert index.continuation(7) == [2, 3, 1, 2, 3, 1, 2]

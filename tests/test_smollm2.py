@@ -1,0 +1,76 @@
+"""The real model: the same text with any drafter, and what the command line prints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specdec_kernels.cli.models import load_drafter, load_target
+from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.decode import Statistics, TransformersTarget, generate
+from specdec_kernels.decode.drafters import RuleDrafter
+from typer.testing import CliRunner
+
+TOKENS = 40
+FIXED_ROWS = 8
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def session(request):
+    model, tokenizer = load_target(dtype=getattr(torch, request.param))
+    return model, tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def encode(tokenizer, prompt):
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_greedy_text_depends_on_no_drafter(session, kind):
+    """With a fixed number of rows the text is equal token for token, whatever drafted and however much."""
+    model, tokenizer, stop = session
+    prompt = encode(tokenizer, PROMPTS[kind][0])
+
+    def text(drafter, num_draft):
+        target = TransformersTarget(model, FIXED_ROWS)
+        options = {"drafter": drafter, "num_draft": num_draft, "max_new_tokens": TOKENS, "stop_tokens": stop, "seed": 1}
+        return generate(target, [prompt], **options)[0].tokens
+
+    plain = text(None, 0)
+    assert text(load_drafter("lookup", model), 7) == plain
+    assert text(load_drafter("auto", model), 5) == plain
+    nonsense = RuleDrafter(lambda tokens, count: [tokens[-1]] * count)
+    assert text(nonsense, 3) == plain
+    # Drafts that are all right, as many as fit: every accepted row was scored at another index.
+    start = len(prompt)
+    assert text(RuleDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
+
+
+def test_the_trained_drafter_drafts(session):
+    """It gets more than one token in three right on code, at temperature 0.8."""
+    model, tokenizer, stop = session
+    if model.dtype != torch.bfloat16:
+        pytest.skip("once is enough")
+    statistics = Statistics()
+    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS["code"]]
+    options = {"num_draft": 3, "max_new_tokens": 64, "temperature": 0.8, "seed": 1, "stop_tokens": stop}
+    generate(TransformersTarget(model), prompts, drafter=load_drafter("model", model), statistics=statistics, **options)
+    assert statistics.accepted_at[0] / statistics.proposed_at[0] > 1 / 3
+    assert statistics.invalid == 0
+
+
+def test_generate_and_doctor():
+    from specdec_kernels.cli.main import app
+
+    runner = CliRunner()
+    result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "8", "--compare"])
+    assert result.exit_code == 0, result.output
+    assert "speed-up" in result.output
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "known answers" in result.output
+    result = runner.invoke(app, ["generate", "x", "--target", "/nowhere"])
+    assert result.exit_code == 2
+    assert "a model must be 'smollm2' or the path" in result.output.replace("\n", " ")
+    result = runner.invoke(app, ["generate", "x", "--fixed-rows", "3"])
+    assert result.exit_code == 2
+    assert "--fixed-rows must be more than the 6 drafts" in result.output.replace("\n", " ")
