@@ -77,6 +77,16 @@ def test_greedy_text_is_the_targets(target_model, name, num_draft):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
+    drafter = drafters(target_model)[name]
+    for prompt in PROMPTS:
+        plain = generate(TransformersTarget(target_model), [prompt], max_new_tokens=21)
+        windows = generate(TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, max_new_tokens=21)
+        assert windows[0].tokens == plain[0].tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
     """Case 22 through the loop, at a temperature."""
     options = {"num_draft": 3, "max_new_tokens": 15, "temperature": 0.9}
@@ -207,8 +217,8 @@ def test_bad_constructions(target_model):
         generate(TransformersTarget(target_model), [[1], []])
     with pytest.raises(ValueError, match="fixed_rows must be None or at least 1, got 0"):
         TransformersTarget(target_model, 0)
-    with pytest.raises(ValueError, match="fixed_rows must be at least the 5 rows of a step, got 3"):
-        generate(TransformersTarget(target_model, 3), [[1, 2]], drafter=ModelDrafter(target_model), num_draft=4)
+    with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, got 2"):
+        generate(TransformersTarget(target_model, 3), [[1, 2], [3]])
     with pytest.raises(ValueError, match="min_match must be at least 1, got 0"):
         LookupDrafter(0)
     with pytest.raises(ValueError, match="vocab_size must be at least the drafter's own 11, got 5"):

@@ -38,10 +38,6 @@ class Session:
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
-        if settings.fixed_rows is not None and settings.num_draft >= settings.fixed_rows:
-            raise ValueError(
-                f"--fixed-rows must be more than the {settings.num_draft} drafts of --num-draft, got {settings.fixed_rows}"
-            )
         with console.status("loading the models"):
             self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
             self.drafter = load_drafter(settings.drafter, self.model, settings.draft)

@@ -42,7 +42,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
     fixed_rows: Annotated[
-        int | None, typer.Option(min=1, help="Score this many rows in every step: the text depends on no drafter.")
+        int | None, typer.Option(min=1, help="Score in windows of so many rows: the text depends on no drafter.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = Precision.bfloat16,
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,

@@ -165,8 +165,9 @@ def _step(
     backend: BackendName | None,
 ) -> list[list[int]]:
     """One round for the whole batch: the tokens each request gains."""
+    most = min(num_draft, target.room() - 1)
     step = Step(
-        num_draft=torch.tensor([min(num_draft, request.remaining - 1) for request in active]),
+        num_draft=torch.tensor([min(most, request.remaining - 1) for request in active]),
         seed=torch.tensor([request.seed for request in active]),
         position=torch.tensor([request.position for request in active]),
         temperature=torch.tensor([request.temperature for request in active]),

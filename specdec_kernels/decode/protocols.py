@@ -64,6 +64,9 @@ class Target(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], features: bool) -> Tensor | None:
         """Read all of each prompt but its last token; the features [B, R, H] of what was read, if wanted."""
 
+    def room(self) -> int:
+        """Rows a request can be given in the next step, at least one."""
+
     def score(self, tokens: Tensor, counts: Tensor) -> Scores:
         """Append ``counts[b]`` of the rows ``tokens[b]`` to each request and score them."""
 

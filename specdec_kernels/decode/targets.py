@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,12 +27,14 @@ class TransformersTarget:
 
     Args:
         model: any causal model with a croppable cache (full attention in every layer).
-        fixed_rows: score exactly this many rows in every step, padded. Passes over different numbers of rows round
-            differently, so a greedy text depends, after some tens of tokens, on how it was drafted; with one number
-            of rows it does not, at the price of scoring rows that nobody wants.
+        fixed_rows: score in windows of exactly this many rows, at fixed places of the text. Passes over different
+            numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
+            on how it was drafted. In a window every token is always scored in the same row of the same shape,
+            whatever was drafted, so it does not. The price: rows of the window that are known already are scored
+            again, and drafts end with the window. For a batch of one.
 
     Raises:
-        ValueError: ``fixed_rows`` below 1, or a step with more rows than that.
+        ValueError: ``fixed_rows`` below 1, or with several prompts.
     """
 
     def __init__(self, model: Any, fixed_rows: int | None = None) -> None:
@@ -43,25 +46,40 @@ class TransformersTarget:
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[Sequence[int]], features: bool) -> Tensor | None:
+        if self.fixed_rows is not None and len(prompts) != 1:
+            raise ValueError(f"fixed_rows needs a batch of one prompt, got {len(prompts)}")
         self._features = features
         self._cache = RaggedCache(self.model.config, len(prompts), self.model.device)
+        self._window = torch.empty((1, 0), dtype=torch.int64, device=self.model.device)
         tokens, counts = padded([prompt[:-1] for prompt in prompts], self.model.device)
         if tokens.shape[1] == 0:
             return None
         return self._run(tokens, counts, logits_to_keep=1).features
 
+    def room(self) -> int:
+        return sys.maxsize if self.fixed_rows is None else self.fixed_rows - self._window.shape[1]
+
     @torch.inference_mode()
     def score(self, tokens: Tensor, counts: Tensor) -> Scores:
-        rows = tokens.shape[1]
         if self.fixed_rows is None:
             return self._run(tokens, counts)
-        if rows > self.fixed_rows:
-            raise ValueError(f"fixed_rows must be at least the {rows} rows of a step, got {self.fixed_rows}")
-        scores = self._run(functional.pad(tokens, (0, self.fixed_rows - rows)), counts)
-        return Scores(scores.logits[:, :rows], None if scores.features is None else scores.features[:, :rows])
+        known, rows = self._window.shape[1], tokens.shape[1]
+        self._window = torch.cat([self._window, tokens], 1)
+        padding = (0, self.fixed_rows - known - rows)
+        scores = self._run(functional.pad(self._window, padding), counts * 0 + self.fixed_rows)
+        new = slice(known, known + rows)
+        self._known = known
+        return Scores(scores.logits[:, new], None if scores.features is None else scores.features[:, new])
 
     def keep(self, rows: Tensor) -> None:
-        self._cache.keep(rows)
+        if self.fixed_rows is None:
+            self._cache.keep(rows)
+            return
+        self._window = self._window[:, : self._known + int(rows)]
+        if self._window.shape[1] == self.fixed_rows:
+            self._window = self._window[:, :0]
+        else:
+            self._cache.crop(self.fixed_rows)
 
     def select(self, requests: Tensor) -> None:
         self._cache.select(requests)
