@@ -15,6 +15,7 @@ class CMakeBuild(build_ext):
     """Configures and builds once, then installs the libraries into ``specdec_kernels/lib``."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Run CMake; ``ext`` only says where the package goes."""
         into = Path(self.get_ext_fullpath(ext.name)).parent.resolve() / "lib"
         build = ROOT / "build" / ("sanitize" if os.environ.get("SPECDEC_SANITIZE") else "native")
         options = [

@@ -11,7 +11,7 @@ from transformers.generation.utils import _speculative_sampling
 
 from specdec_kernels import Verified, verify_chain
 from specdec_kernels.bench.cases import TEMPERATURE, Case, Inputs
-from specdec_kernels.ops.backends import NATIVE_LIBRARY, BACKENDS
+from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
 
 Contender = Callable[[Case, Inputs], Any]
 
@@ -20,7 +20,9 @@ def fused(case: Case, x: Inputs, backend: Any = None) -> Verified:
     """The public function."""
     draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
-    return verify_chain(x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, backend=backend)
+    return verify_chain(
+        x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, backend=backend
+    )
 
 
 def batched(case: Case, x: Inputs) -> Tensor:
@@ -48,8 +50,10 @@ def lean_rows(case: Case, x: Inputs) -> list[list[int]]:
         for i, token in enumerate(tokens):
             row = x.target[b, i].float()
             target_lse = float(torch.logsumexp(row / TEMPERATURE, -1))
-            ratio = float(row[token]) / TEMPERATURE - target_lse - float(x.draft[b, i, token]) * stats[i][0] + stats[i][2]
-            if coins[i] < torch.e**min(0.0, ratio):
+            ratio = (
+                float(row[token]) / TEMPERATURE - target_lse - float(x.draft[b, i, token]) * stats[i][0] + stats[i][2]
+            )
+            if coins[i] < torch.e ** min(0.0, ratio):
                 text.append(token)
                 continue
             target = torch.exp(row / TEMPERATURE - target_lse)

@@ -27,7 +27,9 @@ def check(case: Case, buffers: list[Inputs]) -> None:
     for x in buffers[:2]:
         got, want = fused(case, x), fused(case, x, "reference")
         if not torch.equal(got.tokens, want.tokens):
-            raise RuntimeError(f"{case.name}: the reference disagrees: {got.tokens.tolist()} and {want.tokens.tolist()}")
+            raise RuntimeError(
+                f"{case.name}: the reference disagrees: {got.tokens.tolist()} and {want.tokens.tolist()}"
+            )
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -45,7 +47,9 @@ def measure(case: Case) -> dict[str, Any]:
     count = len(buffers)
     # Ours and the floor alternate on different buffers, so that both find theirs cold; then the slow ones.
     started, rounds = time.perf_counter(), 0
-    while rounds < max(2 * count, MOST_ROUNDS // 4) or (time.perf_counter() - started < SECONDS and rounds < MOST_ROUNDS):
+    while rounds < max(2 * count, MOST_ROUNDS // 4) or (
+        time.perf_counter() - started < SECONDS and rounds < MOST_ROUNDS
+    ):
         for offset, name in enumerate(("fused", "stream")):
             times[name].append(timed(chosen[name], case, buffers[(rounds + offset * count // 2) % count]))
         rounds += 1
@@ -96,7 +100,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
         times = [f"{row['microseconds'][n]['p50']:,.0f}" if n in row["microseconds"] else "" for n in names]
         lean = f"{row['faster_than_lean']:.0f}x" if row["faster_than_lean"] else ""
         result.add_row(
-            row["case"], f"{row['accepted']:.1f}", f"{row['gigabytes_per_second']:.0f}", *times, f"{row['over_streaming']:.2f}", lean
+            row["case"],
+            f"{row['accepted']:.1f}",
+            f"{row['gigabytes_per_second']:.0f}",
+            *times,
+            f"{row['over_streaming']:.2f}",
+            lean,
         )
     return result
 

@@ -109,22 +109,28 @@ def is_greedy(temperature: float) -> bool:
 def distribution(logits: Floats, temperature: float) -> Distribution:
     """Softmax of a valid row at a temperature; the point mass on the largest logit at temperature 0."""
     if is_greedy(temperature):
-        probs = np.zeros_like(logits)
-        probs[np.argmax(logits)] = 1.0
-        return Distribution(probs, (np.inf, float(logits.max()), 0.0))
+        return Distribution(point_mass(len(logits), int(np.argmax(logits))), (np.inf, float(logits.max()), 0.0))
     scale = float(np.float32(1.0) / np.float32(temperature))
     top = logits.max()
     weights = np.exp(scale * (logits - top))
     return Distribution(weights / weights.sum(), (scale, -np.inf, float(scale * top + np.log(weights.sum()))))
 
 
+def point_mass(vocab: int, token: int) -> Floats:
+    """All probability on one token."""
+    probs = np.zeros(vocab)
+    probs[token] = 1.0
+    return probs
+
+
 def probs_from_stats(logits: Floats, stats: Sequence[float], token: int) -> Floats:
     """The law of a draft that came with its scalars: ``[logit >= cutoff] * exp(scale * logit - logsumexp)``."""
     scale, cutoff, logsumexp = (float(s) for s in stats)
     if np.isinf(scale):
-        return np.eye(1, len(logits), token)[0]
+        return point_mass(len(logits), token)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.where(logits < cutoff, 0.0, np.exp(scale * logits - logsumexp))
+        probs: Floats = np.where(logits < cutoff, 0.0, np.exp(scale * logits - logsumexp))
+    return probs
 
 
 # --- draws, with margins ----------------------------------------------------------------------------------------------
@@ -151,9 +157,7 @@ def two_level_race(weights: Floats, slack: Floats, noise: Noise, purpose: int, r
     """A tile of ``TILE`` consecutive ids first, then an id inside it."""
     tiles = -(-len(weights) // TILE)
     padded, padded_slack = (np.pad(x, (0, tiles * TILE - len(x))).reshape(tiles, TILE) for x in (weights, slack))
-    tile, tile_margin = race(
-        padded.sum(1), padded_slack.sum(1), noise.exponentials(purpose, Level.TILE, row, tiles)
-    )
+    tile, tile_margin = race(padded.sum(1), padded_slack.sum(1), noise.exponentials(purpose, Level.TILE, row, tiles))
     token, token_margin = race(padded[tile], padded_slack[tile], noise.exponentials(purpose, Level.TOKEN, row, TILE))
     return tile * TILE + token, min(tile_margin, token_margin)
 
@@ -226,7 +230,7 @@ def verify_chain(
             return stop([*accepted, draw(target, target, row)], True)
         token = int(draft_tokens[row])
         if greedy:
-            draft: Floats | None = np.eye(1, len(logits), token)[0]
+            draft: Floats | None = point_mass(len(logits), token)
         else:
             draft = _draft_probs(len(logits), token, draft_logits, draft_stats, row)
         if draft is None:
@@ -244,12 +248,10 @@ def verify_chain(
     raise AssertionError("unreachable: the bonus row returns")
 
 
-def _draft_probs(
-    vocab: int, token: int, logits: Floats | None, stats: Floats | None, row: int
-) -> Floats | None:
+def _draft_probs(vocab: int, token: int, logits: Floats | None, stats: Floats | None, row: int) -> Floats | None:
     """The law a draft token was drawn from, None where its row or its scalars are not usable."""
     if logits is None:
-        return np.eye(1, vocab, token)[0]
+        return point_mass(vocab, token)
     draft_row = np.asarray(logits[row], np.float64)
     if stats is None:
         return distribution(draft_row, 1.0).probs if row_is_valid(draft_row) else None

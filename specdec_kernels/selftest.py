@@ -170,7 +170,11 @@ def run(backend: BackendName | None = None, device: str = "cpu", count: int = 12
         for request in range(len(rows)):
             want = expected(case, request)
             padding = [-1] * (case.target.shape[1] - len(want.tokens))
-            got = (verified.tokens[request].tolist(), int(verified.num_accepted[request]), bool(verified.valid[request]))
+            got = (
+                verified.tokens[request].tolist(),
+                int(verified.num_accepted[request]),
+                bool(verified.valid[request]),
+            )
             report.compare(
                 f"verify_chain case {index} request {request}",
                 got,
@@ -184,7 +188,9 @@ def run(backend: BackendName | None = None, device: str = "cpu", count: int = 12
             if not torch.allclose(
                 torch.cat([drawn.stats[request], drawn.logprobs[request, None]]).cpu(), scalars, rtol=1e-5, atol=1e-5
             ):
-                report.wrong.append(f"sample case {index} row {request}: scalars {drawn.stats[request].tolist()}, want {scalars}")
+                report.wrong.append(
+                    f"sample case {index} row {request}: scalars {drawn.stats[request].tolist()}, want {scalars}"
+                )
     return report
 
 

@@ -1,4 +1,4 @@
-"""Every test that takes ``backend`` runs once for each implementation: Triton in its interpreter where there is no GPU."""
+"""Tests that take ``backend`` run once for each implementation: Triton in its interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
 
 import pytest
+
 from specdec_kernels import ops
 
 

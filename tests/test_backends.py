@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from specdec_kernels import ops, selftest
 
 
@@ -104,7 +105,9 @@ def test_opcheck_verify_chain(kind, temperature):
 def test_opcheck_sample_and_noise_words():
     two = torch.tensor([1, 2])
     torch.library.opcheck(torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, None, 0.5))
-    torch.library.opcheck(torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, torch.tensor([0.0, 1]), 0.0))
+    torch.library.opcheck(
+        torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, torch.tensor([0.0, 1]), 0.0)
+    )
     torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
 
 

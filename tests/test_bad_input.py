@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from specdec_kernels import noise_words, sample, verify_chain
 
 TARGET, TOKENS, DRAFT = torch.zeros(2, 4, 7), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 7)
@@ -17,9 +18,17 @@ VERIFY = [
     ({"target_logits": [1.0]}, TypeError, r"target_logits must be .* got \[1.0\]"),
     ({"target_logits": torch.zeros(2, 4, 0)}, ValueError, "target_logits must have a vocabulary"),
     ({"target_logits": torch.zeros(2, 0, 7)}, ValueError, r"target_logits must have K\+1 rows"),
-    ({"target_logits": torch.zeros(2, 4, 14)[..., ::2]}, ValueError, "target_logits must be contiguous along the vocabulary"),
+    (
+        {"target_logits": torch.zeros(2, 4, 14)[..., ::2]},
+        ValueError,
+        "target_logits must be contiguous along the vocabulary",
+    ),
     ({"draft_tokens": TOKENS.float()}, TypeError, r"draft_tokens must be int64 or int32 \[B, K\], got float32"),
-    ({"draft_tokens": TOKENS[:, :2]}, ValueError, r"draft_tokens must have shape \[B, K\] = \[2, 3\], got int64 \[2, 2\]"),
+    (
+        {"draft_tokens": TOKENS[:, :2]},
+        ValueError,
+        r"draft_tokens must have shape \[B, K\] = \[2, 3\], got int64 \[2, 2\]",
+    ),
     ({"draft_tokens": TOKENS + 7}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got 7 at \[0, 0\]"),
     ({"draft_tokens": TOKENS - 2}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got -2 at \[0, 0\]"),
     ({"draft_logits": DRAFT[..., :6]}, ValueError, r"draft_logits must have shape \[B, K, V\] = \[2, 3, 7\]"),
@@ -38,7 +47,9 @@ VERIFY = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), VERIFY, ids=lambda x: str(list(x)[0]) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    ("change", "error", "message"), VERIFY, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
 def test_verify_chain(change, error, message):
     named = {
         "target_logits": TARGET, "draft_tokens": TOKENS, "draft_logits": DRAFT, "draft_stats": None,
@@ -66,13 +77,18 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), SAMPLE, ids=lambda x: str(list(x)[0]) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    ("change", "error", "message"), SAMPLE, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
 def test_sample(change, error, message):
     with pytest.raises(error, match=message):
         sample(**{"logits": torch.zeros(2, 7), "seed": 1, "position": 1, **change})
 
 
-@pytest.mark.parametrize(("change", "message"), [({"tag": 2**32}, "tag must be"), ({"first": -1}, "first must be"), ({"counters": -1}, "counters must")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tag": 2**32}, "tag must be"), ({"first": -1}, "first must be"), ({"counters": -1}, "counters must")],
+)
 def test_noise_words(change, message):
     with pytest.raises(ValueError, match=message):
         noise_words(**{"seed": torch.tensor([1]), "position": torch.tensor([1]), "tag": 0, **change})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from specdec_kernels import oracle, selftest
 
 INF, NAN = float("inf"), float("nan")
@@ -220,9 +221,8 @@ def test_a_request_does_not_depend_on_its_batch(verify_chain):
     ).tokens
     assert torch.equal(permuted, together[order])
     for b in range(0, 64, 16):
-        alone = verify_chain(
-            target[b : b + 1], tokens[b : b + 1], draft[b : b + 1], seed=seed[b : b + 1], position=position[b : b + 1], **named
-        )  # fmt: skip
+        one = slice(b, b + 1)
+        alone = verify_chain(target[one], tokens[one], draft[one], seed=seed[one], position=position[one], **named)
         assert torch.equal(alone.tokens[0], together[b])
     other = verify_chain(target, tokens, draft, seed=seed + 1000, position=position, **named).tokens
     assert not torch.equal(other, together)

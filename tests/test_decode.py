@@ -8,11 +8,20 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
-from specdec_kernels.decode.drafters import FeatureDrafter, FeatureModel, FirstOf, LookupDrafter, ModelDrafter, RuleDrafter
-from specdec_kernels.decode.drafters.suffix import SuffixIndex
 from test_law import g_test, limit
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
+from specdec_kernels.decode.drafters import (
+    Drafting,
+    FeatureDrafter,
+    FeatureModel,
+    FirstOf,
+    LookupDrafter,
+    ModelDrafter,
+    RuleDrafter,
+)
+from specdec_kernels.decode.drafters.suffix import SuffixIndex
 
 VOCAB = 11
 
@@ -50,8 +59,10 @@ def drafters(model):
         "lookup": LookupDrafter(1),
         "rule": RuleDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
         "first of": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2))),
-        "nested": FirstOf(RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)),
-        "confident": ModelDrafter(tiny(2), min_confidence=0.3),
+        "nested": FirstOf(
+            RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
+        ),
+        "confident": ModelDrafter(tiny(2), drafting=Drafting(min_confidence=0.3, cooling=0.7)),
     }
 
 
@@ -82,7 +93,9 @@ def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
     drafter = drafters(target_model)[name]
     for prompt in PROMPTS:
         plain = generate(TransformersTarget(target_model), [prompt], max_new_tokens=21)
-        windows = generate(TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, max_new_tokens=21)
+        windows = generate(
+            TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, max_new_tokens=21
+        )
         assert windows[0].tokens == plain[0].tokens
 
 
@@ -115,9 +128,10 @@ def exact_law(model, prompt, temperature, length):
 def test_joint_law_over_three_steps(kind):
     """Four tokens, at least three steps with one draft each: the joint law of the text is the target's."""
     model = tiny(7, vocab=3, sharp=2.0)
+    small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
     drafter = {
-        "model": lambda: ModelDrafter(tiny(8, vocab=3, sharp=2.0)),
-        "confident": lambda: ModelDrafter(tiny(8, vocab=3, sharp=2.0), min_confidence=0.4),
+        "model": lambda: ModelDrafter(small),
+        "confident": lambda: ModelDrafter(small, drafting=drafting),
         "lookup": lambda: LookupDrafter(1),
         "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 1, 2])).eval(), model),
     }[kind]()
@@ -133,12 +147,14 @@ def test_joint_law_over_three_steps(kind):
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500
     texts = list(law)
-    statistic, freedom = g_test(np.array([float(seen[text]) for text in texts]), np.array([law[text] for text in texts]))
+    statistic, freedom = g_test(
+        np.array([float(seen[text]) for text in texts]), np.array([law[text] for text in texts])
+    )
     assert statistic < limit(freedom)
 
 
 def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():
-    """algorithms.md, 10: the control of the test above. A drafter that hides a token it does not like changes the law."""
+    """The control of the test above: a drafter that hides a drawn token it does not like changes the law."""
 
     class Hiding(ModelDrafter):
         def propose(self, step):
@@ -171,14 +187,23 @@ def test_stop_tokens_end_a_text_inside_an_accepted_run(target_model):
 
 
 def test_streaming_says_who_wrote_what(target_model):
-    tokens = list(stream(TransformersTarget(target_model), [PROMPTS[0]], drafter=ModelDrafter(target_model), num_draft=4, max_new_tokens=10))
+    tokens = list(
+        stream(
+            TransformersTarget(target_model),
+            [PROMPTS[0]],
+            drafter=ModelDrafter(target_model),
+            num_draft=4,
+            max_new_tokens=10,
+        )
+    )
     assert [t.drafted for t in tokens] == [True] * 4 + [False] + [True] * 4 + [False]
     assert [t.finished for t in tokens] == [""] * 9 + ["length"]
 
 
 def test_statistics(target_model):
     statistics = Statistics()
-    generate(TransformersTarget(target_model), PROMPTS, drafter=ModelDrafter(tiny(2)), num_draft=3, max_new_tokens=12, seed=1, temperature=1.0, statistics=statistics)  # fmt: skip
+    options = {"num_draft": 3, "max_new_tokens": 12, "seed": 1, "temperature": 1.0}
+    generate(TransformersTarget(target_model), PROMPTS, drafter=ModelDrafter(tiny(2)), statistics=statistics, **options)
     assert statistics.emitted == 48
     assert statistics.accepted == sum(statistics.accepted_at) <= statistics.proposed == sum(statistics.proposed_at)
     assert all(a >= b for a, b in pairwise(statistics.accepted_at))
@@ -224,7 +249,9 @@ def test_bad_constructions(target_model):
     with pytest.raises(ValueError, match="vocab_size must be at least the drafter's own 11, got 5"):
         ModelDrafter(target_model, vocab_size=5)
     with pytest.raises(ValueError, match=r"min_confidence must be in \[0, 1\], got 2"):
-        ModelDrafter(target_model, min_confidence=2)
+        Drafting(min_confidence=2)
+    with pytest.raises(ValueError, match="cooling must be finite and not negative, got -1"):
+        Drafting(cooling=-1)
     assert generate(TransformersTarget(target_model), []) == []
 
 
@@ -235,7 +262,9 @@ def test_suffix_index_against_a_slow_search():
         for token in rng.integers(0, alphabet, 120).tolist():
             index.append(token)
             text.append(token)
-            lengths = [n for n in range(1, len(text)) if any(text[i : i + n] == text[-n:] for i in range(len(text) - n))]
+            lengths = [
+                n for n in range(1, len(text)) if any(text[i : i + n] == text[-n:] for i in range(len(text) - n))
+            ]
             longest = max(lengths, default=0)
             length, after = index.match()
             assert length == longest

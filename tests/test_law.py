@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+
 from specdec_kernels import oracle
 from specdec_kernels.contract import TILE, Level, Purpose
 from specdec_kernels.ops import BACKENDS
@@ -110,7 +111,7 @@ def test_the_law_is_exact(verify_chain, seeds, kind):
 @pytest.mark.parametrize("kind", ["dense", "statistics"])
 def test_a_wrong_draft_law_is_seen(verify_chain, seeds, kind):
     """Case 3: drafts from another law than the declared one change the text."""
-    other = {prefix: (1, 3) for prefix in DRAFTS[kind]}
+    other = dict.fromkeys(DRAFTS[kind], (1, 3))
     law = law_by_counting(verify_chain, seeds, kind, drawn_from=other)
     assert oracle.total_variation(law, exact_target()) > F(1, 50)
 
@@ -126,7 +127,7 @@ def g_test(counts, probs):
 
 
 def limit(freedom):
-    """Where a chi-square of so many degrees of freedom is exceeded once in ten million (Wilson-Hilferty, rounded up)."""
+    """Where a chi-square is exceeded less than once in ten million times (Wilson-Hilferty)."""
     return freedom * (1 - 2 / (9 * freedom) + 5.4 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 

@@ -38,7 +38,17 @@ def test_sanitizers_find_nothing(isa, tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     build = ROOT / "build" / "sanitize"
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSPECDEC_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        "-DSPECDEC_SANITIZE=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
     runtimes = [

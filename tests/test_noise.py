@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from specdec_kernels import noise_words, oracle, selftest
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.reference.noise import exponentials

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
+
 from specdec_kernels import oracle
 from specdec_kernels.contract import Purpose
 
@@ -20,7 +21,7 @@ def table(vocab: int, seed: int, zeros: bool = False):
         rng = np.random.default_rng([seed, *prefix])
         cuts = rng.integers(0, 13, vocab - 1) if zeros else rng.integers(1, 12, vocab - 1)
         edges = [0, *sorted(int(c) for c in cuts), 12]
-        return [F(b - a, 12) for a, b in zip(edges, edges[1:], strict=False)]
+        return [F(b - a, 12) for a, b in pairwise(edges)]
 
     return law
 

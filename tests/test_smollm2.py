@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import RuleDrafter
-from typer.testing import CliRunner
 
 TOKENS = 40
 FIXED_ROWS = 8
@@ -21,7 +22,9 @@ def session(request):
 
 
 def encode(tokenizer, prompt):
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

@@ -20,7 +20,9 @@ print(json.dumps([dataclasses.asdict(aot.usage(variant, sys.argv[1])) for varian
 def test_no_spills_and_wide_loads(target):
     # Its own process: an interpreted kernel cannot be compiled.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", PROBE, target], capture_output=True, text=True, env=environment, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE, target], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = json.loads(result.stdout)
     assert len(kernels) == 13

@@ -39,7 +39,9 @@ def generate(model, tokenizer, texts: list[str], temperatures: torch.Tensor, new
     current = ids
     for _ in range(new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -current.shape[1] :]
-        states = model.model(current, attention_mask=mask, position_ids=position_ids, past_key_values=cache).last_hidden_state
+        states = model.model(
+            current, attention_mask=mask, position_ids=position_ids, past_key_values=cache
+        ).last_hidden_state
         for slot, row in enumerate(rows):
             hidden[row].append(states[slot, mask[slot, -current.shape[1] :].bool()].clone())
         logits = model.lm_head(states[:, -1]).float()
@@ -52,7 +54,9 @@ def generate(model, tokenizer, texts: list[str], temperatures: torch.Tensor, new
         alive = [slot for slot in range(len(rows)) if int(current[slot]) != stop]
         if not alive:
             break
-        if len(alive) <= 0.8 * len(rows):  # finished conversations leave the batch, in groups: selecting copies the cache
+        if len(alive) <= 0.8 * len(
+            rows
+        ):  # finished conversations leave the batch, in groups: selecting copies the cache
             keep = torch.tensor(alive)
             cache.batch_select_indices(keep)
             mask, current, rows = mask[keep], current[keep], [rows[slot] for slot in alive]
@@ -92,7 +96,9 @@ def main(
         temperatures = torch.tensor([rng.choice(TEMPERATURES) for _ in texts])
         data = generate(model, tokenizer, texts, temperatures, NEW_TOKENS, stop)
         answers = [tokenizer.decode(ids[n : n + 100], skip_special_tokens=True).strip() for ids, _, n in data[:86]]
-        torch.save([(torch.tensor(ids, dtype=torch.int32), h, n) for ids, h, n in data], out / f"{seed:02}-{shard:04}.pt")
+        torch.save(
+            [(torch.tensor(ids, dtype=torch.int32), h, n) for ids, h, n in data], out / f"{seed:02}-{shard:04}.pt"
+        )
         shard += 1
         count = sum(len(ids) for ids, _, _ in data)
         print(f"shard {shard}: {count} tokens, {time.time() - start:.0f} s", flush=True)

@@ -90,7 +90,12 @@ def _shift(x: Tensor, by: int) -> Tensor:
 
 
 def losses(
-    model: FeatureModel, embed: Tensor, head: Tensor, batch: tuple[Tensor, Tensor, Tensor], steps: int, share: float = 1.0
+    model: FeatureModel,
+    embed: Tensor,
+    head: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor],
+    steps: int,
+    share: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """The training loss, and for each draft step how often the drafter's first choice is the target's."""
     ids, hidden, mask = batch
@@ -164,13 +169,19 @@ def main(
             step += 1
             if step % 20 == 0:
                 shown = " ".join(f"{a:.3f}" for a in agreements)
-                print(f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown}", flush=True)
+                print(
+                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown}",
+                    flush=True,
+                )
         epoch += 1
         model.save(out)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         results = [losses(model, embed, head, batch, len(STEP_WEIGHTS)) for batch in batches(held_out, rng)]
     means = [sum(float(r[1][j]) for r in results) / len(results) for j in range(len(STEP_WEIGHTS))]
-    print(f"held out: loss {sum(float(r[0]) for r in results) / len(results):.3f} agreement " + " ".join(f"{m:.3f}" for m in means))
+    print(
+        f"held out: loss {sum(float(r[0]) for r in results) / len(results):.3f} agreement "
+        + " ".join(f"{m:.3f}" for m in means)
+    )
     model.save(out)
 
 

@@ -57,7 +57,11 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     config = verify.launch_config(vocab, TARGETS[target].backend)
     ids = {"seed_ptr": "*i64", "position_ptr": "*i64"}
     yield Variant(
-        "noise_words", noise.noise_words_kernel, ids | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}, {"BLOCK": 128}, 4
+        "noise_words",
+        noise.noise_words_kernel,
+        ids | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"},
+        {"BLOCK": 128},
+        4,
     )
     for dtype in ("fp32", "bf16", "fp16"):
         common = ids | {"temperature": "fp32", "vocab": "i32", "temperature_ptr": "*fp32"}
@@ -91,7 +95,11 @@ def compile_variant(variant: Variant, target: str) -> Any:
     """Compile for ``target``, pointers, row strides and vocabulary multiples of 16 as they are in practice."""
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.endswith("stride") or name == "vocab"]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name.endswith("stride") or name == "vocab"
+    ]
     source = ASTSource(
         variant.kernel,
         signature,
@@ -116,7 +124,9 @@ def usage(variant: Variant, target: str) -> Usage:
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", text)[0]) for what in ("REG", "STACK", "LOCAL"))
     widths = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
-    return Usage(variant.name, target, registers, stack + local, max((int(v) * int(b) for v, b in widths), default=None))
+    return Usage(
+        variant.name, target, registers, stack + local, max((int(v) * int(b) for v, b in widths), default=None)
+    )
 
 
 def main(targets: list[str]) -> None:

@@ -155,7 +155,8 @@ def residual_draw(
 
 @triton.jit
 def residuals(
-    target_row, draft_row, scale, high, low, draft_scale, draft_cutoff, draft_high, draft_low, token, point_mass, ids, vocab
+    target_row, draft_row, scale, high, low, draft_scale, draft_cutoff, draft_high, draft_low,
+    token, point_mass, ids, vocab,
 ):  # fmt: skip
     target = probs(load_logits(target_row, ids, vocab), scale, float("-inf"), high, low)
     if point_mass:

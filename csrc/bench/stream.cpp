@@ -26,7 +26,8 @@ void add_rows(const Tensor& logits, const Tensor& rows, std::vector<Span>& spans
   const int64_t size = int64_t(logits.element_size()), bytes = logits.size(2) * size;
   for (int64_t b = 0; b < logits.size(0); ++b) {
     for (int64_t i = 0; i < count[b]; ++i) {
-      const auto* row = static_cast<const char*>(logits.const_data_ptr()) + (b * logits.stride(0) + i * logits.stride(1)) * size;
+      const auto* row =
+          static_cast<const char*>(logits.const_data_ptr()) + (b * logits.stride(0) + i * logits.stride(1)) * size;
       for (int64_t at = 0; at < bytes; at += kChunk) spans.push_back({row + at, std::min(kChunk, bytes - at)});
     }
   }

@@ -17,8 +17,8 @@ constexpr uint32_t kTileRace = 0, kTokenRace = 1;         // levels
 
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
-// A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two threads
-// took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding.
+// A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
+// threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding.
 inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   constexpr int64_t kGroup = 16, kLeast = 64;
   const int64_t share = (tiles + threads - 1) / threads;

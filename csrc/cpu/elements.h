@@ -1,5 +1,5 @@
-// bfloat16 and float16 as stored, with scalar conversions that need no instruction-set extension. Internal linkage: every
-// unit compiles them for its own instruction set, and the linker must not choose one of the copies.
+// bfloat16 and float16 as stored, with scalar conversions that need no instruction-set extension. Internal linkage:
+// every unit compiles them for its own instruction set, and the linker must not choose one of the copies.
 #pragma once
 
 #include <bit>

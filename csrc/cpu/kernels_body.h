@@ -46,7 +46,8 @@ class Group {
 template <class T>
 void prefetch(const T* tile) {
   constexpr uintptr_t kAhead = V::width * kTile * sizeof(T);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tile) + kAhead;  // may lie past the row: an address, not a pointer
+  const uintptr_t begin =
+      reinterpret_cast<uintptr_t>(tile) + kAhead;  // may lie past the row: an address, not a pointer
   for (uintptr_t at = begin; at < begin + kTile * sizeof(T); at += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
@@ -82,8 +83,8 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
-// The sum over each tile of a group of exp(scale * (logit - base)). Fused: scale * logit - scale * base in one operation,
-// the rounding of the second product taken out at the end; not fused: no rounding, for low temperatures.
+// The sum over each tile of a group of exp(scale * (logit - base)). Fused: scale * logit - scale * base in one
+// operation, the rounding of the second product taken out at the end; not fused: no rounding, for low temperatures.
 template <bool kFused, class T>
 V::F group_sums(const Group<T>& group, V::F bases, V::F scale2) {
   const V::F products = V::mul(bases, scale2);
@@ -168,7 +169,10 @@ struct Spread {
   V::F scale, cutoff, high, low, log2e;
 
   explicit Spread(const Distribution& d)
-      : scale(V::set(d.scale)), cutoff(V::set(d.cutoff)), high(V::set(-d.lse_high)), low(V::set(-d.lse_low)),
+      : scale(V::set(d.scale)),
+        cutoff(V::set(d.cutoff)),
+        high(V::set(-d.lse_high)),
+        low(V::set(-d.lse_low)),
         log2e(V::set(kLog2e)) {}
 
   V::F prob(V::F logit) const {
@@ -183,8 +187,8 @@ V::F residual(const Spread& target, const T* target_logits, const Spread& draft,
   return V::max(V::sub(target.prob(V::load(target_logits + i)), draft.prob(V::load(draft_logits + i))), V::set(0.0f));
 }
 
-void token_residuals(const Row& target, const Distribution& target_dist, const Row& draft, const Distribution& draft_dist,
-                     int64_t tile, float* weights) {
+void token_residuals(const Row& target, const Distribution& target_dist, const Row& draft,
+                     const Distribution& draft_dist, int64_t tile, float* weights) {
   const Spread p(target_dist), q(draft_dist);
   with_dtype(target.dtype, [&](auto target_element) {
     with_dtype(draft.dtype, [&](auto draft_element) {

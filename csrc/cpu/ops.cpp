@@ -71,8 +71,8 @@ void on_threads(int64_t threads, void (*body)(void*), void* context) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> verify_chain_cpu(Tensor target_logits, Tensor draft_tokens,
-                                                    OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
-                                                    Tensor position, OptionalTensor num_draft,
+                                                    OptionalTensor draft_logits, OptionalTensor draft_stats,
+                                                    Tensor seed, Tensor position, OptionalTensor num_draft,
                                                     OptionalTensor temperatures, double temperature) {
   require_kernels();
   const int64_t batch = target_logits.size(0), rows = target_logits.size(1);

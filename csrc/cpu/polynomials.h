@@ -8,7 +8,7 @@ constexpr float kExp2[6] = {1.000000072e+0f, 6.931469671e-1f, 2.402211972e-1f,
                             5.550713290e-2f, 9.675541293e-3f, 1.327646680e-3f};
 
 // (log(1 + x) - x + x^2 / 2) / x^3 on [-1/4, 1/2], relative error in the logarithm 4.9e-9.
-constexpr float kLog1p[8] = {3.333344912e-1f, -2.500009583e-1f, 1.999086086e-1f,  -1.664731234e-1f,
+constexpr float kLog1p[8] = {3.333344912e-1f, -2.500009583e-1f, 1.999086086e-1f, -1.664731234e-1f,
                              1.447840050e-1f, -1.316119653e-1f, 1.046299571e-1f, -4.507446709e-2f};
 
 }  // namespace specdec

@@ -66,7 +66,8 @@ struct V {
 
   // Natural logarithm of a positive normal number.
   static F log(F x) {
-    // Subtracting the bits of 0.75 and keeping the high ones leaves the exponent of x / mantissa, mantissa in [3/4, 3/2).
+    // Subtracting the bits of 0.75 and keeping the high ones leaves the exponent of x / mantissa, mantissa in [3/4,
+    // 3/2).
     const __m256i bits = _mm256_castps_si256(x), origin = _mm256_set1_epi32(0x3F400000);
     const __m256i offset = _mm256_sub_epi32(bits, origin);
     const __m256i exponent = _mm256_srai_epi32(offset, 23);

@@ -15,7 +15,9 @@ struct V {
   static constexpr int64_t width = 1;
 
   template <class T>
-  static F load(const T* p) { return to_float(*p); }
+  static F load(const T* p) {
+    return to_float(*p);
+  }
   static void store(float* p, F x) { *p = x; }
   static F set(float x) { return x; }
   static F add(F a, F b) { return a + b; }

@@ -44,7 +44,12 @@ struct DraftLaw {
 class ChainRequest {
  public:
   ChainRequest(const VerifyChain& op, const Kernels& kernels, int64_t threads, int64_t request, SharedPass& pass)
-      : op_(op), kernels_(kernels), threads_(threads), b_(request), pass_(pass), scratch_(scratch(tiles_of(op.vocab))) {}
+      : op_(op),
+        kernels_(kernels),
+        threads_(threads),
+        b_(request),
+        pass_(pass),
+        scratch_(scratch(tiles_of(op.vocab))) {}
 
   void run() {
     const float scale = scale_of(op_.temperatures ? op_.temperatures[b_] : op_.temperature);
@@ -221,7 +226,8 @@ void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
 
 void sample(const Sample& op, int64_t threads, RunOnThreads run) {
   const Kernels& table = *kernels();
-  each_request(op.rows, op.vocab, threads, run, [&](int64_t r, SharedPass& pass) { sample_row(op, table, threads, r, pass); });
+  each_request(op.rows, op.vocab, threads, run,
+               [&](int64_t r, SharedPass& pass) { sample_row(op, table, threads, r, pass); });
 }
 
 }  // namespace specdec

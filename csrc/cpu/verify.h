@@ -28,28 +28,28 @@ struct Logits {
 
 struct VerifyChain {
   int64_t batch, longest, vocab;
-  Logits target, draft;           // draft.data null: point masses
-  Ids tokens;                     // [B, K] by these strides
+  Logits target, draft;  // draft.data null: point masses
+  Ids tokens;            // [B, K] by these strides
   int64_t token_strides[2];
-  const float* draft_stats;       // [B, K, 3] contiguous, or null
-  const int64_t *seed, *position; // [B]
-  Ids num_draft;                  // [B], or null data
-  const float* temperatures;      // [B], or null: `temperature`
+  const float* draft_stats;        // [B, K, 3] contiguous, or null
+  const int64_t *seed, *position;  // [B]
+  Ids num_draft;                   // [B], or null data
+  const float* temperatures;       // [B], or null: `temperature`
   float temperature;
-  int64_t* out_tokens;            // [B, K + 1]
-  int32_t* out_accepted;          // [B]
-  bool* out_valid;                // [B]
+  int64_t* out_tokens;    // [B, K + 1]
+  int32_t* out_accepted;  // [B]
+  bool* out_valid;        // [B]
 };
 
 struct Sample {
   int64_t rows, vocab;
-  Logits logits;                  // row_stride counts
+  Logits logits;                         // row_stride counts
   const int64_t *seed, *position, *row;  // [R]
-  const float* temperatures;      // [R], or null: `temperature`
+  const float* temperatures;             // [R], or null: `temperature`
   float temperature;
-  int64_t* out_tokens;            // [R]
-  float* out_logprobs;            // [R]
-  float* out_stats;               // [R, 3]
+  int64_t* out_tokens;  // [R]
+  float* out_logprobs;  // [R]
+  float* out_stats;     // [R, 3]
 };
 
 // Runs body() once on each of up to `threads` threads.

@@ -29,7 +29,9 @@ def report(console: Console) -> bool:
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    console.print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}")
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}"
+    )
     table = Table("backend", "is", "runs on", "known answers", "against the oracle")
     healthy = True
     for backend in BACKENDS.values():

@@ -56,7 +56,9 @@ class Session:
             ids: list[int] = self.tokenizer(prompt)["input_ids"]
             return ids
         message = [{"role": "user", "content": prompt}]
-        templated: list[int] = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        templated: list[int] = self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=False
+        )
         return templated
 
     def decode(
@@ -135,7 +137,9 @@ def measure(session: Session, temperatures: tuple[float, ...]) -> None:
     first_prompt = next(iter(PROMPTS.values()))[0]
     session.console.print(Text.assemble(first_prompt + "\n", ("drafted", _DRAFTED), ", ", ("drawn", _DRAWN), ":"))
     _print_stream(session, session.decode(first_prompt, temperatures[0], True, Statistics()))
-    table = Table("temperature", "prompts", "plain tokens/s", "tokens/s", "tokens a step", "accepted by position", "speed-up")
+    table = Table(
+        "temperature", "prompts", "plain tokens/s", "tokens/s", "tokens a step", "accepted by position", "speed-up"
+    )
     with Progress(console=session.console, transient=True) as progress:
         task = progress.add_task("measuring", total=2 * len(temperatures) * sum(map(len, PROMPTS.values())))
         for temperature in temperatures:
@@ -155,5 +159,7 @@ def measure(session: Session, temperatures: tuple[float, ...]) -> None:
                     f"{with_drafts.tokens_per_step:.2f}", " ".join(f"{a / max(1, p):.2f}" for a, p in positions),
                     f"{ratios[-1]:.2f}x",
                 )  # fmt: skip
-            table.add_row(f"{temperature:g}", "mean", "", "", "", "", f"[bold]{mean(ratios):.2f}x[/bold]", end_section=True)
+            table.add_row(
+                f"{temperature:g}", "mean", "", "", "", "", f"[bold]{mean(ratios):.2f}x[/bold]", end_section=True
+            )
     session.console.print(table)

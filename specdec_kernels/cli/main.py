@@ -37,7 +37,9 @@ def generate(
     drafter: Annotated[
         DrafterKind, typer.Option(help="auto: lookup where the text repeats itself, else the model.")
     ] = DrafterKind.auto,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")
+    ] = None,
     num_draft: Annotated[int, typer.Option(min=0, help="Drafts a step at most.")] = 6,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,

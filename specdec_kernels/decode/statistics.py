@@ -24,7 +24,9 @@ class Statistics:
     proposed_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     """By index of the draft in its step."""
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prompt", "draft", "target", "verify"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prompt", "draft", "target", "verify"), 0.0)
+    )
     invalid: int = 0
     """Steps of a request in which the target or the draft gave a row that was not usable."""
 

@@ -58,7 +58,8 @@ def sample(
         seed: int64 [R] or int. One per request.
         position: int64 [R] or int. Tokens of the request before this step, in tokens.
         row: int64 [R] or int, in [0, 65536). Index of the drafted token in its step.
-        temperature: float32 [R] or float, at least 0. 0 (and below 1e-5) is greedy: the largest logit, lowest id on ties.
+        temperature: float32 [R] or float, at least 0. 0 (and below 1e-5) is greedy: the largest logit, lowest id on
+            ties.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -185,7 +186,17 @@ def verify_chain(
         temperature=temperatures,
     )
     verify = function("verify_chain", backend, target_logits.device)
-    arguments = (target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, temperatures, scalar)
+    arguments = (
+        target_logits,
+        draft_tokens,
+        draft_logits,
+        draft_stats,
+        seed,
+        position,
+        num_draft,
+        temperatures,
+        scalar,
+    )
     if target_logits.device.type != "cpu":
         return Verified(*verify(*arguments))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -66,9 +67,8 @@ def _triton() -> Backend:
     if not interpreted and not torch.cuda.is_available():
         reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
         return Backend("triton", "cuda", reason, f"triton {triton.__version__}", {})
-    from specdec_kernels import triton_kernels
-
-    functions: dict[str, Callable[..., Any]] = {op: getattr(triton_kernels, op) for op in OPS}
+    kernels = importlib.import_module("specdec_kernels.triton_kernels")
+    functions: dict[str, Callable[..., Any]] = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
     for op, function in functions.items():

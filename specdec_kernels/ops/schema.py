@@ -5,6 +5,9 @@ Compiled backends only add implementations for a device (`backends.py`), so the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +50,11 @@ def _fake_noise_words(seed: Tensor, position: Tensor, tag: int, first: int, coun
     return seed.new_empty((seed.shape[0], 4 * counters))
 
 
-_FAKES = {"verify_chain": _fake_verify_chain, "sample": _fake_sample, "noise_words": _fake_noise_words}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "verify_chain": _fake_verify_chain,
+    "sample": _fake_sample,
+    "noise_words": _fake_noise_words,
+}
 
 for _name, _schema in _SCHEMAS.items():
     LIBRARY.define(_name + _schema)

@@ -21,7 +21,9 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]) -> Tensor:
+def tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]
+) -> Tensor:
     """``value`` if it is a tensor of one of ``dtypes`` and of ``shape`` (None matches any size)."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

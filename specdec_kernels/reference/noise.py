@@ -18,7 +18,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def noise_words(seed: Tensor, position: Tensor, tag: Tensor | int, first: int, counters: int) -> Tensor:
-    """Words of the counters ``first, first + 1, ...`` of each stream: int64 ``[R, 4 * counters]``, each in [0, 2^32)."""
+    """Words of the counters ``first, first + 1, ...`` of each stream: int64 ``[R, 4 * counters]``, in [0, 2^32)."""
     rows = seed.shape[0]
     index = (torch.arange(counters, device=seed.device) + first) & _LOW
     tag = torch.as_tensor(tag, device=seed.device)

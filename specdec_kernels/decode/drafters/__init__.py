@@ -1,5 +1,6 @@
 """Drafters. Each proposes tokens and says from which law; none can change the law of the text."""
 
+from specdec_kernels.decode.drafters.autoregressive import Drafting
 from specdec_kernels.decode.drafters.feature import FeatureDrafter
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.first_of import FirstOf
@@ -7,4 +8,4 @@ from specdec_kernels.decode.drafters.lookup import LookupDrafter
 from specdec_kernels.decode.drafters.model import ModelDrafter
 from specdec_kernels.decode.drafters.rule import RuleDrafter
 
-__all__ = ["FeatureDrafter", "FeatureModel", "FirstOf", "LookupDrafter", "ModelDrafter", "RuleDrafter"]
+__all__ = ["Drafting", "FeatureDrafter", "FeatureModel", "FirstOf", "LookupDrafter", "ModelDrafter", "RuleDrafter"]

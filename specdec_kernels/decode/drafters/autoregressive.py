@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +16,43 @@ from specdec_kernels.decode.targets import padded
 from specdec_kernels.ops import BackendName, sample
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """How a model drafts. None of it changes the law of the text, only its speed.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    min_confidence: float = 0.0
+    """Drafting stops once the model's own probability of all drafts so far, at temperature 1, falls below this. That
+    depends on the drafts and their law alone, and every token drawn is proposed: algorithms.md, 10. 0 never stops."""
+
+    cooling: float = 1.0
+    """Drafts are drawn at this times the request's temperature, and handed over with the scalars of that law. A drafter
+    knows less than its target and spreads its probability wider; drawing colder makes up for it."""
+
+    backend: BackendName | None = None
+    """Of :func:`specdec_kernels.sample`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
+        if not 0 <= self.cooling < float("inf"):
+            raise ValueError(f"cooling must be finite and not negative, got {self.cooling}")
+
+
 class AutoregressiveDrafter(ABC):
     """Keeps a cache in step with the text, and drafts ahead of it.
 
     Tokens that were committed since the last draft are read together with the first draft's pass, so that K drafts
     take K passes; what was read of the drafts themselves is taken back.
-
-    Drafting stops early once the model's own probability of all drafts so far, at temperature 1, falls below
-    ``min_confidence``. That depends on the drafts and their law alone, and every token drawn is proposed, so the law of
-    the text stays exact (algorithms.md, 10).
     """
 
     wants_features = False
 
-    def __init__(
-        self, config: Any, device: torch.device, vocab_size: int, min_confidence: float, backend: BackendName | None
-    ) -> None:
-        if not 0 <= min_confidence <= 1:
-            raise ValueError(f"min_confidence must be in [0, 1], got {min_confidence}")
-        self._config, self._device, self._vocab = config, device, vocab_size
-        self._min_confidence, self._backend = min_confidence, backend
+    def __init__(self, config: Any, device: torch.device, vocab_size: int, drafting: Drafting) -> None:
+        self._config, self._device, self._vocab, self._drafting = config, device, vocab_size, drafting
         self._logits: Tensor | None = None
 
     @abstractmethod
@@ -76,13 +94,18 @@ class AutoregressiveDrafter(ABC):
         confidence = torch.ones(batch, device=self._device)
         for row in range(longest):
             drawn = sample(
-                logits, seed=step.seed, position=step.position, row=row, temperature=step.temperature, backend=self._backend
+                logits,
+                seed=step.seed,
+                position=step.position,
+                row=row,
+                temperature=step.temperature * self._drafting.cooling,
+                backend=self._drafting.backend,
             )
             self._scatter(full[:, row], logits)
             drafts.append(self._ids(drawn.tokens))
             stats.append(drawn.stats)
             confidence *= logits.float().softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
-            wanted = torch.where(confidence < self._min_confidence, wanted.clamp(max=row + 1), wanted)
+            wanted = torch.where(confidence < self._drafting.min_confidence, wanted.clamp(max=row + 1), wanted)
             if row + 1 >= int(wanted.max()):
                 break
             previous = None if features is None else features[:, None]

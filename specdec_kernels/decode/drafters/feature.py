@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.protocols import Draft, Step
-from specdec_kernels.ops import BackendName
 
 
 class FeatureDrafter(AutoregressiveDrafter):
@@ -21,16 +20,13 @@ class FeatureDrafter(AutoregressiveDrafter):
     Args:
         model: trained for exactly this target.
         target: the target's transformers model.
-        min_confidence: stop drafting below it, see :class:`AutoregressiveDrafter`; 0 never stops.
-        backend: of :func:`specdec_kernels.sample`.
+        drafting: when to stop, how boldly to draw.
     """
 
     wants_features = True
 
-    def __init__(
-        self, model: FeatureModel, target: Any, min_confidence: float = 0.0, backend: BackendName | None = None
-    ) -> None:
-        super().__init__(model.config, target.device, target.config.vocab_size, min_confidence, backend)
+    def __init__(self, model: FeatureModel, target: Any, drafting: Drafting = Drafting()) -> None:
+        super().__init__(model.config, target.device, target.config.vocab_size, drafting)
         self.model = model
         self._embed = target.get_input_embeddings()
         self._head = target.get_output_embeddings().weight.detach()[model.shortlist]
@@ -52,6 +48,8 @@ class FeatureDrafter(AutoregressiveDrafter):
         rows.index_copy_(1, self.model.shortlist, logits)
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        if features is None:
+            raise ValueError("features must come with the tokens: the target was not asked for them, got None")
         inputs = self.model.inputs(self._embed(tokens), features)
         outputs = self._cache.run(self.model, counts, tokens.shape[1], inputs_embeds=inputs)
         last = outputs[torch.arange(len(counts)), counts - 1]

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
-from specdec_kernels.ops import BackendName
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 
 
 class ModelDrafter(AutoregressiveDrafter):
@@ -17,24 +16,17 @@ class ModelDrafter(AutoregressiveDrafter):
     Args:
         model: its vocabulary may be smaller than the target's: the rest is then never drafted.
         vocab_size: of the target; ``None`` where it is the model's own.
-        min_confidence: stop drafting below it, see :class:`AutoregressiveDrafter`; 0 never stops.
-        backend: of :func:`specdec_kernels.sample`.
+        drafting: when to stop, how boldly to draw.
 
     Raises:
         ValueError: the model's vocabulary is larger than the target's.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        vocab_size: int | None = None,
-        min_confidence: float = 0.0,
-        backend: BackendName | None = None,
-    ) -> None:
+    def __init__(self, model: Any, vocab_size: int | None = None, drafting: Drafting = Drafting()) -> None:
         own = model.config.vocab_size
         if vocab_size is not None and own > vocab_size:
             raise ValueError(f"vocab_size must be at least the drafter's own {own}, got {vocab_size}")
-        super().__init__(model.config, model.device, vocab_size or own, min_confidence, backend)
+        super().__init__(model.config, model.device, vocab_size or own, drafting)
         self.model = model
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:

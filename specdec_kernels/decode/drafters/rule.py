@@ -28,9 +28,7 @@ class RuleDrafter:
 
     def propose(self, step: Step) -> Draft:
         wanted = step.num_draft.tolist()
-        drafts = [
-            list(self.rule(list(text), count))[:count] for text, count in zip(self._texts, wanted, strict=True)
-        ]
+        drafts = [list(self.rule(list(text), count))[:count] for text, count in zip(self._texts, wanted, strict=True)]
         return Draft.point_masses(drafts)
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
