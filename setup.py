@@ -12,19 +12,27 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds once, then installs the libraries into ``specdec_kernels/lib``."""
+    """Configures, builds and installs the libraries into ``specdec_kernels/lib``: of the tree if that is what is
+    imported, else of the wheel. They are no extension modules, so setuptools has nothing to copy."""
 
-    def build_extension(self, ext: Extension) -> None:
-        """Run CMake; ``ext`` only says where the package goes."""
-        into = Path(self.get_ext_fullpath(ext.name)).parent.resolve() / "lib"
-        build = ROOT / "build" / ("sanitize" if os.environ.get("SPECDEC_SANITIZE") else "native")
-        options = [
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DSPECDEC_SANITIZE={'ON' if os.environ.get('SPECDEC_SANITIZE') else 'OFF'}",
-        ]
+    def run(self) -> None:
+        """Run CMake."""
+        in_place = self.inplace or self.editable_mode
+        into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels" / "lib"
+        sanitize = bool(os.environ.get("SPECDEC_SANITIZE"))
+        build = ROOT / "build" / ("sanitize" if sanitize else "native")
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECDEC_SANITIZE={'ON' if sanitize else 'OFF'}"]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", into], check=True)
+
+    def get_outputs(self) -> list[str]:
+        """Nothing for setuptools to look for."""
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """As above."""
+        return {}
 
 
 # The upstream Triton project owns the top-level name `triton_kernels`, so folders at the top are imported under ours.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from specdec_kernels import ops
 
 ROOT = Path(__file__).parent.parent
