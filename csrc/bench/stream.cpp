@@ -13,7 +13,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 32 << 10;
+constexpr int64_t kChunk = 128 << 10;  // long runs: 32 KiB took a tenth longer
 
 struct Span {
   const char* data;

@@ -124,12 +124,22 @@ def compare(session: Session, prompt: str, temperature: float) -> None:
     session.console.print(f"without drafts: {_summary(plain)}", highlight=False)
     session.console.print(f"speed-up {statistics.tokens_per_second / plain.tokens_per_second:.2f}x", style="bold")
     if temperature == 0 and text != alone:
-        first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
-        session.console.print(
-            f"the greedy texts part at token {first}: passes over different numbers of rows round differently; "
-            "--fixed-rows makes them equal",
-            style="dim",
-        )
+        _report_divergence(session, prompt, text, alone)
+
+
+def _report_divergence(session: Session, prompt: str, text: list[int], alone: list[int]) -> None:
+    """Where two greedy texts part, and how close the two tokens were there."""
+    first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
+    with torch.inference_mode():
+        ids = torch.tensor([session.encode(prompt) + text[:first]])
+        logits = session.model(ids, logits_to_keep=1).logits[0, -1].float()
+    margin = abs(float(logits[text[first]] - logits[alone[first]]))
+    session.console.print(
+        f"the greedy texts part at token {first}, where the two logits are {margin:.3g} apart: passes over different "
+        "numbers of rows round differently; --fixed-rows makes the texts equal",
+        style="dim",
+        highlight=False,
+    )
 
 
 def measure(session: Session, temperatures: tuple[float, ...]) -> None:
