@@ -99,10 +99,11 @@ V::F group_sums(const Group<T>& group, V::F bases, V::F scale2) {
     };
     const T* logits = group[g];
     prefetch(logits);
-    V::F a = V::set(0.0f), b = V::set(0.0f);
+    V::F a = V::set(0.0f), b = V::set(0.0f), x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
-      a = V::add(a, term(V::load(logits + i)));
-      b = V::add(b, term(V::load(logits + i + V::width)));
+      V::load_two(logits + i, x, y);
+      a = V::add(a, term(x));
+      b = V::add(b, term(y));
     }
     sums[g] = V::add(a, b);
   }

@@ -23,6 +23,16 @@ struct V {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // Two vectors of consecutive elements in any order: sums and maxima do not care, and bfloat16 splits cheaper so.
+  template <class T>
+  static void load_two(const T* p, F& a, F& b) {
+    a = load(p), b = load(p + width);
+  }
+  static void load_two(const BFloat16* p, F& a, F& b) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xFFFF0000u))));
+  }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

@@ -23,6 +23,16 @@ struct V {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // Two vectors of consecutive elements in any order: sums and maxima do not care, and bfloat16 splits cheaper so.
+  template <class T>
+  static void load_two(const T* p, F& a, F& b) {
+    a = load(p), b = load(p + width);
+  }
+  static void load_two(const BFloat16* p, F& a, F& b) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xFFFF0000u))));
+  }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }

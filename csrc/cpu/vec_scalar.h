@@ -18,6 +18,10 @@ struct V {
   static F load(const T* p) {
     return to_float(*p);
   }
+  template <class T>
+  static void load_two(const T* p, F& a, F& b) {
+    a = load(p), b = load(p + 1);
+  }
   static void store(float* p, F x) { *p = x; }
   static F set(float x) { return x; }
   static F add(F a, F b) { return a + b; }
