@@ -45,7 +45,6 @@ struct V {
   static float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
   static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
   static float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
-  static float first(F x) { return _mm512_cvtss_f32(x); }
   // Lane i of the result: x[i] reduced.
   static F fold_add(const F* x) { return fold(x, add); }
   static F fold_max(const F* x) { return fold(x, max); }

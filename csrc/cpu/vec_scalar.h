@@ -35,7 +35,6 @@ struct V {
   static float reduce_add(F x) { return x; }
   static float reduce_max(F x) { return x; }
   static float reduce_min(F x) { return x; }
-  static float first(F x) { return x; }
   // Lane i of the result: x[i] reduced.
   static F fold_add(const F* x) { return *x; }
   static F fold_max(const F* x) { return *x; }
