@@ -29,6 +29,15 @@ class Purpose(IntEnum):
     DRAFT = 0
     ACCEPT = 1
     TARGET = 2
+    COUPLED = 3
+
+
+class Rule(IntEnum):
+    """How drafts are verified; the operators take the number, the public functions the name."""
+
+    TOKEN = 0
+    BLOCK = 1
+    COUPLED = 2
 
 
 class Level(IntEnum):

@@ -82,10 +82,40 @@ def test_wrong_bonus_row_has_a_wrong_law():
 
 
 def test_accepted_tokens_of_the_known_example():
-    """algorithms.md, 2: 10/9 accepted tokens in two drafts under the token rule."""
+    """algorithms.md, 2: of two drafts, 10/9 are accepted under the token rule, 11/9 under the block rule."""
     target, draft = [F(1, 3), F(2, 3)], [F(2, 3), F(1, 3)]
     alpha = sum(min(p, q) for p, q in zip(target, draft, strict=True))
     assert alpha + alpha**2 == F(10, 9)
+    assert oracle.block_law(lambda _: target, lambda _: draft, 2)[1] == F(11, 9)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_block_rule_is_exact_and_accepts_no_less(pair):
+    target, draft, length = PAIRS[pair]()
+    law, accepted = oracle.block_law(target, draft, length)
+    assert oracle.total_variation(law, oracle.target_law(target, length)) == 0
+    assert accepted >= token_rule_accepts(target, draft, length)
+
+
+def token_rule_accepts(target, draft, length, prefix=()):
+    """Expected number of drafts the token rule accepts."""
+    if len(prefix) == length:
+        return F(0)
+    return sum(
+        min(p, q) * (1 + token_rule_accepts(target, draft, length, (*prefix, token)))
+        for token, (p, q) in enumerate(zip(target(prefix), draft(prefix), strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [{"cap": lambda a: a}, {"scaled_residual": False}, {"early_stop": True}],
+    ids=["uncapped", "residual without a_tau", "early stop"],
+)
+def test_wrong_block_rules_have_a_wrong_law(mutant):
+    target, draft, length = PAIRS["zeros"]()
+    law, _ = oracle.block_law(target, draft, length, **mutant)
+    assert oracle.total_variation(law, oracle.target_law(target, length)) > F(1, 100)
 
 
 class Injected(oracle.Noise):

@@ -6,14 +6,15 @@
 #include <utility>
 #include <vector>
 
-#include "elements.h"
+#include "filters.h"
 #include "kernels.h"
+#include "source.h"
 #include "team.h"
 
 namespace specdec {
 
-constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2;  // purposes
-constexpr uint32_t kTileRace = 0, kTokenRace = 1;         // levels
+constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
+constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
 
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
@@ -25,14 +26,16 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
 }
 
-// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there.
+// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, when it arrives there, and, with
+// filters, its largest logit; and what a search for a cutoff has to choose from.
 struct TileSpace {
-  std::vector<float> level, weight, arrival;
+  std::vector<float> level, weight, arrival, peak, candidates;
 
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
     level.assign(padded, -INFINITY);
     weight.assign(padded, 0.0f);
+    peak.assign(padded, -INFINITY);
     arrival.resize(padded);
   }
 };
@@ -42,23 +45,37 @@ constexpr float kMinTemperature = 1e-5f;
 inline float scale_of(float temperature) { return temperature < kMinTemperature ? INFINITY : 1.0f / temperature; }
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
+// Temperature and filters of one request.
+struct Sampling {
+  float scale;
+  Filters filters;
+};
+
 class RowView {
  public:
-  RowView(const Kernels& kernels, Row row, float scale, int64_t threads, TileSpace& space)
+  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space)
       : kernels_(kernels),
-        row_(row),
-        scale_(scale),
-        tiles_(tiles_of(row.vocab)),
+        source_(source),
+        scale_(sampling.scale),
+        filters_(sampling.filters),
+        tiles_(tiles_of(source.row().vocab)),
         piece_(piece_tiles(tiles_, threads)),
         space_(space) {}
 
   // Work on the tiles of one piece; `finish` once all pieces are done.
   void pass(uint32_t piece) {
-    const int64_t begin = int64_t(piece) * piece_, end = std::min(begin + piece_, tiles_);
-    if (is_greedy(scale_))
-      kernels_.tile_max(row_, begin, end, space_.level.data());
-    else
-      kernels_.tile_stats(row_, scale_, begin, end, space_.level.data(), space_.weight.data());
+    const auto [begin, end] = tiles_of_piece(piece);
+    if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
+    float logits[kFilled * kTile];
+    for (int64_t tile = begin; tile < end; tile += kFilled) {
+      const int64_t stop = std::min(tile + kFilled, end);
+      if (!source_.touches(tile, stop)) {
+        pass_over(source_.row(), tile, stop, 0);
+        continue;
+      }
+      source_.fill(tile, stop - tile, logits);
+      pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
+    }
   }
 
   void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
@@ -66,37 +83,67 @@ class RowView {
   uint32_t pieces() const { return uint32_t((tiles_ + piece_ - 1) / piece_); }
   bool valid() const { return valid_; }
   float scale() const { return scale_; }
-  float max() const { return max_; }
-  double logsumexp() const { return lse_; }
-  const Row& row() const { return row_; }
+  // The scalars of the law, as they are handed over.
+  float cutoff() const { return is_greedy(scale_) ? max_ : cutoff_; }
+  double logsumexp() const { return is_greedy(scale_) ? 0.0 : lse_; }
 
   Distribution distribution() const {
     const float high = float(lse_);
-    return {scale_, -INFINITY, high, float(lse_ - double(high))};
+    return {scale_, cutoff_, high, float(lse_ - double(high))};
   }
 
   // Of one token, in double precision.
   double logprob(int64_t token) const {
     if (is_greedy(scale_)) return token == argmax_ ? 0.0 : -INFINITY;
-    return double(scale_) * double(logit(token)) - lse_;
+    const float logit = source_.logit(token);
+    return logit < cutoff_ ? -INFINITY : double(scale_) * double(logit) - lse_;
   }
 
-  float logit(int64_t token) const {
-    switch (row_.dtype) {
-      case DType::bf16: return to_float(static_cast<const BFloat16*>(row_.logits)[token]);
-      case DType::f16: return to_float(static_cast<const Half*>(row_.logits)[token]);
-      default: return static_cast<const float*>(row_.logits)[token];
-    }
+  // The probabilities of one tile (128).
+  void tile_probs(int64_t tile, float* weights) const {
+    float logits[kTile];
+    const Source::At at = source_.at(tile, logits);
+    kernels_.token_probs(at.row, distribution(), at.tile, weights);
   }
+
+  // (probability - that of `draft`)+ of one tile.
+  void tile_residuals(const Row& draft, const Distribution& dist, int64_t tile, float* weights) const {
+    float logits[kTile], draft_logits[kTile];
+    const Source::At at = source_.at(tile, logits);
+    if (at.row.logits != logits) return kernels_.token_residuals(at.row, distribution(), draft, dist, tile, weights);
+    Source(draft).fill(tile, 1, draft_logits);  // both as the first tile of a row
+    kernels_.token_residuals(at.row, distribution(), {draft_logits, DType::f32, kTile}, dist, 0, weights);
+  }
+
+  // The bound that a tile's probability gives its residual.
+  double tile_prob(int64_t tile) const { return double(space_.weight[size_t(tile)]) / total_; }
+  int64_t tiles() const { return tiles_; }
 
   // The two-level race. The tile weights are a by-product of the pass.
   int64_t draw(Noise noise) const {
     if (is_greedy(scale_)) return argmax_;
     const int64_t tile = first_tile(noise).index;
     float weights[kTile];
-    kernels_.token_probs(row_, distribution(), tile, weights);
+    tile_probs(tile, weights);
     return draw_inside(tile, weights, noise);
   }
+
+  // One piece of the flat race, over all ids at once; the first of the pieces' arrivals is the draw.
+  Arrival race_piece(uint32_t piece, Noise noise) const {
+    const auto [begin, end] = tiles_of_piece(piece);
+    noise.tag |= kTokenRace << 8;
+    Arrival first{-1, INFINITY};
+    float weights[kTile], times[kTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      tile_probs(tile, weights);
+      kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
+      const Arrival here = kernels_.first_arrival(times, kTile);
+      if (here.time < first.time) first = {tile * kTile + here.index, here.time};
+    }
+    return first;
+  }
+  int64_t argmax() const { return argmax_; }
 
   // The two-level race for weights of which this row's probabilities are an upper bound, such as a residual, with
   // `token_weights(tile, out)` giving those of one tile. A tile cannot arrive before its bound does, so tiles are
@@ -131,28 +178,44 @@ class RowView {
   int64_t largest_finite() const {
     int64_t best = 0;
     float largest = -INFINITY;
-    for (int64_t v = 0; v < row_.vocab; ++v) {
-      const float x = logit(v);
+    for (int64_t v = 0; v < source_.row().vocab; ++v) {
+      const float x = source_.logit(v);
       if (std::isfinite(x) && x > largest) largest = x, best = v;
     }
     return best;
   }
 
  private:
+  // Tiles that are processed before a kernel reads them.
+  static constexpr int64_t kFilled = 16;
+
+  std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
+    const int64_t begin = int64_t(piece) * piece_;
+    return {begin, std::min(begin + piece_, tiles_)};
+  }
+
+  // Tiles [begin, end) of `row` are those of this row from `offset` on.
+  void pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
+    float* level = space_.level.data() + offset;
+    if (is_greedy(scale_)) return kernels_.tile_max(row, begin, end, level);
+    float* peak = filters_.any() ? space_.peak.data() + offset : nullptr;
+    kernels_.tile_stats(row, scale_, begin, end, level, space_.weight.data() + offset, peak);
+  }
+
   Arrival first_of(const float* arrivals) const {
     return kernels_.first_arrival(arrivals, int64_t(space_.arrival.size()));
   }
 
   Arrival first_tile(Noise noise) const {
     noise.tag |= kTileRace << 8;
-    kernels_.arrivals(space_.weight.data(), int64_t(space_.weight.size()), noise, space_.arrival.data());
+    kernels_.arrivals(space_.weight.data(), 0, int64_t(space_.weight.size()), noise, space_.arrival.data());
     return first_of(space_.arrival.data());
   }
 
   int64_t draw_inside(int64_t tile, const float* weights, Noise noise) const {
     noise.tag |= kTokenRace << 8;
     float times[kTile];
-    kernels_.arrivals(weights, kTile, noise, times);
+    kernels_.arrivals(weights, 0, kTile, noise, times);
     return tile * kTile + kernels_.first_arrival(times, kTile).index;
   }
 
@@ -162,6 +225,29 @@ class RowView {
     total_ = combined.total;
     lse_ = double(scale_) * double(combined.base) + std::log(double(combined.total));
     valid_ = std::isfinite(lse_);
+    if (valid_ && filters_.any()) filter(combined.base);
+  }
+
+  // Tiles lose the weight of what the filters take away.
+  void filter(float base) {
+    const float pivot =
+        CutoffSearch(kernels_, source_, scale_, base, total_, space_.peak.data(), tiles_, space_.candidates)
+            .pivot(filters_);
+    if (pivot == -INFINITY) return;
+    cutoff_ = INFINITY;
+    total_ = 0.0;
+    float logits[kTile];
+    for (int64_t t = 0; t < tiles_; ++t) {
+      float& weight = space_.weight[size_t(t)];
+      weight = 0.0f;
+      if (space_.peak[size_t(t)] < pivot) continue;
+      const Source::At at = source_.at(t, logits);
+      const Above kept = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
+      weight = kept.mass;
+      total_ += double(weight);
+      cutoff_ = std::min(cutoff_, kept.least);
+    }
+    lse_ = double(scale_) * double(base) + std::log(total_);
   }
 
   void finish_greedy() {
@@ -175,15 +261,16 @@ class RowView {
     valid_ = std::isfinite(max_);
     if (!valid_) return;
     argmax_ = tile * kTile;
-    while (logit(argmax_) != max_) ++argmax_;
+    while (source_.logit(argmax_) != max_) ++argmax_;
   }
 
   const Kernels& kernels_;
-  Row row_;
+  Source source_;
   float scale_;
+  Filters filters_;
   int64_t tiles_, piece_;
   TileSpace& space_;
-  float max_ = 0.0f;
+  float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;
   int64_t argmax_ = -1;

@@ -43,6 +43,13 @@ struct Combined {
   float total;  // of the tile weights
 };
 
+// The logits of a tile that are not below a pivot: how many, the sum of exp(scale * (logit - base)), the smallest.
+struct Above {
+  int64_t count;
+  float mass;
+  float least;
+};
+
 struct Arrival {
   int64_t index;
   float time;
@@ -56,11 +63,18 @@ struct Kernels {
   // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
 
-  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf.
-  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum);
+  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf. And
+  // its largest logit, if `max` is not null, of any value where there is a nan.
+  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum, float* max);
 
   // Brings the tiles' sums to a common base, in place: they become race weights.
   Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);
+
+  // What one tile holds at and above a pivot.
+  Above (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);
+
+  // The logits of one tile in [low, high), to `out` (room for 128); returns how many.
+  int64_t (*tile_between)(const Row&, float low, float high, int64_t tile, float* out);
 
   // The probability of every id of one tile (128, zeros past the end).
   void (*token_probs)(const Row&, const Distribution&, int64_t tile, float* weights);
@@ -69,8 +83,9 @@ struct Kernels {
   void (*token_residuals)(const Row& target, const Distribution&, const Row& draft, const Distribution&, int64_t tile,
                           float* weights);
 
-  // E_i / w_i, the arrival times of a race; infinite where the weight is not positive. `count` is a multiple of 64.
-  void (*arrivals)(const float* weights, int64_t count, const Noise&, float* out);
+  // E_i / w_i, the arrival times of the entries first, first + 1, ... of a race; infinite where the weight is not
+  // positive. `first` is a multiple of 4, `count` of 64.
+  void (*arrivals)(const float* weights, int64_t first, int64_t count, const Noise&, float* out);
 
   // The first arrival, lowest index on ties.
   Arrival (*first_arrival)(const float* arrivals, int64_t count);

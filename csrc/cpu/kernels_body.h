@@ -42,6 +42,24 @@ class Group {
   T short_[kTile], empty_[kTile];
 };
 
+// One tile, readable to 128 elements: where it is, or copied and padded with -inf.
+template <class T>
+class Tile {
+ public:
+  Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
+    const int64_t left = row.vocab - tile * kTile;
+    if (left >= kTile) return;
+    for (int64_t j = 0; j < kTile; ++j) short_[j] = j < left ? logits_[j] : negative_infinity(T{});
+    logits_ = short_;
+  }
+
+  const T* operator+(int64_t i) const { return logits_ + i; }
+
+ private:
+  const T* logits_;
+  T short_[kTile];
+};
+
 // Fetches what the next group reads, while this one computes; the hardware's own prefetch stops at every 4 KiB page.
 template <class T>
 void prefetch(const T* tile) {
@@ -118,24 +136,28 @@ constexpr float kLargeSum = 0x1p60f;
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
 
-void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum) {
+void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum, float* max) {
   const V::F scale2 = V::set(scale * kLog2e);
   with_dtype(row.dtype, [&](auto element) {
     for (int64_t first = begin; first < end; first += V::width) {
       const Group<decltype(element)> group(row, first, end);
       // Any base will do that is not far below the largest logit; looking for that one first would cost a third more.
       const float guess = V::reduce_max(V::load(group[0]));
-      V::F bases = usable_base(V::set(guess)), sums;
+      V::F bases = usable_base(V::set(guess)), sums = V::set(0.0f);
       bool done = !(std::fabs(guess * scale) > kLargeSpread) || guess == -INFINITY;
       if (done) {
         sums = group_sums<true>(group, bases, scale2);
         done = !V::any(V::exceeds(sums, kLargeSum));
       }
-      if (!done) {
+      if (!done || max != nullptr) {
         V::F largest[V::width];
         for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
-        bases = usable_base(V::fold_max(largest));
-        sums = group_sums<false>(group, bases, scale2);
+        const V::F maxima = V::fold_max(largest);
+        if (max != nullptr) V::store(max + first, maxima);
+        if (!done) {
+          bases = usable_base(maxima);
+          sums = group_sums<false>(group, bases, scale2);
+        }
       }
       V::store(base + first, bases);
       V::store(sum + first, sums);
@@ -163,6 +185,43 @@ Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, 
   return {base, V::reduce_add(total)};
 }
 
+// --- filters --------------------------------------------------------------------------------------------------------
+
+Above tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
+  const V::F scale2 = V::set(scale * kLog2e), bases = V::set(base), pivots = V::set(pivot);
+  V::F mass = V::set(0.0f), least = V::set(INFINITY);
+  int64_t count = 0;
+  with_dtype(row.dtype, [&](auto element) {
+    const Tile<decltype(element)> logits(row, tile);
+    for (int64_t i = 0; i < kTile; i += V::width) {
+      const V::F x = V::load(logits + i);
+      const V::M above = V::at_least(x, pivots);
+      count += V::count(above);
+      mass = V::add(mass, V::keep(above, V::exp2(V::mul(V::sub(x, bases), scale2))));
+      least = V::min(least, V::either_of(above, x, INFINITY));
+    }
+  });
+  return {count, V::reduce_add(mass), V::reduce_min(least)};
+}
+
+int64_t tile_between(const Row& row, float low, float high, int64_t tile, float* out) {
+  const V::F lows = V::set(low), highs = V::set(high);
+  int64_t count = 0;
+  with_dtype(row.dtype, [&](auto element) {
+    const Tile<decltype(element)> logits(row, tile);
+    float lanes[V::width];
+    for (int64_t i = 0; i < kTile; i += V::width) {
+      const V::F x = V::load(logits + i);
+      const V::M inside = V::except(V::at_least(x, lows), V::at_least(x, highs));
+      if (!V::any(inside)) continue;
+      V::store(lanes, x);
+      for (const float lane : lanes)
+        if (lane >= low && lane < high) out[count++] = lane;
+    }
+  });
+  return count;
+}
+
 // --- probabilities --------------------------------------------------------------------------------------------------
 
 // The scalars of a distribution, spread over vectors and brought to base 2.
@@ -183,9 +242,9 @@ struct Spread {
 };
 
 template <class T, class U>
-V::F residual(const Spread& target, const T* target_logits, const Spread& draft, const U* draft_logits, int64_t i) {
+V::F residual(const Spread& target, const T* target_logits, const Spread& draft, const U* draft_logits) {
   // max(x, y) gives y where either is nan.
-  return V::max(V::sub(target.prob(V::load(target_logits + i)), draft.prob(V::load(draft_logits + i))), V::set(0.0f));
+  return V::max(V::sub(target.prob(V::load(target_logits)), draft.prob(V::load(draft_logits))), V::set(0.0f));
 }
 
 void token_residuals(const Row& target, const Distribution& target_dist, const Row& draft,
@@ -193,9 +252,9 @@ void token_residuals(const Row& target, const Distribution& target_dist, const R
   const Spread p(target_dist), q(draft_dist);
   with_dtype(target.dtype, [&](auto target_element) {
     with_dtype(draft.dtype, [&](auto draft_element) {
-      const Group<decltype(target_element)> targets(target, tile, tile + 1);
-      const Group<decltype(draft_element)> drafts(draft, tile, tile + 1);
-      for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, residual(p, targets[0], q, drafts[0], i));
+      const Tile<decltype(target_element)> targets(target, tile);
+      const Tile<decltype(draft_element)> drafts(draft, tile);
+      for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, residual(p, targets + i, q, drafts + i));
     });
   });
 }
@@ -203,8 +262,8 @@ void token_residuals(const Row& target, const Distribution& target_dist, const R
 void token_probs(const Row& row, const Distribution& dist, int64_t tile, float* weights) {
   const Spread p(dist);
   with_dtype(row.dtype, [&](auto element) {
-    const Group<decltype(element)> group(row, tile, tile + 1);
-    for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, p.prob(V::load(group[0] + i)));
+    const Tile<decltype(element)> logits(row, tile);
+    for (int64_t i = 0; i < kTile; i += V::width) V::store(weights + i, p.prob(V::load(logits + i)));
   });
 }
 
@@ -240,10 +299,10 @@ void words(const Noise& noise, uint32_t first, int64_t counters, uint32_t* out) 
   }
 }
 
-void arrivals(const float* weights, int64_t count, const Noise& noise, float* out) {
+void arrivals(const float* weights, int64_t first, int64_t count, const Noise& noise, float* out) {
   uint32_t block[kRaceBlock];
   for (int64_t start = 0; start < count; start += kRaceBlock) {
-    philox_block(noise, uint32_t(start / 4), block);
+    philox_block(noise, uint32_t((first + start) / 4), block);
     for (int64_t i = 0; i < kRaceBlock; i += V::width) {
       const V::F weight = V::load(weights + start + i);
       const V::F time = V::div(V::exponential(block + i), weight);

@@ -70,32 +70,58 @@ void on_threads(int64_t threads, void (*body)(void*), void* context) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> verify_chain_cpu(Tensor target_logits, Tensor draft_tokens,
-                                                    OptionalTensor draft_logits, OptionalTensor draft_stats,
-                                                    Tensor seed, Tensor position, OptionalTensor num_draft,
-                                                    OptionalTensor temperatures, double temperature) {
+SamplingParameters sampling_of(const OptionalTensor& each, double temperature, int64_t top_k, double top_p,
+                               double min_p) {
+  return {data_of<float>(each), float(temperature), top_k, float(top_p), float(min_p)};
+}
+
+Processing processing_of(const OptionalTensor& bitmask, const OptionalTensor& ids, const OptionalTensor& counts,
+                         const OptionalTensor& bias, const OptionalTensor& penalties) {
+  return {reinterpret_cast<const uint32_t*>(data_of<int32_t>(bitmask)),
+          ids ? ids->size(1) : 0,
+          data_of<int32_t>(ids),
+          data_of<int32_t>(counts),
+          data_of<float>(bias),
+          data_of<float>(penalties)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_cpu(
+    Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
+    Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
+    int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
+    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
+    bool independent) {
   require_kernels();
-  const int64_t batch = target_logits.size(0), rows = target_logits.size(1);
+  const int64_t batch = draft_tokens.size(0), rows = draft_tokens.size(1) + 1;
   Tensor tokens = make({batch, rows}, aoti_torch_dtype_int64());
   Tensor accepted = make({batch}, aoti_torch_dtype_int32());
   Tensor valid = make({batch}, aoti_torch_dtype_bool());
+  Tensor counters = make({batch, 2}, aoti_torch_dtype_int32());
+  Tensor scores = logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
+  Tensor raw = logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
   const VerifyChain op{
       .batch = batch,
       .longest = rows - 1,
-      .vocab = target_logits.size(2),
+      .vocab = target_logits.size(target_logits.dim() - 1),
       .target = logits_of(target_logits),
       .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
+      .cu_rows = data_of<int64_t>(cu_rows),
       .tokens = ids_of(draft_tokens),
       .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
       .draft_stats = data_of<float>(draft_stats),
       .seed = data_of<int64_t>(seed),
       .position = data_of<int64_t>(position),
       .num_draft = ids_of(num_draft),
-      .temperatures = data_of<float>(temperatures),
-      .temperature = float(temperature),
+      .sampling = sampling_of(sampling, temperature, top_k, top_p, min_p),
+      .processing = processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties),
+      .rule = Rule(rule),
+      .independent = independent,
       .out_tokens = out<int64_t>(tokens),
       .out_accepted = out<int32_t>(accepted),
       .out_valid = out<bool>(valid),
+      .out_counters = out<int32_t>(counters),
+      .out_logprobs = logprobs ? out<float>(scores) : nullptr,
+      .out_raw_logprobs = logprobs ? out<float>(raw) : nullptr,
   };
   if (const auto bad = find_bad_token(op)) {
     const auto [b, i] = *bad;
@@ -103,11 +129,14 @@ std::tuple<Tensor, Tensor, Tensor> verify_chain_cpu(Tensor target_logits, Tensor
     STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", op.vocab, "), got ", token, " at [", b, ", ", i, "]");
   }
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
-  return {tokens, accepted, valid};
+  return {tokens, accepted, valid, counters, scores, raw};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
-                                              OptionalTensor temperatures, double temperature) {
+                                              OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
+                                              double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
+                                              OptionalTensor edit_counts, OptionalTensor edit_bias,
+                                              OptionalTensor penalties, bool coupled) {
   require_kernels();
   const int64_t rows = logits.size(0);
   Tensor tokens = make({rows}, aoti_torch_dtype_int64());
@@ -120,8 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor
       .seed = data_of<int64_t>(seed),
       .position = data_of<int64_t>(position),
       .row = data_of<int64_t>(row),
-      .temperatures = data_of<float>(temperatures),
-      .temperature = float(temperature),
+      .sampling = sampling_of(sampling, temperature, top_k, top_p, min_p),
+      .processing = processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties),
+      .coupled = coupled,
       .out_tokens = out<int64_t>(tokens),
       .out_logprobs = out<float>(logprobs),
       .out_stats = out<float>(stats),

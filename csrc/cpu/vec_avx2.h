@@ -55,6 +55,8 @@ struct V {
   static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
   static M positive(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
   static M either(M a, M b) { return _mm256_or_ps(a, b); }
+  static M except(M a, M b) { return _mm256_andnot_ps(b, a); }
+  static int64_t count(M m) { return __builtin_popcount(unsigned(_mm256_movemask_ps(m))); }
   static bool any(M m) { return _mm256_movemask_ps(m) != 0; }
   static F keep(M m, F x) { return _mm256_and_ps(m, x); }
   static F either_of(M m, F x, float otherwise) { return _mm256_blendv_ps(set(otherwise), x, m); }

@@ -54,6 +54,8 @@ struct V {
   static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static M positive(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
   static M either(M a, M b) { return M(a | b); }
+  static M except(M a, M b) { return M(a & ~b); }
+  static int64_t count(M m) { return __builtin_popcount(m); }
   static bool any(M m) { return m != 0; }
   static F keep(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
   static F either_of(M m, F x, float otherwise) { return _mm512_mask_mov_ps(set(otherwise), m, x); }

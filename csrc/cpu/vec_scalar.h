@@ -44,6 +44,8 @@ struct V {
   static M at_least(F a, F b) { return !(a < b); }
   static M positive(F x) { return x > 0.0f; }
   static M either(M a, M b) { return a || b; }
+  static M except(M a, M b) { return a && !b; }
+  static int64_t count(M m) { return m ? 1 : 0; }
   static bool any(M m) { return m; }
   static F keep(M m, F x) { return m ? x : 0.0f; }
   static F either_of(M m, F x, float otherwise) { return m ? x : otherwise; }

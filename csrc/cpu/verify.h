@@ -6,47 +6,65 @@
 #include <utility>
 
 #include "kernels.h"
+#include "source.h"
 
 namespace specdec {
-
-// Token ids come as int64 or int32.
-struct Ids {
-  const void* data = nullptr;
-  bool wide = true;
-
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 struct Logits {
   const void* data = nullptr;
   DType dtype = DType::f32;
-  int64_t request_stride = 0;
+  int64_t request_stride = 0;  // 0 where the rows of a request begin at an offset of its own
   int64_t row_stride = 0;
 };
 
+// Temperature and filters: [B, 4] (temperature, top_k, top_p, min_p), or one of each for all.
+struct SamplingParameters {
+  const float* each = nullptr;
+  float temperature = 1.0f;
+  int64_t top_k = 0;
+  float top_p = 1.0f, min_p = 0.0f;
+};
+
+// Mask and edits: see specdec_kernels/ops/processing.py. Null pointers where there are none.
+struct Processing {
+  const uint32_t* bitmask = nullptr;  // [rows of logits, ceil(V / 32)]
+  int64_t edits = 0;                  // M
+  const int32_t* ids = nullptr;       // [B, M]
+  const int32_t* counts = nullptr;    // [B, M, 2]
+  const float* bias = nullptr;        // [B, M]
+  const float* penalties = nullptr;   // [B, 3]: repetition, presence, frequency
+};
+
+// The numbers are those of specdec_kernels/contract.py.
+enum class Rule { token = 0, block = 1, coupled = 2 };
+
 struct VerifyChain {
   int64_t batch, longest, vocab;
-  Logits target, draft;  // draft.data null: point masses
-  Ids tokens;            // [B, K] by these strides
+  Logits target, draft;    // draft.data null: point masses
+  const int64_t* cu_rows;  // [B + 1], or null: K + 1 rows each
+  Ids tokens;              // [B, K] by these strides
   int64_t token_strides[2];
   const float* draft_stats;        // [B, K, 3] contiguous, or null
   const int64_t *seed, *position;  // [B]
   Ids num_draft;                   // [B], or null data
-  const float* temperatures;       // [B], or null: `temperature`
-  float temperature;
-  int64_t* out_tokens;    // [B, K + 1]
-  int32_t* out_accepted;  // [B]
-  bool* out_valid;        // [B]
+  SamplingParameters sampling;
+  Processing processing;
+  Rule rule;
+  bool independent;
+  int64_t* out_tokens;                     // [B, K + 1]
+  int32_t* out_accepted;                   // [B]
+  bool* out_valid;                         // [B]
+  int32_t* out_counters;                   // [B, 2]: proposed, independent
+  float *out_logprobs, *out_raw_logprobs;  // [B, K + 1], or both null
 };
 
 struct Sample {
   int64_t rows, vocab;
   Logits logits;                         // row_stride counts
   const int64_t *seed, *position, *row;  // [R]
-  const float* temperatures;             // [R], or null: `temperature`
-  float temperature;
+  SamplingParameters sampling;
+  Processing processing;
+  bool coupled;
   int64_t* out_tokens;  // [R]
   float* out_logprobs;  // [R]
   float* out_stats;     // [R, 3]

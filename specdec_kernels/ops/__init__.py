@@ -7,13 +7,27 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS
-from specdec_kernels.ops import validate
+from specdec_kernels.contract import MAX_ROWS, Rule
+from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BACKENDS, Backend, function
+from specdec_kernels.ops.processing import LogitBias, Penalties
 
-__all__ = ["BACKENDS", "Backend", "Sample", "Verified", "noise_words", "sample", "verify_chain"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "LogitBias",
+    "Penalties",
+    "Sample",
+    "Verified",
+    "noise_words",
+    "sample",
+    "verify_chain",
+]
 
 BackendName = Literal["reference", "cpu", "triton"]
+RuleName = Literal["token", "block", "coupled"]
+
+_RULES = {rule.name.lower(): int(rule) for rule in Rule}
 
 
 class Sample(NamedTuple):
@@ -25,7 +39,9 @@ class Sample(NamedTuple):
     """float32 [R], natural logarithm of the token's probability under the law it was drawn from; nan for a row that
     is not valid."""
     stats: Tensor
-    """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``."""
+    """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``. The law is
+    ``[logit >= cutoff] * exp(scale * logit - logsumexp)``; cutoff is the smallest logit the filters keep, -inf without
+    filters."""
 
 
 class Verified(NamedTuple):
@@ -34,9 +50,37 @@ class Verified(NamedTuple):
     tokens: Tensor
     """int64 [B, K+1]: the accepted drafts, the emitted token, then -1."""
     num_accepted: Tensor
-    """int32 [B]: drafts accepted; ``num_accepted + 1`` tokens are emitted."""
+    """int32 [B]: drafts accepted, all of them before the first that was not."""
     valid: Tensor
     """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
+    counters: Tensor
+    """int32 [B, 2]: :attr:`num_proposed` and :attr:`num_independent`."""
+    logprobs: Tensor
+    """float32 [B, K+1]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
+    there is no token or the row is not usable. Empty unless asked for."""
+    raw_logprobs: Tensor
+    """float32 [B, K+1]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
+
+    @property
+    def num_proposed(self) -> Tensor:
+        """int32 [B]: drafts there were."""
+        return self.counters[:, 0]
+
+    @property
+    def num_emitted(self) -> Tensor:
+        """int32 [B]: tokens gained, ``num_accepted + 1``."""
+        return self.num_accepted + 1
+
+    @property
+    def num_independent(self) -> Tensor:
+        """int32 [B]: drafts that would be accepted each by itself, whatever became of the ones before; -1 unless asked
+        for."""
+        return self.counters[:, 1]
+
+    def by_position(self) -> tuple[Tensor, Tensor]:
+        """(int64 [K] requests that proposed a draft there, int64 [K] requests that accepted it)."""
+        index = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
+        return tuple((count[:, None] > index).sum(0) for count in (self.num_proposed, self.num_accepted))  # type: ignore[return-value]
 
 
 def sample(
@@ -46,6 +90,13 @@ def sample(
     position: Tensor | int,
     row: Tensor | int = 0,
     temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bitmask: Tensor | None = None,
+    penalties: Penalties | None = None,
+    logit_bias: LogitBias | None = None,
+    coupled: bool = False,
     backend: BackendName | None = None,
 ) -> Sample:
     """Draw one token from each row of logits, and hand over the scalars that verification needs.
@@ -53,13 +104,26 @@ def sample(
     The draw is an exponential race (Gumbel-max) in two levels, tiles of 128 ids and ids inside the tile, so that it
     costs one exponential per 128 tokens; it is exact, and the same in every backend, batch slot and launch shape.
 
+    The order is: bias, penalties, mask, temperature, top-k, top-p, min-p, as in transformers and vLLM. Top-k keeps what
+    is not below the k-th largest logit. Top-p keeps an id when the ids with larger logits hold less than ``top_p`` of
+    what top-k left. Min-p keeps an id when its probability is at least ``min_p`` of the largest one. Ids with equal
+    logits stay or go together, in all three.
+
     Args:
         logits: float32, bfloat16 or float16 [R, V]; any row stride; not changed.
         seed: int64 [R] or int. One per request.
         position: int64 [R] or int. Tokens of the request before this step, in tokens.
         row: int64 [R] or int, in [0, 65536). Index of the drafted token in its step.
         temperature: float32 [R] or float, at least 0. 0 (and below 1e-5) is greedy: the largest logit, lowest id on
-            ties.
+            ties, whatever the filters.
+        top_k: int64 or int32 [R] or int, at least 1; None or 0 is off.
+        top_p: float32 [R] or float, in (0, 1]; None or 1 is off.
+        min_p: float32 [R] or float, in [0, 1]; None or 0 is off.
+        bitmask: int32 [R, ceil(V/32)], bit ``v % 32`` of word ``v // 32`` set where id v is allowed (xgrammar's layout).
+        penalties: see :class:`Penalties`, with R requests.
+        logit_bias: see :class:`LogitBias`, with R requests.
+        coupled: draw with the noise of the absolute position ``position + row``, the draft side of
+            ``verify_chain(rule="coupled")``; it must not be used with the other rules.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -72,7 +136,8 @@ def sample(
 
     Equivalent to::
 
-        probs = torch.softmax(logits.float() / temperature, -1)
+        scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits.float() / temperature))
+        probs = torch.softmax(scores, -1)
         tokens = torch.multinomial(probs, 1)[:, 0]          # in law; the noise is docs/noise.md's
         logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
 
@@ -82,18 +147,23 @@ def sample(
         >>> drawn.tokens.tolist()
         [1]
 
-    Source: two-level race, docs/noise.md; races and Gumbel-max, Maddison et al., arXiv:1411.0030.
+    Source: two-level race, docs/noise.md; races and Gumbel-max, Maddison et al., arXiv:1411.0030; top-k, Fan et al.,
+    arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
+    et al., arXiv:2408.07978.
     """
     logits = validate.logits("logits", logits, "R, V", (None, None))
-    rows = logits.shape[0]
+    rows, device = logits.shape[0], logits.device
     if isinstance(row, int) and not 0 <= row < MAX_ROWS:
         raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
-    seed = validate.integers("seed", seed, rows, "R", logits.device)
-    position = validate.integers("position", position, rows, "R", logits.device)
-    row = validate.integers("row", row, rows, "R", logits.device)
-    temperatures, scalar = validate.temperature(temperature, rows, "R")
-    validate.same_device("logits", logits, seed=seed, position=position, row=row, temperature=temperatures)
-    return Sample(*function("sample", backend, logits.device)(logits, seed, position, row, temperatures, scalar))
+    seed = validate.integers("seed", seed, rows, "R", device)
+    position = validate.integers("position", position, rows, "R", device)
+    row = validate.integers("row", row, rows, "R", device)
+    sampling, *scalars = validate.sampling(rows, "R", device, temperature, top_k, top_p, min_p)
+    mask = processing.bitmask(bitmask, logits)
+    edits = processing.edits(penalties, logit_bias, None, logits, rows, "R")
+    validate.same_device("logits", logits, seed=seed, position=position, row=row, sampling=sampling, bitmask=mask)
+    draw = function("sample", backend, device)
+    return Sample(*draw(logits, seed, position, row, sampling, *scalars, mask, *edits, coupled))
 
 
 def verify_chain(
@@ -105,27 +175,53 @@ def verify_chain(
     seed: Tensor | int,
     position: Tensor | int,
     num_draft: Tensor | None = None,
+    cu_rows: Tensor | None = None,
     temperature: Tensor | float = 1.0,
-    rule: Literal["token"] = "token",
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bitmask: Tensor | None = None,
+    penalties: Penalties | None = None,
+    logit_bias: LogitBias | None = None,
+    rule: RuleName = "token",
+    logprobs: bool = False,
+    independent: bool = False,
     backend: BackendName | None = None,
 ) -> Verified:
     """Decide how many drafts to keep and draw the next token: the text has exactly the target's distribution.
 
-    Draft ``x`` of row i is accepted iff ``coin * draft(x) < target(x)``. At the first rejection a token is drawn from
-    the residual ``(target - draft)+``; after K acceptances from target row K (the bonus). Rows after the first
-    rejection are not read, and with ``draft_stats`` no draft row is but the rejected one.
+    ``"token"``: draft ``x`` of row i is accepted iff ``coin * draft(x) < target(x)``. At the first rejection a token is
+    drawn from the residual ``(target - draft)+``; after K acceptances from target row K (the bonus). Rows after the
+    first rejection are not read, and with ``draft_stats`` no draft row is but the rejected one.
+
+    ``"block"`` judges the drafts together and never accepts fewer in expectation: a later good token rescues an earlier
+    poor one. It reads all target rows, and the draft rows behind the kept prefix.
+
+    ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed and
+    target logits, the same with any drafter, any K, or none. Drafts from ``sample(coupled=True)`` are accepted most.
 
     Args:
-        target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts.
+        target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
+            [N, V], the rows of all requests one after the other.
         draft_tokens: int64 or int32 [B, K]. -1 ends a request's draft.
         draft_logits: logits [B, K, V] the drafts were drawn from, at temperature 1 unless ``draft_stats`` is given.
-            ``None``: each draft is a point mass (n-gram, argmax).
-        draft_stats: float32 [B, K, 3], as :func:`sample` gave them: the drafts were drawn with those scalars.
+            ``None``: each draft is a point mass (n-gram, argmax). Rule ``"coupled"`` does not read them.
+        draft_stats: float32 [B, K, 3], as :func:`sample` gave them: the drafts were drawn with those scalars, which
+            carry the draft's own temperature and filters.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step; it must grow with every step.
         num_draft: int64 or int32 [B], or None for K. Drafts beyond it are not looked at.
-        temperature: float32 [B] or float, at least 0, of the target. 0 (and below 1e-5) is greedy.
-        rule: ``"token"``, the only one so far.
+        cu_rows: int64 or int32 [B+1], ascending from 0: request b has rows ``cu_rows[b]`` to ``cu_rows[b+1]``, at least
+            one, and one draft fewer.
+        temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
+        bitmask: int32 [B, K+1, ceil(V/32)], or [N, ceil(V/32)] with ``cu_rows``: the ids allowed in each row, the bonus
+            row included; layout as in :func:`sample`.
+        penalties: see :class:`Penalties`; row i counts the i drafts before it as output.
+        logit_bias: see :class:`LogitBias`.
+        rule: ``"token"``, ``"block"`` or ``"coupled"``.
+        logprobs: also return the log-probabilities of the tokens. The raw ones cost a pass over each emitted row.
+        independent: also count the drafts that would be accepted each by itself; reads every row. Not with ``"block"``,
+            where a draft is not judged by itself.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -134,11 +230,11 @@ def verify_chain(
         not usable stops it as well, with a draw from the target's row. Other requests are bitwise unchanged.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. Ids are checked on the CPU; on
-            other devices, where looking would synchronise, an id out of range ends the draft.
+        TypeError, ValueError: naming the argument, what was expected and what came. Ids and ``cu_rows`` are checked on
+            the CPU; on other devices, where looking would synchronise, an id out of range ends the draft.
         RuntimeError: the backend that was asked for cannot run, with the reason.
 
-    Equivalent to, for one request::
+    Equivalent to, for one request and rule ``"token"``::
 
         target, draft = torch.softmax(target_logits / temperature, -1), torch.softmax(draft_logits, -1)
         for i, x in enumerate(draft_tokens):
@@ -152,16 +248,23 @@ def verify_chain(
         >>> verify_chain(target, torch.tensor([[1, 0]]), seed=1, position=7).tokens.tolist()
         [[1, 2, -1]]
 
-    Source: Leviathan et al., arXiv:2211.17192, algorithm 1; Chen et al., arXiv:2302.01318, algorithm 2.
+    Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2; block,
+    Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
     """
-    if rule != "token":
-        raise ValueError(f"rule must be 'token', got {rule!r}")
-    target_logits = validate.logits("target_logits", target_logits, "B, K+1, V", (None, None, None))
-    batch, rows, vocab = target_logits.shape
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"target_logits must have K+1 rows, 1 to {MAX_ROWS}, got {validate.describe(target_logits)}")
-    longest = rows - 1
-    draft_tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, K", (batch, longest))
+    if rule not in _RULES:
+        raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
+    if independent and rule == "block":
+        raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
+    draft_tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, K", (None, None))
+    batch, longest = draft_tokens.shape
+    if longest >= MAX_ROWS:
+        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {validate.describe(draft_tokens)}")
+    if cu_rows is None:
+        target_logits = validate.logits("target_logits", target_logits, "B, K+1, V", (batch, longest + 1, None))
+    else:
+        target_logits = validate.logits("target_logits", target_logits, "N, V", (None, None))
+        cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
+    vocab, device = target_logits.shape[-1], target_logits.device
     if draft_logits is not None:
         draft_logits = validate.logits("draft_logits", draft_logits, "B, K, V", (batch, longest, vocab))
     if draft_stats is not None:
@@ -171,9 +274,11 @@ def verify_chain(
         draft_stats = draft_stats.contiguous()
     if num_draft is not None:
         num_draft = validate.tensor("num_draft", num_draft, validate.ID_DTYPES, "B", (batch,)).contiguous()
-    seed = validate.integers("seed", seed, batch, "B", target_logits.device)
-    position = validate.integers("position", position, batch, "B", target_logits.device)
-    temperatures, scalar = validate.temperature(temperature, batch, "B")
+    seed = validate.integers("seed", seed, batch, "B", device)
+    position = validate.integers("position", position, batch, "B", device)
+    sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
+    mask = processing.bitmask(bitmask, target_logits)
+    edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
     validate.same_device(
         "target_logits",
         target_logits,
@@ -183,21 +288,14 @@ def verify_chain(
         seed=seed,
         position=position,
         num_draft=num_draft,
-        temperature=temperatures,
+        cu_rows=cu_rows,
+        sampling=sampling,
+        bitmask=mask,
     )
-    verify = function("verify_chain", backend, target_logits.device)
-    arguments = (
-        target_logits,
-        draft_tokens,
-        draft_logits,
-        draft_stats,
-        seed,
-        position,
-        num_draft,
-        temperatures,
-        scalar,
-    )
-    if target_logits.device.type != "cpu":
+    verify = function("verify_chain", backend, device)
+    arguments = (target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, sampling,
+                 *scalars, mask, *edits, _RULES[rule], logprobs, independent)  # fmt: skip
+    if device.type != "cpu":
         return Verified(*verify(*arguments))
     try:
         return Verified(*verify(*arguments))

@@ -15,25 +15,34 @@ from specdec_kernels import reference
 
 LIBRARY = torch.library.Library("specdec", "DEF")
 
+_SAMPLING = "Tensor? sampling, float temperature, int top_k, float top_p, float min_p"
+_PROCESSING = "Tensor? bitmask, Tensor? edit_ids, Tensor? edit_counts, Tensor? edit_bias, Tensor? penalties"
+
 _SCHEMAS = {
     "verify_chain": (
         "(Tensor target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
-        "Tensor position, Tensor? num_draft, Tensor? temperatures, float temperature) -> (Tensor, Tensor, Tensor)"
+        f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
+        "bool independent) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "sample": (
-        "(Tensor logits, Tensor seed, Tensor position, Tensor row, Tensor? temperatures, float temperature) "
+        f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, bool coupled) "
         "-> (Tensor, Tensor, Tensor)"
     ),
     "noise_words": "(Tensor seed, Tensor position, int tag, int first, int counters) -> Tensor",
 }
 
 
-def _fake_verify_chain(target_logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    batch, rows, _vocab = target_logits.shape
+def _fake_verify_chain(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
+    _rule, logprobs, _independent = rest[-3:]
+    scores = (batch, rows) if logprobs else (0,)
     return (
         target_logits.new_empty((batch, rows), dtype=torch.int64),
         target_logits.new_empty((batch,), dtype=torch.int32),
         target_logits.new_empty((batch,), dtype=torch.bool),
+        target_logits.new_empty((batch, 2), dtype=torch.int32),
+        target_logits.new_empty(scores, dtype=torch.float32),
+        target_logits.new_empty(scores, dtype=torch.float32),
     )
 
 

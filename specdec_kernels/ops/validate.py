@@ -6,6 +6,7 @@ Only metadata is looked at, never data on a device, so that nothing synchronises
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +67,19 @@ def same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {other.device}")
 
 
+def row_offsets(name: str, value: object, batch: int, longest: int, rows: int) -> Tensor:
+    """Where the rows of each of ``batch`` requests begin and end: int64 [B+1], 1 to ``longest + 1`` rows each."""
+    offsets = tensor(name, value, ID_DTYPES, "B+1", (batch + 1,)).long().contiguous()
+    if offsets.is_cpu and not torch.compiler.is_compiling():
+        counts = offsets.diff()
+        fits = bool(offsets[0] == 0 and offsets[-1] <= rows and (counts >= 1).all() and (counts <= longest + 1).all())
+        if not fits:
+            raise ValueError(
+                f"{name} must ascend from 0 to at most {rows} in steps of 1 to {longest + 1}, got {offsets.tolist()}"
+            )
+    return offsets
+
+
 def integers(name: str, value: object, size: int, dim: str, device: torch.device) -> Tensor:
     """An int64 tensor [size]; an int is repeated."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -73,19 +87,59 @@ def integers(name: str, value: object, size: int, dim: str, device: torch.device
     return tensor(name, value, (torch.int64,), dim, (size,)).contiguous()
 
 
-def temperature(value: object, size: int, dim: str) -> tuple[Tensor | None, float]:
-    """A temperature for each of ``size`` requests, as (tensor, 0.0), or one for all, as (None, value)."""
+#: What turns a filter off, where requests of a batch differ; None does for all of them.
+TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: math.isfinite(x) and x >= 0, "finite and not negative"),
+    "top_k": (lambda x: 0 <= x < 1 << 24, "at least 1 (or 0: off)"),
+    "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
+    "repetition": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
+    "presence": (math.isfinite, "finite (0: off)"),
+    "frequency": (math.isfinite, "finite (0: off)"),
+}
+
+
+def parameter(name: str, value: object, size: int, dim: str) -> float | Tensor:
+    """A sampling parameter: one number for all of ``size`` requests, or a tensor with one each."""
+    in_range, expected = _RANGES[name]
+    whole = name == "top_k"
     if isinstance(value, Tensor):
-        checked = tensor("temperature", value, (torch.float32,), dim, (size,))
-        if checked.is_cpu and not torch.compiler.is_compiling() and not all(map(_is_temperature, checked.tolist())):
-            raise ValueError(f"temperature must be finite and not negative, got {checked.tolist()}")
-        return checked.contiguous(), 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature must be a float or float32 [{dim}], got {describe(value)}")
-    if not _is_temperature(value):
-        raise ValueError(f"temperature must be finite and not negative, got {value!r}")
-    return None, float(value)
+        checked = tensor(name, value, ID_DTYPES if whole else (torch.float32,), dim, (size,))
+        if checked.is_cpu and not torch.compiler.is_compiling() and not all(map(in_range, checked.tolist())):
+            raise ValueError(f"{name} must be {expected}, got {checked.tolist()}")
+        return checked
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kinds = "an int or int64" if whole else "a float or float32"
+        raise TypeError(f"{name} must be {kinds} [{dim}], got {describe(value)}")
+    if not in_range(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return value
 
 
-def _is_temperature(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def columns(values: Sequence[float | Tensor], size: int, device: torch.device) -> Tensor:
+    """Parameters side by side: float32 [size, len(values)]."""
+    return torch.stack(
+        [
+            value.to(torch.float32) if isinstance(value, Tensor) else torch.full((size,), float(value), device=device)
+            for value in values
+        ],
+        1,
+    )
+
+
+def sampling(
+    size: int, dim: str, device: torch.device, temperature: object, top_k: object, top_p: object, min_p: object
+) -> tuple[Tensor | None, float, int, float, float]:
+    """The sampling parameters as the operators take them: one float32 [size, 4], or None and four scalars."""
+    values = (
+        parameter("temperature", temperature, size, dim),
+        TOP_K_OFF if top_k is None else parameter("top_k", top_k, size, dim),
+        TOP_P_OFF if top_p is None else parameter("top_p", top_p, size, dim),
+        MIN_P_OFF if min_p is None else parameter("min_p", min_p, size, dim),
+    )
+    for value in values:
+        if isinstance(value, Tensor):
+            return columns(values, size, device), 1.0, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF
+    return None, *values  # type: ignore[return-value]

@@ -2,93 +2,86 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.contract import MIN_TEMPERATURE, TILE, Level, Purpose
-from specdec_kernels.reference.noise import coins, exponentials
+from specdec_kernels.contract import Purpose, Rule
+from specdec_kernels.reference.distributions import (
+    Distributions,
+    Edits,
+    Sampling,
+    distributions,
+    flat_race,
+    largest_finite,
+    point_mass,
+    processed,
+    two_level_race,
+)
+from specdec_kernels.reference.noise import coins
 
 
-def _scales(temperatures: Tensor | None, temperature: float, rows: Tensor) -> Tensor:
-    """1 / temperature, float32 as in every backend, one a row; inf is greedy."""
-    if temperatures is None:
-        temperatures = torch.full((rows.shape[0],), temperature, dtype=torch.float32, device=rows.device)
-    return torch.where(temperatures < MIN_TEMPERATURE, torch.inf, 1.0 / temperatures)
-
-
-def _rows_valid(logits: Tensor) -> Tensor:
-    """No nan, no +inf, at least one finite logit: bool, one a row."""
-    return ~logits.isnan().any(-1) & ~logits.isposinf().any(-1) & logits.isfinite().any(-1)
-
-
-def _largest_finite(logits: Tensor) -> Tensor:
-    return logits.masked_fill(~logits.isfinite(), -torch.inf).argmax(-1)
-
-
-def _point_mass(tokens: Tensor, vocab: int) -> Tensor:
-    return functional.one_hot(tokens, vocab).double()
-
-
-def _distributions(logits: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of rows ``[..., V]`` (nan where a row is not valid), and their logsumexps."""
-    greedy = scales.isinf()
-    scaled = logits * torch.where(greedy, 1.0, scales.double())[..., None]
-    logsumexp = scaled.logsumexp(-1)
-    probs = (scaled - logsumexp[..., None]).exp()
-    probs = torch.where(greedy[..., None], _point_mass(logits.argmax(-1), logits.shape[-1]), probs)
-    return probs.masked_fill(~_rows_valid(logits)[..., None], torch.nan), logsumexp
-
-
-def _race(weights: Tensor, noise: Tensor) -> Tensor:
-    """argmin of noise / weight over the positive weights, lowest index on ties."""
-    return torch.where(weights > 0, noise / weights, torch.inf).argmin(-1)
-
-
-def _two_level_race(weights: Tensor, seed: Tensor, position: Tensor, purpose: int, row: Tensor) -> Tensor:
-    """Draw from weights ``[R, V]``: a tile of ids first, then an id inside it."""
-    tiles = functional.pad(weights, (0, -weights.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
-    tile_noise = exponentials(seed, position, purpose, Level.TILE, row, tiles.shape[1])
-    tile = _race(tiles.sum(-1), tile_noise)
-    inside = tiles[torch.arange(len(tile), device=tile.device), tile]
-    token_noise = exponentials(seed, position, purpose, Level.TOKEN, row, TILE)
-    return tile * TILE + _race(inside, token_noise)
+def _edits(
+    ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None
+) -> Edits | None:
+    if ids is None or counts is None or bias is None or penalties is None:
+        return None
+    return Edits(ids, counts, bias, penalties)
 
 
 def sample(
-    logits: Tensor, seed: Tensor, position: Tensor, row: Tensor, temperatures: Tensor | None, temperature: float
+    logits: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    row: Tensor,
+    sampling: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    bitmask: Tensor | None,
+    edit_ids: Tensor | None,
+    edit_counts: Tensor | None,
+    edit_bias: Tensor | None,
+    penalties: Tensor | None,
+    coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scales = _scales(temperatures, temperature, logits)
-    logits = logits.double()
-    valid = _rows_valid(logits)
-    probs, logsumexp = _distributions(logits, scales)
-    tokens = _two_level_race(probs.nan_to_num(0.0), seed, position, Purpose.DRAFT, row)
-    tokens = torch.where(valid, tokens, _largest_finite(logits))
-    logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
-    greedy = scales.isinf()
-    cutoff = torch.where(greedy, logits.amax(-1), -torch.inf)
-    stats = torch.stack([scales.double(), cutoff, torch.where(greedy, 0.0, logsumexp)], -1)
-    return tokens, logprobs.float(), stats.masked_fill(~valid[:, None], torch.nan).float()
+    edits = _edits(edit_ids, edit_counts, edit_bias, penalties)
+    none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
+    logits = processed(logits[:, None], none, edits, None if bitmask is None else bitmask[:, None])[:, 0]
+    law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
+    weights = law.probs.nan_to_num(0.0)
+    if coupled:
+        greedy = law.probs.argmax(-1)
+        tokens = torch.where(law.scale.isinf(), greedy, flat_race(weights, seed, position + row))
+    else:
+        tokens = two_level_race(weights, seed, position, Purpose.DRAFT, row)
+    tokens = torch.where(law.valid, tokens, largest_finite(logits))
+    logprobs = law.probs.gather(-1, tokens[:, None])[:, 0].log()
+    stats = torch.stack([law.scale, law.cutoff, law.logsumexp], -1)
+    return tokens, logprobs.float(), stats.masked_fill(~law.valid[:, None], torch.nan).float()
 
 
 def _draft_probs(
-    target: Tensor, drafted: Tensor, logits: Tensor | None, stats: Tensor | None, greedy: Tensor
+    vocab: int, drafted: Tensor, logits: Tensor | None, stats: Tensor | None, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The laws ``[B, K, V]`` the drafts were drawn from, and whether each is usable."""
-    point_mass = _point_mass(drafted, target.shape[-1])
+    certain = point_mass(drafted, vocab)
     if logits is None:
-        return point_mass, torch.ones_like(drafted, dtype=torch.bool)
+        return certain, torch.ones_like(drafted, dtype=torch.bool)
     if stats is None:
-        probs, _ = _distributions(logits.double(), torch.ones(drafted.shape, device=logits.device))
-        valid = ~probs.isnan().any(-1)
+        law = distributions(logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), logits).repeated(drafted.shape[1]))
+        probs, valid = law.probs, law.valid
     else:
         scale, cutoff, logsumexp = (s[..., None] for s in stats.double().unbind(-1))
         probs = (scale * logits.double() - logsumexp).exp().masked_fill(logits < cutoff, 0.0)
-        probs = torch.where(scale.isinf(), point_mass, probs)
+        probs = torch.where(scale.isinf(), certain, probs)
         valid = probs.gather(-1, drafted[..., None])[..., 0].isfinite()
     # A greedy target accepts its argmax and emits its argmax, whatever the draft's law.
     greedy = greedy[:, None].expand_as(valid)
-    return torch.where(greedy[..., None], point_mass, probs), valid | greedy
+    return torch.where(greedy[..., None], certain, probs), valid | greedy
 
 
 def _draft_lengths(draft_tokens: Tensor, num_draft: Tensor | None) -> Tensor:
@@ -108,6 +101,121 @@ def _check_ids(draft_tokens: Tensor, num_draft: Tensor | None, vocab: int) -> No
         raise ValueError(f"draft_tokens must be -1 or in [0, {vocab}), got {int(draft_tokens[b, i])} at [{b}, {i}]")
 
 
+class _Chains(NamedTuple):
+    """Everything the rules decide by."""
+
+    target: Distributions
+    draft: Tensor
+    draft_valid: Tensor
+    drafted: Tensor
+    lengths: Tensor
+    coins: Tensor
+    seed: Tensor
+    position: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """bool [B, K]: which drafts there are."""
+        return torch.arange(self.drafted.shape[1], device=self.drafted.device) < self.lengths[:, None]
+
+    def acceptable(self) -> Tensor:
+        """bool [B, K]: the token rule's test of each draft; strict: what the target excludes is never accepted."""
+        index = self.drafted[..., None]
+        target, draft = self.target.probs[:, :-1].gather(-1, index), self.draft.gather(-1, index)
+        return self.live & self.draft_valid & (self.coins * draft[..., 0] < target[..., 0])
+
+    def coupled(self) -> Tensor:
+        """int64 [B, K+1]: what the target draws after each draft; the rows are races of their own."""
+        rows = self.target.probs.shape[1]
+        weights = self.target.probs.nan_to_num(0.0)
+        draws = [flat_race(weights[:, i], self.seed, self.position + i) for i in range(rows)]
+        return torch.where(self.target.scale.isinf(), self.target.probs.argmax(-1), torch.stack(draws, 1))
+
+
+class _Decision(NamedTuple):
+    """What a rule decides."""
+
+    accepted: Tensor
+    factor: Tensor
+    """float64 [B]: the emitted token is drawn from (factor * target - draft)+ ..."""
+    use_residual: Tensor
+    """bool [B]: ... where this holds, else from the target."""
+    read_valid: Tensor
+    """bool [B]: the rows that were looked at, the emitting target row aside, were usable."""
+
+
+def _token_rule(chains: _Chains) -> _Decision:
+    accepted = chains.acceptable().long().cumprod(1).sum(1)
+    one = torch.ones_like(accepted, dtype=torch.float64)
+    if chains.drafted.shape[1] == 0:
+        return _Decision(accepted, one, one < 0, one > 0)
+    usable = chains.draft_valid.gather(1, accepted.clamp(max=chains.drafted.shape[1] - 1)[:, None])[:, 0]
+    rejected = accepted < chains.lengths
+    return _Decision(accepted, one, rejected & usable, usable | ~rejected)
+
+
+def _block_rule(chains: _Chains) -> _Decision:
+    """Sun et al., arXiv:2403.10444; the names follow algorithms.md, 2."""
+    index = chains.drafted[..., None]
+    target = chains.target.probs[:, :-1]
+    ratio = target.gather(-1, index)[..., 0] / chains.draft.gather(-1, index)[..., 0]
+    usable = chains.target.valid[:, :-1] & chains.draft_valid
+    reach = [torch.ones_like(chains.lengths, dtype=torch.float64)]
+    looking = torch.ones_like(chains.lengths, dtype=torch.bool)
+    looked_at, read_valid = torch.zeros_like(chains.lengths), looking
+    for i in range(chains.drafted.shape[1]):
+        looking = looking & chains.live[:, i] & (reach[-1] > 0)
+        read_valid = read_valid & (usable[:, i] | ~looking)
+        looking = looking & usable[:, i]
+        reach.append(torch.where(looking, (reach[-1] * ratio[:, i]).clamp(max=1.0), reach[-1]))
+        looked_at = looked_at + looking
+    accepted = torch.zeros_like(looked_at)
+    for row in range(chains.drafted.shape[1], 0, -1):
+        keep = reach[row]
+        if row < chains.drafted.shape[1]:
+            rest = (keep[:, None] * target[:, row] - chains.draft[:, row]).nan_to_num(0.0).clamp(min=0.0).sum(-1)
+            inside = torch.where(rest + 1 - keep == 0, 1.0, rest / (rest + 1 - keep))
+            keep = torch.where(looked_at == row, keep, inside)
+        stays = (row <= looked_at) & (chains.coins[:, row - 1] < keep)
+        accepted = torch.where((accepted == 0) & stays, row, accepted)
+    factor = torch.stack(reach, 1).gather(1, accepted[:, None])[:, 0]
+    return _Decision(accepted, factor, accepted < looked_at, read_valid)
+
+
+def _coupled_rule(chains: _Chains, draws: Tensor) -> _Decision:
+    same = chains.live & chains.target.valid[:, :-1] & (draws[:, :-1] == chains.drafted)
+    accepted = same.long().cumprod(1).sum(1)
+    one = torch.ones_like(accepted, dtype=torch.float64)
+    return _Decision(accepted, one, one < 0, one > 0)
+
+
+def _emit(chains: _Chains, decision: _Decision, logits: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The drawn token and whether the row it came from is usable."""
+    requests = torch.arange(len(chains.lengths), device=chains.lengths.device)
+    accepted = decision.accepted
+    row_valid = chains.target.valid[requests, accepted]
+    if draws is not None:
+        emitted = draws[requests, accepted]
+    else:
+        weights = chains.target.probs[requests, accepted]
+        if chains.drafted.shape[1]:
+            draft = chains.draft[requests, accepted.clamp(max=chains.drafted.shape[1] - 1)]
+            residual = (decision.factor[:, None] * weights - draft).nan_to_num(0.0).clamp(min=0.0)
+            greedy = chains.target.scale[:, 0].isinf()
+            use = decision.use_residual & (residual.sum(-1) > 0) & ~greedy
+            weights = torch.where(use[:, None], residual, weights)
+        weights = weights.nan_to_num(0.0)
+        emitted = two_level_race(weights, chains.seed, chains.position, Purpose.TARGET, accepted)
+    return torch.where(row_valid, emitted, largest_finite(logits[requests, accepted])), row_valid
+
+
+def _padded(target_logits: Tensor, cu_rows: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows ``[N, V]`` as ``[B, K+1, V]``, and the drafts there is room for."""
+    starts = cu_rows.long()
+    index = (starts[:-1, None] + torch.arange(rows, device=starts.device)).clamp(max=len(target_logits) - 1)
+    return target_logits[index], (starts.diff() - 1).clamp(min=0)
+
+
 def verify_chain(
     target_logits: Tensor,
     draft_tokens: Tensor,
@@ -116,50 +224,66 @@ def verify_chain(
     seed: Tensor,
     position: Tensor,
     num_draft: Tensor | None,
-    temperatures: Tensor | None,
+    cu_rows: Tensor | None,
+    sampling: Tensor | None,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, rows, vocab = target_logits.shape
-    device = target_logits.device
-    scales = _scales(temperatures, temperature, target_logits)
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    bitmask: Tensor | None,
+    edit_ids: Tensor | None,
+    edit_counts: Tensor | None,
+    edit_bias: Tensor | None,
+    penalties: Tensor | None,
+    rule: int,
+    logprobs: bool,
+    independent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
+    device, vocab = target_logits.device, target_logits.shape[-1]
+    if cu_rows is not None:
+        target_logits, room = _padded(target_logits, cu_rows, rows)
+        bitmask = None if bitmask is None else _padded(bitmask, cu_rows, rows)[0]
+        num_draft = room if num_draft is None else torch.minimum(num_draft.long(), room)
+    law = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
     if draft_tokens.device.type == "cpu":
         _check_ids(draft_tokens, num_draft, vocab)
     drafted_tokens = draft_tokens.long().masked_fill(draft_tokens >= vocab, -1)
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)
+    logits = processed(target_logits, drafted, _edits(edit_ids, edit_counts, edit_bias, penalties), bitmask)
 
-    target, _ = _distributions(target_logits.double(), scales[:, None].expand(batch, rows))
-    draft, draft_valid = _draft_probs(target_logits, drafted, draft_logits, draft_stats, scales.isinf())
-    target_valid = ~target.isnan().any(-1)
-
+    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, law.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
     u = torch.stack([coins(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()
-    target_prob = target[:, :-1].gather(-1, drafted[..., None])[..., 0]
-    draft_prob = draft.gather(-1, drafted[..., None])[..., 0]
-    accept = target_valid[:, :-1] & draft_valid & (u * draft_prob < target_prob) & (steps < lengths[:, None])
-    accepted = accept.long().cumprod(1).sum(1)
+    target = distributions(logits, law.repeated(rows))
+    chains = _Chains(target, draft, draft_valid, drafted, lengths, u, seed, position)
 
-    # The one row that emits: the residual where a draft was rejected, the target everywhere else.
-    requests = torch.arange(batch, device=device)
-    emitting = target[requests, accepted]
-    row_valid = target_valid[requests, accepted]
-    weights = emitting
-    rejected = accepted < lengths
-    if rows > 1:
-        at = accepted.clamp(max=rows - 2)
-        rejected_draft = draft[requests, at]
-        usable = draft_valid[requests, at]
-        residual = (emitting - rejected_draft).nan_to_num(0.0).clamp(min=0.0)
-        use_residual = rejected & usable & (residual.sum(-1) > 0) & ~scales.isinf()
-        weights = torch.where(use_residual[:, None], residual, emitting)
-        valid = row_valid & (usable | ~rejected)
+    draws = chains.coupled() if rule == Rule.COUPLED else None
+    if draws is not None:
+        decision = _coupled_rule(chains, draws)
     else:
-        valid = row_valid
-    emitted = _two_level_race(weights.nan_to_num(0.0), seed, position, Purpose.TARGET, accepted)
-    emitted = torch.where(row_valid, emitted, _largest_finite(target_logits[requests, accepted]))
+        decision = _block_rule(chains) if rule == Rule.BLOCK else _token_rule(chains)
+    emitted, row_valid = _emit(chains, decision, logits, draws)
 
     index = torch.arange(rows, device=device).expand(batch, rows)
     tokens = functional.pad(drafted_tokens, (0, 1), value=-1)
-    tokens = torch.where(index < accepted[:, None], tokens, -1)
-    tokens = torch.where(index == accepted[:, None], emitted[:, None], tokens)
-    return tokens, accepted.int(), valid
+    tokens = torch.where(index < decision.accepted[:, None], tokens, -1)
+    tokens = torch.where(index == decision.accepted[:, None], emitted[:, None], tokens)
+
+    alone = torch.full_like(lengths, -1)
+    if independent:
+        same = chains.live & (draws[:, :-1] == drafted) if draws is not None else chains.acceptable()
+        alone = (same & target.valid[:, :-1]).sum(1)
+    counters = torch.stack([lengths, alone], 1).int()
+    scores = raw_scores = target_logits.new_empty((0,), dtype=torch.float32)
+    if logprobs:
+        plain = distributions(target_logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), draft_tokens).repeated(rows))
+        scores, raw_scores = (_logprobs(x.probs, tokens) for x in (target, plain))
+    return tokens, decision.accepted.int(), decision.read_valid & row_valid, counters, scores, raw_scores
+
+
+def _logprobs(probs: Tensor, tokens: Tensor) -> Tensor:
+    """Of the tokens that were emitted; nan elsewhere."""
+    chosen = probs.gather(-1, tokens.clamp(min=0)[..., None])[..., 0].log()
+    return chosen.masked_fill(tokens < 0, torch.nan).float()

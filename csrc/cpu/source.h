@@ -1,0 +1,123 @@
+// One row of a request as its law sees it: logits with bias, penalties and mask applied on the way, tile by tile, so
+// that no processed row is ever written.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "elements.h"
+#include "kernels.h"
+
+namespace specdec {
+
+// Token ids come as int64 or int32.
+struct Ids {
+  const void* data = nullptr;
+  bool wide = true;
+
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// The ids of a request that bias or penalties may touch, ascending, the size of the vocabulary behind the last; see
+// specdec_kernels/ops/processing.py.
+struct Edits {
+  int64_t count = 0;
+  const int32_t* ids = nullptr;     // [count]
+  const int32_t* counts = nullptr;  // [count, 2]: in the prompt, in the output
+  const float* bias = nullptr;      // [count]
+  float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
+};
+
+inline float logit_of(const Row& row, int64_t token) {
+  switch (row.dtype) {
+    case DType::bf16: return to_float(static_cast<const BFloat16*>(row.logits)[token]);
+    case DType::f16: return to_float(static_cast<const Half*>(row.logits)[token]);
+    default: return static_cast<const float*>(row.logits)[token];
+  }
+}
+
+// The drafts before a row, which its penalties count as output.
+struct Prefix {
+  Ids tokens;
+  int64_t begin = 0, stride = 1, length = 0;
+
+  int64_t count(int64_t token) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < length; ++i) found += tokens[begin + i * stride] == token;
+    return found;
+  }
+};
+
+class Source {
+ public:
+  explicit Source(const Row& row, const uint32_t* mask = nullptr, const Edits& edits = {}, const Prefix& prefix = {})
+      : row_(row), mask_(mask), edits_(edits), prefix_(prefix) {}
+
+  const Row& row() const { return row_; }
+  bool plain() const { return mask_ == nullptr && edits_.count == 0; }
+
+  // Whether any logit of tiles [begin, end) differs from the row's own.
+  bool touches(int64_t begin, int64_t end) const {
+    if (plain()) return false;
+    const int64_t first = begin * kTile, last = std::min(end * kTile, row_.vocab);
+    const int64_t edit = first_edit(first);
+    if (edit < edits_.count && edits_.ids[edit] < last) return true;
+    return mask_ && std::any_of(mask_ + first / 32, mask_ + (last + 31) / 32, [](uint32_t w) { return w != ~0u; });
+  }
+
+  // The logits of `count` tiles, -inf past the end.
+  void fill(int64_t tile, int64_t count, float* out) const {
+    const int64_t first = tile * kTile, last = std::min(first + count * kTile, row_.vocab);
+    for (int64_t v = first; v < last; ++v) out[v - first] = logit_of(row_, v);
+    std::fill(out + (last - first), out + count * kTile, -INFINITY);
+    for (int64_t e = first_edit(first); e < edits_.count && edits_.ids[e] < last; ++e) {
+      float& x = out[edits_.ids[e] - first];
+      x = edited(x, e);
+    }
+    if (mask_)
+      for (int64_t v = first; v < last; ++v)
+        if (!allows(v)) out[v - first] = -INFINITY;
+  }
+
+  // A tile where the kernels can read it: in the row, or filled into `buffer` (128) as the first of a row of its own.
+  struct At {
+    Row row;
+    int64_t tile;
+  };
+  At at(int64_t tile, float* buffer) const {
+    if (!touches(tile, tile + 1)) return {row_, tile};
+    fill(tile, 1, buffer);
+    return {{buffer, DType::f32, kTile}, 0};
+  }
+
+  float logit(int64_t token) const {
+    if (mask_ && !allows(token)) return -INFINITY;
+    const float x = logit_of(row_, token);
+    const int64_t e = first_edit(token);
+    return e < edits_.count && edits_.ids[e] == token ? edited(x, e) : x;
+  }
+
+ private:
+  int64_t first_edit(int64_t id) const {
+    return std::lower_bound(edits_.ids, edits_.ids + edits_.count, id) - edits_.ids;
+  }
+
+  bool allows(int64_t token) const { return mask_[token / 32] >> (token % 32) & 1; }
+
+  float edited(float x, int64_t e) const {
+    const int64_t output = edits_.counts[2 * e + 1] + prefix_.count(edits_.ids[e]);
+    x += edits_.bias[e];
+    if (output > 0 || edits_.counts[2 * e] > 0) x = x > 0.0f ? x / edits_.repetition : x * edits_.repetition;
+    if (output > 0) x -= edits_.frequency * float(output) + edits_.presence;
+    return x;
+  }
+
+  Row row_;
+  const uint32_t* mask_;
+  Edits edits_;
+  Prefix prefix_;
+};
+
+}  // namespace specdec

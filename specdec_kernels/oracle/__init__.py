@@ -1,0 +1,42 @@
+"""The float64 NumPy oracle: slow, obvious, one request at a time. Tests and the self-test import it, nothing else does.
+
+Every decision comes with its *margin*: the smallest relative error, common in size to all probabilities involved, that
+could have made it fall the other way. A backend whose probabilities are good to a relative ``epsilon`` must agree with
+the oracle wherever the margin exceeds it.
+"""
+
+from specdec_kernels.oracle.distributions import (
+    Distribution,
+    Processing,
+    Sampling,
+    distribution,
+    filter_cutoff,
+    flat_race,
+    race,
+    two_level_race,
+)
+from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation
+from specdec_kernels.oracle.noise import Noise, noise_words, philox
+from specdec_kernels.oracle.verify import Sampled, Verified, sample, verify_chain
+
+__all__ = [
+    "Distribution",
+    "Noise",
+    "Processing",
+    "Sampled",
+    "Sampling",
+    "Verified",
+    "block_law",
+    "chain_law",
+    "distribution",
+    "filter_cutoff",
+    "flat_race",
+    "noise_words",
+    "philox",
+    "race",
+    "sample",
+    "target_law",
+    "total_variation",
+    "two_level_race",
+    "verify_chain",
+]

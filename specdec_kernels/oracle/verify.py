@@ -1,0 +1,264 @@
+"""``sample`` and ``verify_chain`` of one request, with the margin of every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from specdec_kernels.contract import Purpose, Rule
+from specdec_kernels.oracle.distributions import (
+    Distribution,
+    Processing,
+    Sampling,
+    distribution,
+    flat_race,
+    is_greedy,
+    largest_finite,
+    point_mass,
+    probs_from_stats,
+    row_is_valid,
+    two_level_race,
+)
+from specdec_kernels.oracle.noise import Floats, Noise
+
+PLAIN, UNPROCESSED = Sampling(), Processing()
+
+
+@dataclass
+class Sampled:
+    """One row of :func:`specdec_kernels.sample`."""
+
+    token: int
+    logprob: float
+    stats: tuple[float, float, float]
+    margin: float
+
+
+def sample(
+    logits: Floats,
+    noise: Noise,
+    row: int = 0,
+    sampling: Sampling = PLAIN,
+    processing: Processing = UNPROCESSED,
+    coupled: bool = False,
+) -> Sampled:
+    """Draw one token from a row; see :func:`specdec_kernels.sample`."""
+    logits = processing.apply(logits, 0, ())
+    if not row_is_valid(logits):
+        return Sampled(largest_finite(logits), np.nan, (np.nan,) * 3, np.inf)
+    law = distribution(logits, sampling)
+    if coupled:
+        token, margin = flat_race(law.probs, law.probs, noise, row)
+    else:
+        token, margin = two_level_race(law.probs, law.probs, noise, Purpose.DRAFT, row)
+    with np.errstate(divide="ignore"):
+        return Sampled(token, float(np.log(law.probs[token])), law.stats, min(margin, law.margin))
+
+
+@dataclass
+class Verified:
+    """One request of :func:`specdec_kernels.verify_chain`; ``tokens`` without padding."""
+
+    tokens: list[int]
+    num_accepted: int
+    valid: bool
+    margin: float = np.inf
+    margins: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    num_independent: int = -1
+
+
+@dataclass
+class Chain:
+    """One request: its rows, and the margins of what was decided so far."""
+
+    target_logits: Floats
+    tokens: Sequence[int]
+    draft_logits: Floats | None
+    draft_stats: Floats | None
+    noise: Noise
+    sampling: Sampling
+    processing: Processing
+    margins: list[float] = field(default_factory=list)
+
+    @property
+    def greedy(self) -> bool:
+        """A greedy target accepts its argmax and emits its argmax: no law of the draft matters."""
+        return is_greedy(self.sampling.temperature)
+
+    def logits(self, row: int) -> Floats:
+        """The processed logits of a target row."""
+        return self.processing.apply(self.target_logits[row], row, self.tokens[:row])
+
+    def target(self, row: int) -> Distribution | None:
+        """The law of a target row, None where it is not usable."""
+        logits = self.logits(row)
+        return distribution(logits, self.sampling) if row_is_valid(logits) else None
+
+    def draft(self, row: int) -> Floats | None:
+        """The law a draft token was drawn from, None where its row or its scalars are not usable."""
+        vocab, token = self.target_logits.shape[1], int(self.tokens[row])
+        if self.greedy or self.draft_logits is None:
+            return point_mass(vocab, token)
+        draft_row = np.asarray(self.draft_logits[row], np.float64)
+        if self.draft_stats is None:
+            return distribution(draft_row, PLAIN).probs if row_is_valid(draft_row) else None
+        probs = probs_from_stats(draft_row, self.draft_stats[row], token)
+        return probs if np.isfinite(probs[token]) else None
+
+    def read(self, row: int) -> Distribution | None:
+        """:meth:`target`, where the filters' margin counts."""
+        law = self.target(row)
+        if law is not None and np.isfinite(law.margin):
+            self.margins.append(law.margin)
+        return law
+
+    def draw(self, weights: Floats, slack: Floats, row: int) -> int:
+        """The emitted token."""
+        token, margin = two_level_race(weights, slack, self.noise, Purpose.TARGET, row)
+        self.margins.append(margin)
+        return token
+
+    def stop(self, accepted: int, emitted: int, valid: bool) -> Verified:
+        """The result, with the log-probabilities of what it holds."""
+        tokens = [*(int(t) for t in self.tokens[:accepted]), emitted]
+        result = Verified(tokens, accepted, valid, min(self.margins, default=np.inf), self.margins)
+        for row, token in enumerate(tokens):
+            law, raw = self.target(row), np.asarray(self.target_logits[row], np.float64)
+            with np.errstate(divide="ignore"):
+                result.logprobs.append(np.nan if law is None else float(np.log(law.probs[token])))
+            plain = distribution(raw, PLAIN).probs if row_is_valid(raw) else np.full(len(raw), np.nan)
+            with np.errstate(divide="ignore"):
+                result.raw_logprobs.append(float(np.log(plain[token])))
+        return result
+
+    def accepts(self, target: Floats, draft: Floats, row: int) -> bool:
+        """The token rule's test of one draft; strict, so that what the target excludes is never accepted."""
+        token, coin = int(self.tokens[row]), self.noise.coin(row)
+        scale = target[token] + coin * draft[token]
+        self.margins.append(abs(target[token] - coin * draft[token]) / scale if scale > 0 else np.inf)
+        return bool(coin * draft[token] < target[token])
+
+
+def verify_chain(
+    target_logits: Floats,
+    draft_tokens: Sequence[int],
+    draft_logits: Floats | None,
+    draft_stats: Floats | None,
+    noise: Noise,
+    sampling: Sampling = PLAIN,
+    processing: Processing = UNPROCESSED,
+    rule: Rule = Rule.TOKEN,
+) -> Verified:
+    """Verify one request; see :func:`specdec_kernels.verify_chain`.
+
+    ``target_logits [K+1, V]``, ``draft_tokens`` without padding (K of them or fewer), ``draft_logits [K, V]``.
+    """
+    target_logits = np.asarray(target_logits, np.float64)
+    chain = Chain(target_logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing)
+    result = {Rule.TOKEN: _token_rule, Rule.BLOCK: _block_rule, Rule.COUPLED: _coupled_rule}[rule](chain)
+    result.num_independent = _independent(chain, rule)
+    return result
+
+
+def _token_rule(chain: Chain) -> Verified:
+    for row, token in enumerate([*chain.tokens, None]):
+        law = chain.read(row)
+        if law is None:
+            return chain.stop(row, largest_finite(chain.logits(row)), False)
+        target = law.probs
+        if token is None:
+            return chain.stop(row, chain.draw(target, target, row), True)
+        draft = chain.draft(row)
+        if draft is None:
+            return chain.stop(row, chain.draw(target, target, row), False)
+        if not chain.accepts(target, draft, row):
+            return chain.stop(row, _residual_draw(chain, target, draft, 1.0, 0.0, row), True)
+    raise AssertionError("unreachable: the bonus row returns")
+
+
+def _residual_draw(chain: Chain, target: Floats, draft: Floats, factor: float, error: float, row: int) -> int:
+    """From (factor * target - draft)+, from the target where nothing is left; ``error`` is that of the factor."""
+    residual = np.fmax(factor * target - draft, 0.0)  # nothing where the draft's probability is not a number
+    if chain.greedy or not residual.any():
+        return chain.draw(target, target, row)
+    return chain.draw(residual, factor * target * (1 + error) + np.nan_to_num(draft), row)
+
+
+def _block_rule(chain: Chain) -> Verified:
+    """Sun et al., arXiv:2403.10444: every draft is looked at, the longest acceptable prefix is kept."""
+    laws: list[tuple[Distribution | None, Floats | None]] = []
+    reach = [1.0]  # a_i of algorithms.md, 2
+    for row, token in enumerate(chain.tokens):
+        if reach[-1] == 0:  # and so will be all that follow
+            break
+        law = chain.read(row)
+        draft = None if law is None else chain.draft(row)
+        laws.append((law, draft))
+        if law is None or draft is None:
+            break
+        reach.append(min(1.0, reach[-1] * law.probs[token] / draft[token]))
+    looked_at = len(reach) - 1
+    valid = all(draft is not None for _, draft in laws)
+    accepted = 0
+    for row in range(looked_at, 0, -1):
+        probability, error = reach[row], 2.0 * row * reach[row]
+        if row < looked_at:
+            law, draft = laws[row]
+            assert law is not None
+            assert draft is not None
+            probability, error = _block_acceptance(law.probs, draft, reach[row], row)
+        coin = chain.noise.coin(row - 1)
+        chain.margins.append(abs(probability - coin) / error if error > 0 else np.inf)
+        if coin < probability:
+            accepted = row
+            break
+    law, draft = laws[accepted] if accepted < len(laws) else (chain.read(accepted), None)
+    if law is None:
+        return chain.stop(accepted, largest_finite(chain.logits(accepted)), False)
+    if draft is None:
+        return chain.stop(accepted, chain.draw(law.probs, law.probs, accepted), valid)
+    emitted = _residual_draw(chain, law.probs, draft, reach[accepted], 2.0 * accepted, accepted)
+    return chain.stop(accepted, emitted, valid)
+
+
+def _block_acceptance(target: Floats, draft: Floats, reach: float, row: int) -> tuple[float, float]:
+    """h_i, and how far a relative error of one in every probability moves it, to first order."""
+    residual = np.fmax(reach * target - draft, 0.0)
+    z = residual.sum()
+    if z + 1 - reach == 0:
+        return 1.0, 0.0
+    moved_reach = 2.0 * row * reach if reach < 1 else 0.0
+    moved_z = ((reach * target + draft)[residual > 0]).sum() + moved_reach * target[residual > 0].sum()
+    error = ((1 - reach) * moved_z + z * moved_reach) / (z + 1 - reach) ** 2
+    return float(z / (z + 1 - reach)), float(error)
+
+
+def _coupled_rule(chain: Chain) -> Verified:
+    """Daliri et al., arXiv:2408.07978: the text is a function of seed and target alone."""
+    for row, token in enumerate([*chain.tokens, None]):
+        law = chain.read(row)
+        if law is None:
+            return chain.stop(row, largest_finite(chain.logits(row)), False)
+        drawn, margin = flat_race(law.probs, law.probs, chain.noise, row)
+        chain.margins.append(margin)
+        if drawn != token:
+            return chain.stop(row, drawn, True)
+    raise AssertionError("unreachable: the bonus row returns")
+
+
+def _independent(chain: Chain, rule: Rule) -> int:
+    """How many drafts would be accepted each by itself, whatever became of the ones before it."""
+    accepted = 0
+    for row, token in enumerate(chain.tokens):
+        law, draft = chain.target(row), chain.draft(row)
+        if law is None:
+            continue
+        if rule == Rule.COUPLED:
+            accepted += flat_race(law.probs, law.probs, chain.noise, row)[0] == token
+        elif draft is not None:
+            accepted += bool(chain.noise.coin(row) * draft[int(token)] < law.probs[int(token)])
+    return accepted

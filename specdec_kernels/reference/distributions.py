@@ -1,0 +1,150 @@
+"""Rows of logits to distributions: processing, temperature, filters, softmax; and draws from them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specdec_kernels.contract import MIN_TEMPERATURE, TILE, Level, Purpose
+from specdec_kernels.reference.noise import exponentials
+
+
+class Sampling(NamedTuple):
+    """Temperature and filters, float32, one of each a request: ``sampling [B, 4]``, or four scalars for all."""
+
+    scale: Tensor
+    """1 / temperature; inf is greedy."""
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @staticmethod
+    def of(sampling: Tensor | None, scalars: tuple[float, int, float, float], rows: Tensor) -> Sampling:
+        if sampling is None:
+            sampling = torch.tensor([scalars], dtype=torch.float32).to(rows.device).expand(rows.shape[0], 4)
+        temperature, top_k, top_p, min_p = sampling.unbind(-1)
+        scale = torch.where(temperature < MIN_TEMPERATURE, torch.inf, 1.0 / temperature)
+        return Sampling(scale, top_k.long(), top_p, min_p)
+
+    def repeated(self, rows: int) -> Sampling:
+        """The same for every row of a request."""
+        return Sampling(*(x[:, None].expand(-1, rows) for x in self))
+
+
+class Distributions(NamedTuple):
+    """Laws of rows ``[..., V]``."""
+
+    probs: Tensor
+    """float64, nan where the row is not valid."""
+    scale: Tensor
+    cutoff: Tensor
+    logsumexp: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        return ~self.probs.isnan().any(-1)
+
+
+class Edits(NamedTuple):
+    """Bias and penalties of the ids they touch: see :mod:`specdec_kernels.ops.processing`."""
+
+    ids: Tensor
+    counts: Tensor
+    bias: Tensor
+    penalties: Tensor
+
+
+def processed(logits: Tensor, drafted: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
+    """Logits ``[B, R, V]`` after bias, penalties and mask; row r counts the drafts before it."""
+    if edits is None and bitmask is None:
+        return logits.double()
+    x = logits.float()
+    batch, rows, vocab = x.shape
+    if edits is not None:
+        ids = edits.ids.long()
+        here = ids < vocab
+        drawn = (drafted[:, :, None] == ids[:, None, :]).long()[:, : rows - 1]
+        output = functional.pad(drawn.cumsum(1), (0, 0, 1, 0)) + edits.counts[:, None, :, 1]
+        seen = (output > 0) | (edits.counts[:, None, :, 0] > 0)
+        index = ids.clamp(max=vocab - 1)[:, None, :].expand(batch, rows, -1)
+        repetition, presence, frequency = (p[:, None, None] for p in edits.penalties.unbind(-1))
+        value = x.gather(-1, index) + edits.bias[:, None, :]
+        value = torch.where(seen, torch.where(value > 0, value / repetition, value * repetition), value)
+        value = torch.where(output > 0, value - (frequency * output + presence), value)
+        # One column more takes the padding.
+        padded = functional.pad(x, (0, 1))
+        x = padded.scatter(-1, torch.where(here[:, None, :], index, vocab), value)[..., :vocab]
+    if bitmask is not None:
+        bits = bitmask[..., None] >> torch.arange(32, device=x.device) & 1
+        x = x.masked_fill(bits.flatten(-2)[..., :vocab] == 0, -torch.inf)
+    return x.double()
+
+
+def rows_valid(logits: Tensor) -> Tensor:
+    """No nan, no +inf, at least one finite logit: bool, one a row."""
+    return ~logits.isnan().any(-1) & ~logits.isposinf().any(-1) & logits.isfinite().any(-1)
+
+
+def largest_finite(logits: Tensor) -> Tensor:
+    return logits.masked_fill(~logits.isfinite(), -torch.inf).argmax(-1)
+
+
+def point_mass(tokens: Tensor, vocab: int) -> Tensor:
+    return functional.one_hot(tokens, vocab).double()
+
+
+def _cutoffs(logits: Tensor, scale: Tensor, sampling: Sampling) -> Tensor:
+    """The smallest logit that top-k, then top-p, then min-p keep; -inf where there is no filter."""
+    vocab = logits.shape[-1]
+    filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    if not filtered.any():
+        return torch.full_like(filtered, -torch.inf, dtype=torch.float64)
+    ordered = logits.sort(-1, descending=True).values
+    ratio = (scale[..., None] * (ordered - ordered[..., :1])).exp()
+    count = torch.where(sampling.top_k > 0, sampling.top_k.clamp(max=vocab), vocab)
+    keep = ordered >= ordered.gather(-1, count[..., None] - 1)
+    mass = ratio.masked_fill(~keep, 0.0)
+    above = mass.cumsum(-1) - mass
+    goal = sampling.top_p.double()[..., None] * mass.sum(-1, keepdim=True)
+    keep &= (above < goal) | (sampling.top_p >= 1)[..., None]
+    keep &= ratio >= sampling.min_p.double()[..., None]
+    last = keep.sum(-1, keepdim=True).clamp(min=1) - 1
+    return torch.where(filtered, ordered.gather(-1, last)[..., 0], -torch.inf)
+
+
+def distributions(logits: Tensor, sampling: Sampling) -> Distributions:
+    """Softmax of rows ``[..., V]`` after temperature and filters; the point mass on the largest logit when greedy."""
+    greedy = sampling.scale.isinf()
+    scale = torch.where(greedy, 1.0, sampling.scale.double())
+    cutoff = _cutoffs(logits, scale, sampling)
+    cutoff = torch.where(greedy, logits.amax(-1), cutoff)
+    scaled = (scale[..., None] * logits).masked_fill(logits < cutoff[..., None], -torch.inf)
+    logsumexp = scaled.logsumexp(-1)
+    probs = (scaled - logsumexp[..., None]).exp()
+    probs = torch.where(greedy[..., None], point_mass(logits.argmax(-1), logits.shape[-1]), probs)
+    probs = probs.masked_fill(~rows_valid(logits)[..., None], torch.nan)
+    return Distributions(probs, sampling.scale.double(), cutoff, logsumexp.masked_fill(greedy, 0.0))
+
+
+def _race(weights: Tensor, noise: Tensor) -> Tensor:
+    """argmin of noise / weight over the positive weights, lowest index on ties."""
+    return torch.where(weights > 0, noise / weights, torch.inf).argmin(-1)
+
+
+def two_level_race(weights: Tensor, seed: Tensor, position: Tensor, purpose: int, row: Tensor) -> Tensor:
+    """Draw from weights ``[R, V]``: a tile of ids first, then an id inside it."""
+    tiles = functional.pad(weights, (0, -weights.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
+    tile_noise = exponentials(seed, position, purpose, Level.TILE, row, tiles.shape[1])
+    tile = _race(tiles.sum(-1), tile_noise)
+    inside = tiles[torch.arange(len(tile), device=tile.device), tile]
+    token_noise = exponentials(seed, position, purpose, Level.TOKEN, row, TILE)
+    return tile * TILE + _race(inside, token_noise)
+
+
+def flat_race(weights: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """All ids ``[R, V]`` in one race, its noise keyed on the absolute position: the draw of the coupled rule."""
+    noise = exponentials(seed, position, Purpose.COUPLED, Level.TOKEN, torch.zeros_like(seed), weights.shape[-1])
+    return _race(weights, noise)
