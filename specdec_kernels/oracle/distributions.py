@@ -54,13 +54,14 @@ def filter_cutoff(logits: Floats, scale: float, sampling: Sampling) -> tuple[flo
     than ``top_p`` of what top-k left. Min-p keeps an id when its probability is at least ``min_p`` of the largest. Ids
     with equal logits stay or go together.
     """
-    if not sampling.top_k and sampling.top_p >= 1 and not sampling.min_p:
+    few = 0 < sampling.top_k < len(logits)
+    if not few and sampling.top_p >= 1 and not sampling.min_p:
         return -np.inf, np.inf
     kept = np.sort(logits)[::-1]
     weights = np.exp(scale * (kept - kept[0]))
     margin = np.inf
-    if sampling.top_k:
-        kept = kept[kept >= kept[min(sampling.top_k, len(kept)) - 1]]
+    if few:
+        kept = kept[kept >= kept[sampling.top_k - 1]]
     if sampling.top_p < 1:
         mass = weights[: len(kept)]
         goal = float(np.float32(sampling.top_p)) * mass.sum()

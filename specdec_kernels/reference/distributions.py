@@ -99,12 +99,13 @@ def point_mass(tokens: Tensor, vocab: int) -> Tensor:
 def _cutoffs(logits: Tensor, scale: Tensor, sampling: Sampling) -> Tensor:
     """The smallest logit that top-k, then top-p, then min-p keep; -inf where there is no filter."""
     vocab = logits.shape[-1]
-    filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    few = (sampling.top_k > 0) & (sampling.top_k < vocab)
+    filtered = few | (sampling.top_p < 1) | (sampling.min_p > 0)
     if not filtered.any():
         return torch.full_like(filtered, -torch.inf, dtype=torch.float64)
     ordered = logits.sort(-1, descending=True).values
     ratio = (scale[..., None] * (ordered - ordered[..., :1])).exp()
-    count = torch.where(sampling.top_k > 0, sampling.top_k.clamp(max=vocab), vocab)
+    count = torch.where(few, sampling.top_k, vocab)
     keep = ordered >= ordered.gather(-1, count[..., None] - 1)
     mass = ratio.masked_fill(~keep, 0.0)
     above = mass.cumsum(-1) - mass
