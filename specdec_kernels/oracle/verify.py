@@ -68,7 +68,9 @@ class Verified:
     margins: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
-    num_independent: int = -1
+    num_proposed: int = 0
+    num_independent: int = 0
+    independent_margin: float = np.inf
 
 
 @dataclass
@@ -160,7 +162,9 @@ def verify_chain(
     target_logits = np.asarray(target_logits, np.float64)
     chain = Chain(target_logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing)
     result = {Rule.TOKEN: _token_rule, Rule.BLOCK: _block_rule, Rule.COUPLED: _coupled_rule}[rule](chain)
-    result.num_independent = _independent(chain, rule)
+    chain.margins = []
+    result.num_proposed, result.num_independent = len(draft_tokens), _independent(chain, rule)
+    result.independent_margin = min(chain.margins, default=np.inf)
     return result
 
 
@@ -254,11 +258,13 @@ def _independent(chain: Chain, rule: Rule) -> int:
     """How many drafts would be accepted each by itself, whatever became of the ones before it."""
     accepted = 0
     for row, token in enumerate(chain.tokens):
-        law, draft = chain.target(row), chain.draft(row)
+        law, draft = chain.read(row), chain.draft(row)
         if law is None:
             continue
         if rule == Rule.COUPLED:
-            accepted += flat_race(law.probs, law.probs, chain.noise, row)[0] == token
+            drawn, margin = flat_race(law.probs, law.probs, chain.noise, row)
+            chain.margins.append(margin)
+            accepted += drawn == token
         elif draft is not None:
-            accepted += bool(chain.noise.coin(row) * draft[int(token)] < law.probs[int(token)])
+            accepted += chain.accepts(law.probs, draft, row)
     return accepted
