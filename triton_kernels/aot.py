@@ -20,7 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specdec_kernels.triton_kernels import noise, verify
+from specdec_kernels.contract import Rule
+from specdec_kernels.triton_kernels import noise
+from specdec_kernels.triton_kernels.launch import launch_config
+from specdec_kernels.triton_kernels.sample import sample_kernel
+from specdec_kernels.triton_kernels.verify import verify_chain_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,43 +56,67 @@ class Variant:
     warps: int
 
 
+_SCALARS = {"temperature": "fp32", "top_k": "i32", "top_p": "fp32", "min_p": "fp32", "vocab": "i32", "num_edits": "i32"}
+_PROCESSING = {
+    "bitmask_ptr": "*i32", "edit_ids_ptr": "*i32", "edit_counts_ptr": "*i32", "edit_bias_ptr": "*fp32",
+    "penalties_ptr": "*fp32",
+}  # fmt: skip
+_IDS = {"seed_ptr": "*i64", "position_ptr": "*i64"}
+
+
+def _sample(dtype: str) -> dict[str, str]:
+    """Types of the arguments of ``sample_kernel``, everything given."""
+    return {
+        **_IDS, **_SCALARS, **_PROCESSING, "logits_ptr": f"*{dtype}", "row_ptr": "*i64", "sampling_ptr": "*fp32",
+        "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "stats_ptr": "*fp32", "row_stride": "i64",
+    }  # fmt: skip
+
+
+def _verify_chain(dtype: str) -> dict[str, str]:
+    """Types of the arguments of ``verify_chain_kernel``, everything given."""
+    strides = [f"{of}_{what}_stride" for of in ("target", "draft", "token") for what in ("request", "row")]
+    return {
+        **_IDS, **_SCALARS, **_PROCESSING, **dict.fromkeys(strides, "i64"), "target_ptr": f"*{dtype}",
+        "draft_ptr": f"*{dtype}", "draft_stats_ptr": "*fp32", "tokens_ptr": "*i64", "num_draft_ptr": "*i32",
+        "cu_rows_ptr": "*i64", "sampling_ptr": "*fp32", "longest": "i32", "memory_ptr": "*fp64",
+        "out_tokens_ptr": "*i64", "out_accepted_ptr": "*i32", "out_valid_ptr": "*i1", "out_counters_ptr": "*i32",
+        "out_logprobs_ptr": "*fp32", "out_raw_logprobs_ptr": "*fp32",
+    }  # fmt: skip
+
+
+#: What a call leaves out: nothing, or what the plain call of a serving loop does not need.
+_EXTRAS = ("sampling_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
+_DRAFTS = {
+    "point mass": ("draft_ptr", "draft_stats_ptr"),
+    "dense": ("draft_stats_ptr",),
+    "statistics": (),
+}
+
+
 def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
-    """Every kernel, for each dtype of logits and each kind of draft."""
-    config = verify.launch_config(vocab, TARGETS[target].backend)
-    ids = {"seed_ptr": "*i64", "position_ptr": "*i64"}
-    yield Variant(
-        "noise_words",
-        noise.noise_words_kernel,
-        ids | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"},
-        {"BLOCK": 128},
-        4,
-    )
+    """Every kernel, for each dtype of logits, kind of draft and rule; plain, and with everything there is."""
+    config = launch_config(vocab, TARGETS[target].backend)
+    words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
+    yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, 4)
+
+    def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
+        constants |= {"TILES": config.tiles} | {key: None for key in without if key in types}
+        kept = {key: value for key, value in types.items() if key not in without}
+        return Variant(name, kernel, kept, constants, config.warps)
+
     for dtype in ("fp32", "bf16", "fp16"):
-        common = ids | {"temperature": "fp32", "vocab": "i32", "temperature_ptr": "*fp32"}
-        yield Variant(
-            f"sample {dtype}",
-            verify.sample_kernel,
-            common
-            | {"logits_ptr": f"*{dtype}", "row_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32"}
-            | {"stats_ptr": "*fp32", "row_stride": "i64"},
-            {"TILES": config.tiles},
-            config.warps,
-        )
-        strides = [f"{of}_{what}_stride" for of in ("target", "draft", "token") for what in ("request", "row")]
-        chain = common | {
-            "target_ptr": f"*{dtype}", "tokens_ptr": "*i64", "num_draft_ptr": "*i32", "longest": "i32",
-            "out_tokens_ptr": "*i64", "out_accepted_ptr": "*i32", "out_valid_ptr": "*i1",
-        } | dict.fromkeys(strides, "i64")  # fmt: skip
-        draft, stats = {"draft_ptr": f"*{dtype}"}, {"draft_stats_ptr": "*fp32"}
-        for kind, types in (("point mass", {}), ("dense", draft), ("statistics", draft | stats)):
-            nothing = {name: None for name in ("draft_ptr", "draft_stats_ptr") if name not in types}
-            yield Variant(
-                f"verify_chain {dtype} {kind}",
-                verify.verify_chain_kernel,
-                chain | types,
-                nothing | {"TILES": config.tiles},
-                config.warps,
-            )
+        for extent, without in (("plain", _EXTRAS), ("full", ())):
+            types = _sample(dtype)
+            yield variant(f"sample {dtype} {extent}", sample_kernel, types, without, COUPLED_RULE=extent == "full")
+            for rule in Rule:
+                for kind, missing in _DRAFTS.items():
+                    if (rule, kind) != (Rule.TOKEN, "statistics") and (dtype != "bf16" or (rule, kind) == (Rule.COUPLED, "dense")):
+                        continue
+                    yield variant(
+                        f"verify_chain {rule.name.lower()} {dtype} {kind} {extent}", verify_chain_kernel,
+                        _verify_chain(dtype), (*without, *missing), RULE=int(rule),
+                        INDEPENDENT=extent == "full" and rule != Rule.BLOCK,
+                    )  # fmt: skip
 
 
 def compile_variant(variant: Variant, target: str) -> Any:

@@ -1,4 +1,4 @@
-"""From a row and its sampling parameters to its law: (scale, cutoff, logsumexp), and the winner of its tile race."""
+"""From a row and its sampling parameters to its law, and to the winner of its tile race."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import MIN_TEMPERATURE
-from specdec_kernels.triton_kernels.rows import TILE, load_block, row_stats
+from specdec_kernels.triton_kernels.rows import TILE, Law, load_block, row_argmax, row_stats
 
 GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 
@@ -26,15 +26,15 @@ def sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, index):
 
 
 @triton.jit
-def measure(source, scale, top, pivot, vocab, TILES: tl.constexpr):
-    """Of the finite logits not below ``pivot``: (how many, sum of exp(scale * (logit - top)), the smallest); and the
+def measure(rows, i, scale, top, pivot, TILES: tl.constexpr):
+    """Of the finite logits of row i not below ``pivot``: (how many, sum of exp(scale * (logit - top)), the smallest); and the
     largest one below."""
     count = tl.zeros([TILES], tl.int32)
     mass = tl.zeros([TILES], tl.float32)
     least = tl.full([TILES], float("inf"), tl.float32)
     below = tl.full([TILES], float("-inf"), tl.float32)
-    for start in range(0, tl.cdiv(vocab, TILE), TILES):
-        logits = load_block(source, start, vocab, TILES)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        logits = load_block(rows, i, start, TILES)
         above = (logits >= pivot) & (logits > float("-inf"))
         count += tl.sum(above.to(tl.int32), axis=1)
         mass += tl.sum(tl.where(above, tl.exp(scale * (logits - top)), 0.0), axis=1)
@@ -44,7 +44,7 @@ def measure(source, scale, top, pivot, vocab, TILES: tl.constexpr):
 
 
 @triton.jit
-def largest_reaching(source, scale, top, goal, low, BY_MASS: tl.constexpr, vocab, TILES: tl.constexpr):
+def largest_reaching(rows, i, scale, top, goal, low, BY_MASS: tl.constexpr, TILES: tl.constexpr):
     """The largest logit such that what is not below it reaches ``goal``, in probability or in number. What is not below
     ``low`` does. Bisection by value; both ends move on to the next logit there is, so it ends with the answer."""
     high = top  # the largest logit that may be the answer
@@ -55,7 +55,7 @@ def largest_reaching(source, scale, top, goal, low, BY_MASS: tl.constexpr, vocab
             middle = high - reach
             reach *= 2.0
         middle = tl.where(middle > low, middle, high)
-        count, mass, least, below = measure(source, scale, top, middle, vocab, TILES)
+        count, mass, least, below = measure(rows, i, scale, top, middle, TILES)
         reached = mass if BY_MASS else count.to(tl.float32)
         if reached >= goal:
             low = least
@@ -68,22 +68,36 @@ def largest_reaching(source, scale, top, goal, low, BY_MASS: tl.constexpr, vocab
 
 
 @triton.jit
-def row_law(source, scale, top_k, top_p, min_p, vocab, seed, position, tag, RACE: tl.constexpr, TILES: tl.constexpr):
-    """(logsumexp, winner of the tile race, whether the row is valid, cutoff) after the filters."""
+def filter_pivot(rows, i, sampling, top, TILES: tl.constexpr):
+    """What top-k, then top-p, then min-p keep of a valid row is what is not below this."""
+    scale, top_k, top_p, min_p = sampling
+    pivot = tl.full([], float("-inf"), tl.float32)
+    if (top_k > 0) & (top_k < rows.vocab):
+        pivot = largest_reaching(rows, i, scale, top, top_k.to(tl.float32), pivot, False, TILES)
+    if top_p < 1.0:
+        _count, mass, _least, _below = measure(rows, i, scale, top, pivot, TILES)
+        pivot = largest_reaching(rows, i, scale, top, top_p * mass, pivot, True, TILES)
+    if min_p > 0.0:
+        pivot = tl.maximum(pivot, top + tl.log(min_p) / scale)
+    return pivot
+
+
+@triton.jit
+def row_law(rows, i, sampling, key, tag, RACE: tl.constexpr, TILES: tl.constexpr):
+    """(the law of row i, whether the row is valid). Greedy is the point mass on the largest logit; so is, for what is
+    emitted then, a row that is not valid, on its largest finite one."""
+    scale, top_k, top_p, min_p = sampling
+    logsumexp = tl.full([], 0.0, tl.float64)
+    tile = tl.full([], 0, tl.int64)
     cutoff = tl.full([], float("-inf"), tl.float32)
-    logsumexp, tile, valid, top, _least = row_stats(
-        source, scale, cutoff, vocab, seed, position, tag, RACE, TILES
-    )
-    few = (top_k > 0) & (top_k < vocab)
-    if valid & (few | (top_p < 1.0) | (min_p > 0.0)):
-        if few:
-            cutoff = largest_reaching(source, scale, top, top_k.to(tl.float32), cutoff, False, vocab, TILES)
-        if top_p < 1.0:
-            _count, mass, _least, _below = measure(source, scale, top, cutoff, vocab, TILES)
-            cutoff = largest_reaching(source, scale, top, top_p * mass, cutoff, True, vocab, TILES)
-        if min_p > 0.0:
-            cutoff = tl.maximum(cutoff, top + tl.log(min_p) / scale)
-        logsumexp, tile, valid, _top, cutoff = row_stats(
-            source, scale, cutoff, vocab, seed, position, tag, RACE, TILES
-        )
-    return logsumexp, tile, valid, cutoff
+    valid = tl.full([], 1, tl.int1)
+    argmax = tl.full([], -1, tl.int64)
+    greedy = scale == float("inf")
+    if not greedy:
+        logsumexp, tile, valid, top, _least = row_stats(rows, i, scale, cutoff, key, tag, RACE, TILES)
+        if valid & (((top_k > 0) & (top_k < rows.vocab)) | (top_p < 1.0) | (min_p > 0.0)):
+            pivot = filter_pivot(rows, i, sampling, top, TILES)
+            logsumexp, tile, valid, _top, cutoff = row_stats(rows, i, scale, pivot, key, tag, RACE, TILES)
+    if greedy | (valid == 0):
+        cutoff, argmax, valid = row_argmax(rows, i, TILES)
+    return Law(scale, cutoff, logsumexp, argmax, tile), valid

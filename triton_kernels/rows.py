@@ -1,13 +1,10 @@
-"""Passes over one row of logits, in blocks of ``TILES`` tiles of 128 ids, and the draws that follow from them.
-
-A *source* is a tuple that stands for one row as its law sees it: (row, mask, edit ids, edit counts, edit bias, number of
-edits, repetition, presence, frequency, drafts, stride of the drafts, drafts before the row); mask and edits may be None.
-See `specdec_kernels/ops/processing.py`. Nothing of it is ever written: every load processes what it loads.
-"""
+"""Passes over one row of logits, in blocks of ``TILES`` tiles of 128 ids, and the draws that follow from them."""
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,30 +20,47 @@ COUPLED = tl.constexpr(int(Purpose.COUPLED))
 NO_ID = tl.constexpr(1 << 40)
 
 
-@triton.jit
-def source_of(
-    row_ptr, bitmask_ptr, mask_row, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, request,
-    drafts_ptr, draft_stride, prefix, vocab,
-):  # fmt: skip
-    """The source of one row of a request."""
-    mask = None
-    if bitmask_ptr is not None:
-        mask = bitmask_ptr + mask_row * ((vocab + 31) // 32)
-    if edit_ids_ptr is None:
-        return (row_ptr, mask, None, None, None, 0, 1.0, 0.0, 0.0, drafts_ptr, draft_stride, prefix)
-    else:
-        begin = request * num_edits
-        penalties = penalties_ptr + 3 * request
-        return (
-            row_ptr, mask, edit_ids_ptr + begin, edit_counts_ptr + 2 * begin, edit_bias_ptr + begin, num_edits,
-            tl.load(penalties), tl.load(penalties + 1), tl.load(penalties + 2), drafts_ptr, draft_stride, prefix,
-        )  # fmt: skip
+class Rows(NamedTuple):
+    """The rows of one request as its law sees them: what :mod:`specdec_kernels.ops.processing` does to the logits is
+    done as they are loaded, and never written. ``mask`` and ``ids`` may be None; a kernel has to build it where it
+    stands, since a function of Triton cannot return None."""
+
+    logits: Any
+    """Pointer to the first row."""
+    stride: Any
+    vocab: Any
+    mask: Any
+    """Pointer to the words of the first row."""
+    ids: Any
+    """Pointers to the request's edits."""
+    counts: Any
+    bias: Any
+    num_edits: Any
+    penalties: Any
+    """(repetition, presence, frequency)."""
+    drafts: Any
+    """Pointer to the drafts; row i counts the i first of them as output."""
+    draft_stride: Any
 
 
-@triton.jit
-def raw_source(source):
-    """The same row without processing."""
-    return (source[0], None, None, None, None, 0, 1.0, 0.0, 0.0, source[9], source[10], 0)
+class Law(NamedTuple):
+    """What tokens are drawn from: the scalars of a distribution, or the point mass on ``argmax`` where that is one."""
+
+    scale: Any
+    cutoff: Any
+    logsumexp: Any
+    """float64."""
+    argmax: Any
+    """-1, or the token of the point mass."""
+    tile: Any
+    """The winner of the tile race, where one was held."""
+
+
+class Key(NamedTuple):
+    """What noise is keyed on, beside its tag."""
+
+    seed: Any
+    position: Any
 
 
 @triton.jit
@@ -64,32 +78,34 @@ def first_edit(ids_ptr, count, token):
 
 
 @triton.jit
-def edited(logit, source, edit, token):
-    """A logit after bias and penalties."""
-    output = tl.load(source[3] + 2 * edit + 1)
-    for index in range(0, source[11]):
-        output += (tl.load(source[9] + index * source[10]).to(tl.int64) == token).to(tl.int32)
-    logit += tl.load(source[4] + edit)
-    repeated = tl.where(logit > 0, logit / source[6], logit * source[6])
-    logit = tl.where((output > 0) | (tl.load(source[3] + 2 * edit) > 0), repeated, logit)
-    return tl.where(output > 0, logit - (source[8] * output.to(tl.float32) + source[7]), logit)
+def edited(logit, rows, i, edit, token):
+    """A logit of row i after bias and penalties."""
+    repetition, presence, frequency = rows.penalties
+    output = tl.load(rows.counts + 2 * edit + 1)
+    for index in range(0, i):
+        output += (tl.load(rows.drafts + index * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
+    logit += tl.load(rows.bias + edit)
+    repeated = tl.where(logit > 0, logit / repetition, logit * repetition)
+    logit = tl.where((output > 0) | (tl.load(rows.counts + 2 * edit) > 0), repeated, logit)
+    return tl.where(output > 0, logit - (frequency * output.to(tl.float32) + presence), logit)
 
 
 @triton.jit
-def load_logits(source, ids, first, last, vocab):
-    """float32 logits of ``ids``, all of them in [first, last); -inf past the end of the row."""
-    x = tl.load(source[0] + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    if source[2] is not None:
-        edit = first_edit(source[2], source[5], first)
-        end = first_edit(source[2], source[5], tl.minimum(last, vocab))
+def load_logits(rows, i, ids, first, last):
+    """float32 logits of ``ids`` in row i, all of them in [first, last); -inf past the end of the row."""
+    row = rows.logits + i * rows.stride
+    x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
+    if rows.ids is not None:
+        edit = first_edit(rows.ids, rows.num_edits, first)
+        end = first_edit(rows.ids, rows.num_edits, tl.minimum(last, rows.vocab))
         while edit < end:
-            token = tl.load(source[2] + edit).to(tl.int64)
-            logit = edited(tl.load(source[0] + token).to(tl.float32), source, edit, token)
-            x = tl.where(ids == token, logit, x)
+            token = tl.load(rows.ids + edit).to(tl.int64)
+            x = tl.where(ids == token, edited(tl.load(row + token).to(tl.float32), rows, i, edit, token), x)
             edit += 1
-    if source[1] is not None:
-        words = tl.load(source[1] + ids // 32, mask=ids < vocab, other=0)
-        x = tl.where((words >> (ids % 32).to(tl.int32)) & 1 != 0, x, float("-inf"))
+    if rows.mask is not None:
+        words = rows.mask + i * ((rows.vocab + 31) // 32)
+        bits = tl.load(words + ids // 32, mask=ids < rows.vocab, other=0) >> (ids % 32).to(tl.int32)
+        x = tl.where(bits & 1 != 0, x, float("-inf"))
     return x
 
 
@@ -100,23 +116,17 @@ def block_ids(start, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_block(source, start, vocab, TILES: tl.constexpr):
-    """The block that starts at tile ``start``: [TILES, TILE]."""
+def load_block(rows, i, start, TILES: tl.constexpr):
+    """The block of row i that starts at tile ``start``: [TILES, TILE]."""
     first = tl.full([], TILE, tl.int64) * start
-    return load_logits(source, block_ids(start, TILES), first, first + TILES * TILE, vocab)
+    return load_logits(rows, i, block_ids(start, TILES), first, first + TILES * TILE)
 
 
 @triton.jit
-def load_tile(source, tile, vocab):
-    """One tile: [TILE]."""
+def load_tile(rows, i, tile):
+    """One tile of row i: [TILE]."""
     first = tile * TILE
-    return load_logits(source, first + tl.arange(0, TILE), first, first + TILE, vocab)
-
-
-@triton.jit
-def load_logit(source, token, vocab):
-    """One logit, float64."""
-    return load_logits(source, token, token, token + 1, vocab).to(tl.float64)
+    return load_logits(rows, i, first + tl.arange(0, TILE), first, first + TILE)
 
 
 @triton.jit
@@ -138,7 +148,7 @@ def first_arrival(times, ids):
 
 
 @triton.jit
-def row_stats(source, scale, pivot, vocab, seed, position, tag, RACE: tl.constexpr, TILES: tl.constexpr):
+def row_stats(rows, i, scale, pivot, key, tag, RACE: tl.constexpr, TILES: tl.constexpr):
     """One pass over what is not below ``pivot``: (logsumexp in float64, the tile that wins the tile race if ``RACE``,
     whether the row is valid, the largest logit, the smallest one).
 
@@ -151,8 +161,8 @@ def row_stats(source, scale, pivot, vocab, seed, position, tag, RACE: tl.constex
     best = tl.full([TILES], float("inf"), tl.float32)  # log(E / tile_sum), to be read relative to best_base
     best_base = tl.zeros([TILES], tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(vocab, TILE), TILES):
-        logits = load_block(source, start, vocab, TILES)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        logits = load_block(rows, i, start, TILES)
         below = logits < pivot
         least = tl.minimum(least, tl.min(tl.where(below, float("inf"), logits), axis=1))
         logits = tl.where(below, float("-inf"), logits)
@@ -165,7 +175,7 @@ def row_stats(source, scale, pivot, vocab, seed, position, tag, RACE: tl.constex
         maximum = new_max
         if RACE:
             tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-            time = tl.log(exponentials(seed, position, tag, tiles)) - tl.log(tile_sum)
+            time = tl.log(exponentials(key.seed, key.position, tag, tiles)) - tl.log(tile_sum)
             sooner = (time - best < scale * (base - best_base)) & (tile_sum > 0)
             winner = tl.where(sooner, tiles, winner)
             best = tl.where(sooner, time, best)
@@ -179,14 +189,14 @@ def row_stats(source, scale, pivot, vocab, seed, position, tag, RACE: tl.constex
 
 
 @triton.jit
-def row_argmax(source, vocab, TILES: tl.constexpr):
-    """(the largest logit, its lowest id, whether the row is valid); infinities and nan are passed over."""
+def row_argmax(rows, i, TILES: tl.constexpr):
+    """Of row i (the largest logit, its lowest id, whether the row is valid); infinities and nan are passed over."""
     best = tl.full([TILES, TILE], float("-inf"), tl.float32)
     winner = tl.full([TILES, TILE], NO_ID, tl.int64)
     bad = tl.zeros([TILES, TILE], tl.int32)
-    for start in range(0, tl.cdiv(vocab, TILE), TILES):
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
         ids = block_ids(start, TILES)
-        logits = load_block(source, start, vocab, TILES)
+        logits = load_block(rows, i, start, TILES)
         unusable = (logits != logits) | (logits == float("inf"))
         bad = bad | unusable.to(tl.int32)
         larger = (logits > best) & (unusable == 0)
@@ -199,12 +209,6 @@ def row_argmax(source, vocab, TILES: tl.constexpr):
 
 
 @triton.jit
-def probs(logits, scale, cutoff, high, low):
-    """[logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats."""
-    return tl.where(logits < cutoff, 0.0, tl.exp(tl.fma(logits, scale, -high) - low))
-
-
-@triton.jit
 def split(x):
     """A float64 as the sum of two float32."""
     high = x.to(tl.float32)
@@ -212,31 +216,46 @@ def split(x):
 
 
 @triton.jit
-def draw_inside(weights, tile, seed, position, tag):
+def probs(logits, law):
+    """[logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats."""
+    high, low = split(law.logsumexp)
+    return tl.where(logits < law.cutoff, 0.0, tl.exp(tl.fma(logits, law.scale, -high) - low))
+
+
+@triton.jit
+def log_prob(rows, i, law, token):
+    """Of one token of a valid row, float64."""
+    logit = load_logits(rows, i, token, token, token + 1)
+    sampled = law.scale.to(tl.float64) * logit.to(tl.float64) - law.logsumexp
+    sampled = tl.where(logit < law.cutoff, float("-inf"), sampled)
+    return tl.where(law.argmax < 0, sampled, tl.where(token == law.argmax, 0.0, float("-inf")))
+
+
+@triton.jit
+def draw_inside(weights, tile, key, tag):
     """The token race inside a tile, weights [TILE]."""
     entry = tl.arange(0, TILE)
-    time = exponentials(seed, position, tag | TOKEN_LEVEL, entry.to(tl.int64)) / weights
+    time = exponentials(key.seed, key.position, tag | TOKEN_LEVEL, entry.to(tl.int64)) / weights
     return first_arrival(tl.where(weights > 0, time, float("inf")), tile * TILE + entry)
 
 
 @triton.jit
-def draw_from_row(source, scale, cutoff, logsumexp, tile, vocab, seed, position, tag):
+def draw_from_row(rows, i, law, key, tag):
     """A token of the winning tile by the row's own probabilities."""
-    high, low = split(logsumexp)
-    return draw_inside(probs(load_tile(source, tile, vocab), scale, cutoff, high, low), tile, seed, position, tag)
+    return draw_inside(probs(load_tile(rows, i, law.tile), law), law.tile, key, tag)
 
 
 @triton.jit
-def flat_race(source, scale, cutoff, logsumexp, vocab, seed, position, TILES: tl.constexpr):
-    """All ids in one race, its noise keyed on the absolute position: the draw of the coupled rule."""
-    high, low = split(logsumexp)
+def flat_race(rows, i, law, key, TILES: tl.constexpr):
+    """All ids in one race, its noise keyed on the absolute position ``key.position + i``: the draw of the coupled rule."""
     tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
     best = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(vocab, TILE), TILES):
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
         ids = block_ids(start, TILES)
-        weights = probs(load_block(source, start, vocab, TILES), scale, cutoff, high, low)
-        times = tl.where(weights > 0, exponentials(seed, position, tag, ids) / weights, float("inf"))
+        weights = probs(load_block(rows, i, start, TILES), law)
+        times = exponentials(key.seed, key.position + i, tag, ids) / weights
+        times = tl.where(weights > 0, times, float("inf"))
         earliest = tl.min(tl.min(times, axis=1), axis=0)
         if earliest < best:
             winner = tl.min(tl.min(tl.where(times == earliest, ids, NO_ID), axis=1), axis=0)

@@ -12,12 +12,12 @@ from torch import Tensor
 from specdec_kernels.contract import Purpose
 from specdec_kernels.triton_kernels.launch import config_for
 from specdec_kernels.triton_kernels.laws import row_law, sampling_of
-from specdec_kernels.triton_kernels.rows import draw_from_row, flat_race, load_logit, race_tag, row_argmax, source_of
+from specdec_kernels.triton_kernels.rows import Key, Rows, draw_from_row, flat_race, log_prob, race_tag
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "num_edits"])  # 1 would become a constant, of another type
 def sample_kernel(
     logits_ptr,
     seed_ptr,
@@ -43,37 +43,36 @@ def sample_kernel(
     TILES: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    seed, position = tl.load(seed_ptr + r), tl.load(position_ptr + r)
-    scale, top_k, top_p, min_p = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
-    source = source_of(
-        logits_ptr + r * row_stride, bitmask_ptr, r, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
-        num_edits, r, row_ptr, 0, 0, vocab,
-    )  # fmt: skip
-    logprob = tl.full([], 0.0, tl.float64)
-    cutoff = tl.full([], float("-inf"), tl.float32)
-    logsumexp = tl.full([], 0.0, tl.float64)
-    if scale == float("inf"):
-        cutoff, token, valid = row_argmax(source, vocab, TILES)
+    key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
+    sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
+    mask = None
+    if bitmask_ptr is not None:
+        mask = bitmask_ptr + r * ((vocab + 31) // 32)
+    if edit_ids_ptr is not None:
+        edits = edit_ids_ptr + r * num_edits
+        counts, bias = edit_counts_ptr + 2 * r * num_edits, edit_bias_ptr + r * num_edits
+        own = penalties_ptr + 3 * r
+        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0)
     else:
-        row = tl.load(row_ptr + r)
-        tag = race_tag(DRAFT, row)
-        logsumexp, tile, valid, cutoff = row_law(
-            source, scale, top_k, top_p, min_p, vocab, seed, position, tag, True, TILES
-        )
-        if valid:
-            if COUPLED_RULE:
-                token = flat_race(source, scale, cutoff, logsumexp, vocab, seed, position + row, TILES)
-            else:
-                token = draw_from_row(source, scale, cutoff, logsumexp, tile, vocab, seed, position, tag)
-            logprob = scale.to(tl.float64) * load_logit(source, token, vocab) - logsumexp
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0)
+    row = tl.load(row_ptr + r)
+    tag = race_tag(DRAFT, row)
+    here = tl.full([], 0, tl.int64)
+    law, valid = row_law(rows, here, sampling, key, tag, True, TILES)
+    token = law.argmax
+    if token < 0:
+        if COUPLED_RULE:
+            token = flat_race(rows, here, law, Key(key.seed, key.position + row), TILES)
         else:
-            _top, token, _valid = row_argmax(source, vocab, TILES)
+            token = draw_from_row(rows, here, law, key, tag)
+    logprob = log_prob(rows, here, law, token)
     nan = float("nan")
     tl.store(tokens_ptr + r, token)
     tl.store(logprobs_ptr + r, tl.where(valid, logprob.to(tl.float32), nan))
-    tl.store(stats_ptr + 3 * r, tl.where(valid, scale, nan))
-    tl.store(stats_ptr + 3 * r + 1, tl.where(valid, cutoff, nan))
-    tl.store(stats_ptr + 3 * r + 2, tl.where(valid, logsumexp.to(tl.float32), nan))
+    tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
+    tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
+    tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
 
 
 def sample(
