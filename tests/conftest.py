@@ -12,8 +12,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
 
 import pytest
+from interpreter import skip_repeated_patching
 
 from specdec_kernels import ops
+
+if not torch.cuda.is_available():
+    skip_repeated_patching()
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])

@@ -47,13 +47,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation: types of the arguments, those that are None, constants, warps."""
+    """One specialisation: types of the arguments, those that are None, constants, options of the launch."""
 
     name: str
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
 
 _SCALARS = {"temperature": "fp32", "top_k": "i32", "top_p": "fp32", "min_p": "fp32", "vocab": "i32", "num_edits": "i32"}
@@ -84,39 +84,42 @@ def _verify_chain(dtype: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-#: What a call leaves out: nothing, or what the plain call of a serving loop does not need.
+#: What the plain call of a serving loop leaves out.
 _EXTRAS = ("sampling_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
-_DRAFTS = {
-    "point mass": ("draft_ptr", "draft_stats_ptr"),
-    "dense": ("draft_stats_ptr",),
-    "statistics": (),
-}
+#: What a call leaves out by the kind of its drafts.
+_DRAFTS = {"point mass": ("draft_ptr", "draft_stats_ptr"), "dense": ("draft_stats_ptr",), "statistics": ()}
+#: (rule, kind of drafts, whether everything else is given too) beside the plain token rule.
+_OTHERS = (
+    (Rule.TOKEN, "point mass", False), (Rule.TOKEN, "dense", False), (Rule.TOKEN, "statistics", True),
+    (Rule.BLOCK, "dense", False), (Rule.BLOCK, "statistics", False), (Rule.BLOCK, "statistics", True),
+    (Rule.COUPLED, "point mass", False), (Rule.COUPLED, "point mass", True),
+)  # fmt: skip
 
 
 def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
-    """Every kernel, for each dtype of logits, kind of draft and rule; plain, and with everything there is."""
+    """The plain kernels for each dtype of logits; every rule and kind of draft, and the largest kernels, for bfloat16."""
     config = launch_config(vocab, TARGETS[target].backend)
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
-    yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, 4)
+    yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})
 
     def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
         constants |= {"TILES": config.tiles} | {key: None for key in without if key in types}
         kept = {key: value for key, value in types.items() if key not in without}
-        return Variant(name, kernel, kept, constants, config.warps)
+        return Variant(name, kernel, kept, constants, config.options)
+
+    def chain(dtype: str, rule: Rule, kind: str, full: bool) -> Variant:
+        name = f"verify_chain {rule.name.lower()} {dtype} {kind} {'full' if full else 'plain'}"
+        without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
+        independent = full and rule != Rule.BLOCK
+        types = _verify_chain(dtype)
+        return variant(name, verify_chain_kernel, types, without, RULE=int(rule), INDEPENDENT=independent)
 
     for dtype in ("fp32", "bf16", "fp16"):
-        for extent, without in (("plain", _EXTRAS), ("full", ())):
-            types = _sample(dtype)
-            yield variant(f"sample {dtype} {extent}", sample_kernel, types, without, COUPLED_RULE=extent == "full")
-            for rule in Rule:
-                for kind, missing in _DRAFTS.items():
-                    if (rule, kind) != (Rule.TOKEN, "statistics") and (dtype != "bf16" or (rule, kind) == (Rule.COUPLED, "dense")):
-                        continue
-                    yield variant(
-                        f"verify_chain {rule.name.lower()} {dtype} {kind} {extent}", verify_chain_kernel,
-                        _verify_chain(dtype), (*without, *missing), RULE=int(rule),
-                        INDEPENDENT=extent == "full" and rule != Rule.BLOCK,
-                    )  # fmt: skip
+        yield variant(f"sample {dtype} plain", sample_kernel, _sample(dtype), _EXTRAS, COUPLED_RULE=False)
+        yield chain(dtype, Rule.TOKEN, "statistics", full=False)
+    yield variant("sample bf16 full", sample_kernel, _sample("bf16"), (), COUPLED_RULE=True)
+    for rule, kind, full in _OTHERS:
+        yield chain("bf16", rule, kind, full)
 
 
 def compile_variant(variant: Variant, target: str) -> Any:
@@ -134,7 +137,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
         {(names.index(name),): value for name, value in variant.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": variant.warps})
+    return triton.compile(source, target=TARGETS[target], options=variant.options)
 
 
 def usage(variant: Variant, target: str) -> Usage:

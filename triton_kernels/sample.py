@@ -101,6 +101,6 @@ def sample(
         sample_kernel[(rows,)](
             logits, seed, position, row, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
             edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats,
-            logits.stride(0), vocab, COUPLED_RULE=coupled, TILES=config.tiles, num_warps=config.warps,
+            logits.stride(0), vocab, COUPLED_RULE=coupled, TILES=config.tiles, **config.options,
         )  # fmt: skip
     return tokens, logprobs, stats

@@ -190,6 +190,6 @@ def verify_chain(
             0 if edit_ids is None else edit_ids.shape[1], memory, tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides, *draft_strides,
             *draft_tokens.stride(), rows - 1, vocab, RULE=rule, INDEPENDENT=independent, TILES=config.tiles,
-            num_warps=config.warps,
+            **config.options,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores
