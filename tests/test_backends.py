@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specdec_kernels import ops, selftest
+from specdec_kernels.contract import Rule
 
 
 def run_python(*arguments, **environment):
@@ -21,8 +22,8 @@ def run_python(*arguments, **environment):
 def test_against_the_oracle(backend, device):
     report = selftest.run(backend, device, count=120)
     assert report.wrong == []
-    assert report.too_close <= report.requests // 100
-    assert report.requests == 720
+    assert report.too_close <= report.requests // 50  # a threshold of a filter is often close to some logit
+    assert report.requests > 800
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):
@@ -78,36 +79,56 @@ def test_without_a_gpu_triton_says_why():
     assert "backend='triton' cannot run here: there is no GPU" in result.stderr
 
 
-def arguments(kind="statistics", temperature=True):
+NO_FILTERS = (0, 1.0, 0.0)
+NO_PROCESSING = (None,) * 5
+
+
+def arguments(kind, full, rule):
+    """Of the operator ``verify_chain``: with everything there is, or the least."""
     generator = torch.Generator().manual_seed(0)
     target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
     drawn = ops.sample(draft.reshape(6, 50), seed=1, position=1)
+    penalties = ops.Penalties(torch.tensor([[1], [2]]), torch.tensor([[3], [-1]]), presence=0.5)
+    tokens = drawn.tokens.reshape(2, 3)
+    if full:  # every draft is accepted: opcheck takes the nan where a token's log-probability would be for a difference
+        target = target.scatter(2, torch.cat([tokens, tokens[:, :1]], 1)[..., None], 90.0)
+    processing = (
+        torch.full((2, 4, 2), -1, dtype=torch.int32),
+        *ops.processing.edits(penalties, None, tokens, target, 2, "B"),
+    )
     return (
         target,
-        drawn.tokens.reshape(2, 3),
+        tokens,
         None if kind == "point mass" else draft,
         drawn.stats.reshape(2, 3, 3) if kind == "statistics" else None,
         torch.tensor([1, 2]),
         torch.tensor([3, 4]),
-        torch.tensor([3, 2]),
-        torch.tensor([0.5, 0.0]) if temperature else None,
+        torch.tensor([3, 3]) if full else None,
+        None,
+        torch.tensor([[0.5, 3, 0.9, 0.1], [0.0, 0, 1, 0]]) if full else None,
         0.7,
+        *NO_FILTERS,
+        *(processing if full else NO_PROCESSING),
+        int(rule),
+        full,
+        full and rule != Rule.BLOCK,
     )
 
 
 @pytest.mark.parametrize("kind", selftest.DRAFT_KINDS)
-@pytest.mark.parametrize("temperature", [True, False])
-def test_opcheck_verify_chain(kind, temperature):
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("rule", Rule)
+def test_opcheck_verify_chain(kind, full, rule):
     """Case 33: schema, fake, dispatch and tracing."""
-    torch.library.opcheck(torch.ops.specdec.verify_chain.default, arguments(kind, temperature))
+    torch.library.opcheck(torch.ops.specdec.verify_chain.default, arguments(kind, full, rule))
 
 
 def test_opcheck_sample_and_noise_words():
     two = torch.tensor([1, 2])
-    torch.library.opcheck(torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, None, 0.5))
-    torch.library.opcheck(
-        torch.ops.specdec.sample.default, (torch.randn(2, 9), two, two, two, torch.tensor([0.0, 1]), 0.0)
-    )
+    rows = (torch.randn(2, 9), two, two, two)
+    for sampling, coupled in ((None, False), (torch.tensor([[0.0, 0, 1, 0], [1, 2, 0.5, 0.1]]), True)):
+        given = (*rows, sampling, 0.5, *NO_FILTERS, *NO_PROCESSING, coupled)
+        torch.library.opcheck(torch.ops.specdec.sample.default, given)
     torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
 
 
@@ -115,16 +136,21 @@ def test_compiled_without_a_break_and_replayed():
     """Cases 32 and 33: one graph, whose results follow its inputs."""
 
     def step(target, draft, seed, position, temperature):
-        drawn = ops.sample(draft.flatten(0, 1), seed=seed.repeat_interleave(3), position=9, temperature=0.9)
+        drawn = ops.sample(draft.flatten(0, 1), seed=seed.repeat_interleave(3), position=9, temperature=0.9, top_k=20)
         tokens, stats = drawn.tokens.unflatten(0, (2, 3)), drawn.stats.unflatten(0, (2, 3))
-        return ops.verify_chain(target, tokens, draft, stats, seed=seed, position=position, temperature=temperature)
+        penalties = ops.Penalties(tokens, tokens[:, :1], repetition=1.2)
+        return ops.verify_chain(
+            target, tokens, draft, stats, seed=seed, position=position, temperature=temperature, top_p=0.9,
+            penalties=penalties, rule="block", logprobs=True,
+        )  # fmt: skip
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for index in range(4):
         generator = torch.Generator().manual_seed(index)
         target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
         given = (target, draft, torch.tensor([index, 7]), torch.tensor([index, 5]), torch.tensor([0.5, 1.0]))
-        assert all(torch.equal(a, b) for a, b in zip(compiled(*given), step(*given), strict=True))
+        for got, want in zip(compiled(*given), step(*given), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_threads_do_not_change_the_tokens():

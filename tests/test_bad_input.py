@@ -7,17 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_kernels import noise_words, sample, verify_chain
+from specdec_kernels import LogitBias, Penalties, noise_words, sample, verify_chain
 
 TARGET, TOKENS, DRAFT = torch.zeros(2, 4, 7), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 7)
 STATS = torch.zeros(2, 3, 3)
+RAGGED = {"target_logits": TARGET.flatten(0, 1), "draft_logits": None}
 
 VERIFY = [
     ({"target_logits": TARGET[0]}, ValueError, r"target_logits must have shape \[B, K\+1, V\].*float32 \[4, 7\]"),
     ({"target_logits": TARGET.double()}, TypeError, r"target_logits must be float32 or bfloat16 or float16.*float64"),
     ({"target_logits": [1.0]}, TypeError, r"target_logits must be .* got \[1.0\]"),
     ({"target_logits": torch.zeros(2, 4, 0)}, ValueError, "target_logits must have a vocabulary"),
-    ({"target_logits": torch.zeros(2, 0, 7)}, ValueError, r"target_logits must have K\+1 rows"),
+    ({"target_logits": torch.zeros(2, 0, 7)}, ValueError, r"target_logits must have shape \[B, K\+1, V\] = \[2, 4, \*\]"),
     (
         {"target_logits": torch.zeros(2, 4, 14)[..., ::2]},
         ValueError,
@@ -27,7 +28,7 @@ VERIFY = [
     (
         {"draft_tokens": TOKENS[:, :2]},
         ValueError,
-        r"draft_tokens must have shape \[B, K\] = \[2, 3\], got int64 \[2, 2\]",
+        r"target_logits must have shape \[B, K\+1, V\] = \[2, 3, \*\], got float32 \[2, 4, 7\]",
     ),
     ({"draft_tokens": TOKENS + 7}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got 7 at \[0, 0\]"),
     ({"draft_tokens": TOKENS - 2}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got -2 at \[0, 0\]"),
@@ -42,7 +43,27 @@ VERIFY = [
     ({"temperature": float("nan")}, ValueError, "temperature must be finite and not negative, got nan"),
     ({"temperature": torch.tensor([1.0, -2.0])}, ValueError, "temperature must be finite and not negative"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a float or float32 \[B\], got 'hot'"),
-    ({"rule": "block"}, ValueError, "rule must be 'token', got 'block'"),
+    ({"rule": "blocks"}, ValueError, r"rule must be one of \['block', 'coupled', 'token'\], got 'blocks'"),
+    ({"rule": "block", "independent": True}, ValueError, "independent must be False with rule='block', got True"),
+    ({"top_k": -1}, ValueError, r"top_k must be at least 1 \(or 0: off\), got -1"),
+    ({"top_k": 2.0}, TypeError, r"top_k must be an int or int64 \[B\], got 2.0"),
+    ({"top_k": torch.tensor([1, -3])}, ValueError, r"top_k must be at least 1 .* got \[1, -3\]"),
+    ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\] \(1: off\), got 0.0"),
+    ({"top_p": torch.ones(3)}, ValueError, r"top_p must have shape \[B\] = \[2\], got float32 \[3\]"),
+    ({"min_p": 1.5}, ValueError, r"min_p must be in \[0, 1\] \(0: off\), got 1.5"),
+    ({"bitmask": torch.zeros(2, 3, 1, dtype=torch.int32)}, ValueError, r"bitmask must have shape .* = \[2, 4, 1\]"),
+    ({"bitmask": torch.zeros(2, 4, 1)}, TypeError, r"bitmask must be int32 \[B, K\+1, ceil\(V/32\)\], got float32"),
+    ({"penalties": Penalties(TOKENS, TOKENS, repetition=0.0)}, ValueError, "repetition must be finite and positive"),
+    ({"penalties": Penalties(TOKENS, TOKENS, presence=float("inf"))}, ValueError, "presence must be finite"),
+    ({"penalties": Penalties(TOKENS + 7, TOKENS)}, ValueError, r"penalties.prompt must be -1 or in \[0, 7\)"),
+    ({"penalties": Penalties(TOKENS, TOKENS[:1])}, ValueError, r"penalties.output must have shape \[B, \*\] = \[2, \*\]"),
+    ({"penalties": 1.2}, TypeError, "penalties must be Penalties, got 1.2"),
+    ({"logit_bias": LogitBias(TOKENS, TOKENS)}, TypeError, r"logit_bias\[1\] must be float32 \[B, M\], got int64"),
+    ({"logit_bias": 3}, TypeError, r"logit_bias must be LogitBias, got 3"),
+    ({"cu_rows": torch.tensor([0, 4])}, ValueError, r"target_logits must have shape \[N, V\]"),
+    ({**RAGGED, "cu_rows": torch.tensor([0, 4])}, ValueError, r"cu_rows must have shape \[B\+1\] = \[3\]"),
+    ({**RAGGED, "cu_rows": torch.tensor([0, 0, 4])}, ValueError, "cu_rows must ascend from 0 to at most 8 in steps of 1"),
+    ({**RAGGED, "cu_rows": torch.tensor([0, 4, 9])}, ValueError, r"cu_rows must ascend .* got \[0, 4, 9\]"),
     ({"backend": "cuda9"}, ValueError, "backend must be None or one of .* got 'cuda9'"),
 ]
 
@@ -117,16 +138,24 @@ def calls(draw):
 
     ids = st.integers(-3, vocab + 2) if draw(st.booleans()) else st.integers(-1, vocab - 1)
     tokens = torch.tensor([[draw(ids) for _ in range(longest)] for _ in range(batch)], dtype=torch.int64)
+    tokens = tokens.reshape(batch, longest)
     dense = draw(st.booleans())
     return {
         "target_logits": logits(longest + 1),
-        "draft_tokens": tokens.reshape(batch, longest),
+        "draft_tokens": tokens,
         "draft_logits": logits(longest) if dense else None,
         "draft_stats": torch.full((batch, longest, 3), draw(values)) if dense and draw(st.booleans()) else None,
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
         "position": draw(st.integers(0, 2**63 - 1)),
         "num_draft": draw(st.none() | st.just(torch.randint(-2, 6, (batch,)))),
         "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),
+        "rule": draw(st.sampled_from(["token", "block", "coupled"])),
+        "top_k": draw(st.sampled_from([None, 1, 7, 10**6])),
+        "top_p": draw(st.sampled_from([None, 1e-6, 0.5, 1.0])),
+        "min_p": draw(st.sampled_from([None, 1e-9, 0.5, 1.0])),
+        "bitmask": draw(st.none() | st.just(torch.randint(-9, 9, (batch, longest + 1, -(-vocab // 32))).int())),
+        "penalties": draw(st.none() | st.just(Penalties(tokens.clamp(-1, vocab - 1), tokens[:, :0], frequency=0.5))),
+        "logprobs": draw(st.booleans()),
     }
 
 

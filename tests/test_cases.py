@@ -199,7 +199,7 @@ def test_minus_one_ends_a_draft(verify_chain, kind, end):
 def test_empty_batches_and_empty_drafts(verify_chain, sample):
     """Case 20."""
     none = verify_chain(torch.zeros(0, 3, 7), torch.zeros(0, 2, dtype=torch.int64), seed=1, position=1)
-    assert [list(x.shape) for x in none] == [[0, 3], [0], [0]]
+    assert [list(x.shape) for x in none] == [[0, 3], [0], [0], [0, 2], [0], [0]]
     plain = verify_chain(torch.zeros(2, 1, 7), torch.zeros(2, 0, dtype=torch.int64), seed=1, position=1)
     assert list(plain.tokens.shape) == [2, 1]
     assert plain.num_accepted.tolist() == [0, 0]

@@ -89,6 +89,8 @@ def edits(
             drafted = draft_tokens.long()
             drafted = drafted.masked_fill((drafted < 0) | (drafted > vocab), vocab)
     if bias is not None:
+        if not isinstance(bias, tuple) or len(bias) != 2:
+            raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
         biased = _texts("logit_bias[0]", bias[0], size, dim, vocab)
         values = validate.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{dim}, M", tuple(biased.shape))
     validate.same_device("logits", logits, prompt=prompt, output=output, logit_bias=biased)
