@@ -10,110 +10,186 @@ import pytest
 import torch
 
 from specdec_kernels import oracle
-from specdec_kernels.contract import TILE, Level, Purpose
-from specdec_kernels.ops import BACKENDS
+from specdec_kernels.contract import TILE, Level, Purpose, counter_tag
+from specdec_kernels.ops import BACKENDS, noise_words
 
 F = Fraction
-CELLS = 4
-LENGTH = 2
+RACE_CELLS = 4
+POSITION = 11
 
-# Two tokens, probabilities in quarters, acceptance ratios in quarters: with one coin and one race number in each
-# cell of a grid of quarters, counting requests *is* the law. Rows by prefix; a residual has one token only.
-TARGET = {(): (1, 3), (0,): (3, 1), (1,): (1, 3), (0, 0): (1, 3), (0, 1): (2, 2), (1, 0): (3, 1), (1, 1): (1, 3)}
-DRAFTS = {
-    "dense": {(): (2, 2), (0,): (2, 2), (1,): (2, 2)},
-    "statistics": {(): (2, 2), (0,): (2, 2), (1,): (2, 2)},
-    "point mass": {(): (4, 0), (0,): (0, 4), (1,): (4, 0)},
-}
-
-
-def quarters(weights):
-    return [F(w, CELLS) for w in weights]
-
-
-def logits_of(weights):
-    return torch.tensor([w / CELLS for w in weights], dtype=torch.float64).log().float()
+# Two tokens with probabilities in quarters, so that one race number in each cell of a grid of quarters, and one coin in
+# each cell of a grid of twelfths, are the law when counted. Rows by prefix. A third token, which every filter takes away,
+# is in the rows of filtered laws: filters are part of the law, so they must not change anything here.
+QUARTERS = {(): (1, 3), (0,): (3, 1), (1,): (1, 3), (0, 0): (1, 3), (0, 1): (2, 2), (1, 0): (3, 1), (1, 1): (1, 3)}
+# For two point masses under the block rule, whose chances then are 1/2, 1/3 and 1/4.
+TWELFTHS = {**{k: (3 * a, 3 * b) for k, (a, b) in QUARTERS.items()}, (): (6, 6), (0,): (4, 8), (1,): (8, 4)}
+DENSE = {(): (2, 2), (0,): (2, 2), (1,): (2, 2)}
+CERTAIN = {(): (4, 0), (0,): (0, 4), (1,): (4, 0)}
+DRAFTS = {"dense": DENSE, "statistics": DENSE, "point mass": CERTAIN}
+FILTERS = {"none": {}, "top_k": {"top_k": 2}, "top_p": {"top_p": 0.85}, "min_p": {"min_p": 0.22}}
+#: Probability of the third token, in quarters, against 4 of the others together.
+FILTERED = 0.4
 
 
-def race_number(noise, row):
-    """A uniform that decides a race between two tokens: the first wins iff it is below its probability."""
-    first, second = noise.exponentials(Purpose.TARGET, Level.TOKEN, row, 2)
+def law_of(weights):
+    total = sum(weights)
+    return [F(w, total) for w in weights]
+
+
+def logits_of(weights, filtered):
+    total = sum(weights)
+    third = [FILTERED / 4] if filtered else []
+    return torch.tensor([*(w / total for w in weights), *third], dtype=torch.float64).log().float()
+
+
+def uniforms(seeds, purpose, position, row):
+    """Coins, or for a race between the first two tokens the number below whose probability the first one wins."""
+    level = Level.TILE if purpose == Purpose.ACCEPT else Level.TOKEN
+    words = noise_words(seeds, torch.full_like(seeds, position), counter_tag(purpose, level, row), backend="cpu")
+    words = words[:, :2].double().numpy()
+    if purpose == Purpose.ACCEPT:
+        return (words[:, 0] + words[:, 1] * 2.0**-32) * 2.0**-32
+    first, second = -np.log1p(-(words.T + 0.5) * 2.0**-32)
     return first / (first + second)
 
 
+def seeds_by_cell(streams):
+    """For each combination of cells a seed whose numbers lie well inside them. ``streams``: a tuple (uniforms, cells) each
+    for what is counted, or a list of uniforms that have to share a cell because only one of them will matter."""
+    cells, inside = [], True
+    for numbers, count in streams:
+        own = [np.floor(u * count).astype(int) for u in numbers]
+        for u, cell in zip(numbers, own, strict=True):
+            inside = inside & (np.abs(u * count - cell - 0.5) < 0.45) & (cell == own[0])
+        cells.append(own[0])
+    chosen = np.flatnonzero(inside)
+    table = np.stack([cell[chosen] for cell in cells], 1)
+    found, first = np.unique(table, axis=0, return_index=True)
+    assert len(found) == np.prod([count for _, count in streams]), "too few seeds"
+    return chosen[first].tolist()
+
+
 @pytest.fixture(scope="module")
-def seeds():
-    """For each (coin cell, coin cell, race cell): a seed whose numbers lie in the middle half of those cells."""
-    found: dict[tuple[int, ...], int] = {}
-    for seed in range(2**20):
-        noise = oracle.Noise(seed, 11)
-        numbers = [noise.coin(row) for row in range(LENGTH)]
-        cells = [int(u * CELLS) for u in numbers]
-        if any(abs(u * CELLS - cell - 0.5) > 0.25 for u, cell in zip(numbers, cells, strict=True)):
-            continue
-        races = [race_number(noise, row) for row in range(LENGTH + 1)]
-        race_cells = {int(u * CELLS) for u in races}
-        if len(race_cells) > 1 or any(abs(u * CELLS % 1 - 0.5) > 0.4 for u in races):
-            continue
-        found.setdefault((*cells, race_cells.pop()), seed)
-        if len(found) == CELLS ** (LENGTH + 1):
-            return found
-    raise AssertionError("too few seeds")
+def grids():
+    """rule, length -> seeds; the grid of the coins is as fine as the rule's chances."""
+    seeds = torch.arange(1 << 21)
+
+    def coin(row):
+        return uniforms(seeds, Purpose.ACCEPT, POSITION, row)
+
+    def race(row):
+        return uniforms(seeds, Purpose.TARGET, POSITION, row)
+
+    def coupled(row):
+        return uniforms(seeds, Purpose.COUPLED, POSITION + row, 0)
+
+    def grid(rule, length):
+        if rule == "coupled":
+            return seeds_by_cell([([coupled(row)], RACE_CELLS) for row in range(length + 1)])
+        coins = [([coin(row)], 12 if rule == "block" else 4) for row in range(length)]
+        return seeds_by_cell([*coins, ([race(row) for row in range(length + 1)], RACE_CELLS)])
+
+    return {(rule, length): grid(rule, length) for rule in ("token", "block", "coupled") for length in (1, 2)}
 
 
-def law_by_counting(verify_chain, seeds, kind, drawn_from=None):
-    """The law of LENGTH + 1 tokens: every draft, every cell, continued by the target."""
-    draft = DRAFTS[kind]
+def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", length=2, drawn_from=None):
+    """The law of length + 1 tokens: every draft, every cell, continued by the target."""
+    rows, draft = (TWELFTHS if (rule, kind, length) == ("block", "point mass", 2) else QUARTERS), DRAFTS[kind]
     masses, prefixes, cells = [], [], []
-    for tokens in product(range(2), repeat=LENGTH):
+    for tokens in product(range(2), repeat=length):
         mass = F(1)
         for i, token in enumerate(tokens):
-            mass *= quarters((drawn_from or draft)[tokens[:i]])[token]
-        if mass:
-            for cell in seeds:
-                masses.append(mass / len(seeds))
-                prefixes.append(tokens)
-                cells.append(seeds[cell])
-    target = torch.stack([torch.stack([logits_of(TARGET[t[:i]]) for i in range(LENGTH + 1)]) for t in prefixes])
-    logits = torch.stack([torch.stack([logits_of(draft[t[:i]]) for i in range(LENGTH)]) for t in prefixes])
-    stats = torch.tensor([1.0, -torch.inf, 0.0]).expand(len(prefixes), LENGTH, 3)
+            mass *= law_of((drawn_from or draft)[tokens[:i]])[token]
+        for seed in seeds if mass else ():
+            masses.append(mass / len(seeds))
+            prefixes.append(tokens)
+            cells.append(seed)
+    filtered = filters != "none"
+    target = torch.stack([torch.stack([logits_of(rows[t[:i]], filtered) for i in range(length + 1)]) for t in prefixes])
+    # A dense draft is drawn from its softmax as it is; one with statistics carries a filter of its own.
+    own = filtered and kind == "statistics"
+    logits = torch.stack([torch.stack([logits_of(draft[t[:i]], own) for i in range(length)]) for t in prefixes])
+    if filtered and not own:
+        logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+    cutoff = float(np.float32(np.log(0.5))) if own else -torch.inf
+    stats = torch.tensor([1.0, cutoff, 0.0]).expand(len(prefixes), length, 3)
     verified = verify_chain(
         target,
         torch.tensor(prefixes),
         None if kind == "point mass" else logits,
         stats if kind == "statistics" else None,
         seed=torch.tensor(cells),
-        position=11,
+        position=POSITION,
+        rule=rule,
+        **FILTERS[filters],
     )
     law: oracle.Law = {}
 
     def add(prefix, mass):
-        if mass and len(prefix) == LENGTH + 1:
+        if mass and len(prefix) == length + 1:
             law[prefix] = law.get(prefix, F(0)) + mass
         elif mass:
-            for token, prob in enumerate(quarters(TARGET[prefix])):
+            for token, prob in enumerate(law_of(rows[prefix])):
                 add((*prefix, token), mass * prob)
 
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return law
+    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(rows[prefix]), length))
 
 
-def exact_target():
-    return oracle.target_law(lambda prefix: quarters(TARGET[prefix]), LENGTH)
+RULES = ("token", "block", "coupled")
 
 
+@pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("kind", DRAFTS)
-def test_the_law_is_exact(verify_chain, seeds, kind):
-    assert oracle.total_variation(law_by_counting(verify_chain, seeds, kind), exact_target()) == 0
+@pytest.mark.parametrize("rule", RULES)
+def test_the_law_is_exact(backend, verify_chain, grids, rule, kind, filters):
+    # The interpreter takes a minute for what the others do in a second: there one draft, but everything else.
+    length = 1 if backend == "triton" else 2
+    seeds = grids[rule, length]
+    assert law_by_counting(verify_chain, seeds, kind, rule=rule, filters=filters, length=length) == 0
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("kind", ["dense", "statistics"])
-def test_a_wrong_draft_law_is_seen(verify_chain, seeds, kind):
+def test_a_wrong_draft_law_is_seen(verify_chain, grids, rule, kind):
     """Case 3: drafts from another law than the declared one change the text."""
     other = dict.fromkeys(DRAFTS[kind], (1, 3))
-    law = law_by_counting(verify_chain, seeds, kind, drawn_from=other)
-    assert oracle.total_variation(law, exact_target()) > F(1, 50)
+    assert law_by_counting(verify_chain, grids[rule, 1], kind, rule=rule, drawn_from=other, length=1) > F(1, 50)
+
+
+def test_the_raw_law_of_a_filtered_draft_is_seen(verify_chain, grids):
+    """Case 4: drafts that were filtered, and are declared as if they were not."""
+    named = {"filters": "top_k", "length": 1}
+    assert law_by_counting(verify_chain, grids["token", 1], "statistics", **named) == 0
+    # Declared with the third token, whose mass takes some from the others: 4 / 4.4 of what they were drawn with.
+    wrong = law_by_counting(raw(verify_chain), grids["token", 1], "statistics", **named)
+    assert wrong > F(1, 100)
+
+
+def raw(verify_chain):
+    """The same call with the scalars of the unfiltered draft."""
+
+    def call(target, tokens, logits, stats, **named):
+        logsumexp = logits.double().logsumexp(-1).float()
+        stats = torch.stack([torch.ones_like(logsumexp), torch.full_like(logsumexp, -torch.inf), logsumexp], -1)
+        return verify_chain(target, tokens, logits, stats, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_drafts_of_another_rule_are_seen(verify_chain, grids, rule):
+    """Shared noise is lossless with accept-iff-equal alone, and never with a coin: drafts drawn with the target's own
+    race, verified by the token rule as if they were independent."""
+    seeds = torch.tensor(grids["coupled", 1])
+    target = logits_of(QUARTERS[()], False).expand(len(seeds), 2, 2)
+    draft = logits_of(DENSE[()], False).expand(len(seeds), 1, 2)
+    race = uniforms(seeds, Purpose.COUPLED, POSITION, 0)
+    drawn = torch.as_tensor(race >= 0.5).long()[:, None]
+    first = verify_chain(target, drawn, draft, seed=seeds, position=POSITION, rule=rule).tokens[:, 0]
+    share = F(int((first == 0).sum()), len(seeds))
+    assert (share == F(1, 4)) == (rule == "coupled")
 
 
 def g_test(counts, probs):
