@@ -152,7 +152,10 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         temperature = torch.tensor([0.7, 1.0, 0.0, 1.6, 0.02])[integers(0, 5, BATCH)]
         own_law: dict[str, Any] = {}
         if kind == "statistics":
-            own_law = {"temperature": temperature.repeat_interleave(longest), "top_k": rng.choice([None, vocab // 2 + 1])}
+            own_law = {
+                "temperature": temperature.repeat_interleave(longest),
+                "top_k": rng.choice([None, vocab // 2 + 1]),
+            }
         drawn = sample(
             draft.reshape(BATCH * longest, vocab),
             seed=seed.repeat_interleave(longest),
@@ -207,9 +210,7 @@ def oracle_sampling(options: Mapping[str, Any], request: int) -> oracle.Sampling
     return oracle.Sampling(**{name: _own(options.get(name), request, getattr(off, name)) for name in names})
 
 
-def oracle_processing(
-    options: Mapping[str, Any], request: int, masks: Tensor | None, vocab: int
-) -> oracle.Processing:
+def oracle_processing(options: Mapping[str, Any], request: int, masks: Tensor | None, vocab: int) -> oracle.Processing:
     """Mask, penalties and bias of one request; ``masks [rows, ceil(V/32)]`` are its own."""
     named: dict[str, Any] = {}
     penalties, bias = options.get("penalties"), options.get("logit_bias")

@@ -18,7 +18,11 @@ VERIFY = [
     ({"target_logits": TARGET.double()}, TypeError, r"target_logits must be float32 or bfloat16 or float16.*float64"),
     ({"target_logits": [1.0]}, TypeError, r"target_logits must be .* got \[1.0\]"),
     ({"target_logits": torch.zeros(2, 4, 0)}, ValueError, "target_logits must have a vocabulary"),
-    ({"target_logits": torch.zeros(2, 0, 7)}, ValueError, r"target_logits must have shape \[B, K\+1, V\] = \[2, 4, \*\]"),
+    (
+        {"target_logits": torch.zeros(2, 0, 7)},
+        ValueError,
+        r"target_logits must have shape \[B, K\+1, V\] = \[2, 4, \*\]",
+    ),
     (
         {"target_logits": torch.zeros(2, 4, 14)[..., ::2]},
         ValueError,
@@ -56,13 +60,21 @@ VERIFY = [
     ({"penalties": Penalties(TOKENS, TOKENS, repetition=0.0)}, ValueError, "repetition must be finite and positive"),
     ({"penalties": Penalties(TOKENS, TOKENS, presence=float("inf"))}, ValueError, "presence must be finite"),
     ({"penalties": Penalties(TOKENS + 7, TOKENS)}, ValueError, r"penalties.prompt must be -1 or in \[0, 7\)"),
-    ({"penalties": Penalties(TOKENS, TOKENS[:1])}, ValueError, r"penalties.output must have shape \[B, \*\] = \[2, \*\]"),
+    (
+        {"penalties": Penalties(TOKENS, TOKENS[:1])},
+        ValueError,
+        r"penalties.output must have shape \[B, \*\] = \[2, \*\]",
+    ),
     ({"penalties": 1.2}, TypeError, "penalties must be Penalties, got 1.2"),
     ({"logit_bias": LogitBias(TOKENS, TOKENS)}, TypeError, r"logit_bias\[1\] must be float32 \[B, M\], got int64"),
     ({"logit_bias": 3}, TypeError, r"logit_bias must be LogitBias, got 3"),
     ({"cu_rows": torch.tensor([0, 4])}, ValueError, r"target_logits must have shape \[N, V\]"),
     ({**RAGGED, "cu_rows": torch.tensor([0, 4])}, ValueError, r"cu_rows must have shape \[B\+1\] = \[3\]"),
-    ({**RAGGED, "cu_rows": torch.tensor([0, 0, 4])}, ValueError, "cu_rows must ascend from 0 to at most 8 in steps of 1"),
+    (
+        {**RAGGED, "cu_rows": torch.tensor([0, 0, 4])},
+        ValueError,
+        "cu_rows must ascend from 0 to at most 8 in steps of 1",
+    ),
     ({**RAGGED, "cu_rows": torch.tensor([0, 4, 9])}, ValueError, r"cu_rows must ascend .* got \[0, 4, 9\]"),
     ({"backend": "cuda9"}, ValueError, "backend must be None or one of .* got 'cuda9'"),
 ]

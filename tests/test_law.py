@@ -18,8 +18,8 @@ RACE_CELLS = 4
 POSITION = 11
 
 # Two tokens with probabilities in quarters, so that one race number in each cell of a grid of quarters, and one coin in
-# each cell of a grid of twelfths, are the law when counted. Rows by prefix. A third token, which every filter takes away,
-# is in the rows of filtered laws: filters are part of the law, so they must not change anything here.
+# each cell of a grid of twelfths, are the law when counted. Rows by prefix. A third token, which every filter takes
+# away, is in the rows of filtered laws: filters are part of the law, so they must not change anything here.
 QUARTERS = {(): (1, 3), (0,): (3, 1), (1,): (1, 3), (0, 0): (1, 3), (0, 1): (2, 2), (1, 0): (3, 1), (1, 1): (1, 3)}
 # For two point masses under the block rule, whose chances then are 1/2, 1/3 and 1/4.
 TWELFTHS = {**{k: (3 * a, 3 * b) for k, (a, b) in QUARTERS.items()}, (): (6, 6), (0,): (4, 8), (1,): (8, 4)}
@@ -54,8 +54,8 @@ def uniforms(seeds, purpose, position, row):
 
 
 def seeds_by_cell(streams):
-    """For each combination of cells a seed whose numbers lie well inside them. ``streams``: a tuple (uniforms, cells) each
-    for what is counted, or a list of uniforms that have to share a cell because only one of them will matter."""
+    """For each combination of cells a seed whose numbers lie well inside them. ``streams``: a tuple (uniforms, cells)
+    each for what is counted, or a list of uniforms that have to share a cell because only one of them will matter."""
     cells, inside = [], True
     for numbers, count in streams:
         own = [np.floor(u * count).astype(int) for u in numbers]

@@ -29,8 +29,8 @@ class LaunchConfig:
 def launch_config(vocab: int, platform: str) -> LaunchConfig:
     """The launch for ``platform``: "cuda", "hip" or "interpreter".
 
-    A thread loads 16 bytes of bfloat16 at a time. 16 tiles over 8 warps spill nowhere, provided that ptxas (CUDA 12.9) is
-    told that it may use every register: left to itself it takes half of them and spills a kilobyte. The interpreter
+    A thread loads 16 bytes of bfloat16 at a time. 16 tiles over 8 warps spill nowhere, provided that ptxas (CUDA 12.9)
+    is told that it may use every register: left to itself it takes half of them and spills a kilobyte. The interpreter
     takes 0.1 ms an operation whatever its size, so there a block is a whole row.
     """
     tiles, warps, registers = {"cuda": (16, 8, 255), "hip": (16, 8, None), "interpreter": (1024, 1, None)}[platform]

@@ -15,7 +15,7 @@ GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 
 @triton.jit
 def sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, index):
-    """(scale, top_k, top_p, min_p) of one request: its row of ``sampling [B, 4]``, or the scalars; scale inf is greedy."""
+    """(scale, top_k, top_p, min_p) of a request: its row of ``sampling [B, 4]``, or the scalars. Scale inf: greedy."""
     if sampling_ptr is not None:
         own = sampling_ptr + 4 * index
         temperature, top_p, min_p = tl.load(own), tl.load(own + 2), tl.load(own + 3)
@@ -27,8 +27,8 @@ def sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, index):
 
 @triton.jit
 def measure(rows, i, scale, top, pivot, TILES: tl.constexpr):
-    """Of the finite logits of row i not below ``pivot``: (how many, sum of exp(scale * (logit - top)), the smallest); and the
-    largest one below."""
+    """Of the finite logits of row i not below ``pivot``: (how many, sum of exp(scale * (logit - top)), the smallest);
+    and the largest one below."""
     count = tl.zeros([TILES], tl.int32)
     mass = tl.zeros([TILES], tl.float32)
     least = tl.full([TILES], float("inf"), tl.float32)

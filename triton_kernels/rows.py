@@ -247,7 +247,7 @@ def draw_from_row(rows, i, law, key, tag):
 
 @triton.jit
 def flat_race(rows, i, law, key, TILES: tl.constexpr):
-    """All ids in one race, its noise keyed on the absolute position ``key.position + i``: the draw of the coupled rule."""
+    """All ids in one race, its noise keyed on the absolute position ``key.position + i``: the coupled rule's draw."""
     tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
     best = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], NO_ID, tl.int64)

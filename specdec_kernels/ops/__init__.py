@@ -119,7 +119,8 @@ def sample(
         top_k: int64 or int32 [R] or int, at least 1; None or 0 is off.
         top_p: float32 [R] or float, in (0, 1]; None or 1 is off.
         min_p: float32 [R] or float, in [0, 1]; None or 0 is off.
-        bitmask: int32 [R, ceil(V/32)], bit ``v % 32`` of word ``v // 32`` set where id v is allowed (xgrammar's layout).
+        bitmask: int32 [R, ceil(V/32)], bit ``v % 32`` of word ``v // 32`` set where id v is allowed (xgrammar's
+            layout).
         penalties: see :class:`Penalties`, with R requests.
         logit_bias: see :class:`LogitBias`, with R requests.
         coupled: draw with the noise of the absolute position ``position + row``, the draft side of
@@ -197,8 +198,8 @@ def verify_chain(
     ``"block"`` judges the drafts together and never accepts fewer in expectation: a later good token rescues an earlier
     poor one. It reads all target rows, and the draft rows behind the kept prefix.
 
-    ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed and
-    target logits, the same with any drafter, any K, or none. Drafts from ``sample(coupled=True)`` are accepted most.
+    ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed
+    and target logits, the same with any drafter, any K, or none. Drafts from ``sample(coupled=True)`` are accepted most.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
@@ -248,8 +249,8 @@ def verify_chain(
         >>> verify_chain(target, torch.tensor([[1, 0]]), seed=1, position=7).tokens.tolist()
         [[1, 2, -1]]
 
-    Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2; block,
-    Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
+    Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2;
+    block, Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
     """
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")

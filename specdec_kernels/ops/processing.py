@@ -1,8 +1,8 @@
 """Penalties and logit bias, as callers give them and as the operators take them.
 
 The operators take *edits*: for each request the ids that any of its rows may touch, ascending, with how often each
-occurs in the prompt and in the output so far, and its bias. Row r adds the r drafts before it. So nothing of the size of
-the vocabulary is ever written, and no backend counts a text again.
+occurs in the prompt and in the output so far, and its bias. Row r adds the r drafts before it. So nothing of the size
+of the vocabulary is ever written, and no backend counts a text again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def _texts(name: str, value: object, size: int, dim: str, vocab: int) -> Tensor:
 
 
 def edits(
-    penalties: Penalties | None, bias: LogitBias | None, draft_tokens: Tensor | None, logits: Tensor, size: int, dim: str
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    draft_tokens: Tensor | None,
+    logits: Tensor,
+    size: int,
+    dim: str,
 ) -> Edits:
     """(ids int32 [B, M], counts int32 [B, M, 2] in prompt and output, bias float32 [B, M], penalties float32 [B, 3]).
 

@@ -83,9 +83,7 @@ def distribution(logits: Floats, sampling: Sampling) -> Distribution:
     cutoff, margin = filter_cutoff(logits, scale, sampling)
     top = logits.max()
     weights = np.where(logits >= cutoff, np.exp(scale * (logits - top)), 0.0)
-    return Distribution(
-        weights / weights.sum(), (scale, cutoff, float(scale * top + np.log(weights.sum()))), margin
-    )
+    return Distribution(weights / weights.sum(), (scale, cutoff, float(scale * top + np.log(weights.sum()))), margin)
 
 
 def point_mass(vocab: int, token: int) -> Floats:
@@ -127,7 +125,7 @@ class Processing:
         for token, value in self.bias.items():
             x[token] += np.float32(value)
         output = [*self.output, *drafted]
-        repetition, presence, frequency = np.float32([self.repetition, self.presence, self.frequency])
+        repetition, presence, frequency = (np.float32(s) for s in (self.repetition, self.presence, self.frequency))
         for token in {*self.prompt, *output}:
             x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
         for token in set(output):

@@ -71,7 +71,9 @@ def block_law(
         for i, token in enumerate(drafted):
             reach.append(cap(reach[-1] * p[i][token] / q[i][token]))
         rests = [[max(Fraction(0), reach[i] * a - b) for a, b in zip(p[i], q[i], strict=True)] for i in range(length)]
-        keep = [_ratio(sum(rests[i]), sum(rests[i]) + 1 - reach[i]) for i in range(length)] + [reach[length]]
+        keep = [_ratio(left, left + 1 - a) for a, left in zip(reach, map(_total, rests), strict=False)] + [
+            reach[length]
+        ]
         for tau in range(length + 1):
             if early_stop:  # a wrong rule: the first failure ends the look
                 stays = _product(keep[1 : tau + 1]) * (1 - keep[tau + 1] if tau < length else 1)
@@ -103,6 +105,10 @@ def _continue(
 def _ratio(numerator: Fraction, denominator: Fraction) -> Fraction:
     """0/0 is 1."""
     return numerator / denominator if denominator else Fraction(1)
+
+
+def _total(values: Iterable[Fraction]) -> Fraction:
+    return sum(values, Fraction(0))
 
 
 def _product(factors: Iterable[Fraction]) -> Fraction:

@@ -23,6 +23,7 @@ class Sampling(NamedTuple):
 
     @staticmethod
     def of(sampling: Tensor | None, scalars: tuple[float, int, float, float], rows: Tensor) -> Sampling:
+        """From the arguments of an operator; ``rows`` has a request a row."""
         if sampling is None:
             sampling = torch.tensor([scalars], dtype=torch.float32).to(rows.device).expand(rows.shape[0], 4)
         temperature, top_k, top_p, min_p = sampling.unbind(-1)
@@ -45,6 +46,7 @@ class Distributions(NamedTuple):
 
     @property
     def valid(self) -> Tensor:
+        """bool, one a row."""
         return ~self.probs.isnan().any(-1)
 
 

@@ -23,9 +23,7 @@ from specdec_kernels.reference.distributions import (
 from specdec_kernels.reference.noise import coins
 
 
-def _edits(
-    ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None
-) -> Edits | None:
+def _edits(ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None) -> Edits | None:
     if ids is None or counts is None or bias is None or penalties is None:
         return None
     return Edits(ids, counts, bias, penalties)
@@ -278,7 +276,9 @@ def verify_chain(
     counters = torch.stack([lengths, alone], 1).int()
     scores = raw_scores = target_logits.new_empty((0,), dtype=torch.float32)
     if logprobs:
-        plain = distributions(target_logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), draft_tokens).repeated(rows))
+        plain = distributions(
+            target_logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), draft_tokens).repeated(rows)
+        )
         scores, raw_scores = (_logprobs(x.probs, tokens) for x in (target, plain))
     return tokens, decision.accepted.int(), decision.read_valid & row_valid, counters, scores, raw_scores
 
