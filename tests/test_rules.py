@@ -15,7 +15,7 @@ def rows(*probs):
 
 
 def test_a_later_token_rescues_an_earlier_one(verify_chain):
-    """Case 8: ratios 1/2 and 2 make the pair certain under the block rule, whatever the coins; half under the token rule."""
+    """Case 8: ratios 1/2 and 2 make the pair certain under the block rule, whatever the coins."""
     count = 40
     target = rows([0.25, 0.75], [0.8, 0.2], [0.5, 0.5]).expand(count, 3, 2)
     draft = rows([0.5, 0.5], [0.4, 0.6]).expand(count, 2, 2)

@@ -97,7 +97,7 @@ _OTHERS = (
 
 
 def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
-    """The plain kernels for each dtype of logits; every rule and kind of draft, and the largest kernels, in bfloat16."""
+    """The plain kernels for each dtype of logits; every rule, kind of draft and the largest kernels in bfloat16."""
     config = launch_config(vocab, TARGETS[target].backend)
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
     yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})

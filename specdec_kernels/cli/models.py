@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from specdec_kernels.decode import Drafter
-from specdec_kernels.decode.drafters import Drafting, FeatureDrafter, FeatureModel, FirstOf, LookupDrafter, ModelDrafter
+from specdec_kernels.decode.drafters import (
+    AdaptiveDrafter,
+    Costs,
+    Drafting,
+    FeatureDrafter,
+    FeatureModel,
+    FirstOf,
+    LookupDrafter,
+    ModelDrafter,
+)
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,21 +85,27 @@ def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tup
     return model, AutoTokenizer.from_pretrained(model.name_or_path)
 
 
-def load_drafter(kind: str, target: Any, draft: str | None = None) -> Drafter | None:
+def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: bool = False) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
         kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup`` or ``none``.
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
+        adaptive: choose the number of drafts step by step.
 
     Raises:
         ValueError: ``kind`` is none of these, or there is no drafting model for this target.
     """
+    costs = Costs()
+
+    def chosen(drafter: Drafter) -> Drafter:
+        return AdaptiveDrafter(drafter, costs) if adaptive else drafter
+
     if kind == "none":
         return None
     if kind == "lookup":
-        return LookupDrafter()
+        return chosen(LookupDrafter())
     if kind not in ("model", "auto"):
         raise ValueError(f"drafter must be auto, model, lookup or none, got {kind!r}")
     model: Drafter
@@ -100,4 +115,5 @@ def load_drafter(kind: str, target: Any, draft: str | None = None) -> Drafter | 
         model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, DRAFTING)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
-    return model if kind == "model" else FirstOf(LookupDrafter(SURE_MATCH), model)
+    model = chosen(model)
+    return model if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), model)

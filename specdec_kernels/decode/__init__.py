@@ -2,6 +2,7 @@
 
 from specdec_kernels.decode.loop import Generation, Token, generate, stream
 from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target
+from specdec_kernels.decode.requests import Grammar, Sampling
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.targets import TransformersTarget
 
@@ -9,6 +10,8 @@ __all__ = [
     "Draft",
     "Drafter",
     "Generation",
+    "Grammar",
+    "Sampling",
     "Scores",
     "Statistics",
     "Step",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specdec_kernels.decode.protocols import Draft, Drafter, Step, Target
+from specdec_kernels.decode.requests import Request, filters, processing, requests
 from specdec_kernels.decode.statistics import Statistics
-from specdec_kernels.ops import BackendName, verify_chain
+from specdec_kernels.ops import BackendName, RuleName, verify_chain
 
 
 @dataclass(frozen=True)
@@ -25,65 +25,17 @@ class Token:
     """Whether it was a draft that was accepted; False for a token drawn by the verification."""
     finished: Literal["", "stop", "length"] = ""
     """Why the request ends with this token; empty if it does not."""
+    logprob: float = float("nan")
+    """Natural logarithm of its probability under the target's law, after all processing; nan unless asked for."""
 
 
-@dataclass
-class Request:
-    """A request in flight."""
+@dataclass(frozen=True)
+class _Verification:
+    """How drafts are verified."""
 
-    index: int
-    prompt: Sequence[int]
-    seed: int
-    temperature: float
-    max_new_tokens: int
-    generated: list[int] = field(default_factory=list)
-
-    @property
-    def position(self) -> int:
-        """Tokens so far: the absolute index of the next one."""
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that may still be generated."""
-        return self.max_new_tokens - len(self.generated)
-
-
-def _each(name: str, value: object, count: int) -> list[object]:
-    """One value for every request, or a list of one each."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != count:
-            raise ValueError(f"{name} must have one entry for each of the {count} prompts, got {len(value)}")
-        return list(value)
-    return [value] * count
-
-
-def _requests(
-    prompts: Sequence[Sequence[int]], seed: object, temperature: object, max_new_tokens: object
-) -> list[Request]:
-    count = len(prompts)
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
-    requests = []
-    for index, (own_seed, own_temperature, limit) in enumerate(
-        zip(
-            _each("seed", seed, count),
-            _each("temperature", temperature, count),
-            _each("max_new_tokens", max_new_tokens, count),
-            strict=True,
-        )
-    ):
-        if own_seed is None:
-            own_seed = secrets.randbits(63)
-        if not isinstance(own_seed, int):
-            raise TypeError(f"seed must be an int, a list of int, or None, got {own_seed!r}")
-        if not isinstance(own_temperature, (int, float)) or not 0 <= own_temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and not negative, got {own_temperature!r}")
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {limit!r}")
-        requests.append(Request(index, prompts[index], own_seed, float(own_temperature), limit))
-    return requests
+    rule: RuleName
+    logprobs: bool
+    backend: BackendName | None
 
 
 @torch.inference_mode()
@@ -94,26 +46,32 @@ def stream(
     drafter: Drafter | None = None,
     num_draft: int = 4,
     max_new_tokens: int | Sequence[int] = 128,
-    temperature: float | Sequence[float] = 0.0,
     seed: int | Sequence[int] | None = None,
     stop_tokens: Collection[int] = (),
+    rule: RuleName = "token",
+    logprobs: bool = False,
     statistics: Statistics | None = None,
     backend: BackendName | None = None,
+    **sampling: Any,
 ) -> Iterator[Token]:
     """Decode a batch, yielding each token as soon as it is verified.
 
     The text has exactly the target's distribution, whatever the drafter. With the same seed a request gives the same
-    text alone and in any batch, as far as the target's logits are the same there.
+    text alone and in any batch, as far as the target's logits are the same there and the drafter drafts the same; under
+    the rule ``"coupled"`` whatever is drafted.
 
     Args:
         target: see :mod:`specdec_kernels.decode.targets`.
         prompts: token ids, at least one each.
         drafter: see :mod:`specdec_kernels.decode.drafters`; ``None`` decodes plainly, one token a step.
         num_draft: drafts a step at most.
-        max_new_tokens, temperature, seed: one for all requests, or a list with one each. Seed ``None`` draws one.
+        max_new_tokens, seed: one for all requests, or a list with one each. Seed ``None`` draws one.
         stop_tokens: ids that end a request; the id itself is the last token yielded.
+        rule: of :func:`specdec_kernels.verify_chain`.
+        logprobs: yield the log-probability of every token.
         statistics: filled in as decoding goes.
         backend: of :func:`specdec_kernels.verify_chain`.
+        **sampling: fields of :class:`Sampling`, each one for all requests or a list with one each.
 
     Yields:
         :class:`Token`, in the order of the text for every request.
@@ -124,7 +82,8 @@ def stream(
     if num_draft < 0:
         raise ValueError(f"num_draft must not be negative, got {num_draft}")
     statistics = statistics if statistics is not None else Statistics()
-    active = _requests(prompts, seed, temperature, max_new_tokens)
+    verification = _Verification(rule, logprobs, backend)
+    active = requests(prompts, seed, max_new_tokens, sampling)
     if not active:
         return
     with statistics.timed("prompt"):
@@ -132,7 +91,7 @@ def stream(
         if drafter is not None:
             drafter.begin([request.prompt for request in active], features)
     while active:
-        emitted = _step(target, drafter, active, num_draft, statistics, backend)
+        emitted, scores = _step(target, drafter, active, num_draft, verification, statistics)
         finished = [False] * len(active)
         for slot, (request, tokens) in enumerate(zip(active, emitted, strict=True)):
             for index, token in enumerate(tokens):
@@ -143,7 +102,8 @@ def stream(
                     end = "stop"
                 elif request.remaining == 0:
                     end = "length"
-                yield Token(request.index, token, index < len(tokens) - 1, end)
+                score = scores[slot][index] if logprobs else float("nan")
+                yield Token(request.index, token, index < len(tokens) - 1, end, score)
                 if end:
                     finished[slot] = True
                     break
@@ -161,16 +121,18 @@ def _step(
     drafter: Drafter | None,
     active: Sequence[Request],
     num_draft: int,
+    verification: _Verification,
     statistics: Statistics,
-    backend: BackendName | None,
-) -> list[list[int]]:
-    """One round for the whole batch: the tokens each request gains."""
+) -> tuple[list[list[int]], list[list[float]]]:
+    """One round for the whole batch: the tokens each request gains, and their log-probabilities if asked for."""
     most = min(num_draft, target.room() - 1)
+    law = filters(active)
     step = Step(
         num_draft=torch.tensor([min(most, request.remaining - 1) for request in active]),
         seed=torch.tensor([request.seed for request in active]),
         position=torch.tensor([request.position for request in active]),
-        temperature=torch.tensor([request.temperature for request in active]),
+        coupled=verification.rule == "coupled",
+        **law,  # type: ignore[arg-type]
     )
     with statistics.timed("draft"):
         draft = drafter.propose(step) if drafter is not None else Draft.nothing(len(active))
@@ -188,8 +150,11 @@ def _step(
             seed=step.seed,
             position=step.position,
             num_draft=lengths,
-            temperature=step.temperature,
-            backend=backend,
+            rule=verification.rule,
+            logprobs=verification.logprobs,
+            backend=verification.backend,
+            **law,  # type: ignore[arg-type]
+            **processing(active, draft.tokens, lengths.tolist(), scores.logits.shape[-1]),
         )
         counts = verified.num_accepted.tolist()
         emitted = [row[: count + 1] for row, count in zip(verified.tokens.tolist(), counts, strict=True)]
@@ -202,7 +167,7 @@ def _step(
     statistics.invalid += int((~verified.valid).sum())
     for proposed, count in zip(lengths.tolist(), counts, strict=True):
         statistics.count(proposed, count)
-    return emitted
+    return emitted, verified.logprobs.tolist()
 
 
 def _trimmed(draft: Draft, length: int) -> Draft:
@@ -220,15 +185,17 @@ class Generation:
 
     tokens: list[int]
     drafted: list[bool]
+    logprobs: list[float]
     finished: Literal["", "stop", "length"]
 
 
-def generate(target: Target, prompts: Sequence[Sequence[int]], **options: object) -> list[Generation]:
+def generate(target: Target, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
     """Decode a batch to the end; arguments as :func:`stream`, results in the order of the prompts."""
-    results = [Generation([], [], "") for _ in prompts]
-    for token in stream(target, prompts, **options):  # type: ignore[arg-type]
+    results = [Generation([], [], [], "") for _ in prompts]
+    for token in stream(target, prompts, **options):
         result = results[token.request]
         result.tokens.append(token.token)
         result.drafted.append(token.drafted)
-        results[token.request] = Generation(result.tokens, result.drafted, token.finished)
+        result.logprobs.append(token.logprob)
+        results[token.request] = replace(result, finished=token.finished)
     return results

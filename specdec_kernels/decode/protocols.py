@@ -56,6 +56,12 @@ class Step:
     """int64 [B]: tokens of the request so far."""
     temperature: Tensor
     """float32 [B]."""
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    """The target's filters, [B]; None where they are off."""
+    coupled: bool = False
+    """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
 
 
 class Target(Protocol):

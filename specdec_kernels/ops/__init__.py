@@ -199,7 +199,7 @@ def verify_chain(
     poor one. It reads all target rows, and the draft rows behind the kept prefix.
 
     ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed
-    and target logits, the same with any drafter, any K, or none. Drafts from ``sample(coupled=True)`` are accepted most.
+    and target logits, the same with any drafter, any K, or none. Drafts of ``sample(coupled=True)`` are accepted most.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``

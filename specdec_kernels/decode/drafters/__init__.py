@@ -1,5 +1,6 @@
 """Drafters. Each proposes tokens and says from which law; none can change the law of the text."""
 
+from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter, Costs
 from specdec_kernels.decode.drafters.autoregressive import Drafting
 from specdec_kernels.decode.drafters.feature import FeatureDrafter
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
@@ -8,4 +9,14 @@ from specdec_kernels.decode.drafters.lookup import LookupDrafter
 from specdec_kernels.decode.drafters.model import ModelDrafter
 from specdec_kernels.decode.drafters.rule import RuleDrafter
 
-__all__ = ["Drafting", "FeatureDrafter", "FeatureModel", "FirstOf", "LookupDrafter", "ModelDrafter", "RuleDrafter"]
+__all__ = [
+    "AdaptiveDrafter",
+    "Costs",
+    "Drafting",
+    "FeatureDrafter",
+    "FeatureModel",
+    "FirstOf",
+    "LookupDrafter",
+    "ModelDrafter",
+    "RuleDrafter",
+]

@@ -93,18 +93,23 @@ class AutoregressiveDrafter(ABC):
         wanted = step.num_draft.clone()
         confidence = torch.ones(batch, device=self._device)
         for row in range(longest):
+            self._scatter(full[:, row], logits)
+            # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
             drawn = sample(
-                logits,
+                full[:, row] if step.coupled else logits,
                 seed=step.seed,
                 position=step.position,
                 row=row,
                 temperature=step.temperature * self._drafting.cooling,
+                top_k=step.top_k,
+                top_p=step.top_p,
+                min_p=step.min_p,
+                coupled=step.coupled,
                 backend=self._drafting.backend,
             )
-            self._scatter(full[:, row], logits)
-            drafts.append(self._ids(drawn.tokens))
+            drafts.append(drawn.tokens if step.coupled else self._ids(drawn.tokens))
             stats.append(drawn.stats)
-            confidence *= logits.float().softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
+            confidence *= _probability(full[:, row], logits, drafts[-1])
             wanted = torch.where(confidence < self._drafting.min_confidence, wanted.clamp(max=row + 1), wanted)
             if row + 1 >= int(wanted.max()):
                 break
@@ -144,3 +149,8 @@ class AutoregressiveDrafter(ABC):
         if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
             self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self._device)
         return self._logits[:batch, :length]
+
+
+def _probability(row: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of tokens in rows [B, V] whose finite logits are ``logits`` [B, S]."""
+    return (row.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).exp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,9 +31,7 @@ class FirstOf:
         has_draft = (sure.tokens[:, :1] >= 0).any(1)
         if bool(has_draft.all()):
             return sure
-        rest = self.second.propose(
-            Step(step.num_draft.masked_fill(has_draft, 0), step.seed, step.position, step.temperature)
-        )
+        rest = self.second.propose(replace(step, num_draft=step.num_draft.masked_fill(has_draft, 0)))
         if not bool(has_draft.any()):
             return rest
         return _merged(sure, rest, has_draft)

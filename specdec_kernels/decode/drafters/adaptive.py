@@ -1,0 +1,203 @@
+"""Chooses how much to draft, step by step, from what drafting costs and what it has brought so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.decode.protocols import Draft, Drafter, Step
+
+
+class LinearCost:
+    """Seconds as a line in one number, fitted to the measurements so far; older ones fade.
+
+    Args:
+        slope: what the line rises by, relative to the mean of what was measured, as far as all of it was at one place.
+        origin: where most measurements lie.
+    """
+
+    FADING = 0.98
+    #: Weight of the assumed slope, in measurements a unit of squared distance.
+    TRUST = 4.0
+    #: A measurement this many times what was expected says that something else ran: it counts as this much.
+    SURPRISE = 1.5
+
+    def __init__(self, slope: float, origin: float) -> None:
+        self._slope, self._origin = slope, origin
+        self._sums = [0.0] * 5  # weights, x, xx, y, xy
+
+    def add(self, x: float, seconds: float) -> None:
+        """One measurement."""
+        if self._sums[0] > 3:
+            seconds = min(seconds, self.SURPRISE * self.at(x))
+        x -= self._origin
+        self._sums = [
+            self.FADING * old + new for old, new in zip(self._sums, (1.0, x, x * x, seconds, x * seconds), strict=True)
+        ]
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self._sums[0] > 0
+
+    def at(self, x: float) -> float:
+        """Expected seconds."""
+        n, sx, sxx, sy, sxy = self._sums
+        if n == 0:
+            return 0.0
+        # The assumed slope is a measurement of its own, made where it pulls on nothing but the slope.
+        assumed = self._slope * sy / n
+        mean_x, mean_y = sx / n, sy / n
+        spread = sxx - n * mean_x**2 + self.TRUST
+        slope = (sxy - n * mean_x * mean_y + self.TRUST * assumed) / spread
+        return max(1e-9, mean_y + max(0.0, slope) * (x - self._origin - mean_x))
+
+
+class Costs:
+    """Measured seconds of a step without its drafts, by rows scored a request. The drafters of one target share it,
+    since each of them sees only some of the steps."""
+
+    def __init__(self) -> None:
+        self.step = LinearCost(slope=0.02, origin=1.0)
+        self._rows, self._since = 0.0, 0.0
+
+    def proposed(self, rows: float) -> None:
+        """A drafter has spoken; now the target scores, unless another drafter speaks too."""
+        self._rows, self._since = max(self._rows, rows), time.perf_counter()
+
+    def scored(self) -> None:
+        """The step is over; the first drafter to say so counts."""
+        if self._rows:
+            self.step.add(self._rows, time.perf_counter() - self._since)
+        self._rows = 0.0
+
+
+class Acceptance:
+    """How often the drafts of one request were accepted, by their place in the step; older steps fade."""
+
+    FADING = 0.95
+    #: Weight of :data:`HOPE`, in drafts.
+    TRUST = 2.0
+    #: Acceptance assumed before anything is known: high enough to try.
+    HOPE = 0.6
+
+    def __init__(self) -> None:
+        self._tried: list[float] = []
+        self._accepted: list[float] = []
+
+    def add(self, proposed: int, accepted: int) -> None:
+        """One step. Drafts behind the first rejected one say nothing."""
+        judged = min(proposed, accepted + 1)
+        self._tried += [0.0] * (judged - len(self._tried))
+        self._accepted += [0.0] * (judged - len(self._accepted))
+        for place in range(judged):
+            self._tried[place] = self.FADING * self._tried[place] + 1
+            self._accepted[place] = self.FADING * self._accepted[place] + (place < accepted)
+
+    def gains(self, most: int) -> list[float]:
+        """Expected accepted drafts that the first, second, ... draft adds."""
+        gains, reach, before = [], 1.0, self.HOPE
+        for place in range(most):
+            tried = self._tried[place] if place < len(self._tried) else 0.0
+            accepted = self._accepted[place] if place < len(self._accepted) else 0.0
+            # What is known of one place is what is hoped of the next.
+            before = (accepted + self.TRUST * before) / (tried + self.TRUST)
+            reach *= before
+            gains.append(reach)
+        return gains
+
+
+class AdaptiveDrafter:
+    """Another drafter, asked each step for as many drafts as make the most tokens a second; down to none.
+
+    The expected tokens of a step follow from the running acceptance, its time from measured times of drafting and
+    scoring (Leviathan et al., arXiv:2211.17192, section 3.5, with measured costs in place of constants); in a batch each draft
+    goes to the request where it gains most. The choice depends on earlier steps and on clocks, never on the coins of
+    the step nor on a drawn token, so the law of the text is exact (algorithms.md, 10). What is drafted depends on the
+    clock, though, so under the rules ``"token"`` and ``"block"`` at a temperature the same seed may give another text.
+
+    Args:
+        drafter: what drafts.
+        costs: shared by all drafters of one target; ``None`` for a drafter that is alone.
+    """
+
+    #: Steps without drafts before one is tried again, doubled each time that it does not pay, up to the second number.
+    PATIENCE = (8, 64)
+
+    def __init__(self, drafter: Drafter, costs: Costs | None = None) -> None:
+        self.drafter, self.costs = drafter, Costs() if costs is None else costs
+        self.wants_features = drafter.wants_features
+        self.drafting = LinearCost(slope=0.5, origin=1.0)
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self.drafter.begin(prompts, features)
+        self._acceptance = [Acceptance() for _ in prompts]
+        self._proposed = [0] * len(prompts)
+        self._asked = False
+        self._idle, self._patience = 0, self.PATIENCE[0]
+
+    def propose(self, step: Step) -> Draft:
+        start = time.perf_counter()
+        wanted = self._choose(step.num_draft.tolist())
+        draft = Draft.nothing(len(wanted))
+        if any(wanted):
+            draft = self.drafter.propose(replace(step, num_draft=torch.tensor(wanted)))
+        self._proposed = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
+        self._asked = True
+        if any(self._proposed):
+            self.drafting.add(max(self._proposed), time.perf_counter() - start)
+        self.costs.proposed(1 + sum(self._proposed) / len(self._proposed))
+        return draft
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self.costs.scored()
+        if self._asked:
+            for acceptance, proposed, new in zip(self._acceptance, self._proposed, tokens, strict=True):
+                if proposed:
+                    acceptance.add(proposed, len(new) - 1)
+            self._idle = 0 if any(self._proposed) else self._idle + 1
+        self._asked = False
+        self.drafter.commit(tokens, features)
+
+    def select(self, requests: Tensor) -> None:
+        self.drafter.select(requests)
+        self._acceptance = [self._acceptance[slot] for slot in requests.tolist()]
+
+    def _choose(self, most: list[int]) -> list[int]:
+        """Drafts to ask for of each request, at most so many."""
+        if not self.costs.step.known or not self.drafting.known:
+            return most
+        wanted = self.best(most)
+        if any(wanted) or not any(most):
+            self._patience = self.PATIENCE[0]
+            return wanted
+        if self._idle < self._patience:
+            return wanted
+        self._patience = min(2 * self._patience, self.PATIENCE[1])
+        self._idle = 0
+        return [min(1, limit) for limit in most]
+
+    def best(self, most: Sequence[int]) -> list[int]:
+        """The drafts with the most expected tokens a second: gains in falling order, as many as pay."""
+        batch = len(most)
+        gains = sorted(
+            (
+                (-gain, place, request)
+                for request, limit in enumerate(most)
+                for place, gain in enumerate(self._acceptance[request].gains(limit))
+            )
+        )
+        step, wanted, best = self.costs.step, [0] * batch, [0] * batch
+        tokens = float(batch)
+        rate = tokens / step.at(1.0)
+        for drafted, (gain, place, request) in enumerate(gains, start=1):
+            tokens -= gain
+            wanted[request] = place + 1
+            seconds = self.drafting.at(max(wanted)) + step.at(1 + drafted / batch)
+            if tokens / seconds > rate:
+                rate, best = tokens / seconds, list(wanted)
+        return best
