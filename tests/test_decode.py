@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
 from specdec_kernels.decode.drafters import (
+    AdaptiveDrafter,
+    Costs,
     Drafting,
     FeatureDrafter,
     FeatureModel,
@@ -51,6 +53,7 @@ def feature_drafter(model):
 
 
 def drafters(model):
+    costs = Costs()
     return {
         "model": ModelDrafter(tiny(2)),
         "small vocabulary": ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
@@ -63,6 +66,7 @@ def drafters(model):
             RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
         ),
         "confident": ModelDrafter(tiny(2), drafting=Drafting(min_confidence=0.3, cooling=0.7)),
+        "adaptive": FirstOf(AdaptiveDrafter(LookupDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)),
     }
 
 
@@ -99,7 +103,7 @@ def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
         assert windows[0].tokens == plain[0].tokens
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive"])  # which depends on the clock
 def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
     """Case 22 through the loop, at a temperature."""
     options = {"num_draft": 3, "max_new_tokens": 15, "temperature": 0.9}
@@ -124,16 +128,25 @@ def exact_law(model, prompt, temperature, length):
     return law
 
 
-@pytest.mark.parametrize("kind", ["model", "confident", "lookup", "feature"])
-def test_joint_law_over_three_steps(kind):
-    """Four tokens, at least three steps with one draft each: the joint law of the text is the target's."""
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        *(("model", rule) for rule in ("token", "block", "coupled")),
+        *((kind, "token") for kind in ("confident", "lookup", "feature", "adaptive")),
+        ("feature", "coupled"),
+    ],
+)
+def test_joint_law_over_three_steps(kind, rule):
+    """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be the
+    token rule): the joint law of the text is the target's."""
     model = tiny(7, vocab=3, sharp=2.0)
     small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
     drafter = {
         "model": lambda: ModelDrafter(small),
         "confident": lambda: ModelDrafter(small, drafting=drafting),
         "lookup": lambda: LookupDrafter(1),
-        "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 1, 2])).eval(), model),
+        "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2])).eval(), model),
+        "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
     law = exact_law(model, [1, 2], 0.8, length)
@@ -141,8 +154,8 @@ def test_joint_law_over_three_steps(kind):
     steps = Statistics()
     for start in range(0, count, batch):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=1, max_new_tokens=length,
-            temperature=0.8, seed=list(range(start, start + batch)), statistics=steps,
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=2 if rule == "block" else 1,
+            max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start + batch)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500

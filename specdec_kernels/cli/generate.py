@@ -14,9 +14,14 @@ from rich.text import Text
 
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.decode import Statistics, Token, TransformersTarget, stream
+from specdec_kernels.ops import RuleName, noise_words
 
 _DRAFTED, _DRAWN = "green", "bold yellow"
+
+#: Drafts a step at most where their number is chosen step by step.
+MOST_DRAFTS = 8
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,16 @@ class Settings:
     target: str
     draft: str | None
     drafter: str
-    num_draft: int
+    num_draft: int | None
+    """None chooses it step by step."""
     max_new_tokens: int
     seed: int
     fixed_rows: int | None
     precision: str
+    rule: RuleName = "token"
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 class Session:
@@ -40,7 +50,8 @@ class Session:
         self.settings, self.console = settings, console
         with console.status("loading the models"):
             self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
-            self.drafter = load_drafter(settings.drafter, self.model, settings.draft)
+            adaptive = settings.num_draft is None
+            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:
@@ -69,9 +80,13 @@ class Session:
             TransformersTarget(self.model, self.settings.fixed_rows),
             [self.encode(prompt)],
             drafter=self.drafter if drafted else None,
-            num_draft=self.settings.num_draft,
+            num_draft=MOST_DRAFTS if self.settings.num_draft is None else self.settings.num_draft,
             max_new_tokens=self.settings.max_new_tokens,
+            rule=self.settings.rule,
             temperature=temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
+            min_p=self.settings.min_p,
             seed=self.settings.seed if seed is None else seed,
             stop_tokens=self.stop_tokens,
             statistics=statistics,
@@ -123,20 +138,30 @@ def compare(session: Session, prompt: str, temperature: float) -> None:
     session.console.print(f"with drafts:    {_summary(statistics)}", highlight=False)
     session.console.print(f"without drafts: {_summary(plain)}", highlight=False)
     session.console.print(f"speed-up {statistics.tokens_per_second / plain.tokens_per_second:.2f}x", style="bold")
-    if temperature == 0 and text != alone:
-        _report_divergence(session, prompt, text, alone)
+    if text != alone and (temperature == 0 or session.settings.rule == "coupled"):
+        _report_divergence(session, prompt, text, alone, temperature)
 
 
-def _report_divergence(session: Session, prompt: str, text: list[int], alone: list[int]) -> None:
-    """Where two greedy texts part, and how close the two tokens were there."""
+def _race(logits: torch.Tensor, temperature: float, seed: int, position: int) -> torch.Tensor:
+    """What the coupled rule takes the largest of: docs/noise.md, the flat race."""
+    streams = torch.tensor([seed]), torch.tensor([position])
+    words = noise_words(*streams, counter_tag(Purpose.COUPLED, Level.TOKEN), counters=-(-len(logits) // 4))
+    exponentials = -torch.log1p(-(words[0, : len(logits)].double() + 0.5) * 2.0**-32)
+    return logits.double() / temperature - exponentials.log()
+
+
+def _report_divergence(session: Session, prompt: str, text: list[int], alone: list[int], temperature: float) -> None:
+    """Where two texts part that should be equal, and how close the two tokens were there."""
     first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
     with torch.inference_mode():
         ids = torch.tensor([session.encode(prompt) + text[:first]])
-        logits = session.model(ids, logits_to_keep=1).logits[0, -1].float()
-    margin = abs(float(logits[text[first]] - logits[alone[first]]))
+        scores = session.model(ids, logits_to_keep=1).logits[0, -1].float()
+    if temperature > 0:
+        scores = _race(scores, temperature, session.settings.seed, ids.shape[1])
+    margin = abs(float(scores[text[first]] - scores[alone[first]]))
     session.console.print(
-        f"the greedy texts part at token {first}, where the two logits are {margin:.3g} apart: passes over different "
-        "numbers of rows round differently; --fixed-rows makes the texts equal",
+        f"the texts part at token {first}, where what decides (logits, with their noise at a temperature) is "
+        f"{margin:.3g} apart: passes over different numbers of rows round differently; --fixed-rows makes them equal",
         style="dim",
         highlight=False,
     )

@@ -29,6 +29,14 @@ class Precision(StrEnum):
     float32 = "float32"
 
 
+class RuleKind(StrEnum):
+    """How drafts are verified."""
+
+    token = "token"
+    block = "block"
+    coupled = "coupled"
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")] = "",
@@ -40,9 +48,20 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")
     ] = None,
-    num_draft: Annotated[int, typer.Option(min=0, help="Drafts a step at most.")] = 6,
+    num_draft: Annotated[
+        int | None, typer.Option(min=0, help="Drafts a step at most. [default: chosen step by step]")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
-    seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="The text is a function of it and of what is drafted; with --rule coupled of it alone."),
+    ] = 0,
+    rule: Annotated[RuleKind, typer.Option(help="How drafts are verified. None changes the law of the text.")] = (
+        RuleKind.token
+    ),
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the so many likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Sample from tokens this likely next to the best; 0 is off.")] = 0.0,
     fixed_rows: Annotated[
         int | None, typer.Option(min=1, help="Score in windows of so many rows: the text depends on no drafter.")
     ] = None,
@@ -52,7 +71,9 @@ def generate(
     """Stream text from a language model, decoded speculatively."""
     from specdec_kernels.cli import generate as commands
 
-    settings = commands.Settings(target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision)
+    settings = commands.Settings(
+        target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule.value, top_k, top_p, min_p
+    )
     try:
         session = commands.Session(settings, console)
         if prompt and compare:

@@ -115,10 +115,11 @@ class AdaptiveDrafter:
     """Another drafter, asked each step for as many drafts as make the most tokens a second; down to none.
 
     The expected tokens of a step follow from the running acceptance, its time from measured times of drafting and
-    scoring (Leviathan et al., arXiv:2211.17192, section 3.5, with measured costs in place of constants); in a batch each draft
-    goes to the request where it gains most. The choice depends on earlier steps and on clocks, never on the coins of
-    the step nor on a drawn token, so the law of the text is exact (algorithms.md, 10). What is drafted depends on the
-    clock, though, so under the rules ``"token"`` and ``"block"`` at a temperature the same seed may give another text.
+    scoring (Leviathan et al., arXiv:2211.17192, section 3.5, with measured costs in place of constants); in a batch
+    each draft goes to the request where it gains most. The choice depends on earlier steps and on clocks, never on the
+    coins of the step nor on a drawn token, so the law of the text is exact (algorithms.md, 10). What is drafted depends
+    on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may give
+    another text.
 
     Args:
         drafter: what drafts.

@@ -1,0 +1,215 @@
+"""The loop's sampling parameters, rules and adaptive draft lengths, on small random models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_decode import NAMES, PROMPTS, VOCAB, drafters, tiny
+
+from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
+from specdec_kernels.decode.drafters import AdaptiveDrafter, RuleDrafter
+from specdec_kernels.decode.drafters.adaptive import Acceptance, LinearCost
+from specdec_kernels.decode.protocols import Step
+
+
+@pytest.fixture(scope="module")
+def target_model():
+    return tiny(1, layers=2)
+
+
+def decode(model, name=None, prompts=PROMPTS, **options):
+    drafter = None if name is None else drafters(model)[name]
+    options = {"num_draft": 4, "max_new_tokens": 16, "seed": 3, **options}
+    return [r.tokens for r in generate(TransformersTarget(model), prompts, drafter=drafter, **options)]
+
+
+OPTIONS = {
+    "filters": {"temperature": 0.9, "top_k": [4, 5, 6, 0], "top_p": 0.9, "min_p": 0.05},
+    "penalties": {"temperature": 0.9, "repetition": [1.3, 1.0, 1.0, 1.1], "presence": 0.3, "frequency": 0.2},
+    "bias": {"temperature": 0.7, "logit_bias": {3: 2.0, 5: -50.0}},
+    "greedy": {"repetition": 1.5, "logit_bias": [{}, {1: 3.0}, {}, {}]},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_coupled_text_is_the_same_with_any_drafter(target_model, name, options):
+    """Case 25, with everything that can be done to a law; and each request alone gives what it gave in the batch."""
+    named = {"rule": "coupled", **OPTIONS[options]}
+    plain = decode(target_model, **named)
+    assert decode(target_model, name, **named) == plain
+    first = {key: value[0] if isinstance(value, list) else value for key, value in named.items()}
+    assert decode(target_model, name, PROMPTS[:1], **first) == plain[:1]
+
+
+def only_even(text):
+    """A grammar: even tokens, and the one behind an even number of tokens is not 0."""
+    allowed = sum(1 << token for token in range(0, VOCAB, 2)) - (len(text) % 2 == 0)
+    return torch.tensor([allowed], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("name", ["self", "lookup", "adaptive"])
+def test_a_grammar_holds_for_every_token(target_model, name, rule):
+    for text in decode(target_model, name, rule=rule, temperature=1.5, grammar=[only_even, None, only_even, only_even])[
+        ::2
+    ]:
+        assert all(token % 2 == 0 for token in text)
+        assert all(token != 0 for token in text[::2])
+
+
+def test_a_grammar_gets_the_accepted_and_drafted_prefix(target_model):
+    """Never a text that it did not allow, which could break it."""
+    asked = []
+
+    def grammar(text):
+        asked.append(list(text))
+        return only_even(text)
+
+    drafter = RuleDrafter(lambda text, count: [2, 4, 5, 6][:count])  # the third is not allowed
+    target = TransformersTarget(target_model)
+    text = generate(target, [[1]], drafter=drafter, num_draft=4, max_new_tokens=9, grammar=grammar)[0].tokens
+    assert all(token % 2 == 0 for prefix in asked for token in prefix)
+    assert [] in asked
+    assert [2, 4] in asked
+    assert all(text[: len(prefix)] == prefix or prefix[-1] in (2, 4) for prefix in asked)
+
+
+def test_greedy_penalties_against_a_plain_loop(target_model):
+    prompt, text = PROMPTS[0], []
+    for _ in range(16):
+        logits = target_model(torch.tensor([[*prompt, *text]])).logits[0, -1].detach()
+        for token in {*prompt, *text}:
+            logits[token] = logits[token] / 1.2 if logits[token] > 0 else logits[token] * 1.2
+        for token in set(text):
+            logits[token] -= 0.4 * text.count(token) + 0.1
+        text.append(int(logits.argmax()))
+    for name in ("self", "lookup", "model"):
+        penalties = {"repetition": 1.2, "frequency": 0.4, "presence": 0.1}
+        assert decode(target_model, name, [prompt], **penalties) == [text]
+
+
+@torch.no_grad()
+def test_logprobs_are_the_targets(target_model):
+    results = generate(
+        TransformersTarget(target_model), PROMPTS, drafter=drafters(target_model)["model"], max_new_tokens=12,
+        temperature=0.7, top_k=5, seed=1, logprobs=True,
+    )  # fmt: skip
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        logits = target_model(torch.tensor([prompt + result.tokens])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        kept = logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf).log_softmax(-1)
+        want = kept.gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(result.logprobs, dtype=torch.float64), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"heat": 1}, TypeError, "sampling parameters must be among .*'temperature'.* got 'heat'"),
+        ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\] \(1: off\), got 0.0"),
+        ({"top_k": 1.5}, TypeError, "top_k must be an int"),
+        ({"repetition": 0.0}, ValueError, "repetition must be finite and positive"),
+        ({"min_p": torch.tensor([0.1])}, TypeError, "min_p must be a number, got float32"),
+        ({"logit_bias": 3}, TypeError, "logit_bias must map token ids to numbers, got 3"),
+        ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias\[0\] must be -1 or in \[0, 11\)"),
+        ({"grammar": "even"}, TypeError, "grammar must be a function of the tokens generated, got 'even'"),
+        ({"rule": "all"}, ValueError, "rule must be one of"),
+    ],
+)
+def test_bad_sampling_parameters(target_model, options, error, message):
+    with pytest.raises(error, match=message):
+        decode(target_model, **options)
+
+
+# --- adaptive draft lengths -------------------------------------------------------------------------------------------
+
+
+def test_costs_are_a_line_through_the_measurements():
+    cost = LinearCost(slope=0.0, origin=1.0)
+    assert not cost.known
+    cost.add(1, 0.030)
+    assert cost.at(1) == cost.at(5) == pytest.approx(0.030)
+    for _ in range(40):
+        for rows in (1, 3, 5):
+            cost.add(rows, 0.028 + 0.002 * rows)
+    assert cost.at(1) == pytest.approx(0.030, rel=0.01)
+    assert cost.at(7) == pytest.approx(0.042, rel=0.02)
+    cost.add(3, 9.0)  # something else ran
+    assert cost.at(3) < 0.036
+
+
+def test_gains_follow_what_was_accepted():
+    acceptance = Acceptance()
+    hopes = acceptance.gains(3)
+    assert hopes == pytest.approx([0.6, 0.36, 0.216])
+    for _ in range(60):
+        acceptance.add(4, 2)  # the first two always, the third never; of the fourth nothing is known
+    gains = acceptance.gains(4)
+    assert gains[0] > 0.95
+    assert gains[1] > 0.9
+    assert gains[2] < 0.1
+    assert all(a >= b for a, b in zip(gains, gains[1:], strict=False))
+
+
+def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001)):
+    """A drafter that knows what K drafts and R rows cost: (first, every further one)."""
+    drafter = AdaptiveDrafter(RuleDrafter(lambda text, count: [1] * count))
+    drafter.begin([[1]] * batch, None)
+    for _ in range(50):
+        for count in (1, 2, 4):
+            drafter.drafting.add(count, drafting[0] + drafting[1] * (count - 1))
+            drafter.costs.step.add(count, scoring[0] + scoring[1] * (count - 1))
+    return drafter
+
+
+def teach(drafter, request, accepted, proposed=8):
+    for _ in range(60):
+        drafter._acceptance[request].add(proposed, accepted)
+
+
+def test_the_choice_follows_gain_and_cost():
+    eager, wary, dear = adaptive(), adaptive(), adaptive(drafting=(0.05, 0.05))
+    teach(eager, 0, accepted=8)
+    assert eager.best([8]) == [8]
+    teach(wary, 0, accepted=0)
+    assert wary.best([8]) == [0]
+    teach(dear, 0, accepted=1)
+    assert dear.best([8]) == [0]
+    two = adaptive(batch=2)
+    teach(two, 0, accepted=0)
+    teach(two, 1, accepted=3)
+    assert two.best([8, 8]) == [0, 3]
+    assert two.best([8, 1]) == [0, 1]
+
+
+def test_no_drafts_are_tried_again_now_and_then():
+    drafter = adaptive()
+    teach(drafter, 0, accepted=0, proposed=1)
+    asked = []
+    for position in range(100):
+        step = Step(torch.tensor([4]), torch.tensor([1]), torch.tensor([position]), torch.tensor([1.0]))
+        draft = drafter.propose(step)
+        asked.append(draft.tokens.shape[1])
+        drafter.costs._rows = 0  # no clock in a test
+        drafter.commit([[0]], None)
+    assert set(asked) == {0, 1}
+    tried = [i for i, count in enumerate(asked) if count]
+    gaps = [b - a for a, b in zip(tried, tried[1:], strict=False)]
+    assert tried[0] == 8
+    assert gaps == sorted(gaps)
+    assert gaps[0] == 17
+
+
+def test_a_drafter_that_is_not_asked_learns_nothing():
+    """Under another drafter that speaks first, commits go by without a proposal."""
+    drafter = adaptive()
+    before = drafter._acceptance[0].gains(2)
+    drafter.commit([[1, 2, 3]], None)
+    assert drafter._acceptance[0].gains(2) == before
+    assert isinstance(drafter.propose(Step(*(torch.tensor([2]),) * 4)), Draft)
+
+
+def test_sampling_defaults_change_nothing():
+    assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    assert not Sampling().penalised
+    assert Sampling(presence=0.1).penalised
