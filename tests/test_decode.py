@@ -137,8 +137,8 @@ def exact_law(model, prompt, temperature, length):
     ],
 )
 def test_joint_law_over_three_steps(kind, rule):
-    """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be the
-    token rule): the joint law of the text is the target's."""
+    """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be
+    the token rule): the joint law of the text is the target's."""
     model = tiny(7, vocab=3, sharp=2.0)
     small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
     drafter = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_decode import NAMES, PROMPTS, VOCAB, drafters, tiny
@@ -148,7 +150,7 @@ def test_gains_follow_what_was_accepted():
     assert gains[0] > 0.95
     assert gains[1] > 0.9
     assert gains[2] < 0.1
-    assert all(a >= b for a, b in zip(gains, gains[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(gains))
 
 
 def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001)):
@@ -175,7 +177,7 @@ def test_the_choice_follows_gain_and_cost():
     assert wary.best([8]) == [0]
     teach(dear, 0, accepted=1)
     assert dear.best([8]) == [0]
-    two = adaptive(batch=2)
+    two = adaptive(batch=2, scoring=(0.03, 0.003))
     teach(two, 0, accepted=0)
     teach(two, 1, accepted=3)
     assert two.best([8, 8]) == [0, 3]
@@ -194,7 +196,7 @@ def test_no_drafts_are_tried_again_now_and_then():
         drafter.commit([[0]], None)
     assert set(asked) == {0, 1}
     tried = [i for i, count in enumerate(asked) if count]
-    gaps = [b - a for a, b in zip(tried, tried[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(tried)]
     assert tried[0] == 8
     assert gaps == sorted(gaps)
     assert gaps[0] == 17
