@@ -37,4 +37,4 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info specdec_kernels/lib
+	rm -rf $(VENV) build *.egg-info specdec_kernels/lib specdec_kernels/_native*.so

@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs the libraries into ``specdec_kernels/lib``: of the tree if that is what is
-    imported, else of the wheel. They are no extension modules, so setuptools has nothing to copy."""
+    """Configures, builds and installs the native code into ``specdec_kernels``: of the tree if that is what is
+    imported, else of the wheel. CMake puts everything where it belongs, so setuptools has nothing to copy."""
 
     def run(self) -> None:
         """Run CMake."""
         in_place = self.inplace or self.editable_mode
-        into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels" / "lib"
+        into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels"
         sanitize = bool(os.environ.get("SPECDEC_SANITIZE"))
         build = ROOT / "build" / ("sanitize" if sanitize else "native")
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECDEC_SANITIZE={'ON' if sanitize else 'OFF'}"]
@@ -48,7 +48,7 @@ setup(
         "specdec_kernels.triton_kernels",
     ],
     package_dir={"specdec_kernels.triton_kernels": "triton_kernels", "specdec_kernels.bench": "bench"},
-    package_data={"specdec_kernels": ["assets/*", "py.typed"]},
+    package_data={"specdec_kernels": ["assets/*", "py.typed", "*.pyi"]},
     ext_modules=[Extension("specdec_kernels.native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec_kernels import sample
+from specdec_kernels.ops import RuleName
 
 TEMPERATURE = 0.7
+FILTERS = {"top_k": 50, "top_p": 0.9}
 #: Noise of the draft's logits on the target's: two to four of eight drafts are accepted.
 DRAFT_NOISE = 0.45
 #: Buffers are rotated: between two uses of one, this much of the others is read, three times the last-level cache of 32
@@ -28,14 +31,28 @@ class Case:
     batch: int
     dtype: str
     kind: str
+    rule: RuleName = "token"
+    filtered: bool = False
 
     @property
     def name(self) -> str:
         """A line of the table."""
-        return f"V={self.vocab} K={self.num_draft} B={self.batch} {self.dtype} {self.kind}"
+        extras = (" block" if self.rule == "block" else "") + (" filtered" if self.filtered else "")
+        return f"V={self.vocab} K={self.num_draft} B={self.batch} {self.dtype} {self.kind}{extras}"
+
+    @property
+    def plain(self) -> bool:
+        """The token rule without filters, which the others are compared with."""
+        return self.rule == "token" and not self.filtered
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """Of target and draft."""
+        return FILTERS if self.filtered else {}
 
     def bytes_read(self, inputs: Inputs) -> int:
-        """Target rows up to the one that emits, and draft rows where their logsumexp has to be found."""
+        """Target rows up to the one that emits (all of them under the block rule), and draft rows where their logsumexp
+        has to be found."""
         return self.vocab * inputs.target.element_size() * int(inputs.target_rows.sum() + inputs.draft_rows.sum())
 
 
@@ -62,6 +79,9 @@ def cases(quick: bool) -> Iterator[Case]:
                     close = vocab == 128_256 and num_draft == 8
                     for kind in ("statistics", "dense", "point mass", "greedy") if close else ("statistics",):
                         yield Case(vocab, num_draft, batch, dtype, kind)
+    for dtype in ("bfloat16", "float32"):
+        yield Case(128_256, 4, 8, dtype, "statistics", filtered=True)
+        yield Case(128_256, 4, 8, dtype, "statistics", rule="block")
 
 
 def inputs(case: Case, accepted: Callable[[Inputs], Tensor]) -> list[Inputs]:
@@ -83,6 +103,7 @@ def inputs(case: Case, accepted: Callable[[Inputs], Tensor]) -> list[Inputs]:
             position=position.repeat_interleave(case.num_draft),
             row=torch.arange(case.num_draft).repeat(case.batch),
             temperature=TEMPERATURE if case.kind == "statistics" else 1.0,
+            **case.filters,
         )
         tokens = drawn.tokens.reshape(case.batch, case.num_draft)
         if case.kind == "greedy":
@@ -91,7 +112,7 @@ def inputs(case: Case, accepted: Callable[[Inputs], Tensor]) -> list[Inputs]:
         unread = torch.zeros(case.batch, dtype=torch.int64)
         stats = drawn.stats.reshape(case.batch, case.num_draft, 3)
         one = Inputs(target, tokens, draft, stats, seed, position, unread, unread)
-        kept = accepted(one)
+        kept = accepted(one) if case.rule == "token" else torch.full_like(seed, case.num_draft)
         draft_rows = (kept + 1).clamp(max=case.num_draft) if case.kind == "dense" else unread
         made.append(Inputs(target, tokens, draft, stats, seed, position, kept + 1, draft_rows))
         read += case.bytes_read(made[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers.generation.utils import _speculative_sampling
 
 from specdec_kernels import Verified, verify_chain
-from specdec_kernels.bench.cases import TEMPERATURE, Case, Inputs
+from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs
 from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
 
 Contender = Callable[[Case, Inputs], Any]
@@ -21,8 +22,14 @@ def fused(case: Case, x: Inputs, backend: Any = None) -> Verified:
     draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
     return verify_chain(
-        x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, backend=backend
-    )
+        x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, rule=case.rule,
+        **case.filters, backend=backend,
+    )  # fmt: skip
+
+
+def token_rule(case: Case, x: Inputs) -> Verified:
+    """The same inputs, under the token rule and without filters: what block rule and filters cost."""
+    return fused(replace(case, rule="token", filtered=False), x)
 
 
 def batched(case: Case, x: Inputs) -> Tensor:
@@ -83,6 +90,28 @@ def lean_batch(case: Case, x: Inputs) -> Tensor:
     return torch.cat([x.tokens, emitted], 1)
 
 
+def lean_filtered(case: Case, x: Inputs) -> Tensor:
+    """The leanest with top-k and top-p: after ``topk`` nothing is as wide as the vocabulary."""
+    top_k, top_p = FILTERS["top_k"], FILTERS["top_p"]
+    rows, longest = torch.arange(case.batch), case.num_draft
+    values, ids = x.target.topk(top_k)
+    probs = torch.softmax(values.float() / TEMPERATURE, -1)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    target = torch.where(ids[:, :-1] == x.tokens[..., None], probs[:, :-1], 0.0).sum(-1)
+    stats = x.stats
+    draft_logit = x.draft.gather(-1, x.tokens[..., None])[..., 0].float()
+    draft = torch.exp(draft_logit * stats[..., 0] - stats[..., 2])
+    accepted = (torch.rand_like(draft) * draft < target).long().cumprod(1).sum(1)
+    at = accepted.clamp(max=longest - 1)
+    weights, kept = probs[rows, accepted], ids[rows, accepted]
+    logits = x.draft[rows, at].gather(-1, kept).float()
+    law = torch.exp(logits * stats[rows, at, :1] - stats[rows, at, 2:]).masked_fill(logits < stats[rows, at, 1:2], 0.0)
+    weights = (weights - law * (accepted < longest)[:, None]).clamp(min=0)
+    emitted = kept.gather(1, torch.multinomial(weights + 1e-30, 1))
+    return torch.cat([x.tokens, emitted], 1)
+
+
 def transformers(case: Case, x: Inputs) -> Any:
     """``_speculative_sampling``, for one request; its logits are already divided by the temperature."""
     return _speculative_sampling(x.tokens, x.draft, case.num_draft, x.target, False)
@@ -99,7 +128,11 @@ def contenders(case: Case) -> dict[str, Contender]:
     BACKENDS["cpu"].require(torch.device("cpu"))
     torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
     chosen: dict[str, Contender] = {"fused": fused, "stream": stream}
-    if case.kind == "statistics":
+    if not case.plain:
+        chosen["token rule"] = token_rule
+    if case.filtered:
+        chosen["lean filtered"] = lean_filtered
+    if case.kind == "statistics" and case.plain:
         chosen |= {"batched": batched, "lean rows": lean_rows, "lean batch": lean_batch}
         if case.batch == 1:
             chosen["transformers"] = transformers

@@ -11,6 +11,7 @@ import torch
 from test_law import g_test, limit
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec_kernels._native import SuffixIndex
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
@@ -23,7 +24,6 @@ from specdec_kernels.decode.drafters import (
     ModelDrafter,
     RuleDrafter,
 )
-from specdec_kernels.decode.drafters.suffix import SuffixIndex
 
 VOCAB = 11
 

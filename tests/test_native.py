@@ -9,6 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from specdec_kernels._native import build_facts
+
+
+def test_facts_of_the_build():
+    facts = build_facts()
+    assert facts["torch"] == torch.__version__
+    assert facts["sanitized"] is False
+    assert facts["compiler"]
+
 
 ROOT = Path(__file__).parent.parent
 

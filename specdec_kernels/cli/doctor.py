@@ -24,10 +24,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _build_facts() -> dict[str, str | bool]:
+    try:
+        from specdec_kernels._native import build_facts
+    except ImportError as error:
+        return {"not built:": str(error)}
+    return build_facts()
+
+
 def report(console: Console) -> bool:
     """Print it; whether every backend that runs gives the known answers and agrees with the oracle."""
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
+    built = ", ".join(f"{key} {value}" for key, value in _build_facts().items())
+    console.print(f"native code: {built}", highlight=False)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from specdec_kernels.decode.drafters.suffix import SuffixIndex
 from specdec_kernels.decode.protocols import Draft, Step
 
 
@@ -18,6 +17,7 @@ class LookupDrafter:
 
     Raises:
         ValueError: ``min_match`` below 1.
+        RuntimeError: the native module was not built for this Python.
     """
 
     wants_features = False
@@ -25,10 +25,15 @@ class LookupDrafter:
     def __init__(self, min_match: int = 2) -> None:
         if min_match < 1:
             raise ValueError(f"min_match must be at least 1, got {min_match}")
+        try:
+            from specdec_kernels._native import SuffixIndex
+        except ImportError as error:
+            raise RuntimeError(f"LookupDrafter needs the native module: {error} (pip install -e .)") from None
         self.min_match = min_match
+        self._new_index = SuffixIndex
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self._indices = [SuffixIndex() for _ in prompts]
+        self._indices = [self._new_index() for _ in prompts]
         self.commit(prompts, None)
 
     def propose(self, step: Step) -> Draft:
@@ -41,8 +46,7 @@ class LookupDrafter:
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         for index, new in zip(self._indices, tokens, strict=True):
-            for token in new:
-                index.append(token)
+            index.extend(new)
 
     def select(self, requests: Tensor) -> None:
         self._indices = [self._indices[slot] for slot in requests.tolist()]

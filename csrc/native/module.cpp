@@ -1,0 +1,37 @@
+// What is native but no operator on tensors, for Python: the suffix index of the lookup drafter, and facts of the
+// build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "suffix_index.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native code that is no tensor operator.";
+  m.def(
+      "build_facts",
+      [] {
+        py::dict facts;
+        facts["compiler"] = SPECDEC_COMPILER;
+        facts["torch"] = SPECDEC_TORCH;
+        facts["sanitized"] = bool(SPECDEC_SANITIZED);
+        return facts;
+      },
+      "What the native libraries were built with: compiler, torch, whether with sanitizers.");
+  using specdec::SuffixIndex;
+  py::class_<SuffixIndex>(m, "SuffixIndex", "The longest suffix of a text that occurred in it before, as it grows.")
+      .def(py::init<>())
+      .def("append", &SuffixIndex::append, py::arg("token"), "Add one token to the text.")
+      .def(
+          "extend",
+          [](SuffixIndex& index, const std::vector<SuffixIndex::Token>& tokens) {
+            for (const auto token : tokens) index.append(token);
+          },
+          py::arg("tokens"), "Add tokens to the text.")
+      .def("match", &SuffixIndex::match,
+           "(length of the longest suffix that occurred before, index just after its first occurrence).")
+      .def("continuation", &SuffixIndex::continuation, py::arg("count"),
+           "What followed that occurrence: `count` tokens, a repetition going on past the end of the text.")
+      .def("__len__", &SuffixIndex::size);
+}
