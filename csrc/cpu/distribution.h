@@ -26,16 +26,15 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
 }
 
-// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, when it arrives there, and, with
-// filters, its largest logit; and what a search for a cutoff has to choose from.
+// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; and
+// what a search for a cutoff has to choose from.
 struct TileSpace {
-  std::vector<float> level, weight, arrival, peak, candidates;
+  std::vector<float> level, weight, arrival, candidates;
 
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
     level.assign(padded, -INFINITY);
     weight.assign(padded, 0.0f);
-    peak.assign(padded, -INFINITY);
     arrival.resize(padded);
   }
 };
@@ -115,9 +114,26 @@ class RowView {
     kernels_.token_residuals(at.row, distribution(), {draft_logits, DType::f32, kTile}, dist, 0, weights);
   }
 
-  // The bound that a tile's probability gives its residual.
-  double tile_prob(int64_t tile) const { return double(space_.weight[size_t(tile)]) / total_; }
-  int64_t tiles() const { return tiles_; }
+  // Whether the residual (probability - that of `draft`)+ holds more than `needed`, looking at heavy tiles first and at
+  // no more of them than the answer takes: what a tile holds bounds its residual.
+  bool residual_exceeds(double needed, const Row& draft, const Distribution& dist) const {
+    double sum = 0.0, left = 1.0, heavier = INFINITY;
+    float weights[kTile];
+    for (double least = total_ / 16.0;; least = least > total_ * 1e-6 ? least / 16.0 : 0.0) {
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        const double weight = double(space_.weight[size_t(tile)]);
+        if (weight == 0.0 || weight < least || weight >= heavier) continue;
+        tile_residuals(draft, dist, tile, weights);
+        for (const float w : weights) sum += double(w);
+        left -= weight / total_;
+        if (sum > needed) return true;
+        // The two are rounded apart: leave room for that.
+        if (sum + left * 1.0001 + 1e-6 < needed) return false;
+      }
+      if (least == 0.0) return false;
+      heavier = least;
+    }
+  }
 
   // The two-level race. The tile weights are a by-product of the pass.
   int64_t draw(Noise noise) const {
@@ -198,8 +214,7 @@ class RowView {
   void pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
     float* level = space_.level.data() + offset;
     if (is_greedy(scale_)) return kernels_.tile_max(row, begin, end, level);
-    float* peak = filters_.any() ? space_.peak.data() + offset : nullptr;
-    kernels_.tile_stats(row, scale_, begin, end, level, space_.weight.data() + offset, peak);
+    kernels_.tile_stats(row, scale_, begin, end, level, space_.weight.data() + offset);
   }
 
   Arrival first_of(const float* arrivals) const {
@@ -230,17 +245,19 @@ class RowView {
 
   // Tiles lose the weight of what the filters take away.
   void filter(float base) {
-    const float pivot =
-        CutoffSearch(kernels_, source_, scale_, base, total_, space_.peak.data(), tiles_, space_.candidates)
-            .pivot(filters_);
+    CutoffSearch search(kernels_, source_, scale_, base, total_, space_.weight.data(), tiles_, space_.candidates);
+    const float pivot = search.pivot(filters_);
     if (pivot == -INFINITY) return;
+    const float least = search.least_weight(pivot);
     cutoff_ = INFINITY;
     total_ = 0.0;
     float logits[kTile];
     for (int64_t t = 0; t < tiles_; ++t) {
       float& weight = space_.weight[size_t(t)];
-      weight = 0.0f;
-      if (space_.peak[size_t(t)] < pivot) continue;
+      if (weight < least) {
+        weight = 0.0f;
+        continue;
+      }
       const Source::At at = source_.at(t, logits);
       const Above kept = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
       weight = kept.mass;

@@ -1,5 +1,6 @@
 // Top-k, top-p and min-p without sorting a row: all three keep what is not below some logit, which is searched for
-// (algorithms.md, 7). The largest logit of each tile tells which tiles a search need not look at.
+// (algorithms.md, 7). The weights of the tiles, known from the pass over the row, tell which tiles a search need not
+// look at: no logit is larger than what alone would weigh as much as its tile.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -23,133 +25,186 @@ struct Filters {
 
 class CutoffSearch {
  public:
-  // `peaks`: the largest logit of each tile, -inf past the end; `base` and `total` as the row's sum was taken.
-  CutoffSearch(const Kernels& kernels, const Source& source, float scale, float base, double total, const float* peaks,
-               int64_t tiles, std::vector<float>& candidates)
+  // `weights`: of each tile, the sum of exp(scale * (logit - base)); `total`: their sum. `candidates`: scratch.
+  CutoffSearch(const Kernels& kernels, const Source& source, float scale, float base, double total,
+               const float* weights, int64_t tiles, std::vector<float>& candidates)
       : kernels_(kernels),
         source_(source),
         scale_(scale),
         base_(base),
         total_(total),
-        peaks_(peaks),
+        weights_(weights),
         tiles_(tiles),
-        largest_(*std::max_element(peaks, peaks + tiles)),
-        candidates_(candidates) {}
+        candidates_(candidates) {
+    candidates_.resize(size_t(tiles * kTile + kTileSlack));
+  }
 
   // What the filters keep is what is not below this.
   float pivot(const Filters& filters) {
     const int64_t vocab = source_.row().vocab;
     float pivot = -INFINITY;
     double total = total_;
+    bool collected = false;
     if (filters.top_k > 0 && filters.top_k < vocab) {
-      pivot = largest_reaching<false>(double(filters.top_k), peak_reaching(filters.top_k));
-      total = above(pivot).mass;
+      collect(reached_by(filters.top_k));
+      pivot = keep_largest(filters.top_k);
+      collected = true;
     }
     if (filters.top_p < 1.0f) {
-      // All that is below this has less than 1 - top_p together, so the cutoff is not there.
-      const double tail = (1.0 - double(filters.top_p)) * total / double(vocab);
-      const float low = float(double(base_) + (std::log(tail) - 0.01) / double(scale_));
-      pivot = largest_reaching<true>(double(filters.top_p) * total, std::max(pivot, low));
+      if (collected) {
+        total = above(-INFINITY).mass;
+      } else {
+        // All that is below this has less than 1 - top_p together, so the cutoff is not there.
+        const double tail = (1.0 - double(filters.top_p)) * total / double(vocab);
+        collect(float(double(base_) + (std::log(tail) - 0.01) / double(scale_)));
+      }
+      pivot = largest_reaching(double(filters.top_p) * total);
     }
     if (filters.min_p > 0.0f)
-      pivot = std::max(pivot, float(double(largest_) + std::log(double(filters.min_p)) / double(scale_)));
+      pivot = std::max(pivot, float(double(largest()) + std::log(double(filters.min_p)) / double(scale_)));
     return pivot;
   }
 
+  // The least that a tile with a logit of at least x weighs.
+  float least_weight(float x) const {
+    // The two are rounded apart: leave room for that.
+    return float(0.999 * std::exp(double(scale_) * (double(x) - double(base_))));
+  }
+
  private:
-  // More than this is narrowed down before it is sorted.
-  static constexpr size_t kMostCandidates = 1024;
+  // Below this a sort is quicker than another pass.
+  static constexpr int64_t kFew = 128;
 
-  struct Measure {
-    int64_t count = 0;
-    double mass = 0.0;
-  };
-
-  // What is not below the pivot.
-  Measure above(float pivot) const {
-    Measure sum;
+  // The logits that are not below `low`, as the candidates.
+  void collect(float low) {
+    low = std::max(low, std::numeric_limits<float>::lowest());  // not what is masked out, nor what is past the end
+    const float least = least_weight(low);
     float buffer[kTile];
+    count_ = 0;
     for (int64_t t = 0; t < tiles_; ++t) {
-      if (peaks_[t] < pivot) continue;
+      if (weights_[t] < least) continue;
       const Source::At at = source_.at(t, buffer);
-      const Above tile = kernels_.tile_above(at.row, scale_, base_, pivot, at.tile);
-      sum.count += tile.count;
-      sum.mass += double(tile.mass);
+      count_ += kernels_.tile_between(at.row, low, INFINITY, at.tile, candidates_.data() + count_);
     }
+  }
+
+  // Of the candidates those in [low, high).
+  void narrow(float low, float high) {
+    int64_t kept = 0;
+    for (int64_t t = 0; t * kTile < count_; ++t)
+      kept += kernels_.tile_between(candidates(), low, high, t, candidates_.data() + kept);  // never past what is read
+    count_ = kept;
+  }
+
+  // What the candidates that are not below the pivot hold.
+  Above above(float pivot) const {
+    Above sum{0, 0.0f, 0.0f};
+    double mass = 0.0;
+    for (int64_t t = 0; t * kTile < count_; ++t) {
+      const Above tile = kernels_.tile_above(candidates(), scale_, base_, pivot, t);
+      sum.count += tile.count;
+      mass += double(tile.mass);
+    }
+    sum.mass = float(mass);
     return sum;
   }
 
-  // The largest logit such that what is not below it reaches the goal, in probability or in number. What is not below
-  // `low` does, as far as the caller knows.
-  template <bool kMass>
-  float largest_reaching(double goal, float low) {
-    float high = INFINITY;
+  Row candidates() const { return {candidates_.data(), DType::f32, count_}; }
+
+  // Of the candidates the `count` largest, ties with the last of them included; the smallest of these, or -inf where
+  // there are not so many.
+  float keep_largest(int64_t count) {
+    if (count > count_) return -INFINITY;
+    const auto first = candidates_.begin(), last = first + count_, nth = first + (count - 1);
+    std::nth_element(first, nth, last, std::greater<float>());
+    const float pivot = *nth;
+    count_ = std::partition(nth, last, [&](float x) { return x == pivot; }) - first;
+    return pivot;
+  }
+
+  // The largest candidate such that what is not below it has at least the mass `goal`.
+  float largest_reaching(double goal) {
     double done = 0.0;
-    for (int step = 0; !collect(low, high); ++step) {
-      const float middle = between(low, std::min(high, largest_), step);
-      if (!(low < middle && middle < high)) return low;  // all that is left is equal
-      const Measure measure = above(middle);
-      const double reached = kMass ? measure.mass : double(measure.count);
-      if (reached >= goal)
+    float low = -INFINITY, high = INFINITY;
+    for (int step = 0; count_ > kFew; ++step) {
+      if (step == 0) low = *std::min_element(candidates_.begin(), candidates_.begin() + count_);
+      const float top = std::min(high, largest());
+      const float middle = between(low, top, step);
+      if (!(low < middle && middle <= top)) return low;  // all that is left is equal
+      const double mass = double(above(middle).mass);
+      if (done + mass >= goal) {
         low = middle;
-      else
-        high = middle, done = reached;
-    }
-    std::sort(candidates_.begin(), candidates_.end(), std::greater<float>());
-    for (const float logit : candidates_) {
-      done += kMass ? std::exp(double(scale_) * (double(logit) - double(base_))) : 1.0;
-      if (done >= goal) return logit;
-    }
-    return candidates_.empty() ? low : candidates_.back();
-  }
-
-  // The logits in [low, high), if they are not too many.
-  bool collect(float low, float high) {
-    candidates_.clear();
-    float logits[kTile], buffer[kTile];
-    for (int64_t t = 0; t < tiles_; ++t) {
-      if (peaks_[t] < low) continue;
-      const Source::At at = source_.at(t, buffer);
-      const int64_t count = kernels_.tile_between(at.row, low, high, at.tile, logits);
-      candidates_.insert(candidates_.end(), logits, logits + count);
-      if (candidates_.size() > kMostCandidates) return false;
-    }
-    return true;
-  }
-
-  // A logit that at least `count` tiles reach, and not many more; -inf where there are not so many tiles.
-  float peak_reaching(int64_t count) const {
-    if (count > tiles_) return -INFINITY;
-    const auto reaching = [&](float x) {
-      int32_t n = 0;
-      for (int64_t t = 0; t < tiles_; ++t) n += peaks_[t] >= x;
-      return int64_t(n);
-    };
-    float high = largest_, low = -INFINITY;
-    for (int step = 0; step < 32; ++step) {
-      const float middle = between(low, high, step);
-      const int64_t reached = reaching(middle);
-      if (reached < count) {
-        high = middle;
+        narrow(middle, high);
       } else {
-        low = middle;
+        done += mass;
+        high = middle;
+        narrow(low, middle);
+      }
+    }
+    const auto first = candidates_.begin(), last = first + count_;
+    std::sort(first, last, std::greater<float>());
+    for (auto logit = first; logit != last; ++logit) {
+      done += std::exp(double(scale_) * (double(*logit) - double(base_)));
+      if (done >= goal) return *logit;
+    }
+    return count_ > 0 ? *(last - 1) : low;
+  }
+
+  // The largest logit there is.
+  float largest() {
+    if (largest_ > -INFINITY) return largest_;
+    const int64_t heaviest = std::max_element(weights_, weights_ + tiles_) - weights_;
+    largest_ = peak(heaviest);
+    float least = least_weight(largest_);
+    for (int64_t t = 0; t < tiles_; ++t) {
+      if (weights_[t] < least) continue;
+      const float here = peak(t);
+      if (here > largest_) largest_ = here, least = least_weight(here);
+    }
+    return largest_;
+  }
+
+  float peak(int64_t tile) const {
+    float buffer[kTile];
+    const Source::At at = source_.at(tile, buffer);
+    return kernels_.tile_peak(at.row, at.tile);
+  }
+
+  // A logit that at least `count` logits are not below, and not many more: what the heaviest tiles all reach; -inf
+  // where there are not so many tiles.
+  float reached_by(int64_t count) const {
+    if (count > tiles_) return -INFINITY;
+    float light = 0.0f, heavy = *std::max_element(weights_, weights_ + tiles_);
+    for (int step = 0; step < 32; ++step) {
+      const float middle = by_order(light, heavy);
+      if (!(light < middle && middle < heavy)) break;
+      int32_t reached = 0;
+      for (int64_t t = 0; t < tiles_; ++t) reached += weights_[t] >= middle;
+      if (reached < count) {
+        heavy = middle;
+      } else {
+        light = middle;
         if (reached <= count + count / 4) break;
       }
-      if (middle == -INFINITY) break;
     }
+    float low = INFINITY;
+    for (int64_t t = 0; t < tiles_; ++t)
+      if (weights_[t] >= light) low = std::min(low, peak(t));
     return low;
   }
 
-  // Between two logits, by value; as numbers of floats where that takes too long. Reaching down from above if `low` is
-  // -inf, further with every step.
-  float between(float low, float high, int step) const {
-    if (low == -INFINITY) return high - std::ldexp(1.0f, step) / scale_;
-    if (step < 40) return 0.5f * low + 0.5f * high;
+  // Between two logits, by value; as numbers of floats where that takes too long.
+  static float between(float low, float high, int step) {
+    return step < 40 ? 0.5f * low + 0.5f * high : by_order(low, high);
+  }
+
+  // The float halfway in the order of floats: about the geometric mean.
+  static float by_order(float low, float high) {
     const auto order = [](float x) {
       const auto bits = std::bit_cast<int32_t>(x);
       return int64_t(bits < 0 ? int32_t(0x80000000u) - bits : bits);
     };
-    const auto middle = int32_t((order(low) + order(high)) / 2);
+    const auto middle = int32_t((order(low) + order(high) + 1) / 2);
     return std::bit_cast<float>(middle < 0 ? int32_t(0x80000000u) - middle : middle);
   }
 
@@ -157,10 +212,11 @@ class CutoffSearch {
   const Source& source_;
   const float scale_, base_;
   const double total_;
-  const float* peaks_;
+  const float* weights_;
   const int64_t tiles_;
-  const float largest_;
   std::vector<float>& candidates_;
+  int64_t count_ = 0;  // of the candidates
+  float largest_ = -INFINITY;
 };
 
 }  // namespace specdec

@@ -15,6 +15,9 @@ constexpr int64_t kTile = 128;
 // it, with 0 (weights) or -inf (maxima), so that no vector code sees an end.
 constexpr int64_t kRaceBlock = 64;
 
+// What a kernel may write behind the end of a tile.
+constexpr int64_t kTileSlack = 16;
+
 struct Row {
   const void* logits;
   DType dtype;
@@ -63,9 +66,8 @@ struct Kernels {
   // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
 
-  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf. And
-  // its largest logit, if `max` is not null, of any value where there is a nan.
-  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum, float* max);
+  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf.
+  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum);
 
   // Brings the tiles' sums to a common base, in place: they become race weights.
   Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);
@@ -73,7 +75,11 @@ struct Kernels {
   // What one tile holds at and above a pivot.
   Above (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);
 
-  // The logits of one tile in [low, high), to `out` (room for 128); returns how many.
+  // The largest logit of one tile, of any value where there is a nan.
+  float (*tile_peak)(const Row&, int64_t tile);
+
+  // The logits of one tile in [low, high), to `out` (which may be the tile itself, or anything before it, and has room
+  // for 128 + kTileSlack); returns how many.
   int64_t (*tile_between)(const Row&, float low, float high, int64_t tile, float* out);
 
   // The probability of every id of one tile (128, zeros past the end).

@@ -11,9 +11,18 @@ namespace {
 }  // namespace avx512
 
 const Kernels kAvx512Kernels = {
-    "avx512",           avx512::tile_max,      avx512::tile_stats,  avx512::combine,
-    avx512::tile_above, avx512::tile_between,  avx512::token_probs, avx512::token_residuals,
-    avx512::arrivals,   avx512::first_arrival, avx512::words,
+    "avx512",
+    avx512::tile_max,
+    avx512::tile_stats,
+    avx512::combine,
+    avx512::tile_above,
+    avx512::tile_peak,
+    avx512::tile_between,
+    avx512::token_probs,
+    avx512::token_residuals,
+    avx512::arrivals,
+    avx512::first_arrival,
+    avx512::words,
 };
 
 }  // namespace specdec

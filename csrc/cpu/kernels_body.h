@@ -136,7 +136,7 @@ constexpr float kLargeSum = 0x1p60f;
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
 
-void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum, float* max) {
+void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum) {
   const V::F scale2 = V::set(scale * kLog2e);
   with_dtype(row.dtype, [&](auto element) {
     for (int64_t first = begin; first < end; first += V::width) {
@@ -149,15 +149,11 @@ void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* 
         sums = group_sums<true>(group, bases, scale2);
         done = !V::any(V::exceeds(sums, kLargeSum));
       }
-      if (!done || max != nullptr) {
+      if (!done) {
         V::F largest[V::width];
         for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
-        const V::F maxima = V::fold_max(largest);
-        if (max != nullptr) V::store(max + first, maxima);
-        if (!done) {
-          bases = usable_base(maxima);
-          sums = group_sums<false>(group, bases, scale2);
-        }
+        bases = usable_base(V::fold_max(largest));
+        sums = group_sums<false>(group, bases, scale2);
       }
       V::store(base + first, bases);
       V::store(sum + first, sums);
@@ -204,19 +200,24 @@ Above tile_above(const Row& row, float scale, float base, float pivot, int64_t t
   return {count, V::reduce_add(mass), V::reduce_min(least)};
 }
 
+float tile_peak(const Row& row, int64_t tile) {
+  float peak = -INFINITY;
+  with_dtype(row.dtype, [&](auto element) {
+    const Tile<decltype(element)> logits(row, tile);
+    peak = V::reduce_max(max_of_tile(logits + 0));
+  });
+  return peak;
+}
+
 int64_t tile_between(const Row& row, float low, float high, int64_t tile, float* out) {
   const V::F lows = V::set(low), highs = V::set(high);
   int64_t count = 0;
   with_dtype(row.dtype, [&](auto element) {
     const Tile<decltype(element)> logits(row, tile);
-    float lanes[V::width];
     for (int64_t i = 0; i < kTile; i += V::width) {
       const V::F x = V::load(logits + i);
       const V::M inside = V::except(V::at_least(x, lows), V::at_least(x, highs));
-      if (!V::any(inside)) continue;
-      V::store(lanes, x);
-      for (const float lane : lanes)
-        if (lane >= low && lane < high) out[count++] = lane;
+      if (V::any(inside)) count += V::compress(out + count, inside, x);
     }
   });
   return count;

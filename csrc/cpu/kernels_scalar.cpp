@@ -11,9 +11,18 @@ namespace {
 }  // namespace scalar
 
 const Kernels kScalarKernels = {
-    "scalar",           scalar::tile_max,      scalar::tile_stats,  scalar::combine,
-    scalar::tile_above, scalar::tile_between,  scalar::token_probs, scalar::token_residuals,
-    scalar::arrivals,   scalar::first_arrival, scalar::words,
+    "scalar",
+    scalar::tile_max,
+    scalar::tile_stats,
+    scalar::combine,
+    scalar::tile_above,
+    scalar::tile_peak,
+    scalar::tile_between,
+    scalar::token_probs,
+    scalar::token_residuals,
+    scalar::arrivals,
+    scalar::first_arrival,
+    scalar::words,
 };
 
 }  // namespace specdec

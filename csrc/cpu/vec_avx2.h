@@ -58,6 +58,14 @@ struct V {
   static M except(M a, M b) { return _mm256_andnot_ps(b, a); }
   static int64_t count(M m) { return __builtin_popcount(unsigned(_mm256_movemask_ps(m))); }
   static bool any(M m) { return _mm256_movemask_ps(m) != 0; }
+  // The lanes of the mask to `out`; how many they are.
+  static int64_t compress(float* out, M m, F x) {
+    float lanes[width];
+    store(lanes, x);
+    int64_t kept = 0;
+    for (int bits = _mm256_movemask_ps(m); bits; bits &= bits - 1) out[kept++] = lanes[__builtin_ctz(unsigned(bits))];
+    return kept;
+  }
   static F keep(M m, F x) { return _mm256_and_ps(m, x); }
   static F either_of(M m, F x, float otherwise) { return _mm256_blendv_ps(set(otherwise), x, m); }
 

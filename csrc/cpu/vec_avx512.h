@@ -57,6 +57,11 @@ struct V {
   static M except(M a, M b) { return M(a & ~b); }
   static int64_t count(M m) { return __builtin_popcount(m); }
   static bool any(M m) { return m != 0; }
+  // The lanes of the mask to `out`, and anything behind them; how many they are.
+  static int64_t compress(float* out, M m, F x) {
+    store(out, _mm512_maskz_compress_ps(m, x));
+    return count(m);
+  }
   static F keep(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
   static F either_of(M m, F x, float otherwise) { return _mm512_mask_mov_ps(set(otherwise), m, x); }
 

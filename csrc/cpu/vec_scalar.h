@@ -47,6 +47,10 @@ struct V {
   static M except(M a, M b) { return a && !b; }
   static int64_t count(M m) { return m ? 1 : 0; }
   static bool any(M m) { return m; }
+  static int64_t compress(float* out, M m, F x) {
+    if (m) *out = x;
+    return count(m);
+  }
   static F keep(M m, F x) { return m ? x : 0.0f; }
   static F either_of(M m, F x, float otherwise) { return m ? x : otherwise; }
   static F exp2(F x) { return std::exp2(x); }

@@ -161,18 +161,7 @@ class ChainRequest {
     const double needed = u * (1.0 - a) / (1.0 - u) / a;
     if (draft.point_mass) return 1.0 - std::exp(target.logprob(token_at(i))) > needed;
     const DraftLaw divided = draft.divided_by(a);
-    double sum = 0.0, left = 1.0;
-    float weights[kTile];
-    for (int64_t tile = 0; tile < target.tiles(); ++tile) {
-      const double most = target.tile_prob(tile);
-      if (most == 0.0) continue;
-      target.tile_residuals(divided.row, divided.dist, tile, weights);
-      for (const float w : weights) sum += double(w);
-      left -= most;
-      if (sum > needed) return true;
-      if (sum + left * 1.0001 + 1e-6 < needed) return false;
-    }
-    return false;
+    return target.residual_exceeds(needed, divided.row, divided.dist);
   }
 
   // Daliri et al., arXiv:2408.07978: a draft is accepted iff it is what the target draws.
