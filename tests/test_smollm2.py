@@ -48,6 +48,23 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     assert text(RuleDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
+@pytest.mark.parametrize("kind", ["story", "edit"])
+def test_coupled_text_depends_on_no_drafter(session, kind):
+    """Case 25 on a real model: at temperature 0.8 too, under the rule that shares the noise."""
+    model, tokenizer, stop = session
+    prompt = encode(tokenizer, PROMPTS[kind][1])
+
+    def text(drafter):
+        target = TransformersTarget(model, FIXED_ROWS)
+        options = {"max_new_tokens": TOKENS, "stop_tokens": stop, "seed": 2, "temperature": 0.8, "rule": "coupled"}
+        return generate(target, [prompt], drafter=drafter, num_draft=6, **options)[0].tokens
+
+    plain = text(None)
+    for name in ("lookup", "model"):
+        assert text(load_drafter(name, model)) == plain
+    assert text(load_drafter("auto", model, adaptive=True)) == plain
+
+
 def test_the_trained_drafter_drafts(session):
     """It gets more than one token in three right on code, at temperature 0.8."""
     model, tokenizer, stop = session
@@ -65,9 +82,10 @@ def test_generate_and_doctor():
     from specdec_kernels.cli.main import app
 
     runner = CliRunner()
-    result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "8", "--compare"])
-    assert result.exit_code == 0, result.output
-    assert "speed-up" in result.output
+    for options in ([], ["--rule", "coupled", "--temperature", "0.8", "--top-p", "0.9", "--num-draft", "3"]):
+        result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "8", "--compare", *options])
+        assert result.exit_code == 0, result.output
+        assert "speed-up" in result.output
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     assert "known answers" in result.output

@@ -75,8 +75,7 @@ struct V {
     x = _mm256_min_ps(set(127.0f), _mm256_max_ps(set(-125.0f), x));
     const F n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F r = sub(x, n);
-    F y = fma(set(kExp2[5]), r, set(kExp2[4]));
-    y = fma(y, r, set(kExp2[3]));
+    F y = fma(set(kExp2[4]), r, set(kExp2[3]));
     y = fma(y, r, set(kExp2[2]));
     y = fma(y, r, set(kExp2[1]));
     y = fma(y, r, set(kExp2[0]));

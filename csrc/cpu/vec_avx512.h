@@ -67,8 +67,7 @@ struct V {
 
   static F exp2(F x) {
     const F r = _mm512_reduce_ps(x, 0);  // x minus the nearest integer; 0 for infinities, nan for nan
-    F y = fma(set(kExp2[5]), r, set(kExp2[4]));
-    y = fma(y, r, set(kExp2[3]));
+    F y = fma(set(kExp2[4]), r, set(kExp2[3]));
     y = fma(y, r, set(kExp2[2]));
     y = fma(y, r, set(kExp2[1]));
     y = fma(y, r, set(kExp2[0]));
