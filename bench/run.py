@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from rich.table import Table
 
 from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
 from specdec_kernels.bench.contenders import Contender, contenders, fused
-from specdec_kernels.ops import BACKENDS
-from specdec_kernels.version import __version__
+from specdec_kernels.bench.machine import machine
 
 #: Hand-tuned PyTorch, of which the fastest counts.
 LEAN = ("lean rows", "lean batch", "lean filtered")
@@ -81,19 +79,6 @@ def timed(contender: Contender, case: Case, x: Inputs) -> float:
     start = time.perf_counter()
     contender(case, x)
     return time.perf_counter() - start
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "specdec_kernels": __version__,
-        "backend": BACKENDS["cpu"].detail,
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -91,11 +91,18 @@ def generate(
 def bench(
     out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
     quick: Annotated[bool, typer.Option("--quick", help="One vocabulary, few repetitions, no files.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Time the decoding of text instead.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --text: texts a prompt at a temperature.")] = 3,
 ) -> None:
-    """Time verification against PyTorch, transformers and streaming the same rows."""
-    from specdec_kernels.bench.run import main
+    """Time verification against PyTorch, transformers and streaming the same rows; or the decoding of text."""
+    if text:
+        from specdec_kernels.bench.text import main as decode
 
-    main(out, quick, console)
+        decode(out, seeds, console)
+    else:
+        from specdec_kernels.bench.run import main
+
+        main(out, quick, console)
 
 
 @app.command()

@@ -1,0 +1,25 @@
+"""Where figures come from."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec_kernels.ops import BACKENDS
+from specdec_kernels.version import __version__
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, versions and backend."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "specdec_kernels": __version__,
+        "backend": BACKENDS["cpu"].detail,
+    }

@@ -1,0 +1,93 @@
+"""Time the decoding of text on SmolLM2: fixed and adaptive numbers of drafts, and the rules, in one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from specdec_kernels.bench.machine import machine
+from specdec_kernels.cli.generate import Session, Settings
+from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.decode import Statistics
+from specdec_kernels.ops import RuleName
+
+TOKENS = 96
+#: Drafts a step at most; None chooses step by step.
+LENGTHS: tuple[int | None, ...] = (1, 2, 4, 6, 8, None)
+#: Of the comparison of rules.
+RULES_LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode."""
+
+    temperature: float
+    rule: RuleName
+    num_draft: int | None
+
+    @property
+    def name(self) -> str:
+        """A line of the table."""
+        length = "adaptive" if self.num_draft is None else f"K={self.num_draft}" if self.num_draft else "plain"
+        return f"T={self.temperature:g} {self.rule} {length}"
+
+
+def ways() -> Iterator[Way]:
+    """Plain decoding first: the others are compared with it."""
+    for temperature in (0.0, 0.8):
+        for num_draft in (0, *LENGTHS):
+            yield Way(temperature, "token", num_draft)
+    yield Way(0.8, "block", RULES_LENGTH)
+    yield Way(0.8, "coupled", RULES_LENGTH)
+
+
+def main(out: Path, seeds: int, console: Console) -> None:
+    """Decode every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
+    chosen = list(ways())
+    sessions = {n: Session(_settings("token", n), console) for n in {way.num_draft is None for way in chosen}}
+    results = {(way, kind): Statistics() for way in chosen for kind in PROMPTS}
+    work = [(kind, prompt, seed) for seed in range(seeds) for kind, prompts in PROMPTS.items() for prompt in prompts]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("decoding", total=len(work) * len(chosen))
+        for (kind, prompt, seed), way in product(work, chosen):
+            progress.update(task, description=way.name, advance=1)
+            if way.temperature == 0 and seed:
+                continue  # nothing would change
+            session = sessions[way.num_draft is None]
+            session.settings = _settings(way.rule, way.num_draft)
+            drafted = way.num_draft != 0
+            if (kind, prompt, seed) == work[0]:  # warm up
+                list(session.decode(prompt, way.temperature, drafted, Statistics(), seed))
+            list(session.decode(prompt, way.temperature, drafted, results[way, kind], seed))
+    console.print(_table(chosen, results))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{**asdict(way), "kind": kind, **asdict(statistics)} for (way, kind), statistics in results.items()]
+    (out / "text.json").write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+    console.print(f"wrote {out / 'text.json'}")
+
+
+def _settings(rule: RuleName, num_draft: int | None) -> Settings:
+    return Settings("smollm2", None, "auto", num_draft, TOKENS, 0, None, "bfloat16", rule)
+
+
+def _table(chosen: list[Way], results: dict[tuple[Way, str], Statistics]) -> Table:
+    """Speed-up over plain decoding and tokens a step, by kind of prompt."""
+    table = Table("way", *(f"{kind} x" for kind in PROMPTS), "mean x", *(f"{kind} tokens" for kind in PROMPTS), "mean")
+    for way in chosen:
+        rows = [results[way, kind] for kind in PROMPTS]
+        plain = [results[Way(way.temperature, "token", 0), kind] for kind in PROMPTS]
+        ratios = [row.tokens_per_second / base.tokens_per_second for row, base in zip(rows, plain, strict=True)]
+        steps: list[Any] = [row.tokens_per_step for row in rows]
+        shown = [f"{x:.2f}" for x in (*ratios, mean(ratios), *steps, mean(steps))]
+        table.add_row(way.name, *shown)
+    return table
