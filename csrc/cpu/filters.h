@@ -54,9 +54,7 @@ class CutoffSearch {
       if (collected) {
         total = above(-INFINITY).mass;
       } else {
-        // All that is below this has less than 1 - top_p together, so the cutoff is not there.
-        const double tail = (1.0 - double(filters.top_p)) * total / double(vocab);
-        collect(float(double(base_) + (std::log(tail) - 0.01) / double(scale_)));
+        collect_mass(double(filters.top_p) * total, (1.0 - double(filters.top_p)) * total / double(vocab));
       }
       pivot = largest_reaching(double(filters.top_p) * total);
     }
@@ -86,6 +84,15 @@ class CutoffSearch {
       const Source::At at = source_.at(t, buffer);
       count_ += kernels_.tile_between(at.row, low, INFINITY, at.tile, candidates_.data() + count_);
     }
+  }
+
+  // Candidates that hold the mass `goal`. All logits that alone weigh less than `tail` cannot hold what is left, so
+  // these do not have to be among them; mostly a few larger ones do.
+  void collect_mass(double goal, double tail) {
+    constexpr double kHope = 16.0;
+    const auto logit_of_weight = [&](double w) { return float(double(base_) + (std::log(w) - 0.01) / double(scale_)); };
+    collect(logit_of_weight(kHope * tail));
+    if (double(above(-INFINITY).mass) < 1.0001 * goal) collect(logit_of_weight(tail));
   }
 
   // Of the candidates those in [low, high).
@@ -124,13 +131,13 @@ class CutoffSearch {
 
   // The largest candidate such that what is not below it has at least the mass `goal`.
   float largest_reaching(double goal) {
-    double done = 0.0;
-    float low = -INFINITY, high = INFINITY;
+    double done = 0.0;  // the mass of what is not below `high`
+    float low = *std::min_element(candidates_.begin(), candidates_.begin() + count_);
+    float high = std::nextafter(largest(), INFINITY);
     for (int step = 0; count_ > kFew; ++step) {
-      if (step == 0) low = *std::min_element(candidates_.begin(), candidates_.begin() + count_);
-      const float top = std::min(high, largest());
-      const float middle = between(low, top, step);
-      if (!(low < middle && middle <= top)) return low;  // all that is left is equal
+      float middle = 0.5f * low + 0.5f * high;
+      if (step >= 40 || !(low < middle && middle < high)) middle = by_order(low, high);
+      if (!(low < middle && middle < high)) return low;  // all that is left is equal
       const double mass = double(above(middle).mass);
       if (done + mass >= goal) {
         low = middle;
@@ -193,18 +200,13 @@ class CutoffSearch {
     return low;
   }
 
-  // Between two logits, by value; as numbers of floats where that takes too long.
-  static float between(float low, float high, int step) {
-    return step < 40 ? 0.5f * low + 0.5f * high : by_order(low, high);
-  }
-
   // The float halfway in the order of floats: about the geometric mean.
   static float by_order(float low, float high) {
     const auto order = [](float x) {
       const auto bits = std::bit_cast<int32_t>(x);
       return int64_t(bits < 0 ? int32_t(0x80000000u) - bits : bits);
     };
-    const auto middle = int32_t((order(low) + order(high) + 1) / 2);
+    const auto middle = int32_t((order(low) + order(high)) / 2);
     return std::bit_cast<float>(middle < 0 ? int32_t(0x80000000u) - middle : middle);
   }
 
