@@ -40,6 +40,19 @@ class Rule(IntEnum):
     COUPLED = 2
 
 
+class MaskFormat(IntEnum):
+    """How a kernel lays out a tree mask; the public formats are shapes and dtypes of these."""
+
+    PACKED = 0
+    """A bit a node, in words of the output's dtype."""
+    DENSE = 1
+    """An element a key, the same number of them in every row."""
+    FLAT = 2
+    """An element a key, request after request without gaps."""
+    FLAT_BITS = 3
+    """A bit a key, request after request, each from a byte of its own."""
+
+
 class Level(IntEnum):
     """Which race of the two-level race the noise belongs to."""
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 # What the sanitized library is put through: the coupled suite, short tiles, nan, bad ids, many threads.
 EXERCISE = """
 import torch, specdec_kernels as s
-from specdec_kernels import selftest
+from specdec_kernels import _native, selftest
+from specdec_kernels.ops import trees
 assert not selftest.run("cpu", count=60).wrong
 for vocab in (1, 127, 128, 129, 5000):
     for value in (0.0, float("nan"), float("inf"), float("-inf")):
@@ -37,6 +38,16 @@ for vocab in (1, 127, 128, 129, 5000):
             for temperature in (0.0, 1e-4, 0.7):
                 for draft in (None, target[:, :2]):
                     s.verify_chain(target, tokens, draft, seed=1, position=1, temperature=temperature)
+for nodes in (1, 9, 33, 65):
+    parents = torch.arange(-1, nodes - 1).repeat(3, 1)
+    parents[1, nodes // 2 + 1 :] = -1
+    for format in trees.FORMATS:
+        if nodes <= 32 or format != "sglang_qlen_only_packed":
+            flat = format in ("dense", "additive", "flashinfer", "sglang_full")
+            s.tree_mask(parents, format, context_lens=torch.tensor([0, 3, 8]) if flat else None)
+index = _native.SuffixIndex()
+index.extend([i % 7 for i in range(500)])
+assert index.continuation(9) and len(index) == 500
 try:
     s.verify_chain(torch.zeros(1, 2, 5), torch.tensor([[5]]), seed=1, position=1)
 except ValueError:

@@ -2,6 +2,7 @@
 
 from specdec_kernels.triton_kernels.noise import noise_words
 from specdec_kernels.triton_kernels.sample import sample
+from specdec_kernels.triton_kernels.trees import tree_mask
 from specdec_kernels.triton_kernels.verify import verify_chain
 
-__all__ = ["noise_words", "sample", "verify_chain"]
+__all__ = ["noise_words", "sample", "tree_mask", "verify_chain"]

@@ -20,10 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specdec_kernels.contract import Rule
+from specdec_kernels.contract import MaskFormat, Rule
 from specdec_kernels.triton_kernels import noise
 from specdec_kernels.triton_kernels.launch import launch_config
 from specdec_kernels.triton_kernels.sample import sample_kernel
+from specdec_kernels.triton_kernels.trees import tree_mask_kernel
 from specdec_kernels.triton_kernels.verify import verify_chain_kernel
 
 TARGETS = {
@@ -101,6 +102,13 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     config = launch_config(vocab, TARGETS[target].backend)
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
     yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})
+
+    for element, form in (("i32", MaskFormat.PACKED), ("fp32", MaskFormat.DENSE), ("u8", MaskFormat.FLAT_BITS)):
+        types = {"out_ptr": f"*{element}", "parents_ptr": "*i64", "context_ptr": "*i64"}
+        sizes = {"nodes": "i32", "width": "i32", "room": "i64"}
+        constants = {"FORMAT": int(form), "ADDITIVE": element == "fp32", "BITS": 32, "BLOCK": 32, "NODES": 64}
+        name = f"tree_mask {form.name.lower()}"
+        yield Variant(name, tree_mask_kernel, types | sizes, constants, {"num_warps": 4})
 
     def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
         constants |= {"TILES": config.tiles} | {key: None for key in without if key in types}

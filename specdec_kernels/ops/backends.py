@@ -20,7 +20,7 @@ from specdec_kernels.ops import schema
 NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
-OPS = ("verify_chain", "sample", "noise_words")
+OPS = ("verify_chain", "sample", "noise_words", "tree_mask")
 
 
 @dataclass(frozen=True)

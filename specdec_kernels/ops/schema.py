@@ -28,6 +28,7 @@ _SCHEMAS = {
         f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, bool coupled) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "tree_mask": "(Tensor(a!) out, Tensor parents, Tensor? context_lens, int format) -> ()",
     "noise_words": "(Tensor seed, Tensor position, int tag, int first, int counters) -> Tensor",
 }
 
@@ -59,9 +60,14 @@ def _fake_noise_words(seed: Tensor, position: Tensor, tag: int, first: int, coun
     return seed.new_empty((seed.shape[0], 4 * counters))
 
 
+def _fake_tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format: int) -> None:
+    """Fills what it was given."""
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
     "sample": _fake_sample,
+    "tree_mask": _fake_tree_mask,
     "noise_words": _fake_noise_words,
 }
 

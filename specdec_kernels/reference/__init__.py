@@ -4,6 +4,7 @@ It is what runs where no compiled backend does, and what a reader should read fi
 """
 
 from specdec_kernels.reference.noise import noise_words
+from specdec_kernels.reference.trees import tree_mask
 from specdec_kernels.reference.verify import sample, verify_chain
 
-__all__ = ["noise_words", "sample", "verify_chain"]
+__all__ = ["noise_words", "sample", "tree_mask", "verify_chain"]

@@ -1,0 +1,304 @@
+"""Trees of drafts: their one form, what follows from it, and attention masks in the formats that engines take.
+
+A tree is ``parents [B, N]``: node 0 is the root, the last token of the text, with parent -1; the parent of every other
+node is an earlier one. A request with fewer nodes ends with -1. A chain of K drafts is ``[-1, 0, 1, ..., K - 1]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.contract import MaskFormat
+from specdec_kernels.ops import validate
+from specdec_kernels.ops.backends import function
+
+FormatName = Literal[
+    "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed"
+]
+BackendName = Literal["reference", "cpu", "triton"]
+
+FORMATS: tuple[FormatName, ...] = (
+    "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed",
+)  # fmt: skip
+_CONTEXT_FORMATS = ("flashinfer", "sglang_full")
+_NARROW_FORMATS = ("packed", "sglang_qlen_only", "sglang_qlen_only_packed")
+
+
+class TreeLinks(NamedTuple):
+    """Children of every node, as linked lists; int32 [B, N], -1 where there is none."""
+
+    first_child: Tensor
+    next_sibling: Tensor
+
+
+def checked(parents: object) -> Tensor:
+    """``parents`` as int64. On the CPU, where looking is free, a parent that is missing or no earlier node is an error;
+    elsewhere it ends the tree.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    tree = validate.tensor("parents", parents, validate.ID_DTYPES, "B, N", (None, None)).long()
+    nodes = tree.shape[1]
+    if nodes == 0:
+        raise ValueError(f"parents must have at least the root, got {validate.describe(tree)}")
+    if tree.is_cpu and not torch.compiler.is_compiling():
+        live = live_nodes(tree)
+        bad = ((tree != -1) & ~live).nonzero()
+        bad = torch.cat([bad, (~live[:, :1]).nonzero()])
+        if len(bad):
+            b, i = bad[0].tolist()
+            raise ValueError(
+                f"parents must be -1 for the root, an earlier node for every other, and -1 behind the last, got "
+                f"{int(tree[b, i])} at [{b}, {i}]"
+            )
+    return tree
+
+
+def live_nodes(parents: Tensor) -> Tensor:
+    """bool [B, N]: which nodes there are."""
+    index = torch.arange(parents.shape[1], device=parents.device)
+    fits = torch.where(index == 0, parents == -1, (parents >= 0) & (parents < index))
+    return fits.long().cumprod(1).bool()
+
+
+def tree_positions(parents: Tensor) -> Tensor:
+    """Depth of every node: what to add to the root's position.
+
+    Args:
+        parents: int64 or int32 [B, N].
+
+    Returns:
+        int32 [B, N]; 0 for the root, -1 behind the last node.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> tree_positions(torch.tensor([[-1, 0, 0, 1, 3, -1]])).tolist()
+        [[0, 1, 1, 2, 3, -1]]
+    """
+    tree = checked(parents)
+    live = live_nodes(tree)
+    up = torch.where(live, tree, -1).clamp(min=0)
+    depth = (live & (tree >= 0)).long()
+    for _ in range(max(1, (tree.shape[1] - 1).bit_length())):  # pointer jumping: twice as far each time
+        depth = depth + depth.gather(1, up)
+        up = up.gather(1, up)
+    return torch.where(live, depth, -1).int()
+
+
+def tree_links(parents: Tensor) -> TreeLinks:
+    """First child and next sibling of every node, in the order of the nodes.
+
+    Args:
+        parents: int64 or int32 [B, N].
+
+    Returns:
+        :class:`TreeLinks`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> links = tree_links(torch.tensor([[-1, 0, 0, 1]]))
+        >>> links.first_child.tolist(), links.next_sibling.tolist()
+        ([[1, 3, -1, -1]], [[-1, 2, -1, -1]])
+    """
+    tree = checked(parents)
+    nodes, live = tree.shape[1], live_nodes(tree)
+    index = torch.arange(nodes, device=tree.device)
+    parent = torch.where(live, tree, -2)
+
+    def first(candidates: Tensor) -> Tensor:
+        found = torch.where(candidates, index, nodes).amin(-1)
+        return torch.where(found < nodes, found, -1).int()
+
+    children = parent[:, None, :] == index[:, None]
+    siblings = (parent[:, None, :] == parent[:, :, None]) & (parent[:, :, None] >= 0) & (index > index[:, None])
+    return TreeLinks(first(children), first(siblings))
+
+
+def tree_paths(parents: Tensor, depth: int) -> Tensor:
+    """The nodes from the root to every node.
+
+    Args:
+        parents: int64 or int32 [B, N].
+        depth: of the deepest node that matters, at least 0; deeper ones have their path cut.
+
+    Returns:
+        int32 [B, N, depth + 1], -1 behind the node itself and for nodes that are none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), 2).tolist()
+        [[[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]]
+    """
+    if not isinstance(depth, int) or depth < 0:
+        raise ValueError(f"depth must be an int and not negative, got {depth!r}")
+    tree = checked(parents)
+    batch, nodes = tree.shape
+    position = tree_positions(tree).long()
+    at = torch.arange(nodes, device=tree.device).expand(batch, nodes)
+    paths = torch.full((batch, nodes, depth + 2), -1, dtype=torch.int64, device=tree.device)
+    for _ in range(nodes):
+        here = position.gather(1, at)
+        column = torch.where((here >= 0) & (here <= depth), here, depth + 1)  # the last column takes the rest
+        paths = paths.scatter(2, column[..., None], at[..., None])
+        at = tree.gather(1, at).clamp(min=0)
+    return torch.where(position[..., None] >= 0, paths[..., : depth + 1], -1).int()
+
+
+def tree_mask(
+    parents: Tensor,
+    format: FormatName = "dense",
+    *,
+    context_lens: Tensor | None = None,
+    max_context: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Which keys every node of a tree attends to: the text before it, its ancestors, and itself. One launch a batch.
+
+    Keys are the context of L tokens, then the N nodes. Rows behind the last node of a request attend to the context and
+    to themselves, so that no softmax is empty.
+
+    ===========================  ====================================================================================
+    ``"dense"``                  bool [B, N, N]; with ``context_lens`` [B, N, max_context + N]
+    ``"additive"``               the same in ``dtype``: 0 where it attends, -inf elsewhere
+    ``"packed"``                 int32 [B, N, ceil(N/32)]: bit ``j % 32`` of word ``j // 32``; nodes only
+    ``"flashinfer"``             uint8: ``packed_custom_mask``, bits of [N, L + N], little-endian, request by request
+    ``"sglang_full"``            bool: ``FULL_MASK``, [N, L + N] flat, request by request
+    ``"sglang_qlen_only"``       bool [B * N * N]: ``QLEN_ONLY``
+    ``"sglang_qlen_only_packed"``  uint8, int16 or int32 [B * N], the narrowest that holds N <= 32 bits
+    ===========================  ====================================================================================
+
+    Args:
+        parents: int64 or int32 [B, N].
+        format: see above.
+        context_lens: int64 or int32 [B], each at most ``max_context``; the two flat formats need it, "packed" and the
+            ``QLEN_ONLY`` formats take none.
+        max_context: largest of ``context_lens``; None looks, which synchronises with a GPU. The flat formats are sized
+            for it, and what is not used of them is 0.
+        dtype: of "additive": float32 (default), bfloat16 or float16.
+        backend: ``None`` follows the device; a name forces that backend.
+
+    Returns:
+        The mask.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: the backend that was asked for cannot run, with the reason.
+
+    Equivalent to, for "dense" without context::
+
+        mask = torch.eye(N, dtype=torch.bool).repeat(B, 1, 1)
+        for i in range(1, N):
+            mask[:, i] |= mask[torch.arange(B), parents[:, i]]
+
+    Example:
+        >>> import torch
+        >>> tree_mask(torch.tensor([[-1, 0, 0, 1]])).int().tolist()
+        [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]]
+
+    Source: tree attention, Miao et al., arXiv:2305.09781.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+    if (dtype is not None) and format != "additive":
+        raise ValueError(f"dtype goes with format='additive' alone, got dtype={dtype} with format={format!r}")
+    dtype = dtype or torch.float32
+    if dtype not in validate.LOGIT_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    tree = checked(parents)
+    context, most = _context(tree, format, context_lens, max_context)
+    out, layout = _empty(tree, format, context is not None, most, dtype)
+    if out.numel():
+        function("tree_mask", backend, tree.device)(out, tree.contiguous(), context, int(layout))
+    return out
+
+
+def _context(
+    tree: Tensor, format: str, context_lens: Tensor | None, max_context: int | None
+) -> tuple[Tensor | None, int]:
+    """The lengths of the contexts and the largest there can be."""
+    if context_lens is None:
+        if format in _CONTEXT_FORMATS:
+            raise ValueError(f"context_lens must be given with format={format!r}, got None")
+        if max_context is not None:
+            raise ValueError(f"max_context goes with context_lens, got {max_context} without")
+        return None, 0
+    if format in _NARROW_FORMATS:
+        raise ValueError(f"context_lens must be None with format={format!r}, which has no context, got a tensor")
+    lens = validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (tree.shape[0],)).long().contiguous()
+    validate.same_device("parents", tree, context_lens=lens)
+    if max_context is None:
+        max_context = max(0, int(lens.max())) if len(lens) else 0
+    if not isinstance(max_context, int) or max_context < 0:
+        raise ValueError(f"max_context must be an int and not negative, got {max_context!r}")
+    if lens.is_cpu and not torch.compiler.is_compiling() and ((lens < 0) | (lens > max_context)).any():
+        raise ValueError(f"context_lens must be in [0, {max_context}], got {lens.tolist()}")
+    return lens.clamp(0, max_context), max_context
+
+
+def _empty(tree: Tensor, format: str, has_context: bool, most: int, dtype: torch.dtype) -> tuple[Tensor, MaskFormat]:
+    """Room for a mask, and which of the four layouts a kernel fills it with."""
+    batch, nodes = tree.shape
+    width = most + nodes if has_context else nodes
+
+    def room(kind: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=kind, device=tree.device)
+
+    if format == "dense":
+        return room(torch.bool, batch, nodes, width), MaskFormat.DENSE
+    if format == "additive":
+        return room(dtype, batch, nodes, width), MaskFormat.DENSE
+    if format == "packed":
+        return room(torch.int32, batch, nodes, -(-nodes // 32)), MaskFormat.PACKED
+    if format == "flashinfer":
+        return room(torch.uint8, batch * -(-nodes * width // 8)), MaskFormat.FLAT_BITS
+    if format == "sglang_full":
+        return room(torch.bool, batch * nodes * width), MaskFormat.FLAT
+    if format == "sglang_qlen_only":
+        return room(torch.bool, batch * nodes * nodes), MaskFormat.DENSE
+    if nodes > 32:
+        raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
+    words = torch.uint8 if nodes <= 8 else torch.int16 if nodes <= 16 else torch.int32
+    return room(words, batch * nodes), MaskFormat.PACKED
+
+
+def tree_mask_mod(
+    packed: Tensor, context_lens: Tensor | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask as a ``mask_mod`` of ``torch.nn.attention.flex_attention``.
+
+    Args:
+        packed: ``tree_mask(parents, "packed")``.
+        context_lens: int64 or int32 [B]; None without a context.
+
+    Returns:
+        ``mask_mod(batch, head, query, key) -> bool``: queries are nodes, keys the context and then the nodes.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    words = validate.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)", (None, None, None))
+    if context_lens is not None:
+        validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (words.shape[0],))
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        node = key if context_lens is None else key - context_lens[batch]
+        inside = node.clamp(0, words.shape[1] - 1)
+        bit = words[batch, query, inside >> 5] >> (inside & 31) & 1
+        return (node < 0) | ((bit != 0) & (node < words.shape[1]))
+
+    return mask_mod

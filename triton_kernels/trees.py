@@ -1,0 +1,105 @@
+"""Tree masks, every output element by itself: (query, key) attends iff the walk up from the query meets the key."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.contract import MaskFormat
+
+PACKED = tl.constexpr(int(MaskFormat.PACKED))
+DENSE = tl.constexpr(int(MaskFormat.DENSE))
+FLAT_BITS = tl.constexpr(int(MaskFormat.FLAT_BITS))
+
+
+@triton.jit
+def attends(parents_ptr, live, query, node, inside):
+    """Whether node ``query`` has ``node`` among its ancestors or is it. Parents come before children, so a walk that
+    has come to ``node`` or past it is over."""
+    at = tl.where(inside & (query < live), query, node)
+    walking = at > node
+    while tl.max(walking.to(tl.int32)) != 0:
+        at = tl.where(walking, tl.load(parents_ptr + at, mask=walking, other=0), at)
+        walking = at > node
+    return inside & tl.where(query < live, at == node, query == node)
+
+
+@triton.jit
+def live_count(parents_ptr, nodes, BLOCK: tl.constexpr):
+    """Nodes before the first one without a parent among the earlier."""
+    index = tl.arange(0, BLOCK)
+    parent = tl.load(parents_ptr + index, mask=index < nodes, other=-1)
+    fits = tl.where(index == 0, parent == -1, (parent >= 0) & (parent < index))
+    return tl.min(tl.where(fits & (index < nodes), BLOCK, index))
+
+
+@triton.jit(do_not_specialize=["nodes", "width", "room"])
+def tree_mask_kernel(
+    out_ptr, parents_ptr, context_ptr, nodes, width, room, FORMAT: tl.constexpr, ADDITIVE: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    parents = parents_ptr + b * nodes
+    live = tl.minimum(live_count(parents, nodes, NODES), nodes)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    length = tl.full([], 0, tl.int64)
+    if context_ptr is not None:
+        length = tl.load(context_ptr + b)
+    if FORMAT == PACKED:
+        words = (nodes + BITS - 1) // BITS
+        word = (first + tl.arange(0, BLOCK))[:, None]
+        node = (word % words) * BITS + tl.arange(0, BITS)[None, :]
+        inside = (word < words * nodes) & (node < nodes)
+        bits = attends(parents, live, tl.broadcast_to(word // words, [BLOCK, BITS]), node, inside).to(tl.int64)
+        total = tl.sum(bits << tl.arange(0, BITS)[None, :], axis=1)
+        index = first + tl.arange(0, BLOCK)
+        tl.store(out_ptr + b * nodes * words + index, total.to(out_ptr.dtype.element_ty), mask=index < words * nodes)
+    elif FORMAT == DENSE:
+        index = first + tl.arange(0, BLOCK)
+        node = index % width - length
+        inside = (index < nodes * width) & (node >= 0) & (node < nodes)
+        mask = (node < 0) | attends(parents, live, index // width, tl.maximum(node, 0), inside)
+        value = tl.where(mask, 0.0, float("-inf")) if ADDITIVE else mask
+        tl.store(out_ptr + b * nodes * width + index, value.to(out_ptr.dtype.element_ty), mask=index < nodes * width)
+    else:
+        # Where the request begins, behind all that come before it; and where the last one ends: the rest is 0.
+        start = tl.full([], 0, tl.int64)
+        end = tl.full([], 0, tl.int64)
+        for request in range(0, tl.num_programs(0)):
+            size = nodes * (tl.load(context_ptr + request) + nodes)
+            if FORMAT == FLAT_BITS:
+                size = (size + 7) // 8
+            end += size
+            start += tl.where(request < b, size, 0)
+        index = first + tl.arange(0, BLOCK)
+        unused = b * room + index
+        tl.store(out_ptr + unused, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=(index < room) & (unused >= end))
+        row = length + nodes
+        if FORMAT == FLAT_BITS:
+            byte = (first + tl.arange(0, BLOCK))[:, None]
+            bit = byte * 8 + tl.arange(0, 8)[None, :]
+            node = bit % row - length
+            inside = (bit < nodes * row) & (node >= 0)
+            mask = attends(parents, live, bit // row, tl.maximum(node, 0), inside)
+            mask = mask | ((bit < nodes * row) & (node < 0))
+            total = tl.sum(mask.to(tl.int64) << tl.arange(0, 8)[None, :], axis=1)
+            tl.store(out_ptr + start + index, total.to(tl.uint8), mask=index < (nodes * row + 7) // 8)
+        else:
+            node = index % row - length
+            inside = (index < nodes * row) & (node >= 0)
+            mask = (node < 0) | attends(parents, live, index // row, tl.maximum(node, 0), inside)
+            tl.store(out_ptr + start + index, mask.to(out_ptr.dtype.element_ty), mask=index < nodes * row)
+
+
+def tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format: int) -> None:
+    batch, nodes = parents.shape
+    bits = 8 * out.element_size() if format == MaskFormat.PACKED else 8
+    block = 1024 if format in (MaskFormat.DENSE, MaskFormat.FLAT) else 1024 // bits
+    room = out.numel() // batch
+    tree_mask_kernel[(batch, triton.cdiv(room, block))](
+        out, parents, context_lens, nodes, room // nodes, room, FORMAT=format, ADDITIVE=out.is_floating_point(),
+        BITS=bits, BLOCK=block, NODES=triton.next_power_of_2(nodes), num_warps=4,
+    )  # fmt: skip
