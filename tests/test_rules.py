@@ -25,6 +25,18 @@ def test_a_later_token_rescues_an_earlier_one(verify_chain):
     assert 5 < (verify_chain(target, tokens, draft, **named).num_accepted == 0).sum() < 35
 
 
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_what_the_target_excludes_is_never_accepted(verify_chain, rule):
+    """Case 1 for every rule: not even where the declared draft gives it probability 0 as well."""
+    target = torch.tensor([[-torch.inf, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).expand(20, 3, 3)
+    stats = torch.tensor([1.0, 5.0, 0.0]).expand(20, 2, 3)  # a cutoff above every logit
+    tokens = torch.zeros(20, 2, dtype=torch.int64)
+    named = {"seed": torch.arange(20), "position": 1, "rule": rule}
+    verified = verify_chain(target, tokens, torch.zeros(20, 2, 3), stats, **named)
+    assert (verified.num_accepted == 0).all()
+    assert (verified.tokens[:, 0] > 0).all()
+
+
 def test_block_is_the_token_rule_for_one_draft(verify_chain):
     generator = torch.Generator().manual_seed(1)
     target, draft = torch.randn(40, 2, 300, generator=generator), torch.randn(40, 1, 300, generator=generator)

@@ -234,7 +234,9 @@ def all_together(rows, draft_rows, stats_ptr, drafted, sampling, key, memory, TI
         looking = (valid & lawful).to(tl.int32)
         all_valid = all_valid & looking
         if looking != 0:
-            reach = tl.minimum(1.0, reach * tl.exp(log_prob(rows, looked_at, law, token)) / draft_prob)
+            # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+            prob = tl.exp(log_prob(rows, looked_at, law, token))
+            reach = tl.where(prob > 0, tl.minimum(1.0, reach * prob / draft_prob), 0.0)
             looked_at += 1
             looking = tl.where((reach > 0) & (looked_at < drafted), 1, 0)
     tl.debug_barrier()  # what one thread remembered, others recall

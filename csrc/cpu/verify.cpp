@@ -132,8 +132,9 @@ class ChainRequest {
         valid_ = false;
         break;
       }
-      const double ratio = std::exp(targets.back().logprob(token_at(i))) / drafts.back().prob;
-      reach.push_back(std::min(1.0, reach.back() * ratio));
+      // What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+      const double prob = std::exp(targets.back().logprob(token_at(i)));
+      reach.push_back(prob > 0.0 ? std::min(1.0, reach.back() * prob / drafts.back().prob) : 0.0);
     }
     const auto looked_at = int64_t(reach.size()) - 1;
     int64_t accepted = looked_at;

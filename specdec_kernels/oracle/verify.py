@@ -204,7 +204,9 @@ def _block_rule(chain: Chain) -> Verified:
         laws.append((law, draft))
         if law is None or draft is None:
             break
-        reach.append(min(1.0, reach[-1] * law.probs[token] / draft[token]))
+        # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+        with np.errstate(divide="ignore"):
+            reach.append(min(1.0, reach[-1] * law.probs[token] / draft[token]) if law.probs[token] > 0 else 0.0)
     looked_at = len(reach) - 1
     valid = all(draft is not None for _, draft in laws)
     accepted = 0

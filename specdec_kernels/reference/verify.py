@@ -156,7 +156,9 @@ def _block_rule(chains: _Chains) -> _Decision:
     """Sun et al., arXiv:2403.10444; the names follow algorithms.md, 2."""
     index = chains.drafted[..., None]
     target = chains.target.probs[:, :-1]
-    ratio = target.gather(-1, index)[..., 0] / chains.draft.gather(-1, index)[..., 0]
+    prob = target.gather(-1, index)[..., 0]
+    # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+    ratio = torch.where(prob == 0, 0.0, prob / chains.draft.gather(-1, index)[..., 0])
     usable = chains.target.valid[:, :-1] & chains.draft_valid
     reach = [torch.ones_like(chains.lengths, dtype=torch.float64)]
     looking = torch.ones_like(chains.lengths, dtype=torch.bool)
