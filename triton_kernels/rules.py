@@ -19,8 +19,7 @@ from specdec_kernels.triton_kernels.rows import (
     draw_inside,
     first_arrival,
     flat_race,
-    load_block,
-    load_tile,
+    load_logits,
     log_prob,
     probs,
     race_tag,
@@ -64,31 +63,25 @@ def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr)
 
 
 @triton.jit
-def residual_block(rows, draft_rows, i, law, draft, start, TILES: tl.constexpr):
-    """(target - draft)+ of one block of row i: [TILES, TILE]."""
-    weights = probs(load_block(rows, i, start, TILES), law)
+def residuals(rows, draft_rows, i, law, draft, ids, first, last):
+    """(target - draft)+ of ``ids`` in row i, all of them in [first, last)."""
+    weights = probs(load_logits(rows, i, ids, first, last), law)
     certain = draft.argmax >= 0
     if certain:
-        weights = tl.where(block_ids(start, TILES) == draft.argmax, 0.0, weights)
+        weights = tl.where(ids == draft.argmax, 0.0, weights)
     if draft_rows is not None:
         if not certain:
-            difference = weights - probs(load_block(draft_rows, i, start, TILES), draft)
+            difference = weights - probs(load_logits(draft_rows, i, ids, first, last), draft)
             weights = tl.where(difference > 0, difference, 0.0)  # nothing where the draft is not a number
     return weights
 
 
 @triton.jit
-def residual_tile(rows, draft_rows, i, law, draft, tile):
-    """The same of one tile: [TILE]."""
-    weights = probs(load_tile(rows, i, tile), law)
-    certain = draft.argmax >= 0
-    if certain:
-        weights = tl.where(tile * TILE + tl.arange(0, TILE) == draft.argmax, 0.0, weights)
-    if draft_rows is not None:
-        if not certain:
-            difference = weights - probs(load_tile(draft_rows, i, tile), draft)
-            weights = tl.where(difference > 0, difference, 0.0)
-    return weights
+def residual_sums(rows, draft_rows, i, law, draft, start, TILES: tl.constexpr):
+    """The residual's weight of every tile of a block: [TILES]."""
+    first = tl.full([], TILE, tl.int64) * start
+    ids = block_ids(start, TILES)
+    return tl.sum(residuals(rows, draft_rows, i, law, draft, ids, first, first + TILES * TILE), axis=1)
 
 
 @triton.jit
@@ -96,7 +89,7 @@ def residual_mass(rows, draft_rows, i, law, draft, TILES: tl.constexpr):
     """The sum of the residual's weights, float64."""
     mass = tl.zeros([TILES], tl.float32)
     for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
-        mass += tl.sum(residual_block(rows, draft_rows, i, law, draft, start, TILES), axis=1)
+        mass += residual_sums(rows, draft_rows, i, law, draft, start, TILES)
     return tl.sum(mass).to(tl.float64)
 
 
@@ -106,7 +99,7 @@ def residual_draw(rows, draft_rows, i, law, draft, key, tag, TILES: tl.constexpr
     best = tl.full([TILES], float("inf"), tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
     for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
-        sums = tl.sum(residual_block(rows, draft_rows, i, law, draft, start, TILES), axis=1)
+        sums = residual_sums(rows, draft_rows, i, law, draft, start, TILES)
         tiles = (start + tl.arange(0, TILES)).to(tl.int64)
         time = exponentials(key.seed, key.position, tag, tiles) / sums
         sooner = (sums > 0) & (time < best)
@@ -114,7 +107,10 @@ def residual_draw(rows, draft_rows, i, law, draft, key, tag, TILES: tl.constexpr
         best = tl.where(sooner, time, best)
     drawn = first_arrival(best, winner)
     if drawn < NO_ID:
-        drawn = draw_inside(residual_tile(rows, draft_rows, i, law, draft, drawn), drawn, key, tag)
+        first = drawn * TILE
+        ids = first + tl.arange(0, TILE)
+        weights = residuals(rows, draft_rows, i, law, draft, ids, first, first + TILE)
+        drawn = draw_inside(weights, drawn, key, tag)
     return drawn
 
 

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops.backends import BACKENDS, Backend, function
+from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackendName",
     "LogitBias",
     "Penalties",
+    "RuleName",
     "Sample",
     "Verified",
     "noise_words",
@@ -24,7 +26,6 @@ __all__ = [
     "verify_chain",
 ]
 
-BackendName = Literal["reference", "cpu", "triton"]
 RuleName = Literal["token", "block", "coupled"]
 
 _RULES = {rule.name.lower(): int(rule) for rule in Rule}

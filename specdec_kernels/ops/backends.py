@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from specdec_kernels.ops import schema
 NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
+BackendName = Literal["reference", "cpu", "triton"]
 OPS = ("verify_chain", "sample", "noise_words", "tree_mask")
 
 

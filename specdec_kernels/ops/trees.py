@@ -14,12 +14,11 @@ from torch import Tensor
 
 from specdec_kernels.contract import MaskFormat
 from specdec_kernels.ops import validate
-from specdec_kernels.ops.backends import function
+from specdec_kernels.ops.backends import BackendName, function
 
 FormatName = Literal[
     "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed"
 ]
-BackendName = Literal["reference", "cpu", "triton"]
 
 FORMATS: tuple[FormatName, ...] = (
     "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed",
