@@ -17,6 +17,13 @@ MIN_TEMPERATURE = 1e-5
 #: Rows of one step: the row has 16 bits of the Philox counter.
 MAX_ROWS = 1 << 16
 
+#: What siblings leave of a draft's law, one minus their probabilities, is summed anew below this: a difference of large
+#: numbers would have no digits left.
+LEAST_DIFFERENCE = 0.25
+
+#: A share of a draft's law below this counts as nothing when siblings are drawn and verified: float32 ends not far below.
+NOTHING_LEFT = 2.0**-60
+
 #: Philox4x32-10 multipliers and key increments (Salmon et al., SC 2011).
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -38,6 +45,24 @@ class Rule(IntEnum):
     TOKEN = 0
     BLOCK = 1
     COUPLED = 2
+
+
+class TreeRule(IntEnum):
+    """How a tree of drafts is verified."""
+
+    WALK = 0
+    RECURSIVE = 1
+    TRAVERSAL = 2
+    COUPLED = 3
+
+
+class Children(IntEnum):
+    """How the children of a node are chosen."""
+
+    TOP = 0
+    IID = 1
+    WITHOUT_REPLACEMENT = 2
+    RACE = 3
 
 
 class MaskFormat(IntEnum):

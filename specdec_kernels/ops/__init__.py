@@ -155,8 +155,7 @@ def sample(
     """
     logits = validate.logits("logits", logits, "R, V", (None, None))
     rows, device = logits.shape[0], logits.device
-    if isinstance(row, int) and not 0 <= row < MAX_ROWS:
-        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
+    row = validate.row_index(row)
     seed = validate.integers("seed", seed, rows, "R", device)
     position = validate.integers("position", position, rows, "R", device)
     row = validate.integers("row", row, rows, "R", device)
@@ -269,11 +268,7 @@ def verify_chain(
     vocab, device = target_logits.shape[-1], target_logits.device
     if draft_logits is not None:
         draft_logits = validate.logits("draft_logits", draft_logits, "B, K, V", (batch, longest, vocab))
-    if draft_stats is not None:
-        if draft_logits is None:
-            raise ValueError("draft_stats needs the draft_logits that it describes, got draft_logits=None")
-        draft_stats = validate.tensor("draft_stats", draft_stats, (torch.float32,), "B, K, 3", (batch, longest, 3))
-        draft_stats = draft_stats.contiguous()
+    draft_stats = validate.stats(draft_stats, draft_logits, "B, K, 3", (batch, longest, 3))
     if num_draft is not None:
         num_draft = validate.tensor("num_draft", num_draft, validate.ID_DTYPES, "B", (batch,)).contiguous()
     seed = validate.integers("seed", seed, batch, "B", device)

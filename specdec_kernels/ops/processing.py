@@ -112,8 +112,8 @@ def edits(
     return ids.int(), counts, added, validate.columns(strengths, size, device)
 
 
-def bitmask(value: object, logits: Tensor) -> Tensor | None:
-    """A mask of allowed tokens, one bit each, for every row of ``logits``.
+def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | None:
+    """A mask of allowed tokens, one bit each, for every row of ``logits [R, V]`` or ``[B, rows, V]``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -121,5 +121,5 @@ def bitmask(value: object, logits: Tensor) -> Tensor | None:
     if value is None:
         return None
     *rows, vocab = logits.shape
-    dims = "B, K+1, ceil(V/32)" if len(rows) == 2 else "R, ceil(V/32)"
+    dims = f"B, {rows_name}, ceil(V/32)" if len(rows) == 2 else "R, ceil(V/32)"
     return validate.tensor("bitmask", value, (torch.int32,), dims, (*rows, -(-vocab // 32))).contiguous()

@@ -24,8 +24,17 @@ _SCHEMAS = {
         f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
         "bool independent) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "verify_tree": (
+        "(Tensor target_logits, Tensor draft_tokens, Tensor parents, Tensor? draft_logits, Tensor? draft_stats, "
+        f"Tensor seed, Tensor position, {_SAMPLING}, {_PROCESSING}, int rule, bool replacement, bool logprobs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     "sample": (
         f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, bool coupled) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "sample_children": (
+        f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, int count, int how) "
         "-> (Tensor, Tensor, Tensor)"
     ),
     "tree_mask": "(Tensor(a!) out, Tensor parents, Tensor? context_lens, int format) -> ()",
@@ -56,6 +65,28 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _fake_verify_tree(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    shape = tuple(draft_tokens.shape)
+    scores = shape if rest[-1] else (0,)
+    return (
+        target_logits.new_empty(shape, dtype=torch.int64),
+        target_logits.new_empty(shape, dtype=torch.int32),
+        target_logits.new_empty(shape[:1], dtype=torch.int32),
+        target_logits.new_empty(shape[:1], dtype=torch.bool),
+        target_logits.new_empty(scores, dtype=torch.float32),
+        target_logits.new_empty(scores, dtype=torch.float32),
+    )
+
+
+def _fake_sample_children(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count = logits.shape[0], rest[-2]
+    return (
+        logits.new_empty((rows, count), dtype=torch.int64),
+        logits.new_empty((rows, count), dtype=torch.float32),
+        logits.new_empty((rows, 3), dtype=torch.float32),
+    )
+
+
 def _fake_noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: int) -> Tensor:
     return seed.new_empty((seed.shape[0], 4 * counters))
 
@@ -67,6 +98,8 @@ def _fake_tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, f
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
     "sample": _fake_sample,
+    "sample_children": _fake_sample_children,
+    "verify_tree": _fake_verify_tree,
     "tree_mask": _fake_tree_mask,
     "noise_words": _fake_noise_words,
 }

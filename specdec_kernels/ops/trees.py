@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec_kernels.contract import MaskFormat
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.reference.trees import live_nodes
 
 FormatName = Literal[
     "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed"
@@ -56,13 +57,6 @@ def checked(parents: object) -> Tensor:
                 f"{int(tree[b, i])} at [{b}, {i}]"
             )
     return tree
-
-
-def live_nodes(parents: Tensor) -> Tensor:
-    """bool [B, N]: which nodes there are."""
-    index = torch.arange(parents.shape[1], device=parents.device)
-    fits = torch.where(index == 0, parents == -1, (parents >= 0) & (parents < index))
-    return fits.long().cumprod(1).bool()
 
 
 def tree_positions(parents: Tensor) -> Tensor:

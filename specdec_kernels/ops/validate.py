@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specdec_kernels.contract import MAX_ROWS
+
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
 
@@ -55,6 +57,22 @@ def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -
             f"{name} must be contiguous along the vocabulary (stride 1), got strides {list(checked.stride())}"
         )
     return checked
+
+
+def row_index(row: Tensor | int) -> Tensor | int:
+    """The ``row`` of a draw: it has 16 bits of the Philox counter."""
+    if isinstance(row, int) and not 0 <= row < MAX_ROWS:
+        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
+    return row
+
+
+def stats(value: object, draft_logits: Tensor | None, dims: str, shape: tuple[int, ...]) -> Tensor | None:
+    """``draft_stats``, which say nothing without the logits they belong to."""
+    if value is None:
+        return None
+    if draft_logits is None:
+        raise ValueError("draft_stats needs the draft_logits that it describes, got draft_logits=None")
+    return tensor("draft_stats", value, (torch.float32,), dims, shape).contiguous()
 
 
 def same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:

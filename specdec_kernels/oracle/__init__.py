@@ -15,12 +15,15 @@ from specdec_kernels.oracle.distributions import (
     race,
     two_level_race,
 )
-from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation
+from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation, tree_law
 from specdec_kernels.oracle.noise import Noise, noise_words, philox
-from specdec_kernels.oracle.verify import Sampled, Verified, sample, verify_chain
+from specdec_kernels.oracle.step import Verified
+from specdec_kernels.oracle.trees import Drawn, sample_children, verify_tree
+from specdec_kernels.oracle.verify import Sampled, sample, verify_chain
 
 __all__ = [
     "Distribution",
+    "Drawn",
     "Noise",
     "Processing",
     "Sampled",
@@ -35,8 +38,11 @@ __all__ = [
     "philox",
     "race",
     "sample",
+    "sample_children",
     "target_law",
     "total_variation",
+    "tree_law",
     "two_level_race",
     "verify_chain",
+    "verify_tree",
 ]

@@ -93,11 +93,9 @@ def point_mass(vocab: int, token: int) -> Floats:
     return probs
 
 
-def probs_from_stats(logits: Floats, stats: Sequence[float], token: int) -> Floats:
+def probs_from_stats(logits: Floats, stats: Sequence[float]) -> Floats:
     """The law of a draft that came with its scalars: ``[logit >= cutoff] * exp(scale * logit - logsumexp)``."""
     scale, cutoff, logsumexp = (float(s) for s in stats)
-    if np.isinf(scale):
-        return point_mass(len(logits), token)
     with np.errstate(over="ignore", invalid="ignore"):
         probs: Floats = np.where(logits < cutoff, 0.0, np.exp(scale * logits - logsumexp))
     return probs
@@ -145,7 +143,7 @@ def race(weights: Floats, slack: Floats, exponentials: Floats) -> tuple[int, flo
     probabilities moves by their sum). The winner loses to entry i at the error where
     ``E_win / (w_win - e * slack_win) = E_i / (w_i + e * slack_i)``.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         arrivals = np.where(weights > 0, exponentials / weights, np.inf)
         winner = int(np.argmin(arrivals))
         gap = exponentials * weights[winner] - exponentials[winner] * weights

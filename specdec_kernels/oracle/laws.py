@@ -88,6 +88,87 @@ def block_law(
                 _continue(law, target, (*drafted[:tau], emitted), mass * stays * weight / (total or 1), length)
     return law, expected
 
+def tree_law(
+    target: Callable[[tuple[int, ...]], Probs],
+    draft: Callable[[tuple[int, ...]], Probs],
+    widths: Sequence[int],
+    kind: str,
+    rule: str,
+    *,
+    updated: bool = True,
+    merged: bool = False,
+) -> tuple[Law, Fraction]:
+    """As :func:`block_law` for trees, ``widths[d]`` children for every node of depth d (algorithms.md, 3 to 5).
+
+    ``kind``: "iid", "without_replacement", or "top" (the most probable tokens, each a point mass). ``rule``: "walk",
+    "recursive" or "traversal". The keywords build wrong rules: every sibling tested against the target as it was; equal
+    siblings tested once.
+
+    The children of a node are drawn as they are come to: nothing that comes before depends on those that come after.
+    """
+    law: Law = {}
+    length = len(widths)
+    expected = Fraction(0)
+
+    def accept(prefix: tuple[int, ...], weights: Probs, mass: Fraction) -> None:
+        """A node was accepted: emit."""
+        nonlocal expected
+        expected += mass * len(prefix)
+        total = sum(weights, Fraction(0))
+        for token, weight in enumerate(weights):
+            _continue(law, target, (*prefix, token), mass * weight / total, length)
+
+    def child_law(prefix: tuple[int, ...], earlier: tuple[int, ...]) -> Probs:
+        """The law of a node's next child; nothing where there is none."""
+        q = draft(prefix)
+        nothing = [Fraction(0)] * len(q)
+        if len(prefix) == length or len(earlier) == widths[len(prefix)]:
+            return nothing
+        if kind == "iid":
+            return q
+        left = [Fraction(0) if v in earlier else x for v, x in enumerate(q)]
+        if not any(left):
+            return nothing
+        if kind == "top":
+            best = max(range(len(q)), key=lambda v: (left[v], -v))
+            return [Fraction(int(v == best)) for v in range(len(q))]
+        return [x / sum(left) for x in left]
+
+    def visit(prefix: tuple[int, ...], earlier: tuple[int, ...], left: Probs, reach: Fraction, mass: Fraction) -> Fraction:
+        """A node whose children ``earlier`` were rejected; the mass with which it is rejected itself. Under the recursive
+        rule a node that was reached is never rejected; under traversal a child is tested by what is below it."""
+        law_of_child = child_law(prefix, earlier)
+        if not any(law_of_child):
+            if reach:
+                accept(prefix, left if any(left) else target(prefix), mass * reach)
+            return mass * (1 - reach)
+        rejected = Fraction(0)
+        for token, drafted in enumerate(law_of_child):
+            if not drafted:
+                continue
+            if merged and token in earlier:
+                rejected += visit(prefix, (*earlier, token), left, reach, mass * drafted)
+                continue
+            # A point mass is what it is to traversal; walking accepts the child that the target draws.
+            certain = rule == "walk" or kind == "top"
+            test_law = [Fraction(int(v == token)) for v in range(len(left))] if certain else law_of_child
+            below = min(Fraction(1), reach * left[token] / test_law[token])
+            if rule == "traversal":
+                failed = visit((*prefix, token), (), target((*prefix, token)), below, mass * drafted)
+            else:
+                visit((*prefix, token), (), target((*prefix, token)), Fraction(1), mass * drafted * below)
+                failed = mass * drafted * (1 - below)
+            rest = [max(Fraction(0), reach * r - q) for r, q in zip(left, test_law, strict=True)]
+            total = sum(rest, Fraction(0))
+            after = _ratio(total, total + 1 - reach)
+            new = ([r / total for r in rest] if total else rest) if updated else left
+            if failed:
+                rejected += visit(prefix, (*earlier, token), new, after, failed)
+        return rejected
+
+    visit((), (), target(()), Fraction(1), Fraction(1))
+    return law, expected
+
 
 def _continue(
     law: Law, target: Callable[[tuple[int, ...]], Probs], prefix: tuple[int, ...], mass: Fraction, length: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,16 +14,12 @@ from specdec_kernels.oracle.distributions import (
     Sampling,
     distribution,
     flat_race,
-    is_greedy,
     largest_finite,
-    point_mass,
-    probs_from_stats,
     row_is_valid,
     two_level_race,
 )
 from specdec_kernels.oracle.noise import Floats, Noise
-
-PLAIN, UNPROCESSED = Sampling(), Processing()
+from specdec_kernels.oracle.step import PLAIN, UNPROCESSED, Step, Verified
 
 
 @dataclass
@@ -58,84 +54,16 @@ def sample(
 
 
 @dataclass
-class Verified:
-    """One request of :func:`specdec_kernels.verify_chain`; ``tokens`` without padding."""
+class Chain(Step):
+    """Drafts one after the other: row i is the target's after i of them."""
 
-    tokens: list[int]
-    num_accepted: int
-    valid: bool
-    margin: float = np.inf
-    margins: list[float] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    raw_logprobs: list[float] = field(default_factory=list)
-    num_proposed: int = 0
-    num_independent: int = 0
-    independent_margin: float = np.inf
-
-
-@dataclass
-class Chain:
-    """One request: its rows, and the margins of what was decided so far."""
-
-    target_logits: Floats
-    tokens: Sequence[int]
-    draft_logits: Floats | None
-    draft_stats: Floats | None
-    noise: Noise
-    sampling: Sampling
-    processing: Processing
-    margins: list[float] = field(default_factory=list)
-
-    @property
-    def greedy(self) -> bool:
-        """A greedy target accepts its argmax and emits its argmax: no law of the draft matters."""
-        return is_greedy(self.sampling.temperature)
-
-    def logits(self, row: int) -> Floats:
-        """The processed logits of a target row."""
-        return self.processing.apply(self.target_logits[row], row, self.tokens[:row])
-
-    def target(self, row: int) -> Distribution | None:
-        """The law of a target row, None where it is not usable."""
-        logits = self.logits(row)
-        return distribution(logits, self.sampling) if row_is_valid(logits) else None
-
-    def draft(self, row: int) -> Floats | None:
-        """The law a draft token was drawn from, None where its row or its scalars are not usable."""
-        vocab, token = self.target_logits.shape[1], int(self.tokens[row])
-        if self.greedy or self.draft_logits is None:
-            return point_mass(vocab, token)
-        draft_row = np.asarray(self.draft_logits[row], np.float64)
-        if self.draft_stats is None:
-            return distribution(draft_row, PLAIN).probs if row_is_valid(draft_row) else None
-        probs = probs_from_stats(draft_row, self.draft_stats[row], token)
-        return probs if np.isfinite(probs[token]) else None
-
-    def read(self, row: int) -> Distribution | None:
-        """:meth:`target`, where the filters' margin counts."""
-        law = self.target(row)
-        if law is not None and np.isfinite(law.margin):
-            self.margins.append(law.margin)
-        return law
-
-    def draw(self, weights: Floats, slack: Floats, row: int) -> int:
-        """The emitted token."""
-        token, margin = two_level_race(weights, slack, self.noise, Purpose.TARGET, row)
-        self.margins.append(margin)
-        return token
+    def drafted(self, row: int) -> Sequence[int]:
+        return self.tokens[:row]
 
     def stop(self, accepted: int, emitted: int, valid: bool) -> Verified:
-        """The result, with the log-probabilities of what it holds."""
+        """The result."""
         tokens = [*(int(t) for t in self.tokens[:accepted]), emitted]
-        result = Verified(tokens, accepted, valid, min(self.margins, default=np.inf), self.margins)
-        for row, token in enumerate(tokens):
-            law, raw = self.target(row), np.asarray(self.target_logits[row], np.float64)
-            with np.errstate(divide="ignore"):
-                result.logprobs.append(np.nan if law is None else float(np.log(law.probs[token])))
-            plain = distribution(raw, PLAIN).probs if row_is_valid(raw) else np.full(len(raw), np.nan)
-            with np.errstate(divide="ignore"):
-                result.raw_logprobs.append(float(np.log(plain[token])))
-        return result
+        return self.scored(tokens, range(accepted + 1), accepted, valid)
 
     def accepts(self, target: Floats, draft: Floats, row: int) -> bool:
         """The token rule's test of one draft; strict, so that what the target excludes is never accepted."""
@@ -176,7 +104,7 @@ def _token_rule(chain: Chain) -> Verified:
         target = law.probs
         if token is None:
             return chain.stop(row, chain.draw(target, target, row), True)
-        draft = chain.draft(row)
+        draft = chain.draft(row, int(chain.tokens[row]))
         if draft is None:
             return chain.stop(row, chain.draw(target, target, row), False)
         if not chain.accepts(target, draft, row):
@@ -200,7 +128,7 @@ def _block_rule(chain: Chain) -> Verified:
         if reach[-1] == 0:  # and so will be all that follow
             break
         law = chain.read(row)
-        draft = None if law is None else chain.draft(row)
+        draft = None if law is None else chain.draft(row, int(chain.tokens[row]))
         laws.append((law, draft))
         if law is None or draft is None:
             break
@@ -217,9 +145,7 @@ def _block_rule(chain: Chain) -> Verified:
             assert law is not None
             assert draft is not None
             probability, error = _block_acceptance(law.probs, draft, reach[row], row)
-        coin = chain.noise.coin(row - 1)
-        chain.margins.append(abs(probability - coin) / error if error > 0 else np.inf)
-        if coin < probability:
+        if chain.passes(row - 1, probability, error):
             accepted = row
             break
     law, draft = laws[accepted] if accepted < len(laws) else (chain.read(accepted), None)
@@ -260,7 +186,7 @@ def _independent(chain: Chain, rule: Rule) -> int:
     """How many drafts would be accepted each by itself, whatever became of the ones before it."""
     accepted = 0
     for row, token in enumerate(chain.tokens):
-        law, draft = chain.read(row), chain.draft(row)
+        law, draft = chain.read(row), chain.draft(row, int(chain.tokens[row]))
         if law is None:
             continue
         if rule == Rule.COUPLED:

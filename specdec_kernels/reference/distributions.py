@@ -58,20 +58,30 @@ class Edits(NamedTuple):
     bias: Tensor
     penalties: Tensor
 
+    @staticmethod
+    def of(ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None) -> Edits | None:
+        """From the arguments of an operator."""
+        if ids is None or counts is None or bias is None or penalties is None:
+            return None
+        return Edits(ids, counts, bias, penalties)
 
-def processed(logits: Tensor, drafted: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
-    """Logits ``[B, R, V]`` after bias, penalties and mask; row r counts the drafts before it."""
+
+def processed(
+    logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | None, bitmask: Tensor | None
+) -> Tensor:
+    """Logits ``[B, R, V]`` after bias, penalties and mask; row r counts the drafts ``[B, K]`` that ``before``
+    ``[B, R, K]`` says come before it."""
     if edits is None and bitmask is None:
         return logits.double()
     x = logits.float()
-    batch, rows, vocab = x.shape
+    vocab = x.shape[-1]
     if edits is not None:
         ids = edits.ids.long()
         here = ids < vocab
-        drawn = (drafted[:, :, None] == ids[:, None, :]).long()[:, : rows - 1]
-        output = functional.pad(drawn.cumsum(1), (0, 0, 1, 0)) + edits.counts[:, None, :, 1]
+        drawn = (drafted[:, :, None] == ids[:, None, :]).double()
+        output = (before.double() @ drawn).long() + edits.counts[:, None, :, 1]
         seen = (output > 0) | (edits.counts[:, None, :, 0] > 0)
-        index = ids.clamp(max=vocab - 1)[:, None, :].expand(batch, rows, -1)
+        index = ids.clamp(max=vocab - 1)[:, None, :].expand(*x.shape[:2], -1)
         repetition, presence, frequency = (p[:, None, None] for p in edits.penalties.unbind(-1))
         value = x.gather(-1, index) + edits.bias[:, None, :]
         value = torch.where(seen, torch.where(value > 0, value / repetition, value * repetition), value)
@@ -130,6 +140,28 @@ def distributions(logits: Tensor, sampling: Sampling) -> Distributions:
     probs = torch.where(greedy[..., None], point_mass(logits.argmax(-1), logits.shape[-1]), probs)
     probs = probs.masked_fill(~rows_valid(logits)[..., None], torch.nan)
     return Distributions(probs, sampling.scale.double(), cutoff, logsumexp.masked_fill(greedy, 0.0))
+
+
+def plain(logits: Tensor) -> Distributions:
+    """Softmax of rows ``[..., V]`` as they are."""
+    one = torch.ones(logits.shape[:-1], device=logits.device)
+    return distributions(logits.double(), Sampling(one, one.long() * 0, one, one * 0))
+
+
+def draft_laws(logits: Tensor, stats: Tensor | None, tokens: Tensor) -> Tensor:
+    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows, or by their scalars; not finite
+    at the token where they are not usable."""
+    if stats is None:
+        return plain(logits).probs
+    scale, cutoff, logsumexp = (s[..., None] for s in stats.double().unbind(-1))
+    probs = (scale * logits.double() - logsumexp).exp().masked_fill(logits < cutoff, 0.0)
+    return torch.where(scale.isinf(), point_mass(tokens, logits.shape[-1]), probs)
+
+
+def token_logprobs(probs: Tensor, tokens: Tensor) -> Tensor:
+    """Of one token a row of ``[..., V]``, float32; nan where it is negative: where there is none."""
+    chosen = probs.gather(-1, tokens.clamp(min=0)[..., None])[..., 0].log()
+    return chosen.masked_fill(tokens < 0, torch.nan).float()
 
 
 def _race(weights: Tensor, noise: Tensor) -> Tensor:

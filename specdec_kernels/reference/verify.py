@@ -14,19 +14,16 @@ from specdec_kernels.reference.distributions import (
     Edits,
     Sampling,
     distributions,
+    draft_laws,
     flat_race,
     largest_finite,
+    plain,
     point_mass,
     processed,
+    token_logprobs,
     two_level_race,
 )
 from specdec_kernels.reference.noise import coins
-
-
-def _edits(ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None) -> Edits | None:
-    if ids is None or counts is None or bias is None or penalties is None:
-        return None
-    return Edits(ids, counts, bias, penalties)
 
 
 def sample(
@@ -46,9 +43,9 @@ def sample(
     penalties: Tensor | None,
     coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    edits = _edits(edit_ids, edit_counts, edit_bias, penalties)
+    edits = Edits.of(edit_ids, edit_counts, edit_bias, penalties)
     none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
-    logits = processed(logits[:, None], none, edits, None if bitmask is None else bitmask[:, None])[:, 0]
+    logits = processed(logits[:, None], none, none[:, None], edits, None if bitmask is None else bitmask[:, None])[:, 0]
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     weights = law.probs.nan_to_num(0.0)
     if coupled:
@@ -69,17 +66,10 @@ def _draft_probs(
     certain = point_mass(drafted, vocab)
     if logits is None:
         return certain, torch.ones_like(drafted, dtype=torch.bool)
-    if stats is None:
-        law = distributions(logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), logits).repeated(drafted.shape[1]))
-        probs, valid = law.probs, law.valid
-    else:
-        scale, cutoff, logsumexp = (s[..., None] for s in stats.double().unbind(-1))
-        probs = (scale * logits.double() - logsumexp).exp().masked_fill(logits < cutoff, 0.0)
-        probs = torch.where(scale.isinf(), certain, probs)
-        valid = probs.gather(-1, drafted[..., None])[..., 0].isfinite()
+    probs = draft_laws(logits, stats, drafted)
     # A greedy target accepts its argmax and emits its argmax, whatever the draft's law.
-    greedy = greedy[:, None].expand_as(valid)
-    return torch.where(greedy[..., None], certain, probs), valid | greedy
+    probs = torch.where(greedy[:, None, None], certain, probs)
+    return probs, probs.gather(-1, drafted[..., None])[..., 0].isfinite()
 
 
 def _draft_lengths(draft_tokens: Tensor, num_draft: Tensor | None) -> Tensor:
@@ -251,7 +241,8 @@ def verify_chain(
     drafted_tokens = draft_tokens.long().masked_fill(draft_tokens >= vocab, -1)
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)
-    logits = processed(target_logits, drafted, _edits(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    before = torch.ones((rows, rows - 1), dtype=torch.bool, device=device).tril(-1).expand(batch, -1, -1)
+    logits = processed(target_logits, drafted, before, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
 
     draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, law.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
@@ -278,14 +269,5 @@ def verify_chain(
     counters = torch.stack([lengths, alone], 1).int()
     scores = raw_scores = target_logits.new_empty((0,), dtype=torch.float32)
     if logprobs:
-        plain = distributions(
-            target_logits.double(), Sampling.of(None, (1.0, 0, 1.0, 0.0), draft_tokens).repeated(rows)
-        )
-        scores, raw_scores = (_logprobs(x.probs, tokens) for x in (target, plain))
+        scores, raw_scores = (token_logprobs(x.probs, tokens) for x in (target, plain(target_logits)))
     return tokens, decision.accepted.int(), decision.read_valid & row_valid, counters, scores, raw_scores
-
-
-def _logprobs(probs: Tensor, tokens: Tensor) -> Tensor:
-    """Of the tokens that were emitted; nan elsewhere."""
-    chosen = probs.gather(-1, tokens.clamp(min=0)[..., None])[..., 0].log()
-    return chosen.masked_fill(tokens < 0, torch.nan).float()

@@ -1,0 +1,277 @@
+"""Trees of drafts: drawing the children of a node, and verifying a whole tree."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
+from specdec_kernels.ops import processing, validate
+from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.trees import checked
+
+TreeRuleName = Literal["walk", "recursive", "traversal", "coupled"]
+ChildrenName = Literal["top", "iid", "without_replacement", "race"]
+SiblingsName = Literal["iid", "without_replacement"]
+
+_RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
+_CHILDREN = {how.name.lower(): int(how) for how in Children}
+_SIBLINGS = ("iid", "without_replacement")
+
+
+class DrawnChildren(NamedTuple):
+    """What :func:`sample_children` returns."""
+
+    tokens: Tensor
+    """int64 [R, count]; -1 behind the last, where the law has fewer ids to give."""
+    logprobs: Tensor
+    """float32 [R, count]: natural logarithm of each token's probability under the law of the row, whatever its siblings;
+    nan where there is none, and for a row that is not valid."""
+    stats: Tensor
+    """float32 [R, 3]: as of :class:`Sample`; hand them to :func:`verify_tree` as ``draft_stats`` of the node."""
+
+
+class VerifiedTree(NamedTuple):
+    """What :func:`verify_tree` returns."""
+
+    tokens: Tensor
+    """int64 [B, N]: the accepted drafts along their path, the emitted token, then -1."""
+    nodes: Tensor
+    """int32 [B, N]: the root and the accepted nodes, then -1: the rows whose keys and values stay, as
+    :func:`compact_kv` takes them."""
+    num_accepted: Tensor
+    """int32 [B]: drafts accepted."""
+    valid: Tensor
+    """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
+    logprobs: Tensor
+    """float32 [B, N]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
+    there is no token or the row is not usable. Empty unless asked for."""
+    raw_logprobs: Tensor
+    """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
+
+    @property
+    def num_emitted(self) -> Tensor:
+        """int32 [B]: tokens gained, ``num_accepted + 1``."""
+        return self.num_accepted + 1
+
+
+def sample_children(
+    logits: Tensor,
+    count: int,
+    how: ChildrenName = "without_replacement",
+    *,
+    seed: Tensor | int,
+    position: Tensor | int,
+    row: Tensor | int = 0,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bitmask: Tensor | None = None,
+    penalties: Penalties | None = None,
+    logit_bias: LogitBias | None = None,
+    backend: BackendName | None = None,
+) -> DrawnChildren:
+    """Choose the children of one node of a tree from each row of logits, and hand over what verification needs.
+
+    ===========================  ====================================================================================
+    ``"top"``                    the largest logits that the filters keep, in falling order, lower id on ties. Point
+                                 masses: verify them without ``draft_logits``, by ``"walk"``
+    ``"iid"``                    ``count`` draws, the same id perhaps more than once
+    ``"without_replacement"``    draws from what earlier siblings left
+    ``"race"``                   the first arrivals of the race that the target will hold: verify by ``"coupled"``
+    ===========================  ====================================================================================
+
+    Draw j of "iid" and "without_replacement" is the two-level race of :func:`sample` with row ``row + j``. A law gives
+    no more children once what is left of it is below 2^-60.
+
+    Args:
+        logits: float32, bfloat16 or float16 [R, V]; any row stride; not changed.
+        count: children wanted, at least 1.
+        how: see above.
+        seed, position: int64 [R] or int, as in :func:`sample`.
+        row: int64 [R] or int: the index of the first child among the drafts of the step, that is its node minus 1, for
+            "iid" and "without_replacement"; for "race" the depth of the node in the tree.
+        temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias: as in :func:`sample`. At temperature 0 there is
+            one child.
+        backend: ``None`` follows the device; a name forces that backend.
+
+    Returns:
+        :class:`DrawnChildren`. A row with a nan, a +inf or no finite logit gives its largest finite logit (0 if there is
+        none) as its one child, logprobs nan and stats nan.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: the backend that was asked for cannot run, with the reason.
+
+    Equivalent to, in law and without filters::
+
+        probs = torch.softmax(logits / temperature, -1)
+        top = probs.topk(count).indices
+        iid = torch.multinomial(probs, count, replacement=True)
+        without_replacement = torch.multinomial(probs, count)
+
+    Example:
+        >>> import torch
+        >>> sample_children(torch.tensor([[0.0, 9.0, 5.0]]), 2, "top", seed=1, position=7).tokens.tolist()
+        [[1, 2]]
+
+    Source: draws without replacement, Jeon et al., arXiv:2402.14160; races, Daliri et al., arXiv:2408.07978.
+    """
+    if how not in _CHILDREN:
+        raise ValueError(f"how must be one of {sorted(_CHILDREN)}, got {how!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
+        raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
+    logits = validate.logits("logits", logits, "R, V", (None, None))
+    rows, device = logits.shape[0], logits.device
+    row = validate.row_index(row)
+    seed = validate.integers("seed", seed, rows, "R", device)
+    position = validate.integers("position", position, rows, "R", device)
+    row = validate.integers("row", row, rows, "R", device)
+    sampling, *scalars = validate.sampling(rows, "R", device, temperature, top_k, top_p, min_p)
+    mask = processing.bitmask(bitmask, logits)
+    edits = processing.edits(penalties, logit_bias, None, logits, rows, "R")
+    validate.same_device("logits", logits, seed=seed, position=position, row=row, sampling=sampling, bitmask=mask)
+    draw = function("sample_children", backend, device)
+    return DrawnChildren(
+        *draw(logits, seed, position, row, sampling, *scalars, mask, *edits, count, _CHILDREN[how])
+    )
+
+
+def verify_tree(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None = None,
+    draft_stats: Tensor | None = None,
+    *,
+    seed: Tensor | int,
+    position: Tensor | int,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    bitmask: Tensor | None = None,
+    penalties: Penalties | None = None,
+    logit_bias: LogitBias | None = None,
+    rule: TreeRuleName = "walk",
+    siblings: SiblingsName = "without_replacement",
+    logprobs: bool = False,
+    backend: BackendName | None = None,
+) -> VerifiedTree:
+    """Decide which path of a tree of drafts to keep and draw the next token: the text has exactly the target's law.
+
+    ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one. Exact
+    for any children, and the best there is for children that were not drawn from anything (``how="top"``, n-grams).
+
+    ``"recursive"`` tests the children of a node one after the other, each against what its rejected siblings left of the
+    target; draws from what the last one left. On a chain it is rule ``"token"`` of :func:`verify_chain`, bit for bit.
+
+    ``"traversal"`` goes bottom-up: a node's children first, then the node itself, by a chance that takes all of them into
+    account. On a chain it is rule ``"block"``, bit for bit.
+
+    ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
+    same with any tree or none. Children of ``how="race"`` are met most often.
+
+    Rows of nodes that are not come to are not read.
+
+    Args:
+        target_logits: float32, bfloat16 or float16 [B, N, V]; row n is the target's after the path to node n.
+        draft_tokens: int64 or int32 [B, N]; of the root it is the last token of the text, and not looked at.
+        parents: int64 or int32 [B, N]: -1 for node 0, the root; an earlier node for every other; -1 behind the last.
+            The children of a node are tested in the order of their indices, which must be the order they were drawn in.
+        draft_logits: logits [B, N, V]; row n is what the children of node n were drawn from, at temperature 1 unless
+            ``draft_stats`` is given. ``None``: each draft is a point mass. Not read by "walk" and "coupled".
+        draft_stats: float32 [B, N, 3], as :func:`sample_children` gave them.
+        seed: int64 [B] or int. One per request.
+        position: int64 [B] or int. Tokens of the request before this step, the root among them; grows with every step.
+        temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
+        bitmask: int32 [B, N, ceil(V/32)]: the ids allowed after each node.
+        penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
+        logit_bias: see :class:`LogitBias`.
+        rule: see above.
+        siblings: how the children of a node were drawn, where there are ``draft_logits``: "without_replacement" or "iid".
+        logprobs: also return the log-probabilities of the tokens.
+        backend: ``None`` follows the device; a name forces that backend.
+
+    Returns:
+        :class:`VerifiedTree`. A node whose target row has a nan, a +inf or no finite logit is the end of its path: none
+        of its children is accepted, the largest finite logit is emitted there (0 if there is none), ``valid`` is False.
+        A draft row that is not usable ends a path as well, with a draw from the target's row. Other requests are bitwise
+        unchanged.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Ids and ``parents`` are checked on
+            the CPU; on other devices, where looking would synchronise, a node with an id out of range is never accepted
+            and a parent that is no earlier node ends the tree.
+        RuntimeError: the backend that was asked for cannot run, with the reason.
+
+    Equivalent to, for one request and rule ``"walk"``::
+
+        node = 0
+        while True:
+            token = torch.multinomial(torch.softmax(target_logits[node] / temperature, -1), 1)
+            following = [c for c in range(N) if parents[c] == node and draft_tokens[c] == token]
+            if not following:
+                return token
+            node = following[0]
+
+    Example:
+        >>> import torch
+        >>> target = torch.eye(4)[[1, 2, 3]][None] * 50
+        >>> verify_tree(target, torch.tensor([[0, 3, 1]]), torch.tensor([[-1, 0, 0]]), seed=1, position=7).tokens.tolist()
+        [[1, 3, -1]]
+
+    Source: recursive, Miao et al., arXiv:2305.09781, and Jeon et al., arXiv:2402.14160; traversal, Weng et al.,
+    arXiv:2505.12398; coupled, Daliri et al., arXiv:2408.07978.
+    """
+    if rule not in _RULES:
+        raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
+    if siblings not in _SIBLINGS:
+        raise ValueError(f"siblings must be one of {sorted(_SIBLINGS)}, got {siblings!r}")
+    tree = checked(parents).contiguous()
+    batch, nodes = tree.shape
+    if nodes > MAX_ROWS:
+        raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {validate.describe(tree)}")
+    target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
+    vocab, device = target_logits.shape[-1], target_logits.device
+    tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
+    if draft_logits is not None:
+        draft_logits = validate.logits("draft_logits", draft_logits, "B, N, V", (batch, nodes, vocab))
+    draft_stats = validate.stats(draft_stats, draft_logits, "B, N, 3", (batch, nodes, 3))
+    seed = validate.integers("seed", seed, batch, "B", device)
+    position = validate.integers("position", position, batch, "B", device)
+    sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
+    mask = processing.bitmask(bitmask, target_logits, "N")
+    edits = processing.edits(penalties, logit_bias, tokens, target_logits, batch, "B")
+    validate.same_device(
+        "target_logits",
+        target_logits,
+        draft_tokens=tokens,
+        parents=tree,
+        draft_logits=draft_logits,
+        draft_stats=draft_stats,
+        seed=seed,
+        position=position,
+        sampling=sampling,
+        bitmask=mask,
+    )
+    tokens = _checked_tokens(tokens, tree, vocab)
+    verify = function("verify_tree", backend, device)
+    return VerifiedTree(
+        *verify(target_logits, tokens, tree, draft_logits, draft_stats, seed, position, sampling, *scalars, mask,
+                *edits, _RULES[rule], siblings == "iid", logprobs)
+    )  # fmt: skip
+
+
+def _checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
+    """On the CPU, where looking is free, a node's id outside [0, V) is an error; elsewhere it is never accepted."""
+    if tokens.is_cpu and not torch.compiler.is_compiling():
+        bad = ((tree >= 0) & ((tokens < 0) | (tokens >= vocab))).nonzero()
+        if len(bad):
+            b, n = bad[0].tolist()
+            raise ValueError(f"draft_tokens must be in [0, {vocab}), got {int(tokens[b, n])} at [{b}, {n}]")
+    return tokens.long().contiguous()

@@ -1,0 +1,278 @@
+"""``sample_children`` and ``verify_tree`` of one request, with the margin of every decision (algorithms.md, 3 to 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from specdec_kernels.contract import LEAST_DIFFERENCE, NOTHING_LEFT, Children, Purpose, TreeRule
+from specdec_kernels.oracle.distributions import (
+    Processing,
+    Sampling,
+    distribution,
+    flat_race,
+    largest_finite,
+    row_is_valid,
+    two_level_race,
+)
+from specdec_kernels.oracle.noise import Floats, Noise
+from specdec_kernels.oracle.step import PLAIN, UNPROCESSED, Step, Verified
+
+
+@dataclass
+class Drawn:
+    """One row of :func:`specdec_kernels.sample_children`; ``tokens`` without padding."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stats: tuple[float, float, float]
+    margin: float = np.inf
+
+
+def sample_children(
+    logits: Floats,
+    count: int,
+    how: Children,
+    noise: Noise,
+    row: int = 0,
+    sampling: Sampling = PLAIN,
+    processing: Processing = UNPROCESSED,
+) -> Drawn:
+    """Choose the children of one node; see :func:`specdec_kernels.sample_children`."""
+    logits = processing.apply(logits, 0, ())
+    if not row_is_valid(logits):
+        return Drawn([largest_finite(logits)][:count], [np.nan][:count], (np.nan,) * 3)
+    law = distribution(logits, sampling)
+    drawn = Drawn([], [], law.stats, law.margin)
+    scale, cutoff, logsumexp = law.stats
+    greedy = np.isinf(scale)
+    weights = law.probs.copy()
+    if how == Children.RACE:
+        weights[weights < NOTHING_LEFT] = 0.0
+    kept = weights > 0 if greedy else np.isfinite(logits) & (logits >= cutoff)
+    for child in range(count):
+        if not kept.any() if how == Children.TOP else weights.sum() < NOTHING_LEFT:
+            break
+        if how == Children.TOP:
+            token, margin = int(np.argmax(np.where(kept, logits, -np.inf))), np.inf
+        elif how == Children.RACE:
+            token, margin = flat_race(weights, weights, noise, row)
+        else:
+            token, margin = two_level_race(weights, weights, noise, Purpose.DRAFT, row + child)
+        drawn.tokens.append(token)
+        drawn.logprobs.append(0.0 if greedy else float(scale * logits[token] - logsumexp))
+        drawn.margin = min(drawn.margin, margin)
+        if how != Children.IID:
+            weights[token], kept[token] = 0.0, False
+    return drawn
+
+
+@dataclass
+class Tree(Step):
+    """A tree of drafts: row n is the target's after the path to node n, and what node n's children were drawn from."""
+
+    parents: Sequence[int] = ()
+    replacement: bool = False
+    valid: bool = True
+    children: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.children = [[c for c, up in enumerate(self.parents) if up == node] for node in range(len(self.parents))]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root to ``node``."""
+        return [0] if node == 0 else [*self.path(self.parents[node]), node]
+
+    def drafted(self, row: int) -> list[int]:
+        return [int(self.tokens[node]) for node in self.path(row)[1:]]
+
+    def child_laws(self, node: int) -> list[Floats] | None:
+        """The law each child of a node was drawn from, given its earlier siblings; None where one is not usable."""
+        laws: list[Floats] = []
+        taken = np.zeros(self.target_logits.shape[1], bool)
+        for child in self.children[node]:
+            token = int(self.tokens[child])
+            law = self.draft(node, token)
+            if law is None:
+                return None
+            if not self.replacement and taken.any() and not self.certain(node):
+                law = np.where(taken, 0.0, law)
+                law = law / law.sum() if law.sum() >= NOTHING_LEFT else np.zeros_like(law)
+            laws.append(law)
+            taken[token] = True
+        return laws
+
+    def stop(self, node: int, emitted: int) -> Verified:
+        """The text goes on to ``node`` and with ``emitted``."""
+        rows = self.path(node)
+        result = self.scored([*self.drafted(node), emitted], rows, len(rows) - 1, self.valid)
+        result.nodes = rows
+        return result
+
+    def stop_unusable(self, node: int) -> Verified:
+        """As :meth:`stop`, where the target's row is not usable."""
+        self.valid = False
+        return self.stop(node, largest_finite(self.logits(node)))
+
+
+@dataclass
+class Residual:
+    """What a node's emitted token is drawn from once some of its children were rejected.
+
+    ``law`` is normalised, ``weights`` is in proportion to it and better known; ``reach`` is the chance that the node is
+    accepted, 1 under the recursive rule. ``*_error`` is how far each moves under a relative error of one in all
+    probabilities, to first order.
+    """
+
+    law: Floats
+    law_error: Floats
+    weights: Floats
+    weights_error: Floats
+    reach: float
+    reach_error: float
+
+    @classmethod
+    def of(cls, target: Floats, reach: float, reach_error: float) -> Residual:
+        return cls(target, target, target, target, reach, reach_error)
+
+    def without(self, draft: Floats, draft_error: Floats) -> Residual:
+        """``(reach * law - draft)+``, normalised, and the chance of the node without this child."""
+        weights = np.fmax(self.reach * self.law - draft, 0.0)
+        error = self.reach * self.law_error + self.reach_error * self.law + draft_error
+        total = float(weights.sum())
+        if total == 0:  # a reach of 1 stays: then it is rounding alone that brought us here
+            reach = self.reach if self.reach == 1 else 0.0
+            return Residual(weights, weights, weights, weights, reach, 0.0)
+        total_error = float(error[weights > 0].sum())
+        denominator = total + 1 - self.reach
+        moved = ((1 - self.reach) * total_error + total * self.reach_error) / denominator**2
+        law = weights / total
+        law_error = np.where(weights > 0, error / total + law * total_error / total, 0.0)
+        return Residual(law, law_error, weights, error, total / denominator, moved)
+
+
+def verify_tree(
+    target_logits: Floats,
+    draft_tokens: Sequence[int],
+    parents: Sequence[int],
+    draft_logits: Floats | None,
+    draft_stats: Floats | None,
+    noise: Noise,
+    sampling: Sampling = PLAIN,
+    processing: Processing = UNPROCESSED,
+    rule: TreeRule = TreeRule.WALK,
+    replacement: bool = False,
+) -> Verified:
+    """Verify one request; see :func:`specdec_kernels.verify_tree`.
+
+    ``target_logits [N, V]``, ``draft_tokens`` and ``parents`` without padding, the root's among them.
+    """
+    logits = np.asarray(target_logits, np.float64)
+    tree = Tree(
+        logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing, parents=parents,
+        replacement=replacement,
+    )  # fmt: skip
+    if rule in (TreeRule.WALK, TreeRule.COUPLED):
+        result = _walk(tree, rule)
+    elif rule == TreeRule.RECURSIVE:
+        result = _recursive(tree)
+    else:
+        found = _traverse(tree, 0, 1.0, 0.0)
+        assert found is not None, "the root is always accepted"
+        result = found
+    result.num_proposed = len(parents) - 1
+    return result
+
+
+def _walk(tree: Tree, rule: TreeRule) -> Verified:
+    """What the target draws, as far as it is among the children."""
+    node = 0
+    while True:
+        law = tree.read(node)
+        if law is None:
+            return tree.stop_unusable(node)
+        if rule == TreeRule.COUPLED:
+            drawn, margin = flat_race(law.probs, law.probs, tree.noise, len(tree.path(node)) - 1)
+            tree.margins.append(margin)
+        else:
+            drawn = tree.draw(law.probs, law.probs, node)
+        following = [child for child in tree.children[node] if tree.tokens[child] == drawn]
+        if not following:
+            return tree.stop(node, drawn)
+        node = following[0]
+
+
+def _siblings(tree: Tree, node: int) -> list[tuple[int, Floats, Floats]]:
+    """(child, its law, the error of that); nothing, and not valid, where a law is not usable."""
+    laws = tree.child_laws(node)
+    if laws is None:
+        tree.valid = False
+        return []
+    # What earlier siblings leave may be known as one minus what they took, down to LEAST_DIFFERENCE.
+    errors = [1.0, *[1.0 if tree.replacement else 1 + 1 / LEAST_DIFFERENCE] * len(laws)]
+    return [
+        (child, law, law * error) for child, law, error in zip(tree.children[node], laws, errors, strict=False)
+    ]
+
+
+def _recursive(tree: Tree) -> Verified:
+    """Top-down: each child by what its rejected siblings left."""
+    node = 0
+    while True:
+        law = tree.read(node)
+        if law is None:
+            return tree.stop_unusable(node)
+        left, accepted = Residual.of(law.probs, 1.0, 0.0), None
+        for child, draft, error in _siblings(tree, node):
+            token, coin = tree.tokens[child], tree.noise.coin(child - 1)
+            gap, moved = left.law[token] - coin * draft[token], left.law_error[token] + coin * error[token]
+            tree.margins.append(abs(gap) / moved if moved > 0 else np.inf)
+            if gap > 0:
+                accepted = child
+                break
+            left = left.without(draft, error)
+        if accepted is None:
+            return tree.stop(node, _emit(tree, node, law.probs, left))
+        node = accepted
+
+
+def _emit(tree: Tree, node: int, target: Floats, left: Residual) -> int:
+    """A token of what is left, of the target where nothing is."""
+    if tree.greedy or not left.weights.any():
+        return tree.draw(target, target, node)
+    return tree.draw(left.weights, left.weights_error, node)
+
+
+def _traverse(tree: Tree, node: int, reach: float, reach_error: float) -> Verified | None:
+    """Bottom-up (arXiv:2505.12398): the children one after the other, then the node itself; None rejects it."""
+    if reach == 0:  # nothing below it can be accepted, and nothing is read
+        return None
+    law = tree.read(node)
+    left = None
+    if law is None:
+        tree.valid = False
+    else:
+        left = Residual.of(law.probs, reach, reach_error)
+        for child, draft, error in _siblings(tree, node):
+            token = tree.tokens[child]
+            # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+            below, below_error = 0.0, 0.0
+            if left.law[token] > 0:
+                with np.errstate(divide="ignore"):
+                    below = left.reach * left.law[token] / draft[token]
+                if below < 1:
+                    below_error = below * (left.reach_error / left.reach + left.law_error[token] / left.law[token])
+                    below_error += below * error[token] / draft[token]
+                below = min(1.0, below)
+            found = _traverse(tree, child, below, below_error)
+            if found is not None:
+                return found
+            left = left.without(draft, error)
+        reach, reach_error = left.reach, left.reach_error
+    if node > 0 and not tree.passes(node - 1, reach, reach_error):
+        return None
+    if law is None or left is None:
+        return tree.stop_unusable(node)
+    return tree.stop(node, _emit(tree, node, law.probs, left))
