@@ -80,7 +80,9 @@ class RowView {
   void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
 
   uint32_t pieces() const { return uint32_t((tiles_ + piece_ - 1) / piece_); }
+  int64_t tiles() const { return tiles_; }
   bool valid() const { return valid_; }
+  const Source& source() const { return source_; }
   float scale() const { return scale_; }
   // The scalars of the law, as they are handed over.
   float cutoff() const { return is_greedy(scale_) ? max_ : cutoff_; }
@@ -98,11 +100,13 @@ class RowView {
     return logit < cutoff_ ? -INFINITY : double(scale_) * double(logit) - lse_;
   }
 
-  // The probabilities of one tile (128).
+  // The probabilities of one tile (128), but for what was removed.
   void tile_probs(int64_t tile, float* weights) const {
     float logits[kTile];
     const Source::At at = source_.at(tile, logits);
     kernels_.token_probs(at.row, distribution(), at.tile, weights);
+    for (const int64_t token : removed_)
+      if (token / kTile == tile) weights[token % kTile] = 0.0f;
   }
 
   // (probability - that of `draft`)+ of one tile.
@@ -114,16 +118,30 @@ class RowView {
     kernels_.token_residuals(at.row, distribution(), {draft_logits, DType::f32, kTile}, dist, 0, weights);
   }
 
-  // Whether the residual (probability - that of `draft`)+ holds more than `needed`, looking at heavy tiles first and at
-  // no more of them than the answer takes: what a tile holds bounds its residual.
-  bool residual_exceeds(double needed, const Row& draft, const Distribution& dist) const {
+  // The sum of weights of which this row's probabilities are an upper bound, such as a residual, with
+  // `token_weights(tile, out)` giving those of one tile.
+  template <class F>
+  double mass_below(const F& token_weights) const {
+    double sum = 0.0;
+    float weights[kTile];
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      token_weights(tile, weights);
+      for (const float w : weights) sum += double(w);
+    }
+    return sum;
+  }
+
+  // Whether that sum is more than `needed`, looking at heavy tiles first and at no more of them than the answer takes.
+  template <class F>
+  bool mass_exceeds(double needed, const F& token_weights) const {
     double sum = 0.0, left = 1.0, heavier = INFINITY;
     float weights[kTile];
     for (double least = total_ / 16.0;; least = least > total_ * 1e-6 ? least / 16.0 : 0.0) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
         const double weight = double(space_.weight[size_t(tile)]);
         if (weight == 0.0 || weight < least || weight >= heavier) continue;
-        tile_residuals(draft, dist, tile, weights);
+        token_weights(tile, weights);
         for (const float w : weights) sum += double(w);
         left -= weight / total_;
         if (sum > needed) return true;
@@ -144,6 +162,54 @@ class RowView {
     return draw_inside(tile, weights, noise);
   }
 
+  // Later draws do not give this token again.
+  void remove(int64_t token) {
+    removed_.push_back(token);
+    const int64_t tile = token / kTile;
+    float weights[kTile];
+    tile_probs(tile, weights);
+    double sum = 0.0;
+    for (const float w : weights) sum += double(w);
+    space_.weight[size_t(tile)] = float(sum * total_);
+  }
+
+  // Of the law's probability, what removed tokens left.
+  double share_left() const {
+    double sum = 0.0;
+    for (const float w : space_.weight) sum += double(w);
+    return sum / total_;
+  }
+
+  // `visit(token, logit)` for the ids of one piece that the filters keep, passing over tiles whose logits are all below
+  // `least()`.
+  template <class Least, class F>
+  void each_logit(uint32_t piece, const Least& least, const F& visit) const {
+    const auto [begin, end] = tiles_of_piece(piece);
+    float logits[kTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const Source::At at = source_.at(tile, logits);
+      if (kernels_.tile_peak(at.row, at.tile) < least()) continue;
+      source_.fill(tile, 1, logits);
+      for (int64_t i = 0; i < kTile; ++i)
+        if (logits[i] >= cutoff_ && logits[i] > -INFINITY) visit(tile * kTile + i, logits[i]);
+    }
+  }
+
+  // `visit(token, time)` for the ids of one piece that take part in the flat race with at least this probability.
+  template <class F>
+  void each_arrival(uint32_t piece, Noise noise, float least, const F& visit) const {
+    const auto [begin, end] = tiles_of_piece(piece);
+    noise.tag |= kTokenRace << 8;
+    float weights[kTile], times[kTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      tile_probs(tile, weights);
+      kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
+      for (int64_t i = 0; i < kTile; ++i)
+        if (weights[i] >= least) visit(tile * kTile + i, times[i]);
+    }
+  }
+
   // One piece of the flat race, over all ids at once; the first of the pieces' arrivals is the draw.
   Arrival race_piece(uint32_t piece, Noise noise) const {
     const auto [begin, end] = tiles_of_piece(piece);
@@ -161,10 +227,9 @@ class RowView {
   }
   int64_t argmax() const { return argmax_; }
 
-  // The two-level race for weights of which this row's probabilities are an upper bound, such as a residual, with
-  // `token_weights(tile, out)` giving those of one tile. A tile cannot arrive before its bound does, so tiles are
-  // looked at in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of
-  // the probability) tiles are ever looked at. -1 if no weight is positive.
+  // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the order
+  // of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability) tiles are
+  // ever looked at. -1 if no weight is positive.
   template <class F>
   int64_t draw_below(Noise noise, const F& token_weights) const {
     float* bounds = space_.arrival.data();
@@ -291,6 +356,7 @@ class RowView {
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;
   int64_t argmax_ = -1;
+  std::vector<int64_t> removed_;
 };
 
 }  // namespace specdec

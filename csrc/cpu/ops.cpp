@@ -85,6 +85,48 @@ Processing processing_of(const OptionalTensor& bitmask, const OptionalTensor& id
           data_of<float>(penalties)};
 }
 
+// What a chain and a tree give back alike; log-probabilities are empty unless asked for.
+struct Outputs {
+  Tensor tokens, accepted, valid, scores, raw;
+
+  Outputs(int64_t batch, int64_t rows, bool logprobs)
+      : tokens(make({batch, rows}, aoti_torch_dtype_int64())),
+        accepted(make({batch}, aoti_torch_dtype_int32())),
+        valid(make({batch}, aoti_torch_dtype_bool())),
+        scores(make_scores(batch, rows, logprobs)),
+        raw(make_scores(batch, rows, logprobs)) {}
+
+  static Tensor make_scores(int64_t batch, int64_t rows, bool logprobs) {
+    return logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
+  }
+};
+
+Verification verification(const Tensor& target_logits, const Tensor& draft_tokens, const OptionalTensor& draft_logits,
+                          const OptionalTensor& draft_stats, const Tensor& seed, const Tensor& position,
+                          const SamplingParameters& sampling, const Processing& processing, const Outputs& outputs,
+                          bool logprobs) {
+  return {
+      .batch = draft_tokens.size(0),
+      .rows = outputs.tokens.size(1),
+      .vocab = target_logits.size(target_logits.dim() - 1),
+      .target = logits_of(target_logits),
+      .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
+      .tokens = ids_of(draft_tokens),
+      .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
+      .draft_stats = data_of<float>(draft_stats),
+      .draft_rows = draft_tokens.size(1),
+      .seed = data_of<int64_t>(seed),
+      .position = data_of<int64_t>(position),
+      .sampling = sampling,
+      .processing = processing,
+      .out_tokens = out<int64_t>(outputs.tokens),
+      .out_accepted = out<int32_t>(outputs.accepted),
+      .out_valid = out<bool>(outputs.valid),
+      .out_logprobs = logprobs ? out<float>(outputs.scores) : nullptr,
+      .out_raw_logprobs = logprobs ? out<float>(outputs.raw) : nullptr,
+  };
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_cpu(
     Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
     Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
@@ -92,44 +134,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_cpu(
     OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
     bool independent) {
   require_kernels();
-  const int64_t batch = draft_tokens.size(0), rows = draft_tokens.size(1) + 1;
-  Tensor tokens = make({batch, rows}, aoti_torch_dtype_int64());
-  Tensor accepted = make({batch}, aoti_torch_dtype_int32());
-  Tensor valid = make({batch}, aoti_torch_dtype_bool());
+  const int64_t batch = draft_tokens.size(0);
+  const Outputs outputs(batch, draft_tokens.size(1) + 1, logprobs);
   Tensor counters = make({batch, 2}, aoti_torch_dtype_int32());
-  Tensor scores = logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
-  Tensor raw = logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
   const VerifyChain op{
-      .batch = batch,
-      .longest = rows - 1,
-      .vocab = target_logits.size(target_logits.dim() - 1),
-      .target = logits_of(target_logits),
-      .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
+      .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
+                             sampling_of(sampling, temperature, top_k, top_p, min_p),
+                             processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), outputs, logprobs),
       .cu_rows = data_of<int64_t>(cu_rows),
-      .tokens = ids_of(draft_tokens),
-      .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
-      .draft_stats = data_of<float>(draft_stats),
-      .seed = data_of<int64_t>(seed),
-      .position = data_of<int64_t>(position),
       .num_draft = ids_of(num_draft),
-      .sampling = sampling_of(sampling, temperature, top_k, top_p, min_p),
-      .processing = processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties),
       .rule = Rule(rule),
       .independent = independent,
-      .out_tokens = out<int64_t>(tokens),
-      .out_accepted = out<int32_t>(accepted),
-      .out_valid = out<bool>(valid),
       .out_counters = out<int32_t>(counters),
-      .out_logprobs = logprobs ? out<float>(scores) : nullptr,
-      .out_raw_logprobs = logprobs ? out<float>(raw) : nullptr,
   };
   if (const auto bad = find_bad_token(op)) {
     const auto [b, i] = *bad;
-    const int64_t token = op.tokens[b * op.token_strides[0] + i * op.token_strides[1]];
-    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", op.vocab, "), got ", token, " at [", b, ", ", i, "]");
+    const int64_t token = op.common.tokens[b * draft_tokens.stride(0) + i * draft_tokens.stride(1)];
+    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", op.common.vocab, "), got ", token, " at [", b, ", ", i,
+                    "]");
   }
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
-  return {tokens, accepted, valid, counters, scores, raw};
+  return {outputs.tokens, outputs.accepted, outputs.valid, counters, outputs.scores, outputs.raw};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_cpu(
+    Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
+    Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
+    double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
+    OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
+  require_kernels();
+  const Outputs outputs(parents.size(0), parents.size(1), logprobs);
+  Tensor nodes = make({parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
+  const VerifyTree op{
+      .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
+                             sampling_of(sampling, temperature, top_k, top_p, min_p),
+                             processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), outputs, logprobs),
+      .parents = data_of<int64_t>(parents),
+      .rule = TreeRule(rule),
+      .replacement = replacement,
+      .out_nodes = out<int32_t>(nodes),
+  };
+  verify_tree(op, torch::stable::get_num_threads(), on_threads);
+  return {outputs.tokens, nodes, outputs.accepted, outputs.valid, outputs.scores, outputs.raw};
+}
+
+Sample sample_of(const Tensor& logits, const Tensor& seed, const Tensor& position, const Tensor& row,
+                 const SamplingParameters& sampling, const Processing& processing, const Tensor& tokens,
+                 const Tensor& logprobs, const Tensor& stats) {
+  return {
+      .rows = logits.size(0),
+      .vocab = logits.size(1),
+      .logits = logits_of(logits),
+      .seed = data_of<int64_t>(seed),
+      .position = data_of<int64_t>(position),
+      .row = data_of<int64_t>(row),
+      .sampling = sampling,
+      .processing = processing,
+      .coupled = false,
+      .out_tokens = out<int64_t>(tokens),
+      .out_logprobs = out<float>(logprobs),
+      .out_stats = out<float>(stats),
+  };
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
@@ -142,21 +207,29 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor
   Tensor tokens = make({rows}, aoti_torch_dtype_int64());
   Tensor logprobs = make({rows}, aoti_torch_dtype_float32());
   Tensor stats = make({rows, 3}, aoti_torch_dtype_float32());
-  const Sample op{
-      .rows = rows,
-      .vocab = logits.size(1),
-      .logits = logits_of(logits),
-      .seed = data_of<int64_t>(seed),
-      .position = data_of<int64_t>(position),
-      .row = data_of<int64_t>(row),
-      .sampling = sampling_of(sampling, temperature, top_k, top_p, min_p),
-      .processing = processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties),
-      .coupled = coupled,
-      .out_tokens = out<int64_t>(tokens),
-      .out_logprobs = out<float>(logprobs),
-      .out_stats = out<float>(stats),
-  };
+  Sample op = sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
+                        processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats);
+  op.coupled = coupled;
   sample(op, torch::stable::get_num_threads(), on_threads);
+  return {tokens, logprobs, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_children_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
+                                                       OptionalTensor sampling, double temperature, int64_t top_k,
+                                                       double top_p, double min_p, OptionalTensor bitmask,
+                                                       OptionalTensor edit_ids, OptionalTensor edit_counts,
+                                                       OptionalTensor edit_bias, OptionalTensor penalties,
+                                                       int64_t count, int64_t how) {
+  require_kernels();
+  const int64_t rows = logits.size(0);
+  Tensor tokens = make({rows, count}, aoti_torch_dtype_int64());
+  Tensor logprobs = make({rows, count}, aoti_torch_dtype_float32());
+  Tensor stats = make({rows, 3}, aoti_torch_dtype_float32());
+  const SampleChildren op{
+      sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
+                processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats),
+      count, Children(how)};
+  sample_children(op, torch::stable::get_num_threads(), on_threads);
   return {tokens, logprobs, stats};
 }
 
@@ -177,7 +250,9 @@ Tensor noise_words_cpu(Tensor seed, Tensor position, int64_t tag, int64_t first,
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify_chain", TORCH_BOX(&verify_chain_cpu));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_cpu));
   m.impl("sample", TORCH_BOX(&sample_cpu));
+  m.impl("sample_children", TORCH_BOX(&sample_children_cpu));
   m.impl("noise_words", TORCH_BOX(&noise_words_cpu));
 }
 

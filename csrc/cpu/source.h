@@ -40,14 +40,10 @@ inline float logit_of(const Row& row, int64_t token) {
 
 // The drafts before a row, which its penalties count as output.
 struct Prefix {
-  Ids tokens;
-  int64_t begin = 0, stride = 1, length = 0;
+  const int64_t* tokens = nullptr;
+  int64_t length = 0;
 
-  int64_t count(int64_t token) const {
-    int64_t found = 0;
-    for (int64_t i = 0; i < length; ++i) found += tokens[begin + i * stride] == token;
-    return found;
-  }
+  int64_t count(int64_t token) const { return std::count(tokens, tokens + length, token); }
 };
 
 class Source {

@@ -1,4 +1,4 @@
-// The two operations on raw pointers and strides (in elements). `parallel` runs its argument on several threads.
+// The operations on raw pointers and strides (in elements). `run` runs its argument on several threads.
 #pragma once
 
 #include <cstdint>
@@ -35,27 +35,45 @@ struct Processing {
   const float* penalties = nullptr;   // [B, 3]: repetition, presence, frequency
 };
 
-// The numbers are those of specdec_kernels/contract.py.
-enum class Rule { token = 0, block = 1, coupled = 2 };
-
-struct VerifyChain {
-  int64_t batch, longest, vocab;
-  Logits target, draft;    // draft.data null: point masses
-  const int64_t* cu_rows;  // [B + 1], or null: K + 1 rows each
-  Ids tokens;              // [B, K] by these strides
+// What verifying a chain and a tree have in common: R rows of target logits a request, as many tokens out at most.
+struct Verification {
+  int64_t batch, rows, vocab;
+  Logits target, draft;            // draft.data null: point masses
+  Ids tokens;                      // [B, *] by these strides
   int64_t token_strides[2];
-  const float* draft_stats;        // [B, K, 3] contiguous, or null
+  const float* draft_stats;        // [B, draft_rows, 3] contiguous, or null
+  int64_t draft_rows;
   const int64_t *seed, *position;  // [B]
-  Ids num_draft;                   // [B], or null data
   SamplingParameters sampling;
   Processing processing;
-  Rule rule;
-  bool independent;
-  int64_t* out_tokens;                     // [B, K + 1]
+  int64_t* out_tokens;                     // [B, R]
   int32_t* out_accepted;                   // [B]
   bool* out_valid;                         // [B]
-  int32_t* out_counters;                   // [B, 2]: proposed, independent
-  float *out_logprobs, *out_raw_logprobs;  // [B, K + 1], or both null
+  float *out_logprobs, *out_raw_logprobs;  // [B, R], or both null
+};
+
+// The numbers of rules and children are those of specdec_kernels/contract.py.
+enum class Rule { token = 0, block = 1, coupled = 2 };
+enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
+enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
+
+struct VerifyChain {
+  Verification common;     // R = K + 1
+  const int64_t* cu_rows;  // [B + 1], or null: K + 1 rows each
+  Ids num_draft;           // [B], or null data
+  Rule rule;
+  bool independent;
+  int32_t* out_counters;  // [B, 2]: proposed, independent
+
+  int64_t longest() const { return common.rows - 1; }
+};
+
+struct VerifyTree {
+  Verification common;     // R = N
+  const int64_t* parents;  // [B, N] contiguous
+  TreeRule rule;
+  bool replacement;    // siblings were drawn with it
+  int32_t* out_nodes;  // [B, N]
 };
 
 struct Sample {
@@ -70,6 +88,12 @@ struct Sample {
   float* out_stats;     // [R, 3]
 };
 
+struct SampleChildren {
+  Sample common;  // tokens and log-probabilities [R, count]
+  int64_t count;
+  Children how;
+};
+
 // Runs body() once on each of up to `threads` threads.
 using RunOnThreads = void (*)(int64_t threads, void (*body)(void*), void* context);
 
@@ -77,6 +101,8 @@ using RunOnThreads = void (*)(int64_t threads, void (*body)(void*), void* contex
 std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain&);
 
 void verify_chain(const VerifyChain&, int64_t threads, RunOnThreads);
+void verify_tree(const VerifyTree&, int64_t threads, RunOnThreads);
 void sample(const Sample&, int64_t threads, RunOnThreads);
+void sample_children(const SampleChildren&, int64_t threads, RunOnThreads);
 
 }  // namespace specdec

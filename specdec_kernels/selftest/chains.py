@@ -167,8 +167,8 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 def check_sampled(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
     rows, options = case.first_rows()
     coupled = index % 4 == 1
-    moved = {name: moved(value, device) for name, value in options.items()}
-    drawn = sample(rows.to(device), row=index, coupled=coupled, **moved, backend=backend)
+    named = {name: moved(value, device) for name, value in options.items()}
+    drawn = sample(rows.to(device), row=index, coupled=coupled, **named, backend=backend)
     for request in range(BATCH):
         bitmask = options["bitmask"]
         want = oracle.sample(

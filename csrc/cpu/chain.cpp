@@ -1,0 +1,154 @@
+// Rules for a chain of drafts.
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <vector>
+
+#include "request.h"
+
+namespace specdec {
+namespace {
+
+int64_t first_row(const VerifyChain& op, int64_t request) { return op.cu_rows ? op.cu_rows[request] : 0; }
+
+// Drafts a request has room for.
+int64_t room(const VerifyChain& op, int64_t request) {
+  int64_t limit = op.longest();
+  if (op.cu_rows) limit = std::min(limit, op.cu_rows[request + 1] - op.cu_rows[request] - 1);
+  if (op.num_draft.data) limit = std::clamp<int64_t>(op.num_draft[request], 0, limit);
+  return limit;
+}
+
+class ChainRequest : Request {
+ public:
+  ChainRequest(const VerifyChain& op, const Kernels& kernels, int64_t threads, int64_t b, SharedPass& pass)
+      : Request(op.common, kernels, threads, b, op.rule == Rule::block ? op.common.rows : 1, first_row(op, b),
+                op.cu_rows ? op.cu_rows[b] : b * op.common.rows, pass),
+        chain_(op) {
+    for (int64_t i = 0; i < room(op, b) && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
+  }
+
+  void run() {
+    switch (chain_.rule) {
+      case Rule::token: token_rule(); break;
+      case Rule::block: block_rule(); break;
+      case Rule::coupled: coupled_rule(); break;
+    }
+    chain_.out_counters[2 * b_] = int32_t(drafted());
+    chain_.out_counters[2 * b_ + 1] = chain_.independent ? count_independent() : -1;
+  }
+
+ private:
+  int64_t drafted() const { return int64_t(drafts_.size()); }
+  RowView view_of(int64_t i, int64_t place) { return view(i, place, {drafts_.data(), i}); }
+
+  void token_rule() {
+    for (int64_t i = 0;; ++i) {
+      RowView target = view_of(i, 0);
+      const DraftLaw draft = score(target, i, i < drafted());
+      if (!target.valid()) return finish_unusable(target, i);
+      Residual left(kernels_, target, draft, false);
+      if (i < drafted()) {
+        const int64_t token = drafts_[size_t(i)];
+        if (!draft.usable(token)) {
+          valid_ = false;  // the step ends here with a draw from the target
+        } else if (left.accepts(token, coin(i))) {
+          write(target, i, token);
+          continue;
+        } else {
+          left.reject(token);
+        }
+      }
+      return finish(target, i, left.draw(noise(kTarget, i)));
+    }
+  }
+
+  // Sun et al., arXiv:2403.10444: the longest prefix that its coin keeps. Looked at from the end, so that a residual's
+  // mass is only taken of rows behind the kept prefix.
+  void block_rule() {
+    std::deque<RowView> targets;  // residuals hold on to them
+    std::deque<Residual> left;
+    double reach = 1.0;
+    const auto look = [&](bool draft_too) {
+      const auto i = int64_t(left.size());
+      targets.push_back(view_of(i, i));
+      const DraftLaw draft = score(targets.back(), i, draft_too);
+      left.emplace_back(kernels_, targets.back(), draft, false, reach);
+      return draft;
+    };
+    int64_t looked_at = 0;
+    for (; looked_at < drafted() && reach > 0.0; ++looked_at) {  // once 0, it stays 0
+      const DraftLaw draft = look(true);
+      const int64_t token = drafts_[size_t(looked_at)];
+      if (!targets.back().valid() || !draft.usable(token)) {
+        valid_ = false;
+        break;
+      }
+      reach = left.back().reach_of(token);
+      left.back().reject(token);
+    }
+    int64_t accepted = looked_at;
+    for (; accepted > 0; --accepted) {
+      const double u = coin(accepted - 1);
+      if (accepted == looked_at ? u < reach : left[size_t(accepted)].reached(u)) break;
+    }
+    if (accepted == int64_t(left.size())) look(false);
+    for (int64_t i = 0; i < accepted; ++i) write(targets[size_t(i)], i, drafts_[size_t(i)]);
+    const RowView& target = targets[size_t(accepted)];
+    if (!target.valid()) return finish_unusable(target, accepted);
+    finish(target, accepted, left[size_t(accepted)].draw(noise(kTarget, accepted)));
+  }
+
+  // Daliri et al., arXiv:2408.07978: a draft is accepted iff it is what the target draws.
+  void coupled_rule() {
+    for (int64_t i = 0;; ++i) {
+      RowView target = view_of(i, 0);
+      pass_over(target);
+      if (!target.valid()) return finish_unusable(target, i);
+      const int64_t drawn = coupled_draw(target, i);
+      if (i == drafted() || drawn != drafts_[size_t(i)]) return finish(target, i, drawn);
+      write(target, i, drawn);
+    }
+  }
+
+  int32_t count_independent() {
+    int32_t count = 0;
+    for (int64_t i = 0; i < drafted(); ++i) {
+      const int64_t token = drafts_[size_t(i)];
+      RowView target = view_of(i, 0);
+      const DraftLaw draft = score(target, i, true);
+      if (!target.valid()) continue;
+      if (chain_.rule == Rule::coupled)
+        count += coupled_draw(target, i) == token;
+      else
+        count += draft.usable(token) && Residual(kernels_, target, draft, false).accepts(token, coin(i));
+    }
+    return count;
+  }
+
+  const VerifyChain& chain_;
+  std::vector<int64_t> drafts_;
+};
+
+}  // namespace
+
+std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain& op) {
+  const Verification& all = op.common;
+  for (int64_t b = 0; b < all.batch; ++b) {
+    const int64_t limit = room(op, b);
+    for (int64_t i = 0; i < limit; ++i) {
+      const int64_t token = all.tokens[b * all.token_strides[0] + i * all.token_strides[1]];
+      if (token == -1) break;
+      if (token < -1 || token >= all.vocab) return std::pair{b, i};
+    }
+  }
+  return std::nullopt;
+}
+
+void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
+  const Kernels& table = *kernels();
+  each_request(op.common.batch, op.common.vocab, threads, run,
+               [&](int64_t b, SharedPass& pass) { ChainRequest(op, table, threads, b, pass).run(); });
+}
+
+}  // namespace specdec
