@@ -20,10 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specdec_kernels.contract import MaskFormat, Rule
+from specdec_kernels.contract import Children, MaskFormat, Rule, TreeRule
 from specdec_kernels.triton_kernels import noise
+from specdec_kernels.triton_kernels.children import sample_children_kernel
 from specdec_kernels.triton_kernels.launch import launch_config
 from specdec_kernels.triton_kernels.sample import sample_kernel
+from specdec_kernels.triton_kernels.tree_rules import verify_tree_kernel
 from specdec_kernels.triton_kernels.trees import tree_mask_kernel
 from specdec_kernels.triton_kernels.verify import verify_chain_kernel
 
@@ -85,6 +87,14 @@ def _verify_chain(dtype: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _verify_tree(dtype: str) -> dict[str, str]:
+    """Types of the arguments of ``verify_tree_kernel``, everything given."""
+    chain = _verify_chain(dtype)
+    gone = ("num_draft_ptr", "cu_rows_ptr", "out_counters_ptr", "longest", "token_request_stride", "token_row_stride")
+    own = {"parents_ptr": "*i64", "out_nodes_ptr": "*i32", "nodes": "i32", "replacement": "i32"}
+    return {name: kind for name, kind in chain.items() if name not in gone} | own
+
+
 #: What the plain call of a serving loop leaves out.
 _EXTRAS = ("sampling_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
 #: What a call leaves out by the kind of its drafts.
@@ -94,6 +104,14 @@ _OTHERS = (
     (Rule.TOKEN, "point mass", False), (Rule.TOKEN, "dense", False), (Rule.TOKEN, "statistics", True),
     (Rule.BLOCK, "dense", False), (Rule.BLOCK, "statistics", False), (Rule.BLOCK, "statistics", True),
     (Rule.COUPLED, "point mass", False), (Rule.COUPLED, "point mass", True),
+)  # fmt: skip
+
+
+#: (rule, kind of drafts, whether everything else is given too).
+_TREES = (
+    (TreeRule.WALK, "point mass", False), (TreeRule.COUPLED, "point mass", True),
+    (TreeRule.RECURSIVE, "dense", False), (TreeRule.RECURSIVE, "statistics", True),
+    (TreeRule.TRAVERSAL, "statistics", False), (TreeRule.TRAVERSAL, "statistics", True),
 )  # fmt: skip
 
 
@@ -128,6 +146,14 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     yield variant("sample bf16 full", sample_kernel, _sample("bf16"), (), COUPLED_RULE=True)
     for rule, kind, full in _OTHERS:
         yield chain("bf16", rule, kind, full)
+    for tree_rule, kind, full in _TREES:
+        name = f"verify_tree {tree_rule.name.lower()} bf16 {kind} {'full' if full else 'plain'}"
+        without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
+        constants = {"RULE": int(tree_rule), "BLOCK": 64}
+        yield variant(name, verify_tree_kernel, _verify_tree("bf16"), without, **constants)
+    for how in (Children.TOP, Children.WITHOUT_REPLACEMENT, Children.RACE):
+        name, types = f"sample_children {how.name.lower()} bf16 full", _sample("bf16") | {"count": "i32"}
+        yield variant(name, sample_children_kernel, types, (), HOW=int(how))
 
 
 def compile_variant(variant: Variant, target: str) -> Any:

@@ -39,8 +39,10 @@ class Rows(NamedTuple):
     penalties: Any
     """(repetition, presence, frequency)."""
     drafts: Any
-    """Pointer to the drafts; row i counts the i first of them as output."""
+    """Pointer to the drafts; row i of a chain counts the i first of them as output, a node those on its path."""
     draft_stride: Any
+    parents: Any
+    """Of the nodes of a tree; None for a chain."""
 
 
 class Law(NamedTuple):
@@ -82,8 +84,14 @@ def edited(logit, rows, i, edit, token):
     """A logit of row i after bias and penalties."""
     repetition, presence, frequency = rows.penalties
     output = tl.load(rows.counts + 2 * edit + 1)
-    for index in range(0, i):
-        output += (tl.load(rows.drafts + index * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
+    if rows.parents is not None:
+        node = i
+        while node > 0:
+            output += (tl.load(rows.drafts + node * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
+            node = tl.load(rows.parents + node)
+    else:
+        for index in range(0, i):
+            output += (tl.load(rows.drafts + index * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
     logit += tl.load(rows.bias + edit)
     repeated = tl.where(logit > 0, logit / repetition, logit * repetition)
     logit = tl.where((output > 0) | (tl.load(rows.counts + 2 * edit) > 0), repeated, logit)

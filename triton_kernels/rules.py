@@ -7,125 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec_kernels.contract import Purpose, Rule
+from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.laws import row_law
-from specdec_kernels.triton_kernels.noise import coin, exponentials
-from specdec_kernels.triton_kernels.rows import (
-    NO_ID,
-    TILE,
-    Law,
-    block_ids,
-    draw_from_row,
-    draw_inside,
-    first_arrival,
-    flat_race,
-    load_logits,
-    log_prob,
-    probs,
-    race_tag,
-    row_stats,
-)
+from specdec_kernels.triton_kernels.noise import coin
+from specdec_kernels.triton_kernels.residuals import TARGET, draft_law, emit, residual_mass
+from specdec_kernels.triton_kernels.rows import Law, flat_race, log_prob, race_tag
 
-TARGET = tl.constexpr(int(Purpose.TARGET))
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
 # What the block rule remembers of a row, in doubles.
 MEMORY = tl.constexpr(9)
-
-
-@triton.jit
-def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr):
-    """(the law that draft i was drawn from, the draft's probability, whether both are usable): its own softmax, or the
-    scalars handed over; the point mass on it where there are no logits, or where no law is ``needed``."""
-    scale = tl.full([], 1.0, tl.float32)
-    cutoff = tl.full([], float("-inf"), tl.float32)
-    logsumexp = tl.full([], 0.0, tl.float64)
-    prob = tl.full([], 1.0, tl.float64)
-    argmax = token
-    usable = tl.full([], 1, tl.int1)
-    if draft_rows is not None:
-        if needed:
-            argmax = tl.full([], -1, tl.int64)
-            if stats_ptr is not None:
-                stats = stats_ptr + 3 * i
-                scale, cutoff = tl.load(stats), tl.load(stats + 1)
-                logsumexp = tl.load(stats + 2).to(tl.float64)
-                argmax = tl.where(scale == float("inf"), token, -1)
-            else:
-                no_tag = tl.full([], 0, tl.int64)
-                logsumexp, _tile, usable, _top, _least = row_stats(
-                    draft_rows, i, scale, cutoff, key, no_tag, False, TILES
-                )
-            if argmax < 0:
-                prob = tl.exp(log_prob(draft_rows, i, Law(scale, cutoff, logsumexp, argmax, argmax), token))
-                usable = usable & (prob < float("inf"))
-    return Law(scale, cutoff, logsumexp, argmax, argmax), prob, usable
-
-
-@triton.jit
-def residuals(rows, draft_rows, i, law, draft, ids, first, last):
-    """(target - draft)+ of ``ids`` in row i, all of them in [first, last)."""
-    weights = probs(load_logits(rows, i, ids, first, last), law)
-    certain = draft.argmax >= 0
-    if certain:
-        weights = tl.where(ids == draft.argmax, 0.0, weights)
-    if draft_rows is not None:
-        if not certain:
-            difference = weights - probs(load_logits(draft_rows, i, ids, first, last), draft)
-            weights = tl.where(difference > 0, difference, 0.0)  # nothing where the draft is not a number
-    return weights
-
-
-@triton.jit
-def residual_sums(rows, draft_rows, i, law, draft, start, TILES: tl.constexpr):
-    """The residual's weight of every tile of a block: [TILES]."""
-    first = tl.full([], TILE, tl.int64) * start
-    ids = block_ids(start, TILES)
-    return tl.sum(residuals(rows, draft_rows, i, law, draft, ids, first, first + TILES * TILE), axis=1)
-
-
-@triton.jit
-def residual_mass(rows, draft_rows, i, law, draft, TILES: tl.constexpr):
-    """The sum of the residual's weights, float64."""
-    mass = tl.zeros([TILES], tl.float32)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
-        mass += residual_sums(rows, draft_rows, i, law, draft, start, TILES)
-    return tl.sum(mass).to(tl.float64)
-
-
-@triton.jit
-def residual_draw(rows, draft_rows, i, law, draft, key, tag, TILES: tl.constexpr):
-    """A token from (target - draft)+ by the two-level race; ``NO_ID`` where nothing is left of it."""
-    best = tl.full([TILES], float("inf"), tl.float32)
-    winner = tl.full([TILES], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
-        sums = residual_sums(rows, draft_rows, i, law, draft, start, TILES)
-        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-        time = exponentials(key.seed, key.position, tag, tiles) / sums
-        sooner = (sums > 0) & (time < best)
-        winner = tl.where(sooner, tiles, winner)
-        best = tl.where(sooner, time, best)
-    drawn = first_arrival(best, winner)
-    if drawn < NO_ID:
-        first = drawn * TILE
-        ids = first + tl.arange(0, TILE)
-        weights = residuals(rows, draft_rows, i, law, draft, ids, first, first + TILE)
-        drawn = draw_inside(weights, drawn, key, tag)
-    return drawn
-
-
-@triton.jit
-def emit(rows, draft_rows, i, law, draft, use_residual, key, TILES: tl.constexpr):
-    """The token that ends the step in row i."""
-    tag = race_tag(TARGET, i)
-    emitted = law.argmax
-    if emitted < 0:
-        emitted = tl.full([], NO_ID, tl.int64)
-        if use_residual:
-            emitted = residual_draw(rows, draft_rows, i, law, draft, key, tag, TILES)
-        if emitted == NO_ID:
-            emitted = draw_from_row(rows, i, law, key, tag)
-    return emitted
 
 
 @triton.jit
@@ -177,7 +68,7 @@ def one_by_one(
             elif RULE == COUPLED_RULE:
                 emitted = drawn
             else:
-                emitted = emit(rows, draft_rows, i, law, draft, usable, key, TILES)
+                emitted = emit(rows, draft_rows, i, law, draft, None, usable, key, TILES)
         i += 1
         looking = (emitted < 0).to(tl.int32)
         if INDEPENDENT:
@@ -246,7 +137,7 @@ def all_together(rows, draft_rows, stats_ptr, drafted, sampling, key, memory, TI
             law, draft, here = recall(memory + kept * MEMORY, sampling[0])
             threshold = tl.full([], 1.0, tl.float64)
             if here < 1.0:
-                left = here * residual_mass(rows, draft_rows, kept, law, draft, TILES)
+                left = here * residual_mass(rows, draft_rows, kept, law, draft, None, TILES)
                 threshold = left / (left + 1.0 - here)
         if coin(key.seed, key.position, kept - 1) < threshold:
             deciding = tl.full([], 0, tl.int32)
@@ -258,8 +149,8 @@ def all_together(rows, draft_rows, stats_ptr, drafted, sampling, key, memory, TI
     if kept == drafted:
         law, valid = row_law(rows, kept, sampling, key, race_tag(TARGET, kept), True, TILES)
         all_valid = all_valid & valid.to(tl.int32)
-        emitted = emit(rows, draft_rows, kept, law, law, False, key, TILES)
+        emitted = emit(rows, draft_rows, kept, law, law, None, False, key, TILES)
     else:
         law, draft, _here = recall(memory + kept * MEMORY, sampling[0])
-        emitted = emit(rows, draft_rows, kept, law, draft, kept < looked_at, key, TILES)
+        emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, TILES)
     return kept, emitted, all_valid

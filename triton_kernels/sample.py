@@ -53,9 +53,11 @@ def sample_kernel(
         counts, bias = edit_counts_ptr + 2 * r * num_edits, edit_bias_ptr + r * num_edits
         own = penalties_ptr + 3 * r
         penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
-        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0)
+        rows = Rows(
+            logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0, None
+        )
     else:
-        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0)
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0, None)
     row = tl.load(row_ptr + r)
     tag = race_tag(DRAFT, row)
     here = tl.full([], 0, tl.int64)

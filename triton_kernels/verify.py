@@ -13,7 +13,8 @@ from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for
 from specdec_kernels.triton_kernels.laws import row_law, sampling_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, race_tag
-from specdec_kernels.triton_kernels.rules import MEMORY, TARGET, all_together, one_by_one
+from specdec_kernels.triton_kernels.residuals import TARGET
+from specdec_kernels.triton_kernels.rules import MEMORY, all_together, one_by_one
 
 BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
@@ -89,22 +90,23 @@ def verify_chain_kernel(
     mask = None
     if bitmask_ptr is not None:
         mask = bitmask_ptr + first_row * ((vocab + 31) // 32)
-    plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride)
+    plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None)
     if edit_ids_ptr is not None:
         edits = edit_ids_ptr + b * num_edits
         counts, bias = edit_counts_ptr + 2 * b * num_edits, edit_bias_ptr + b * num_edits
         own = penalties_ptr + 3 * b
         penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
         rows = Rows(
-            logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, drafts, token_row_stride
-        )
+            logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, drafts,
+            token_row_stride, None,
+        )  # fmt: skip
     else:
-        rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, drafts, token_row_stride)
+        rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, drafts, token_row_stride, None)
     draft_rows = None
     stats = None
     if draft_ptr is not None:
         draft_logits = draft_ptr + b * draft_request_stride
-        draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, drafts, 0)
+        draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, drafts, 0, None)
         if draft_stats_ptr is not None:
             stats = draft_stats_ptr + 3 * b * longest
 

@@ -73,10 +73,10 @@ class Residual {
       const double factor = reach_ * rest / mass_;
       factor_ = std::isinf(factor_) ? factor : 1.0 / (1.0 / factor_ + 1.0 / factor);
     }
-    if (std::none_of(rejected_.begin(), rejected_.end(), [&](const Rejected& r) { return r.token == token; }))
-      drafted_ += draft_.prob(token);
-    rejected_.push_back({token, factor_});
     settled_ = draft_known_ = false;
+    if (was_rejected(token)) return;  // a sibling drawn twice: what comes after it was not drawn from it again
+    drafted_ += draft_.prob(token);
+    rejected_.push_back({token, factor_});
   }
 
   // Whether a coin is below the chance of the row itself once these tokens are rejected, without taking more of the
@@ -118,6 +118,11 @@ class Residual {
     double factor;  // 1 / taken, when it was rejected
   };
 
+  std::vector<Rejected>::const_iterator find(int64_t token) const {
+    return std::find_if(rejected_.begin(), rejected_.end(), [&](auto& r) { return r.token == token; });
+  }
+  bool was_rejected(int64_t token) const { return find(token) != rejected_.end(); }
+
   // The latest rejection is what the passes over tiles do.
   bool is_latest(const Rejected& r) const {
     return !draft_.point_mass && (replacement_ || r.factor == factor_);
@@ -130,9 +135,9 @@ class Residual {
 
   // What is left of one token, to be read relative to `mass_`.
   double weight(int64_t token) const {
-    const auto r = std::find_if(rejected_.rbegin(), rejected_.rend(), [&](auto& r) { return r.token == token; });
-    if (draft_.point_mass) return r == rejected_.rend() ? std::exp(target_->logprob(token)) : 0.0;
-    return weight(r == rejected_.rend() ? Rejected{token, factor_} : *r);
+    const auto r = find(token);
+    if (draft_.point_mass) return r == rejected_.end() ? std::exp(target_->logprob(token)) : 0.0;
+    return weight(r == rejected_.end() ? Rejected{token, factor_} : *r);
   }
 
   // The law a token was drawn from, given the siblings before it.
@@ -140,8 +145,7 @@ class Residual {
     const double prob = draft_.prob(token);
     if (draft_.point_mass || replacement_) return prob;
     const double rest = draft_left();
-    const bool before = std::any_of(rejected_.begin(), rejected_.end(), [&](auto& r) { return r.token == token; });
-    return before || rest == 0.0 ? 0.0 : prob / rest;
+    return was_rejected(token) || rest == 0.0 ? 0.0 : prob / rest;
   }
 
   // What the siblings so far left of the draft's law: one minus what they took, summed anew where that would have no
@@ -167,9 +171,7 @@ class Residual {
   // What rejected point masses left of the target: one minus what they took, where that has digits left.
   bool subtract(double& left) const {
     left = 1.0;
-    for (auto r = rejected_.begin(); r != rejected_.end(); ++r)
-      if (std::none_of(rejected_.begin(), r, [&](auto& earlier) { return earlier.token == r->token; }))
-        left -= std::exp(target_->logprob(r->token));
+    for (const Rejected& r : rejected_) left -= std::exp(target_->logprob(r.token));
     return left >= kLeastDifference;
   }
 

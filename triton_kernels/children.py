@@ -1,0 +1,206 @@
+"""``sample_children``: one program a row. Semantics: :mod:`specdec_kernels.ops.tree_rules`."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
+from specdec_kernels.contract import Children
+from specdec_kernels.triton_kernels.launch import config_for
+from specdec_kernels.triton_kernels.laws import row_law, sampling_of
+from specdec_kernels.triton_kernels.noise import exponentials
+from specdec_kernels.triton_kernels.rows import (
+    COUPLED,
+    NO_ID,
+    TILE,
+    TOKEN_LEVEL,
+    Key,
+    Rows,
+    block_ids,
+    draw_inside,
+    first_arrival,
+    load_block,
+    load_tile,
+    log_prob,
+    probs,
+    race_tag,
+)
+from specdec_kernels.triton_kernels.sample import DRAFT
+
+NOTHING_LEFT = tl.constexpr(_NOTHING_LEFT)
+TOP = tl.constexpr(int(Children.TOP))
+IID = tl.constexpr(int(Children.IID))
+RACE = tl.constexpr(int(Children.RACE))
+
+
+@triton.jit
+def without(weights, ids, taken_ptr, taken):
+    """Weights of ``ids``, 0 for the first ``taken`` tokens at ``taken_ptr``."""
+    for index in range(0, taken):
+        weights = tl.where(ids == tl.load(taken_ptr + index), 0.0, weights)
+    return weights
+
+
+@triton.jit
+def draw_without(rows, i, law, taken_ptr, taken, key, tag, TILES: tl.constexpr):
+    """A token by the two-level race, not one of those taken; ``NO_ID`` where they left nothing."""
+    best = tl.full([TILES], float("inf"), tl.float32)
+    winner = tl.full([TILES], NO_ID, tl.int64)
+    share = tl.zeros([TILES], tl.float32)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        weights = without(probs(load_block(rows, i, start, TILES), law), block_ids(start, TILES), taken_ptr, taken)
+        sums = tl.sum(weights, axis=1)
+        share += sums
+        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
+        time = exponentials(key.seed, key.position, tag, tiles) / sums
+        sooner = (sums > 0) & (time < best)
+        winner = tl.where(sooner, tiles, winner)
+        best = tl.where(sooner, time, best)
+    drawn = tl.full([], NO_ID, tl.int64)
+    if tl.sum(share) >= NOTHING_LEFT:
+        tile = first_arrival(best, winner)
+        ids = tile * TILE + tl.arange(0, TILE)
+        drawn = draw_inside(without(probs(load_tile(rows, i, tile), law), ids, taken_ptr, taken), tile, key, tag)
+    return drawn
+
+
+@triton.jit
+def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.constexpr):
+    """(value, id) of what comes behind (value, token) when ids are ordered by falling logit, or by arrival in the flat
+    race, lower id first on ties; ``NO_ID`` if nothing does. Values rise in that order."""
+    best = tl.full([], float("inf"), tl.float32)
+    winner = tl.full([], NO_ID, tl.int64)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        ids = block_ids(start, TILES)
+        logits = load_block(rows, i, start, TILES)
+        if HOW == RACE:
+            weights = probs(logits, law)
+            tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
+            values = exponentials(key.seed, key.position, tag, ids) / weights
+            takes_part = weights >= NOTHING_LEFT
+        else:
+            values = -logits
+            takes_part = (logits >= law.cutoff) & (logits > float("-inf"))
+        behind = takes_part & ((values > value) | ((values == value) & (ids > token)))
+        values = tl.where(behind, values, float("inf"))
+        least = tl.min(tl.min(values, axis=1), axis=0)
+        if least < best:
+            winner = tl.min(tl.min(tl.where(behind & (values == least), ids, NO_ID), axis=1), axis=0)
+            best = least
+    return best, winner
+
+
+@triton.jit(do_not_specialize=["top_k", "num_edits", "count"])  # 1 would become a constant, of another type
+def sample_children_kernel(
+    logits_ptr,
+    seed_ptr,
+    position_ptr,
+    row_ptr,
+    sampling_ptr,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    bitmask_ptr,
+    edit_ids_ptr,
+    edit_counts_ptr,
+    edit_bias_ptr,
+    penalties_ptr,
+    num_edits,
+    tokens_ptr,
+    logprobs_ptr,
+    stats_ptr,
+    row_stride,
+    vocab,
+    count,
+    HOW: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
+    sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
+    mask = None
+    if bitmask_ptr is not None:
+        mask = bitmask_ptr + r * ((vocab + 31) // 32)
+    if edit_ids_ptr is not None:
+        edits = edit_ids_ptr + r * num_edits
+        counts, bias = edit_counts_ptr + 2 * r * num_edits, edit_bias_ptr + r * num_edits
+        own = penalties_ptr + 3 * r
+        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        rows = Rows(
+            logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0, None
+        )
+    else:
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0, None)
+    row = tl.load(row_ptr + r)
+    here = tl.full([], 0, tl.int64)
+    law, valid = row_law(rows, here, sampling, key, race_tag(DRAFT, row), False, TILES)
+    tokens = tokens_ptr + r * count
+    value = tl.full([], float("-inf"), tl.float32)
+    token = tl.full([], -1, tl.int64)
+    for child in range(0, count):
+        drawn = law.argmax
+        if drawn >= 0:
+            # A point mass has one child, unless it is drawn again; a row that is not valid has one.
+            over = child > 0
+            if HOW == IID:
+                over = over & (valid == 0)
+            if over:
+                drawn = tl.full([], NO_ID, tl.int64)
+        elif (HOW == TOP) | (HOW == RACE):
+            if token < NO_ID:
+                value, token = next_best(
+                    rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES
+                )
+            drawn = token
+        else:
+            tl.debug_barrier()  # the tokens before were stored by one thread
+            taken = 0 if HOW == IID else child
+            drawn = draw_without(rows, here, law, tokens, taken, key, race_tag(DRAFT, row + child), TILES)
+        there = drawn < NO_ID
+        score = tl.full([], float("nan"), tl.float32)
+        if there & valid:
+            score = log_prob(rows, here, law, drawn).to(tl.float32)
+        tl.store(tokens + child, tl.where(there, drawn, -1))
+        tl.store(logprobs_ptr + r * count + child, score)
+    nan = float("nan")
+    tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
+    tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
+    tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
+
+
+def sample_children(
+    logits: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    row: Tensor,
+    sampling: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    bitmask: Tensor | None,
+    edit_ids: Tensor | None,
+    edit_counts: Tensor | None,
+    edit_bias: Tensor | None,
+    penalties: Tensor | None,
+    count: int,
+    how: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocab = logits.shape
+    tokens = logits.new_empty((rows, count), dtype=torch.int64)
+    logprobs = logits.new_empty((rows, count), dtype=torch.float32)
+    stats = logits.new_empty((rows, 3), dtype=torch.float32)
+    if rows:
+        config = config_for(logits)
+        sample_children_kernel[(rows,)](
+            logits, seed, position, row, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
+            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats,
+            logits.stride(0), vocab, count, HOW=how, TILES=config.tiles, **config.options,
+        )  # fmt: skip
+    return tokens, logprobs, stats

@@ -1,0 +1,189 @@
+"""The law a draft was drawn from, what rejected drafts leave of the target's, and draws from that."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from specdec_kernels.contract import Purpose
+from specdec_kernels.triton_kernels.noise import exponentials
+from specdec_kernels.triton_kernels.rows import (
+    NO_ID,
+    TILE,
+    Law,
+    block_ids,
+    draw_from_row,
+    draw_inside,
+    first_arrival,
+    load_logits,
+    log_prob,
+    probs,
+    race_tag,
+    row_stats,
+)
+
+TARGET = tl.constexpr(int(Purpose.TARGET))
+
+# Nodes that are looked through at a time.
+WINDOW = tl.constexpr(32)
+
+
+class Tree(NamedTuple):
+    """The drafts of one request."""
+
+    parents: Any
+    tokens: Any
+    """Pointers to int64 [nodes]."""
+    nodes: Any
+    """How many there are; what is behind them has no parent."""
+    vocab: Any
+    replacement: Any
+    """Whether siblings were drawn with it; 0 or 1."""
+
+
+class Rejected(NamedTuple):
+    """The siblings that were rejected: the children of a node up to ``last``. Rejecting them one after the other leaves,
+    up to a factor, (target - draft / factor)+ with one number ``factor``; but siblings drawn without replacement were
+    not drawn from what was rejected before them, so a rejected token has a factor of its own."""
+
+    tree: Any
+    last: Any
+    factor: Any
+    factors: Any
+    """Pointer to the factors of the nodes, ``stride`` apart."""
+    stride: Any
+
+
+@triton.jit
+def next_child(tree, node, after):
+    """The first child of ``node`` behind ``after``; the number of nodes if there is none. A node whose token is none is
+    no child."""
+    child = tree.nodes
+    start = after + 1
+    while (start < tree.nodes) & (child == tree.nodes):
+        index = start + tl.arange(0, WINDOW)
+        inside = index < tree.nodes
+        parent = tl.load(tree.parents + index, mask=inside, other=-1)
+        token = tl.load(tree.tokens + index, mask=inside, other=-1)
+        found = (parent == node) & (token >= 0) & (token < tree.vocab)
+        child = tl.min(tl.where(found, index, tree.nodes))
+        start += WINDOW
+    return child
+
+
+@triton.jit
+def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr):
+    """(the law that draft i was drawn from, the draft's probability, whether both are usable): its own softmax, or the
+    scalars handed over; the point mass on it where there are no logits, or where no law is ``needed``."""
+    scale = tl.full([], 1.0, tl.float32)
+    cutoff = tl.full([], float("-inf"), tl.float32)
+    logsumexp = tl.full([], 0.0, tl.float64)
+    prob = tl.full([], 1.0, tl.float64)
+    argmax = token
+    usable = tl.full([], 1, tl.int1)
+    if draft_rows is not None:
+        if needed:
+            argmax = tl.full([], -1, tl.int64)
+            if stats_ptr is not None:
+                stats = stats_ptr + 3 * i
+                scale, cutoff = tl.load(stats), tl.load(stats + 1)
+                logsumexp = tl.load(stats + 2).to(tl.float64)
+                argmax = tl.where(scale == float("inf"), token, -1)
+            else:
+                no_tag = tl.full([], 0, tl.int64)
+                logsumexp, _tile, usable, _top, _least = row_stats(
+                    draft_rows, i, scale, cutoff, key, no_tag, False, TILES
+                )
+            if argmax < 0:
+                prob = tl.exp(log_prob(draft_rows, i, Law(scale, cutoff, logsumexp, argmax, argmax), token))
+                usable = usable & (prob < float("inf"))
+    return Law(scale, cutoff, logsumexp, argmax, argmax), prob, usable
+
+
+@triton.jit
+def residuals(rows, draft_rows, i, law, draft, rejected, ids, first, last):
+    """What is left of ``ids`` in row i, all of them in [first, last): (target - draft)+, but for rejected siblings."""
+    weights = probs(load_logits(rows, i, ids, first, last), law)
+    certain = draft.argmax >= 0
+    if certain:
+        if rejected is None:
+            weights = tl.where(ids == draft.argmax, 0.0, weights)
+        else:
+            child = next_child(rejected.tree, i, i)
+            while child <= rejected.last:
+                weights = tl.where(ids == tl.load(rejected.tree.tokens + child), 0.0, weights)
+                child = next_child(rejected.tree, i, child)
+    if draft_rows is not None:
+        if not certain:
+            target = weights
+            drafted = probs(load_logits(draft_rows, i, ids, first, last), draft)
+            difference = target - drafted
+            weights = tl.where(difference > 0, difference, 0.0)  # nothing where the draft is not a number
+            if rejected is not None:
+                if rejected.tree.replacement == 0:
+                    child = next_child(rejected.tree, i, i)
+                    while child <= rejected.last:
+                        # ``drafted`` is what the last rejection took of it: of this child its own took another part.
+                        share = (rejected.factor / tl.load(rejected.factors + child * rejected.stride)).to(tl.float32)
+                        own = target - drafted * share
+                        if share != 1.0:
+                            here = ids == tl.load(rejected.tree.tokens + child)
+                            weights = tl.where(here, tl.where(own > 0, own, 0.0), weights)
+                        child = next_child(rejected.tree, i, child)
+    return weights
+
+
+@triton.jit
+def residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES: tl.constexpr):
+    """The residual's weight of every tile of a block: [TILES]."""
+    first = tl.full([], TILE, tl.int64) * start
+    ids = block_ids(start, TILES)
+    return tl.sum(residuals(rows, draft_rows, i, law, draft, rejected, ids, first, first + TILES * TILE), axis=1)
+
+
+@triton.jit
+def residual_mass(rows, draft_rows, i, law, draft, rejected, TILES: tl.constexpr):
+    """The sum of the residual's weights, float64."""
+    mass = tl.zeros([TILES], tl.float32)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        mass += residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
+    return tl.sum(mass).to(tl.float64)
+
+
+@triton.jit
+def residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl.constexpr):
+    """A token from (target - draft)+ by the two-level race; ``NO_ID`` where nothing is left of it."""
+    best = tl.full([TILES], float("inf"), tl.float32)
+    winner = tl.full([TILES], NO_ID, tl.int64)
+    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+        sums = residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
+        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
+        time = exponentials(key.seed, key.position, tag, tiles) / sums
+        sooner = (sums > 0) & (time < best)
+        winner = tl.where(sooner, tiles, winner)
+        best = tl.where(sooner, time, best)
+    drawn = first_arrival(best, winner)
+    if drawn < NO_ID:
+        first = drawn * TILE
+        ids = first + tl.arange(0, TILE)
+        weights = residuals(rows, draft_rows, i, law, draft, rejected, ids, first, first + TILE)
+        drawn = draw_inside(weights, drawn, key, tag)
+    return drawn
+
+
+@triton.jit
+def emit(rows, draft_rows, i, law, draft, rejected, use_residual, key, TILES: tl.constexpr):
+    """The token that ends the step in row i."""
+    tag = race_tag(TARGET, i)
+    emitted = law.argmax
+    if emitted < 0:
+        emitted = tl.full([], NO_ID, tl.int64)
+        if use_residual:
+            emitted = residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
+        if emitted == NO_ID:
+            emitted = draw_from_row(rows, i, law, key, tag)
+    return emitted

@@ -1,0 +1,428 @@
+"""``verify_tree``: one program a request. Semantics: :mod:`specdec_kernels.ops.tree_rules`."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
+from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
+from specdec_kernels.contract import TreeRule
+from specdec_kernels.triton_kernels.launch import config_for
+from specdec_kernels.triton_kernels.laws import row_law, sampling_of
+from specdec_kernels.triton_kernels.noise import coin
+from specdec_kernels.triton_kernels.residuals import (
+    TARGET,
+    Rejected,
+    Tree,
+    draft_law,
+    emit,
+    next_child,
+    residual_mass,
+)
+from specdec_kernels.triton_kernels.rows import (
+    TILE,
+    Key,
+    Law,
+    Rows,
+    block_ids,
+    draw_from_row,
+    flat_race,
+    load_block,
+    log_prob,
+    probs,
+    race_tag,
+)
+from specdec_kernels.triton_kernels.trees import live_count
+
+LEAST_DIFFERENCE = tl.constexpr(_LEAST_DIFFERENCE)
+NOTHING_LEFT = tl.constexpr(_NOTHING_LEFT)
+RECURSIVE = tl.constexpr(int(TreeRule.RECURSIVE))
+TRAVERSAL = tl.constexpr(int(TreeRule.TRAVERSAL))
+COUPLED_RULE = tl.constexpr(int(TreeRule.COUPLED))
+
+# What is remembered of a node, in doubles: see `State`. The factor of a node itself, as a rejected sibling, is FACTOR.
+MEMORY = tl.constexpr(16)
+FACTOR = tl.constexpr(15)
+
+
+@triton.jit
+def depth_of(tree, node):
+    depth = tl.full([], 0, tl.int64)
+    while node > 0:
+        node = tl.load(tree.parents + node)
+        depth += 1
+    return depth
+
+
+@triton.jit
+def walk(rows, tree, sampling, key, RULE: tl.constexpr, TILES: tl.constexpr):
+    """Rules walk and coupled: (last node of the path, emitted token, all rows valid?)."""
+    node = tl.full([], 0, tl.int64)
+    drawn = tl.full([], -1, tl.int64)
+    all_valid = tl.full([], 1, tl.int1)
+    walking = tl.full([], 1, tl.int32)
+    while walking != 0:
+        tag = race_tag(TARGET, node)
+        law, valid = row_law(rows, node, sampling, key, tag, RULE != COUPLED_RULE, TILES)
+        all_valid = valid
+        drawn = law.argmax
+        if drawn < 0:
+            if RULE == COUPLED_RULE:
+                ahead = depth_of(tree, node)
+                # The race is held at the absolute position, which row `node` of a chain would be at.
+                drawn = flat_race(rows, node, law, Key(key.seed, key.position + ahead - node), TILES)
+            else:
+                drawn = draw_from_row(rows, node, law, key, tag)
+        walking = valid.to(tl.int32)
+        child = next_child(tree, node, node)
+        while (child < tree.nodes) & (tl.load(tree.tokens + child, mask=child < tree.nodes, other=-1) != drawn):
+            child = next_child(tree, node, child)
+        if (walking != 0) & (child < tree.nodes):
+            node = child
+        else:
+            walking = tl.full([], 0, tl.int32)
+    return node, drawn, all_valid
+
+
+@triton.jit
+def drafted_prob(draft_rows, node, draft, token):
+    """The draft's probability of a child, whatever its siblings: float64."""
+    prob = tl.full([], 1.0, tl.float64)
+    if draft_rows is not None:
+        if draft.argmax < 0:
+            prob = tl.exp(log_prob(draft_rows, node, draft, token))
+    return prob
+
+
+@triton.jit
+def enter(rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, memory, TILES: tl.constexpr):
+    """Look at a node: remember its laws and a fresh state. Whether its row is usable, and so are its children's laws."""
+    law, valid = row_law(rows, node, sampling, key, race_tag(TARGET, node), True, TILES)
+    child = next_child(tree, node, node)
+    token = tl.load(tree.tokens + child, mask=child < tree.nodes, other=0)
+    needed = valid & (child < tree.nodes) & (law.argmax < 0)
+    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, TILES)
+    if needed:
+        while (child < tree.nodes) & usable:
+            token = tl.load(tree.tokens + child)
+            usable = usable & (drafted_prob(draft_rows, node, draft, token) < float("inf"))
+            child = next_child(tree, node, child)
+    place = memory + node * MEMORY
+    tl.store(place, law.cutoff.to(tl.float64))
+    tl.store(place + 1, law.logsumexp)
+    tl.store(place + 2, law.argmax.to(tl.float64))
+    tl.store(place + 3, law.tile.to(tl.float64))
+    tl.store(place + 4, draft.scale.to(tl.float64))
+    tl.store(place + 5, draft.cutoff.to(tl.float64))
+    tl.store(place + 6, draft.logsumexp)
+    tl.store(place + 7, draft.argmax.to(tl.float64))
+    tl.store(place + 8, reach)
+    tl.store(place + 9, tl.full([], 1.0, tl.float64))  # mass of the residual
+    tl.store(place + 10, tl.full([], 0.0, tl.float64))  # draft's probability of what was rejected
+    tl.store(place + 11, tl.full([], float("inf"), tl.float64))  # factor, see `Rejected`
+    # The last child that was looked at; none can be where a law is not usable.
+    tl.store(place + 12, tl.where(valid & usable, node, tree.nodes).to(tl.float64))
+    tl.store(place + 13, tl.full([], 1.0, tl.float64))  # whether mass and reach are up to date
+    tl.debug_barrier()  # what one thread remembered, others recall
+    return valid & usable
+
+
+@triton.jit
+def laws_of(place, scale, factor):
+    """(law of the target, of the draft, of the draft divided by ``factor``)."""
+    law = Law(
+        scale, tl.load(place).to(tl.float32), tl.load(place + 1), tl.load(place + 2).to(tl.int64),
+        tl.load(place + 3).to(tl.int64),
+    )  # fmt: skip
+    draft_scale, draft_cutoff = tl.load(place + 4).to(tl.float32), tl.load(place + 5).to(tl.float32)
+    logsumexp, argmax = tl.load(place + 6), tl.load(place + 7).to(tl.int64)
+    draft = Law(draft_scale, draft_cutoff, logsumexp, argmax, argmax)
+    return law, draft, Law(draft_scale, draft_cutoff, logsumexp + tl.log(factor), argmax, argmax)
+
+
+@triton.jit
+def draft_left(draft_rows, tree, node, draft, last, drafted, TILES: tl.constexpr):
+    """What the siblings up to ``last`` left of the draft's law: one minus what they took, summed anew where that would
+    have no digits left."""
+    left = 1.0 - drafted
+    if draft_rows is not None:
+        if left < LEAST_DIFFERENCE:
+            sums = tl.zeros([TILES], tl.float32)
+            for start in range(0, tl.cdiv(draft_rows.vocab, TILE), TILES):
+                ids = block_ids(start, TILES)
+                weights = probs(load_block(draft_rows, node, start, TILES), draft)
+                child = next_child(tree, node, node)
+                while child <= last:
+                    weights = tl.where(ids == tl.load(tree.tokens + child), 0.0, weights)
+                    child = next_child(tree, node, child)
+                sums += tl.sum(weights, axis=1)
+            left = tl.sum(sums).to(tl.float64)
+            left = tl.where(left < NOTHING_LEFT, 0.0, left)
+    return left
+
+
+@triton.jit
+def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.constexpr):
+    """Mass and reach of a node after its latest rejection."""
+    place = memory + node * MEMORY
+    if tl.load(place + 13) == 0:
+        factor, reach, before = tl.load(place + 11), tl.load(place + 8), tl.load(place + 9)
+        law, _draft, divided = laws_of(place, sampling[0], factor)
+        rejected = Rejected(tree, last, factor, memory + FACTOR, MEMORY)
+        mass = before  # a point mass is accepted where it is a child, and not touched by other children
+        if law.argmax < 0:
+            mass = residual_mass(rows, draft_rows, node, law, divided, rejected, TILES)
+        left = reach * mass / before
+        after = tl.where(reach < 1.0, tl.where(left > 0, left / (left + 1.0 - reach), 0.0), reach)
+        tl.debug_barrier()  # everybody has read what is overwritten now
+        tl.store(place + 9, mass)
+        tl.store(place + 8, after)
+        tl.store(place + 13, tl.full([], 1.0, tl.float64))
+        tl.debug_barrier()
+
+
+@triton.jit
+def top_down_or_bottom_up(
+    rows, draft_rows, stats_ptr, tree, sampling, key, memory, RULE: tl.constexpr, TILES: tl.constexpr
+):
+    """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to the
+    first child that passes; traversal goes down to any child that may be come to, and up again where a node fails."""
+    node = tl.full([], 0, tl.int64)
+    one = tl.full([], 1.0, tl.float64)
+    all_valid = enter(rows, draft_rows, stats_ptr, tree, node, one, sampling, key, memory, TILES).to(tl.int32)
+    deciding = tl.full([], 1, tl.int32)
+    while deciding != 0:
+        place = memory + node * MEMORY
+        last = tl.load(place + 12).to(tl.int64)
+        child = next_child(tree, node, last)
+        bottom_up = node > 0
+        if RULE == RECURSIVE:
+            bottom_up = node < 0
+        if (child < tree.nodes) | bottom_up:
+            settle(rows, draft_rows, tree, node, last, sampling, memory, TILES)
+        reach = tl.load(place + 8)
+        if child < tree.nodes:
+            mass, drafted, factor = tl.load(place + 9), tl.load(place + 10), tl.load(place + 11)
+            law, draft, _divided = laws_of(place, sampling[0], factor)
+            token = tl.load(tree.tokens + child)
+            certain = draft.argmax >= 0
+            # An earlier sibling of the same token: rejected before, with a factor of its own.
+            twin = next_child(tree, node, node)
+            while (twin < child) & (tl.load(tree.tokens + twin) != token):
+                twin = next_child(tree, node, twin)
+            new = twin == child
+            left_of_draft = one
+            prob = drafted_prob(draft_rows, node, draft, token)
+            if tree.replacement == 0:
+                if not certain:
+                    left_of_draft = draft_left(draft_rows, tree, node, draft, last, drafted, TILES)
+            own = factor
+            if tree.replacement == 0:
+                if not new:
+                    own = tl.load(memory + twin * MEMORY + FACTOR)
+            weight = tl.exp(log_prob(rows, node, law, token))
+            weight = tl.where(certain, tl.where(new, weight, 0.0), tl.maximum(weight - prob / own, 0.0))
+            conditional = prob
+            if tree.replacement == 0:
+                if not certain:
+                    known = new & (left_of_draft > 0)
+                    conditional = tl.where(known, prob / tl.where(left_of_draft > 0, left_of_draft, 1.0), 0.0)
+            # Strict: what the target excludes is never accepted, whatever the draft was declared to be.
+            if RULE == RECURSIVE:
+                below = tl.where(coin(key.seed, key.position, child - 1) * mass * conditional < weight, 1.0, 0.0)
+                below = below.to(tl.float64)
+            else:
+                below = tl.where(weight > 0, tl.minimum(1.0, reach * weight / mass / conditional), 0.0)
+            rejected = below == 0
+            if RULE == TRAVERSAL:
+                rejected = below >= 0  # to be read only once it is
+            if rejected:
+                tl.debug_barrier()  # everybody has read what is overwritten now
+                if (left_of_draft > 0) & (reach > 0) & (mass > 0):
+                    taken = reach * left_of_draft / mass
+                    factor = tl.where(factor == float("inf"), taken, 1.0 / (1.0 / factor + 1.0 / taken))
+                tl.store(place + 11, factor)
+                tl.store(place + 10, drafted + tl.where(new, prob, 0.0))
+                tl.store(place + 12, child.to(tl.float64))
+                tl.store(place + 13, tl.full([], 0.0, tl.float64))
+                tl.store(memory + child * MEMORY + FACTOR, tl.where(new, factor, own))
+                tl.debug_barrier()
+            if below > 0:
+                node = child
+                fits = enter(rows, draft_rows, stats_ptr, tree, node, below, sampling, key, memory, TILES)
+                all_valid = all_valid & fits.to(tl.int32)
+        else:
+            accepted = tl.full([], 1, tl.int1)
+            if bottom_up:
+                accepted = coin(key.seed, key.position, node - 1) < reach
+            if accepted:
+                deciding = tl.full([], 0, tl.int32)
+            else:
+                node = tl.load(tree.parents + node)
+    place = memory + node * MEMORY
+    last, factor = tl.load(place + 12).to(tl.int64), tl.load(place + 11)
+    law, _draft, divided = laws_of(place, sampling[0], factor)
+    some = (last > node) & (last < tree.nodes)
+    rejected = Rejected(tree, last, factor, memory + FACTOR, MEMORY)
+    emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, TILES)
+    return node, emitted, all_valid != 0
+
+
+@triton.jit(do_not_specialize=["top_k", "num_edits", "nodes", "replacement"])  # 1 would become a constant, of another type
+def verify_tree_kernel(
+    target_ptr,
+    tokens_ptr,
+    parents_ptr,
+    draft_ptr,
+    draft_stats_ptr,
+    seed_ptr,
+    position_ptr,
+    sampling_ptr,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    bitmask_ptr,
+    edit_ids_ptr,
+    edit_counts_ptr,
+    edit_bias_ptr,
+    penalties_ptr,
+    num_edits,
+    memory_ptr,
+    out_tokens_ptr,
+    out_nodes_ptr,
+    out_accepted_ptr,
+    out_valid_ptr,
+    out_logprobs_ptr,
+    out_raw_logprobs_ptr,
+    target_request_stride,
+    target_row_stride,
+    draft_request_stride,
+    draft_row_stride,
+    nodes,
+    vocab,
+    replacement,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
+    sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
+    first = b * nodes
+    tokens, parents = tokens_ptr + first, parents_ptr + first
+    live = tl.minimum(live_count(parents, nodes, BLOCK), nodes).to(tl.int64)
+    tree = Tree(parents, tokens, live, vocab, replacement)
+    logits = target_ptr + b * target_request_stride
+    mask = None
+    if bitmask_ptr is not None:
+        mask = bitmask_ptr + first * ((vocab + 31) // 32)
+    plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, tokens, 1, parents)
+    if edit_ids_ptr is not None:
+        edits = edit_ids_ptr + b * num_edits
+        counts, bias = edit_counts_ptr + 2 * b * num_edits, edit_bias_ptr + b * num_edits
+        own = penalties_ptr + 3 * b
+        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        rows = Rows(
+            logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, tokens, 1, parents
+        )
+    else:
+        rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, tokens, 1, parents)
+    draft_rows = None
+    stats = None
+    if draft_ptr is not None:
+        draft_logits = draft_ptr + b * draft_request_stride
+        draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, tokens, 1, parents)
+        if draft_stats_ptr is not None:
+            stats = draft_stats_ptr + 3 * first
+
+    if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
+        memory = memory_ptr + first * MEMORY
+        node, emitted, valid = top_down_or_bottom_up(
+            rows, draft_rows, stats, tree, sampling, key, memory, RULE, TILES
+        )
+    else:
+        node, emitted, valid = walk(rows, tree, sampling, key, RULE, TILES)
+
+    depth = depth_of(tree, node)
+    index = tl.arange(0, BLOCK)
+    tl.store(out_tokens_ptr + first + index, tl.full([BLOCK], -1, tl.int64), mask=index < nodes)
+    tl.store(out_nodes_ptr + first + index, tl.full([BLOCK], -1, tl.int32), mask=index < nodes)
+    if out_logprobs_ptr is not None:
+        nan = tl.full([BLOCK], float("nan"), tl.float32)
+        tl.store(out_logprobs_ptr + first + index, nan, mask=index < nodes)
+        tl.store(out_raw_logprobs_ptr + first + index, nan, mask=index < nodes)
+    tl.debug_barrier()  # the path overwrites some of it
+    tl.store(out_accepted_ptr + b, depth.to(tl.int32))
+    tl.store(out_valid_ptr + b, valid)
+    token = emitted
+    place = first + depth
+    while place >= first:
+        tl.store(out_tokens_ptr + place, token)
+        tl.store(out_nodes_ptr + place, node.to(tl.int32))
+        if out_logprobs_ptr is not None:
+            law, usable = row_law(rows, node, sampling, key, race_tag(TARGET, node), False, TILES)
+            if usable:
+                tl.store(out_logprobs_ptr + place, log_prob(rows, node, law, token).to(tl.float32))
+            unfiltered = (tl.full([], 1.0, tl.float32), tl.full([], 0, tl.int32), 1.0, 0.0)
+            law, usable = row_law(plain, node, unfiltered, key, race_tag(TARGET, node), False, TILES)
+            if usable:
+                tl.store(out_raw_logprobs_ptr + place, log_prob(plain, node, law, token).to(tl.float32))
+        token = tl.load(tokens + node)
+        node = tl.maximum(tl.load(parents + node), 0)
+        place -= 1
+
+
+def verify_tree(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    draft_stats: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+    sampling: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    bitmask: Tensor | None,
+    edit_ids: Tensor | None,
+    edit_counts: Tensor | None,
+    edit_bias: Tensor | None,
+    penalties: Tensor | None,
+    rule: int,
+    replacement: bool,
+    logprobs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, nodes = parents.shape
+    vocab = target_logits.shape[-1]
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return target_logits.new_empty(shape, dtype=dtype)
+
+    tokens, path = empty(torch.int64, batch, nodes), empty(torch.int32, batch, nodes)
+    accepted, valid = empty(torch.int32, batch), empty(torch.bool, batch)
+    scores, raw_scores = (empty(torch.float32, *((batch, nodes) if logprobs else (0,))) for _ in range(2))
+    if batch:
+        config = config_for(target_logits)
+        walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
+        # A kernel wants pointers of one type, used or not.
+        memory = empty(torch.float64, 0 if walks else batch * nodes * MEMORY.value)
+        if walks:
+            draft_logits = draft_stats = None
+        draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
+        verify_tree_kernel[(batch,)](
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, sampling, temperature,
+            top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
+            0 if edit_ids is None else edit_ids.shape[1], memory, tokens, path, accepted, valid,
+            scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],
+            *draft_strides, nodes, vocab, int(replacement), RULE=rule, BLOCK=triton.next_power_of_2(nodes),
+            TILES=config.tiles, **config.options,
+        )  # fmt: skip
+    return tokens, path, accepted, valid, scores, raw_scores
