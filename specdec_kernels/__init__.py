@@ -1,22 +1,27 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
 from specdec_kernels.ops import LogitBias, Penalties, Sample, Verified, noise_words, sample, verify_chain
+from specdec_kernels.ops.tree_rules import DrawnChildren, VerifiedTree, sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
 from specdec_kernels.version import __version__
 
 __all__ = [
+    "DrawnChildren",
     "LogitBias",
     "Penalties",
     "Sample",
     "TreeLinks",
     "Verified",
+    "VerifiedTree",
     "__version__",
     "noise_words",
     "sample",
+    "sample_children",
     "tree_links",
     "tree_mask",
     "tree_mask_mod",
     "tree_paths",
     "tree_positions",
     "verify_chain",
+    "verify_tree",
 ]

@@ -34,7 +34,7 @@ def test_the_suite_notices_a_wrong_backend(monkeypatch):
         verified = real(*positional, **named)
         return verified._replace(num_accepted=(verified.num_accepted - 1).clamp(min=0))
 
-    monkeypatch.setattr(selftest, "verify_chain", wrong)
+    monkeypatch.setattr(selftest.chains, "verify_chain", wrong)
     assert selftest.run("cpu", count=20).wrong
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from specdec_kernels.ops import BackendName
 from specdec_kernels.selftest import chains, trees
-from specdec_kernels.selftest.common import EPSILON, KNOWN_ANSWERS, Report, known_answers
+from specdec_kernels.selftest.common import DRAFT_KINDS, EPSILON, KNOWN_ANSWERS, Report, known_answers
 
-__all__ = ["EPSILON", "KNOWN_ANSWERS", "Report", "chains", "known_answers", "run", "trees"]
+__all__ = ["DRAFT_KINDS", "EPSILON", "KNOWN_ANSWERS", "Report", "chains", "known_answers", "run", "trees"]
 
 
 def run(backend: BackendName | None = None, device: str = "cpu", count: int = 120) -> Report:
