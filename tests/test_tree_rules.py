@@ -70,73 +70,81 @@ def test_wrong_rules_have_a_wrong_law(rule, mutant, kind):
 
 POSITION = 11
 #: Root with two children, each with one of its own, in the order they are drawn in.
-PARENTS = (-1, 0, 0, 1, 2)
+DEEP = (-1, 0, 0, 1, 2)
+FLAT = DEEP[:3]
+#: Chances of this tree of point masses are multiples of a twelfth.
+CERTAIN = (0, 0, 1, 1, 0)
 
 
-def drafts_of(siblings, kind, rule, weights):
-    """Every assignment of tokens to the nodes, with its probability."""
-    if (kind, rule) == ("point mass", "traversal"):  # the chances of this tree are multiples of a twelfth
-        yield (0, 0, 1, 1, 0), F(1)
-        return
+def path(parents, tokens, node):
+    return () if node == 0 else (*path(parents, tokens, parents[node]), tokens[node])
+
+
+def drafts_of(parents, siblings, weights):
+    """Every assignment of tokens to the nodes, with its probability. Of two tokens a second child is the other one, or
+    drawn anew."""
     law = law_of(weights)
-    for first, second, *below in product(range(2), repeat=4):
-        mass = law[first] * law[below[0]] * law[below[1]]
-        if siblings == "iid":
-            yield (0, first, second, *below), mass * law[second]
-        elif first != second:
-            yield (0, first, second, *below), mass
+    for tokens in product(range(2), repeat=len(parents) - 1):
+        mass = F(1)
+        for node, token in enumerate(tokens, 1):
+            if node == 2 and siblings == "without_replacement":
+                mass *= int(token != tokens[0])
+            else:
+                mass *= law[token]
+        if mass:
+            yield (0, *tokens), mass
 
 
 @pytest.fixture(scope="module")
 def grids():
+    """rule, parents -> seeds."""
     seeds = torch.arange(1 << 20)
 
     def race(*rows, purpose=Purpose.TARGET):
         if purpose == Purpose.COUPLED:
-            return [uniforms(seeds, purpose, POSITION + row, 0) for row in rows]
-        return [uniforms(seeds, purpose, POSITION, row) for row in rows]
+            return [uniforms(seeds, purpose, POSITION + row, 0) for row in rows], RACE_CELLS
+        return [uniforms(seeds, purpose, POSITION, row) for row in rows], RACE_CELLS
 
     coins = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 4) for node in range(4)]
     thirds = [(coin, 3) for coin, _ in coins[2:]]
     # Of two tokens a rejected one leaves the other: races are held at the leaves alone, and one of them at most.
-    by_coins = seeds_by_cell([*coins, (race(3, 4), RACE_CELLS)])
-    depths = [(race(*nodes), RACE_CELLS) for nodes in ((0,), (1, 2), (3, 4))]
-    coupled = [(race(depth, purpose=Purpose.COUPLED), RACE_CELLS) for depth in range(3)]
-    return {
-        "recursive": by_coins,
-        "traversal": by_coins,
-        "traversal of point masses": seeds_by_cell([coins[0], *thirds, (race(3, 4), RACE_CELLS)]),
-        "walk": seeds_by_cell(depths),
-        "coupled": seeds_by_cell(coupled),
-    }
+    found = {("certain", DEEP): seeds_by_cell([coins[0], *thirds, race(3, 4)])}
+    for parents, leaves in ((DEEP, (3, 4)), (FLAT, (1, 2))):
+        by_coins = seeds_by_cell([*coins[: len(parents) - 1], race(*leaves)])
+        found["recursive", parents] = found["traversal", parents] = by_coins
+        found["walk", parents] = seeds_by_cell([race(*nodes) for nodes in ((0,), (1, 2), (3, 4))[: len(parents) // 2 + 1]])
+        depths = range(len(parents) // 2 + 1)
+        found["coupled", parents] = seeds_by_cell([race(depth, purpose=Purpose.COUPLED) for depth in depths])
+    return found
 
 
-def law_by_counting(verify, grids, rule, siblings, kind, drawn=(2, 2)):
-    """The law of three tokens: every tree of drafts, every cell, continued by the target."""
+def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2, 2)):
+    """The law of the text as deep as the tree and one further: every tree of drafts, every cell, continued by the
+    target."""
+    certain = (kind, rule) == ("point mass", "traversal") and parents == DEEP
+    weights, seeds = (TWELFTHS, grids["certain", parents]) if certain else (QUARTERS, grids[rule, parents])
     masses, tokens, rows = [], [], []
-    certain = (kind, rule) == ("point mass", "traversal")
-    weights, seeds = (TWELFTHS, grids["traversal of point masses"]) if certain else (QUARTERS, grids[rule])
-    for drafts, mass in drafts_of(siblings, kind, rule, drawn):
-        prefixes = [(), drafts[1:2], drafts[2:3], (drafts[1], drafts[3]), (drafts[2], drafts[4])]
-        rows.append(torch.stack([logits_of(weights[prefix], False) for prefix in prefixes]))
+    for drafts, mass in [(CERTAIN, F(1))] if certain else drafts_of(parents, siblings, drawn):
+        rows.append(torch.stack([logits_of(weights[path(parents, drafts, n)], False) for n in range(len(parents))]))
         tokens.append(drafts)
         masses.append(mass / len(seeds))
-    count, batch = len(seeds), len(masses)
+    count, batch, nodes = len(seeds), len(masses), len(parents)
+    length = 1 + len(path(parents, parents, nodes - 1))
     law: oracle.Law = {}
 
     def add(prefix, mass):
-        if len(prefix) == 3:
+        if len(prefix) == length:
             law[prefix] = law.get(prefix, F(0)) + mass
         else:
             for token, prob in enumerate(law_of(weights[prefix])):
                 add((*prefix, token), mass * prob)
 
-    dense = torch.full((batch, 5, 2), 0.5).log().repeat_interleave(count, 0)
-    stats = torch.tensor([1.0, -torch.inf, 0.0]).expand(batch * count, 5, 3)
+    dense = torch.full((batch * count, nodes, 2), 0.5).log()
+    stats = torch.tensor([1.0, -torch.inf, 0.0]).expand(batch * count, nodes, 3)
     verified = verify(
         torch.stack(rows).repeat_interleave(count, 0),
         torch.tensor(tokens).repeat_interleave(count, 0),
-        torch.tensor([PARENTS]).expand(batch * count, 5),
+        torch.tensor([parents]).expand(batch * count, nodes),
         None if kind == "point mass" else dense,
         stats if kind == "statistics" else None,
         seed=torch.tensor(seeds).repeat(batch),
@@ -146,30 +154,27 @@ def law_by_counting(verify, grids, rule, siblings, kind, drawn=(2, 2)):
     )
     for row, mass in zip(verified.tokens.tolist(), [m for m in masses for _ in range(count)], strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(weights[prefix]), 2))
+    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(weights[prefix]), length - 1))
 
 
 @pytest.fixture
-def fast(backend):
-    """Thousands of trees take the Triton interpreter minutes; the self-test holds it to the oracle."""
-    if backend == "triton" and BACKENDS[backend].device == "cpu":
-        pytest.skip("interpreted")
+def parents(backend):
+    """The Triton interpreter takes minutes for the deeper tree."""
+    return FLAT if backend == "triton" and BACKENDS[backend].device == "cpu" else DEEP
 
 
-@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 @pytest.mark.parametrize("kind", ["dense", "statistics", "point mass"])
 @pytest.mark.parametrize("rule", [*RULES, "coupled"])
-def test_the_law_is_exact(verify, grids, rule, kind, siblings):
-    assert law_by_counting(verify, grids, rule, siblings, kind) == 0
+def test_the_law_is_exact(verify, grids, parents, rule, kind, siblings):
+    assert law_by_counting(verify, grids, rule, siblings, kind, parents) == 0
 
 
-@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-def test_a_wrong_draft_law_is_seen(verify, grids, rule, siblings):
+def test_a_wrong_draft_law_is_seen(verify, grids, parents, rule, siblings):
     """Case 3: children from another law than the declared one change the text."""
-    assert law_by_counting(verify, grids, rule, siblings, "dense", drawn=(1, 3)) > F(1, 50)
+    assert law_by_counting(verify, grids, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
 
 
 # --- a chain is a tree ------------------------------------------------------------------------------------------------
