@@ -21,7 +21,7 @@ NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
 BackendName = Literal["reference", "cpu", "triton"]
-OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask")
+OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ _SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "tree_mask": "(Tensor(a!) out, Tensor parents, Tensor? context_lens, int format) -> ()",
+    "compact_kv": "(Tensor(a!)[] caches, Tensor nodes, Tensor start, Tensor? page_table) -> ()",
     "noise_words": "(Tensor seed, Tensor position, int tag, int first, int counters) -> Tensor",
 }
 
@@ -95,12 +96,17 @@ def _fake_tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, f
     """Fills what it was given."""
 
 
+def _fake_compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: Tensor | None) -> None:
+    """Moves what it was given."""
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
     "sample": _fake_sample,
     "sample_children": _fake_sample_children,
     "verify_tree": _fake_verify_tree,
     "tree_mask": _fake_tree_mask,
+    "compact_kv": _fake_compact_kv,
     "noise_words": _fake_noise_words,
 }
 

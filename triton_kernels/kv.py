@@ -1,0 +1,59 @@
+"""``compact_kv``: one program a cache, request and head. Semantics: :mod:`specdec_kernels.ops.kv`."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["nodes", "tokens", "pages"])
+def compact_kv_kernel(
+    address_ptr, like_ptr, path_ptr, start_ptr, page_table_ptr, nodes, tokens, pages, page_size, width, outer_stride,
+    token_stride, head_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    cache = tl.load(address_ptr + tl.program_id(0)).to(like_ptr.dtype)
+    b, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start = tl.load(start_ptr + b)
+    entry = tl.arange(0, BLOCK)
+    i = tl.full([], 0, tl.int64)
+    node = tl.load(path_ptr + b * nodes)
+    # A node never moves back past its place, so in ascending order nothing is overwritten before it has moved.
+    while node >= 0:
+        source, place = start + node, start + i
+        if (node != i) & (source < tokens):
+            outer_source, outer_place = b, b
+            if page_table_ptr is not None:
+                outer_source = tl.load(page_table_ptr + b * pages + source // page_size)
+                outer_place = tl.load(page_table_ptr + b * pages + place // page_size)
+                source, place = source % page_size, place % page_size
+            own = cache + head * head_stride + entry
+            moved = tl.load(own + outer_source * outer_stride + source * token_stride, mask=entry < width)
+            tl.store(own + outer_place * outer_stride + place * token_stride, moved, mask=entry < width)
+            tl.debug_barrier()  # the next node may come to lie where this one was
+        i += 1
+        node = tl.load(path_ptr + b * nodes + i, mask=i < nodes, other=-1)
+
+
+#: Elements are moved as what they are wide, whatever they are.
+_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: Tensor | None) -> None:
+    first = caches[0]
+    addresses = torch.tensor([cache.data_ptr() for cache in caches]).to(first.device, non_blocking=True)
+    like = first.new_empty(0, dtype=_AS[first.element_size()])  # for its type
+    if page_table is None:
+        (_, heads, tokens, width), strides = first.shape, (first.stride(0), first.stride(2), first.stride(1))
+        pages, page_size = 0, 1
+    else:
+        (_, page_size, heads, width), strides = first.shape, first.stride()[:3]
+        pages = page_table.shape[1]
+        tokens = pages * page_size
+    compact_kv_kernel[(len(caches), nodes.shape[0], heads)](
+        addresses, like, nodes, start, page_table, nodes.shape[1], tokens, pages, page_size, width, *strides,
+        BLOCK=triton.next_power_of_2(width), num_warps=1,
+    )  # fmt: skip
