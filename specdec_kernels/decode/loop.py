@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, Step, Target
+from specdec_kernels.decode.protocols import Draft, Drafter, Step, Target, TreeDraft
 from specdec_kernels.decode.requests import Request, filters, processing, requests
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.ops import BackendName, RuleName, verify_chain
+from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
+from specdec_kernels.ops.trees import tree_positions
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ def stream(
         target: see :mod:`specdec_kernels.decode.targets`.
         prompts: token ids, at least one each.
         drafter: see :mod:`specdec_kernels.decode.drafters`; ``None`` decodes plainly, one token a step.
-        num_draft: drafts a step at most.
+        num_draft: drafts a step at most; of a tree, its nodes beside the root.
         max_new_tokens, seed: one for all requests, or a list with one each. Seed ``None`` draws one.
         stop_tokens: ids that end a request; the id itself is the last token yielded.
-        rule: of :func:`specdec_kernels.verify_chain`.
+        rule: of :func:`specdec_kernels.verify_chain`. For trees of drawn drafts "token" is "recursive" and "block" is
+            "traversal"; trees of point masses are walked.
         logprobs: yield the log-probability of every token.
         statistics: filled in as decoding goes.
         backend: of :func:`specdec_kernels.verify_chain`.
@@ -116,6 +119,20 @@ def stream(
                     drafter.select(torch.tensor(going_on))
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What the verification of one step decided."""
+
+    tokens: Tensor
+    num_accepted: Tensor
+    valid: Tensor
+    logprobs: Tensor
+    features: Tensor | None
+    """[B, R, H]: the target's before each token."""
+    proposed: list[tuple[int, int]]
+    """Of each request (drafts, how deep they go)."""
+
+
 def _step(
     target: Target,
     drafter: Drafter | None,
@@ -136,12 +153,43 @@ def _step(
     )
     with statistics.timed("draft"):
         draft = drafter.propose(step) if drafter is not None else Draft.nothing(len(active))
+    decide = _verified_tree if isinstance(draft, TreeDraft) else _verified_chain
+    outcome = decide(target, draft, active, step, verification, statistics, law)  # type: ignore[arg-type]
+    counts = outcome.num_accepted.tolist()
+    emitted = [row[: count + 1] for row, count in zip(outcome.tokens.tolist(), counts, strict=True)]
+    with statistics.timed("draft"):
+        if drafter is not None:
+            drafter.commit(emitted, outcome.features)
+    statistics.steps += 1
+    statistics.invalid += int((~outcome.valid).sum())
+    for (proposed, depth), count in zip(outcome.proposed, counts, strict=True):
+        statistics.count(proposed, count, depth)
+    return emitted, outcome.logprobs.tolist()
+
+
+def _last(active: Sequence[Request]) -> Tensor:
+    """int64 [B, 1]: the last token of every text."""
+    return torch.tensor([[(request.generated or request.prompt)[-1]] for request in active])
+
+
+def _verified_chain(
+    target: Target,
+    draft: Draft,
+    active: Sequence[Request],
+    step: Step,
+    verification: _Verification,
+    statistics: Statistics,
+    law: dict[str, Any],
+) -> _Outcome:
+    with statistics.timed("draft"):
         lengths = torch.minimum((draft.tokens >= 0).long().cumprod(1).sum(1), step.num_draft)
         draft = _trimmed(draft, int(lengths.max()))
+    rows = torch.cat([_last(active), draft.tokens.clamp(min=0)], 1)
     with statistics.timed("target"):
-        last = torch.tensor([[(request.generated or request.prompt)[-1]] for request in active])
-        scores = target.score(torch.cat([last, draft.tokens.clamp(min=0)], 1), lengths + 1)
+        scores = target.score(rows, lengths + 1)
     with statistics.timed("verify"):
+        index = torch.arange(rows.shape[1])
+        chain = torch.where(index <= lengths[:, None], index - 1, -1)
         verified = verify_chain(
             scores.logits,
             draft.tokens,
@@ -153,21 +201,61 @@ def _step(
             rule=verification.rule,
             logprobs=verification.logprobs,
             backend=verification.backend,
-            **law,  # type: ignore[arg-type]
-            **processing(active, draft.tokens, lengths.tolist(), scores.logits.shape[-1]),
+            **law,
+            **processing(active, rows, chain, scores.logits.shape[-1]),
         )
-        counts = verified.num_accepted.tolist()
-        emitted = [row[: count + 1] for row, count in zip(verified.tokens.tolist(), counts, strict=True)]
     with statistics.timed("target"):
         target.keep(verified.num_accepted.long() + 1)
-    with statistics.timed("draft"):
-        if drafter is not None:
-            drafter.commit(emitted, scores.features)
-    statistics.steps += 1
-    statistics.invalid += int((~verified.valid).sum())
-    for proposed, count in zip(lengths.tolist(), counts, strict=True):
-        statistics.count(proposed, count)
-    return emitted, verified.logprobs.tolist()
+    proposed = [(length, length) for length in lengths.tolist()]
+    accepted = verified.num_accepted, verified.valid, verified.logprobs
+    return _Outcome(verified.tokens, *accepted, scores.features, proposed)
+
+
+#: The rules of a chain, carried over to trees.
+_TREE_RULES: dict[RuleName, TreeRuleName] = {"token": "recursive", "block": "traversal", "coupled": "coupled"}
+
+
+def _verified_tree(
+    target: Target,
+    draft: TreeDraft,
+    active: Sequence[Request],
+    step: Step,
+    verification: _Verification,
+    statistics: Statistics,
+    law: dict[str, Any],
+) -> _Outcome:
+    live, tokens = draft.live, draft.tokens.clone()
+    tokens[:, :1] = _last(active)
+    with statistics.timed("target"):
+        scores = target.score_tree(tokens, draft.parents)
+    with statistics.timed("verify"):
+        rule = _TREE_RULES[verification.rule]
+        verified = verify_tree(
+            scores.logits,
+            tokens,
+            draft.parents,
+            draft.logits,
+            draft.stats,
+            seed=step.seed,
+            position=step.position,
+            # Point masses gain nothing by being tested one after the other.
+            rule=rule if draft.logits is not None or rule == "coupled" else "walk",
+            siblings=draft.siblings,
+            logprobs=verification.logprobs,
+            backend=verification.backend,
+            **law,
+            **processing(active, tokens, draft.parents, scores.logits.shape[-1]),
+        )
+    with statistics.timed("target"):
+        target.keep_path(verified.nodes)
+        features = scores.features
+        if features is not None:
+            path = verified.nodes.long().clamp(min=0)[..., None]
+            features = features.gather(1, path.expand(-1, -1, features.shape[2]))
+    depths = tree_positions(draft.parents).amax(1).tolist()
+    proposed = list(zip((live.sum(1) - 1).tolist(), depths, strict=True))
+    accepted = verified.num_accepted, verified.valid, verified.logprobs
+    return _Outcome(verified.tokens, *accepted, features, proposed)
 
 
 def _trimmed(draft: Draft, length: int) -> Draft:

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from specdec_kernels.ops.tree_rules import SiblingsName
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,39 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class TreeDraft:
+    """A tree of proposed tokens, as :func:`specdec_kernels.verify_tree` takes it. Node 0 is the text's last token."""
+
+    tokens: Tensor
+    """int64 [B, N]; of the root and of what is no node, any id."""
+    parents: Tensor
+    """int64 [B, N], -1 for the root and for what is no node."""
+    logits: Tensor | None = None
+    """[B, N, V], what the children of each node were drawn from; None where every draft is a point mass."""
+    stats: Tensor | None = None
+    """float32 [B, N, 3]."""
+    siblings: SiblingsName = "without_replacement"
+    """How the children of a node were drawn."""
+
+    @staticmethod
+    def of(draft: Draft) -> TreeDraft:
+        """A chain of point masses as a tree."""
+        live = (draft.tokens >= 0).long().cumprod(1).bool()
+        parents = torch.where(live, torch.arange(live.shape[1], device=live.device), -1)
+        return TreeDraft(*(functional.pad(x, (1, 0), value=v) for x, v in ((draft.tokens.clamp(min=0), 0), (parents, -1))))
+
+    @property
+    def live(self) -> Tensor:
+        """bool [B, N]: which nodes there are."""
+        return (self.parents >= 0) | (torch.arange(self.parents.shape[1], device=self.parents.device) == 0)
+
+
+@dataclass(frozen=True)
 class Step:
     """What a drafter may depend on. The verification's coins are not among it, which keeps the law exact."""
 
     num_draft: Tensor
-    """int64 [B]: drafts wanted at most."""
+    """int64 [B]: drafts wanted at most; of a tree, the nodes beside the root."""
     seed: Tensor
     """int64 [B]."""
     position: Tensor
@@ -79,6 +110,12 @@ class Target(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Of the rows just scored, keep the first ``rows[b]``."""
 
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        """Append a tree ``tokens[b]``, ``parents[b]`` to each request and score its nodes, each after its own path."""
+
+    def keep_path(self, nodes: Tensor) -> None:
+        """Of the tree just scored, keep the path ``nodes[b]``, -1 behind its end."""
+
     def select(self, requests: Tensor) -> None:
         """Go on with these requests only, in this order."""
 
@@ -91,7 +128,7 @@ class Drafter(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         """Start; ``features[b, t]`` is the target's feature at prompt token t, the last token not among them."""
 
-    def propose(self, step: Step) -> Draft:
+    def propose(self, step: Step) -> Draft | TreeDraft:
         """Tokens to verify."""
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
+
+from specdec_kernels.ops.kv import compact_kv
 
 #: Share of columns that may be holes before they are squeezed out.
 MAX_HOLES = 0.25
@@ -25,6 +28,7 @@ class RaggedCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.used = torch.zeros((batch, 0), dtype=torch.bool, device=device)  # columns that hold a token
         self._fresh = 0  # columns of the last run
+        self._tree = 0  # columns of a tree that is not decided on yet
 
     def run(self, forward: Callable[..., Any], counts: Tensor, rows: int, **inputs: Any) -> Any:
         """Call ``forward`` on ``rows`` new rows, of which the first ``counts[b]`` of each request are real."""
@@ -47,6 +51,34 @@ class RaggedCache:
         self.lengths = self.lengths - self.used[:, start:].sum(1) + rows
         self.used[:, start:] &= torch.arange(self._fresh, device=rows.device) < rows[:, None]
         self.crop(self._fresh - int(rows.max()))
+
+    def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
+        """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the text, and attends to the text and to
+        those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
+        rows, start = depth.shape[1], self.used.shape[1] - self._tree
+        text = self.used[:, None, :start].expand(-1, rows, -1)
+        outputs = forward(
+            attention_mask=torch.cat([text, ancestors], 2)[:, None],
+            position_ids=self.lengths[:, None] + depth,
+            past_key_values=self.cache,
+            use_cache=True,
+            **inputs,
+        )
+        self.used = functional.pad(self.used, (0, rows))  # nobody's, until it is known which are kept
+        self._tree += rows
+        return outputs
+
+    def keep_path(self, nodes: Tensor) -> None:
+        """Of the tree's rows, keep those of a path ``nodes [B, N]``, -1 behind its end; -1 alone keeps nothing."""
+        rows, self._tree = self._tree, 0
+        start = self.used.shape[1] - rows
+        counts = (nodes >= 0).sum(1)
+        longest = int(counts.max())
+        if longest:
+            compact_kv([x for layer in self.cache.layers for x in (layer.keys, layer.values)], nodes, start)
+        self.used[:, start:] = torch.arange(rows, device=nodes.device) < counts[:, None]
+        self.lengths = self.lengths + counts
+        self.crop(rows - longest)
 
     def crop(self, columns: int) -> None:
         """Take back the last columns of every request."""

@@ -123,8 +123,8 @@ def filters(batch: Sequence[Request]) -> dict[str, Tensor | None]:
     return arguments
 
 
-def processing(batch: Sequence[Request], drafts: Tensor, lengths: Sequence[int], vocab: int) -> dict[str, Any]:
-    """Penalties, bias and masks for the rows of one step: drafts ``[B, K]``, of which ``lengths`` count."""
+def processing(batch: Sequence[Request], tokens: Tensor, parents: Tensor, vocab: int) -> dict[str, Any]:
+    """Penalties, bias and masks for the rows of one step: a tree ``tokens``, ``parents`` [B, N] of drafts."""
     samplings = [request.sampling for request in batch]
     arguments: dict[str, Any] = {}
     if any(s.penalised for s in samplings):
@@ -140,7 +140,7 @@ def processing(batch: Sequence[Request], drafts: Tensor, lengths: Sequence[int],
             _padded([list(s.logit_bias.values()) for s in samplings], 0.0),
         )
     if any(s.grammar is not None for s in samplings):
-        arguments["bitmask"] = _masks(batch, drafts, lengths, vocab)
+        arguments["bitmask"] = _masks(batch, tokens, parents, vocab)
     return arguments
 
 
@@ -150,16 +150,17 @@ def _padded(rows: Sequence[Sequence[Any]], padding: float = -1) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64 if isinstance(padding, int) else torch.float32)
 
 
-def _masks(batch: Sequence[Request], drafts: Tensor, lengths: Sequence[int], vocab: int) -> Tensor:
-    """What the grammars allow, int32 [B, K+1, ceil(V/32)]; everything behind a draft that is not allowed, since it is
-    rejected there."""
-    masks = torch.full((len(batch), drafts.shape[1] + 1, -(-vocab // 32)), -1, dtype=torch.int32)
+def _masks(batch: Sequence[Request], tokens: Tensor, parents: Tensor, vocab: int) -> Tensor:
+    """What the grammars allow after each node, int32 [B, N, ceil(V/32)]; everything after a node that is not allowed,
+    since it is rejected."""
+    masks = torch.full((*tokens.shape, -(-vocab // 32)), -1, dtype=torch.int32)
     for slot, request in enumerate(batch):
         if request.sampling.grammar is None:
             continue
-        drafted = drafts[slot, : lengths[slot]].tolist()
-        for row in range(len(drafted) + 1):
-            masks[slot, row] = request.sampling.grammar([*request.generated, *drafted[:row]])
-            if row < len(drafted) and not int(masks[slot, row, drafted[row] // 32]) >> drafted[row] % 32 & 1:
-                break
+        texts: dict[int, list[int]] = {0: list(request.generated)}
+        masks[slot, 0] = request.sampling.grammar(texts[0])
+        for node, (token, up) in enumerate(zip(tokens[slot].tolist(), parents[slot].tolist(), strict=True)):
+            if up in texts and int(masks[slot, up, token // 32]) >> token % 32 & 1:
+                texts[node] = [*texts[up], token]
+                masks[slot, node] = request.sampling.grammar(texts[node])
     return masks

@@ -54,14 +54,15 @@ class Statistics:
         finally:
             self.seconds[what] += time.perf_counter() - start
 
-    def count(self, proposed: int, accepted: int) -> None:
-        """Add one request's step."""
+    def count(self, proposed: int, accepted: int, depth: int | None = None) -> None:
+        """Add one request's step; ``depth`` of a tree of drafts, whose places are counted by depth."""
         self.request_steps += 1
         self.proposed += proposed
         self.accepted += accepted
-        missing = proposed - len(self.proposed_at)
+        depth = proposed if depth is None else depth
+        missing = depth - len(self.proposed_at)
         self.proposed_at += [0] * missing
         self.accepted_at += [0] * missing
-        for index in range(proposed):
+        for index in range(depth):
             self.proposed_at[index] += 1
             self.accepted_at[index] += index < accepted

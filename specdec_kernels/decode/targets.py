@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.decode.ragged_cache import RaggedCache
+from specdec_kernels.ops.trees import tree_mask, tree_positions
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,6 +82,19 @@ class TransformersTarget:
         else:
             self._cache.crop(self.fixed_rows)
 
+    @torch.inference_mode()
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        if self.fixed_rows is not None:
+            raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self.fixed_rows}")
+        depth = tree_positions(parents).clamp(min=0)
+        outputs = self._cache.run_tree(
+            self.model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=self._features
+        )
+        return self._scores(outputs)
+
+    def keep_path(self, nodes: Tensor) -> None:
+        self._cache.keep_path(nodes)
+
     def select(self, requests: Tensor) -> None:
         self._cache.select(requests)
 
@@ -88,4 +102,7 @@ class TransformersTarget:
         outputs = self._cache.run(
             self.model, counts, tokens.shape[1], input_ids=tokens, output_hidden_states=self._features, **options
         )
+        return self._scores(outputs)
+
+    def _scores(self, outputs: Any) -> Scores:
         return Scores(outputs.logits, outputs.hidden_states[-1] if self._features else None)
