@@ -25,7 +25,7 @@ from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel, best_paths
 from training.train import batches
 
-HEADS, NODES, LOSS_SHARE = 4, 63, 0.3
+HEADS, NODES, GUESSES, LOSS_SHARE = 4, 63, 32, 0.3
 
 
 def examples(batch: tuple[Tensor, Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def main(
         model.save(out)
     with torch.autocast("cpu", torch.bfloat16):
         ranks = true_ranks(model, embed, head, list(batches(held_out, rng)))
-    model.paths = best_paths(ranks, NODES)
+    model.paths = best_paths(ranks, NODES, GUESSES)
     model.save(out)
     for first in (1, 2, 4):
         hits = " ".join(f"{float((ranks[:, j] < first).float().mean()):.3f}" for j in range(HEADS))

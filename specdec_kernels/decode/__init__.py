@@ -1,7 +1,7 @@
 """The thin decoding loop: propose, score, verify, commit."""
 
 from specdec_kernels.decode.loop import Generation, Token, generate, stream
-from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target
+from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target, TreeDraft
 from specdec_kernels.decode.requests import Grammar, Sampling
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.targets import TransformersTarget
@@ -18,6 +18,7 @@ __all__ = [
     "Target",
     "Token",
     "TransformersTarget",
+    "TreeDraft",
     "generate",
     "stream",
 ]

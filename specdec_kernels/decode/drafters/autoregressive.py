@@ -52,14 +52,45 @@ class AutoregressiveDrafter(ABC):
     wants_features = False
 
     def __init__(self, config: Any, device: torch.device, vocab_size: int, drafting: Drafting) -> None:
-        self._config, self._device, self._vocab, self._drafting = config, device, vocab_size, drafting
+        self._config, self._device, self._vocab, self.drafting = config, device, vocab_size, drafting
         self._logits: Tensor | None = None
 
     @abstractmethod
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Read rows; the logits [B, S] after the last real row of each request, and its features [B, H]."""
 
-    def _ids(self, index: Tensor) -> Tensor:
+    @abstractmethod
+    def advance_tree(
+        self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read nodes ``tokens [B, R]`` of a tree, ``depth`` tokens behind what was read, that attend to its rows so far
+        and their own by ``ancestors [B, R, T]``; ``features [B, R, H]`` are those of their parents. The logits [B, R, S]
+        after each and its features."""
+
+    def drop_tree(self) -> None:
+        """Take back the rows of the tree."""
+        self._cache.keep_path(torch.full((len(self._pending), 1), -1))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to draft from."""
+        return True
+
+    def read_pending(self) -> tuple[Tensor, Tensor | None]:
+        """Read what was committed since the last draft: logits [B, S] after it, and its features [B, H]."""
+        tokens, counts = padded(self._pending, self._device)
+        read = self._advance(tokens, self._padded_features(), counts)
+        self._pending = [[] for _ in self._pending]
+        self._pending_features = None
+        return read
+
+    def full_rows(self, logits: Tensor) -> Tensor:
+        """Rows [R, S] as rows of the vocabulary's width."""
+        rows = logits.new_full((len(logits), self._vocab), -torch.inf)
+        self._scatter(rows, logits)
+        return rows
+
+    def ids(self, index: Tensor) -> Tensor:
         """Token ids of what was drawn from the S logits."""
         return index
 
@@ -80,15 +111,12 @@ class AutoregressiveDrafter(ABC):
     def propose(self, step: Step) -> Draft:
         longest = int(step.num_draft.max())
         batch = len(self._pending)
-        if longest == 0:
+        if longest == 0 or not self.ready:
             return Draft.nothing(batch)
-        tokens, counts = padded(self._pending, self._device)
-        logits, features = self._advance(tokens, self._padded_features(), counts)
-        self._pending = [[] for _ in self._pending]
-        self._pending_features = None
+        logits, features = self.read_pending()
         drafts, stats = [], []
         full = self._buffer(batch, longest, logits.dtype)
-        one = torch.ones_like(counts)
+        one = torch.ones(batch, dtype=torch.int64, device=self._device)
         index = torch.arange(longest, device=self._device)
         wanted = step.num_draft.clone()
         confidence = torch.ones(batch, device=self._device)
@@ -100,17 +128,17 @@ class AutoregressiveDrafter(ABC):
                 seed=step.seed,
                 position=step.position,
                 row=row,
-                temperature=step.temperature * self._drafting.cooling,
+                temperature=step.temperature * self.drafting.cooling,
                 top_k=step.top_k,
                 top_p=step.top_p,
                 min_p=step.min_p,
                 coupled=step.coupled,
-                backend=self._drafting.backend,
+                backend=self.drafting.backend,
             )
-            drafts.append(drawn.tokens if step.coupled else self._ids(drawn.tokens))
+            drafts.append(drawn.tokens if step.coupled else self.ids(drawn.tokens))
             stats.append(drawn.stats)
             confidence *= _probability(full[:, row], logits, drafts[-1])
-            wanted = torch.where(confidence < self._drafting.min_confidence, wanted.clamp(max=row + 1), wanted)
+            wanted = torch.where(confidence < self.drafting.min_confidence, wanted.clamp(max=row + 1), wanted)
             if row + 1 >= int(wanted.max()):
                 break
             previous = None if features is None else features[:, None]

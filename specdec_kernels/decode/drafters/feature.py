@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
-from specdec_kernels.decode.protocols import Draft, Step
 
 
 class FeatureDrafter(AutoregressiveDrafter):
@@ -37,15 +36,24 @@ class FeatureDrafter(AutoregressiveDrafter):
         if features is not None:
             self._pending_features = [features[slot, : len(prompt) - 1] for slot, prompt in enumerate(prompts)]
 
-    def propose(self, step: Step) -> Draft:
+    @property
+    def ready(self) -> bool:
         # A prompt of one token has no feature before it: the first step goes without drafts.
-        return super().propose(step) if all(self._pending) else Draft.nothing(len(self._pending))
+        return all(self._pending)
 
-    def _ids(self, index: Tensor) -> Tensor:
+    def ids(self, index: Tensor) -> Tensor:
         return self.model.shortlist[index]
 
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:
         rows.index_copy_(1, self.model.shortlist, logits)
+
+    def advance_tree(
+        self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor | None]:
+        assert features is not None, "every node has a parent that was read"
+        inputs = self.model.inputs(self._embed(tokens), features)
+        outputs = self._cache.run_tree(self.model, ancestors, torch.full_like(tokens, depth), inputs_embeds=inputs)
+        return functional.linear(outputs, self._head), outputs
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
         if features is None:

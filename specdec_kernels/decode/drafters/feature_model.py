@@ -87,7 +87,9 @@ class FeatureModel(nn.Module):
         keys, values = past_key_values.update(keys, values, 0)
         batch, rows, length = len(keys), queries.shape[2], keys.shape[2]
         mask = None
-        if rows > 1 or attention_mask is not None:
+        if attention_mask is not None and attention_mask.dim() == 4:  # [B, 1, R, L]: of a tree
+            mask = attention_mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+        elif rows > 1 or attention_mask is not None:
             mask = torch.ones(rows, length, dtype=torch.bool, device=keys.device).tril(length - rows)
             if attention_mask is not None:
                 mask = mask & attention_mask[:, None].bool()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.protocols import Draft, Drafter, Step
+from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
 
 
 class FirstOf:
@@ -26,14 +26,18 @@ class FirstOf:
         self.first.begin(prompts, features)
         self.second.begin(prompts, features)
 
-    def propose(self, step: Step) -> Draft:
+    def propose(self, step: Step) -> Draft | TreeDraft:
         sure = self.first.propose(step)
+        if isinstance(sure, TreeDraft):
+            raise TypeError("first must draft chains of point masses, got a drafter of trees")
         has_draft = (sure.tokens[:, :1] >= 0).any(1)
         if bool(has_draft.all()):
             return sure
         rest = self.second.propose(replace(step, num_draft=step.num_draft.masked_fill(has_draft, 0)))
         if not bool(has_draft.any()):
             return rest
+        if isinstance(rest, TreeDraft):
+            return _merged_trees(TreeDraft.of(sure), rest, has_draft)
         return _merged(sure, rest, has_draft)
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -43,6 +47,20 @@ class FirstOf:
     def select(self, requests: Tensor) -> None:
         self.first.select(requests)
         self.second.select(requests)
+
+
+def _merged_trees(sure: TreeDraft, rest: TreeDraft, has_draft: Tensor) -> TreeDraft:
+    """One tree a request, of point masses."""
+    if rest.logits is not None:
+        raise TypeError("second must draft trees of point masses to go with another drafter, got trees with logits")
+    nodes = max(sure.tokens.shape[1], rest.tokens.shape[1])
+
+    def longer(x: Tensor) -> Tensor:
+        return functional.pad(x, (0, nodes - x.shape[1]), value=-1)
+
+    pairs = ((sure.tokens, rest.tokens), (sure.parents, rest.parents))
+    tokens, parents = (torch.where(has_draft[:, None], longer(a), longer(b)) for a, b in pairs)
+    return TreeDraft(tokens.clamp(min=0), parents)
 
 
 def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:

@@ -60,7 +60,7 @@ class MedusaModel(nn.Module):
         return model.to(dtype).eval()
 
 
-def best_paths(ranks: Tensor, count: int) -> Tensor:
+def best_paths(ranks: Tensor, count: int, guesses: int) -> Tensor:
     """The nodes of the tree that gains most, by greedy marginal gain.
 
     A node adds the chance that the text goes all the way along its path, so the best tree of any size is made of the
@@ -69,6 +69,7 @@ def best_paths(ranks: Tensor, count: int) -> Tensor:
     Args:
         ranks: int64 [T, heads], at T places of a text: the rank of the true token among the guesses of each head.
         count: nodes wanted, the root not among them.
+        guesses: of a head that can be taken; a larger rank is no guess.
 
     Returns:
         int64 [M, heads], M <= count, as :class:`MedusaModel` takes them.
@@ -76,7 +77,8 @@ def best_paths(ranks: Tensor, count: int) -> Tensor:
     heads = ranks.shape[1]
     found: list[tuple[int, int, list[int]]] = []
     for depth in range(1, heads + 1):
-        paths, counts = ranks[:, :depth].unique(dim=0, return_counts=True)
+        there = ranks[(ranks[:, :depth] < guesses).all(1), :depth]
+        paths, counts = there.unique(dim=0, return_counts=True)
         most = counts.argsort(descending=True)[:count]
         padding = [-1] * (heads - depth)
         found += [(-int(counts[i]), depth, [*paths[i].tolist(), *padding]) for i in most]

@@ -34,5 +34,12 @@ class ModelDrafter(AutoregressiveDrafter):
         outputs = self._cache.run(self.model, counts, tokens.shape[1], input_ids=known)
         return outputs.logits[torch.arange(len(counts)), counts - 1], None
 
+    def advance_tree(
+        self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor | None]:
+        known = tokens.where(tokens < self.model.config.vocab_size, 0)
+        outputs = self._cache.run_tree(self.model, ancestors, torch.full_like(tokens, depth), input_ids=known)
+        return outputs.logits, None
+
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:
         rows[:, : logits.shape[1]] = logits
