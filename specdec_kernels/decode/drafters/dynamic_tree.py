@@ -1,4 +1,4 @@
-"""A drafter of dynamic trees: the likeliest paths of a model, found best first (EAGLE-2, arXiv:2406.16858)."""
+"""A drafter of dynamic trees: a model's drafter, read level by level (EAGLE-2, arXiv:2406.16858)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
-from specdec_kernels.ops.tree_rules import sample_children
+from specdec_kernels.ops.tree_rules import ChildrenName, DrawnChildren, sample_children
+
+#: How often the first, second, ... child is accepted when it is tested, later ones like the last of these; and, by its
+#: own probability among what its siblings left, as a line (at 0, rise). Of the SmolLM2 drafter at temperature 0.8 over
+#: the built-in prompts; they shape trees of drawn drafts, and nothing else.
+ACCEPTED = (0.42, 0.17, 0.1)
+ACCEPTED_BY_PROBABILITY = ((0.2, 0.5), (0.08, 0.3))
+
+#: A draft is worth drawing while its chance of being accepted is at least this, over the drafts wanted.
+LEAST_CHANCE = 0.35
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,20 @@ class Growth:
 
 
 class TreeDrafter:
-    """Drafts the tree of the likeliest paths that a model's drafter sees.
+    """Drafts a tree where a model's drafter drafts a chain: level by level, the best ``width`` nodes get children.
 
-    Level by level, the ``width`` likeliest nodes get children; the likeliest of all nodes are proposed. Children are the
-    tokens with the largest probability, so the tree depends on the text alone and its drafts are point masses: dropping
-    some of them withholds nothing that was drawn. Under the rule "coupled" they are the first arrivals of the race that
-    the target will hold.
+    Greedy: children are the likeliest tokens, and the nodes with the likeliest paths are proposed; the tree depends on the
+    text alone, so its drafts are point masses and dropping some withholds nothing that was drawn.
+
+    At a temperature: children are drawn without replacement. How many of a node's draws are revealed is decided by what
+    was revealed before, never by the draws themselves, and what was revealed is proposed: dropping an unlikely draw would
+    change the law it was drawn from (algorithms.md, 10).
+
+    Under the rule "coupled" children are the first arrivals of the race that the target will hold; any of them may be
+    dropped.
 
     Args:
-        drafter: a drafter with a model of its own, which is read level by level.
+        drafter: a drafter with a model of its own.
         growth: the shape of the trees.
     """
 
@@ -65,79 +80,153 @@ class TreeDrafter:
         wanted = int(step.num_draft.max())
         if wanted == 0 or not self.drafter.ready:
             return Draft.nothing(len(step.num_draft))
+        sampled = bool((step.temperature > 0).any())
+        how: ChildrenName = "top" if not sampled else "race" if step.coupled else "without_replacement"
+        plan = _Revealed(step.num_draft) if how == "without_replacement" else _Likeliest(step.num_draft)
         logits, features = self.drafter.read_pending()
-        batch = len(logits)
+        logits, features = logits[:, None], None if features is None else features[:, None]
         # Level 0 is the root: one node, which is in the cache already.
-        beam = _Beam(logits[:, None], None if features is None else features[:, None])
-        score = torch.zeros(batch, 1)
-        ancestors = torch.empty((batch, 1, 0), dtype=torch.bool)
+        ancestors = torch.empty((len(logits), 1, 0), dtype=torch.bool)
+        index = torch.zeros((len(logits), 1), dtype=torch.int64)  # of the nodes among all candidates, the root first
+        value = torch.zeros((len(logits), 1))  # logarithm of a path's worth
         levels: list[_Level] = []
-        index = torch.zeros((batch, 1), dtype=torch.int64)  # of the beam's nodes among all candidates, the root first
-        found = 1
         for depth in range(min(self.growth.depth, wanted)):
-            level = self._children(beam, score, index, step, depth, wanted)
-            levels.append(level)
-            if depth + 1 == min(self.growth.depth, wanted):
+            rows = self.drafter.full_rows(logits.flatten(0, 1))
+            levels.append(_Level.of(rows, self._draw(rows, how, step, depth, wanted), value, index))
+            plan.look(levels[-1])
+            if depth + 1 == min(self.growth.depth, wanted) or not plan.goes_on:
                 break
-            score, chosen = level.scores.topk(min(self.growth.width, level.scores.shape[1]))
-            index = found + chosen
-            found += level.scores.shape[1]
-            slot = level.slot.gather(1, chosen)
+            value, chosen = plan.values.topk(min(self.growth.width, plan.values.shape[1]))
+            index = 1 + sum(level.tokens.shape[1] for level in levels[:-1]) + chosen
+            slot = levels[-1].slot.gather(1, chosen)
             ancestors = _extended(ancestors, slot)
-            tokens = level.tokens.gather(1, chosen).clamp(min=0)
-            beam = _Beam(*self.drafter.advance_tree(tokens, _at(beam.features, slot), ancestors, depth))
+            tokens = levels[-1].tokens.gather(1, chosen).clamp(min=0)
+            above = None if features is None else features.gather(1, slot[..., None].expand(-1, -1, features.shape[2]))
+            logits, features = self.drafter.advance_tree(tokens, above, ancestors, depth)
         self.drafter.drop_tree()
-        return _best(levels, step.num_draft)
+        return _tree(levels, plan.kept(levels), how)
 
-    def _children(
-        self, beam: _Beam, score: Tensor, index: Tensor, step: Step, depth: int, wanted: int
-    ) -> _Level:
-        """The children of a level's nodes, [B, width * children]."""
-        batch, width, _ = beam.logits.shape
+    def _draw(self, rows: Tensor, how: ChildrenName, step: Step, depth: int, wanted: int) -> DrawnChildren:
+        """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
+        width = len(rows) // len(step.seed)
+        each = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
+        # Drawn greedily there would be one child; likeliest children are ranked by the model's own probabilities.
+        each["temperature"] = torch.ones_like(step.temperature) if how == "top" else step.temperature
+        if how == "top":
+            each |= dict.fromkeys(("top_k", "top_p", "min_p"))
+        if how == "without_replacement":
+            each["temperature"] = step.temperature * self.drafter.drafting.cooling
         count = min(self.growth.children, wanted)
-        rows = beam.logits.flatten(0, 1)
-        each = {"seed": step.seed, "position": step.position, "temperature": step.temperature}
-        race = step.coupled and bool((step.temperature > 0).any())
-        if race:  # noise is keyed on token ids
-            rows = self.drafter.full_rows(rows)
-            each |= {name: getattr(step, name) for name in ("top_k", "top_p", "min_p")}
-        else:  # a greedy request ranks paths by the model's own probabilities
-            each["temperature"] = torch.where(step.temperature > 0, step.temperature, 1.0)
-        spread = {name: None if x is None else x.repeat_interleave(width) for name, x in each.items()}
-        drawn = sample_children(
-            rows, count, "race" if race else "top", row=depth, backend=self.drafter.drafting.backend, **spread
+        first = depth * self.growth.width + torch.arange(width).repeat(len(step.seed))  # no two draws share a row
+        return sample_children(
+            rows,
+            count,
+            how,
+            row=depth if how == "race" else first * self.growth.children,
+            backend=self.drafter.drafting.backend,
+            **{name: None if x is None else x.repeat_interleave(width) for name, x in each.items()},
         )
-        tokens = drawn.tokens if race else self.drafter.ids(drawn.tokens.clamp(min=0))
-        tokens = tokens.masked_fill(drawn.tokens < 0, -1).reshape(batch, -1)
-        scores = (score[..., None] + drawn.logprobs.reshape(batch, width, count)).flatten(1)
-        slot = torch.arange(width).repeat_interleave(count).expand(batch, -1)
-        scores = scores.masked_fill((tokens < 0) | scores.isnan(), -torch.inf)
-        return _Level(tokens, scores, index.gather(1, slot), slot)
-
-
-@dataclass(frozen=True)
-class _Beam:
-    """The nodes of a level that get children: [B, width, ...]."""
-
-    logits: Tensor
-    features: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Candidates of one level, [B, M]."""
+    """Candidates of one level, [B, M]: the children of its nodes."""
 
     tokens: Tensor
-    scores: Tensor
-    """Logarithm of the path's probability."""
+    """-1 where there is none."""
+    logprobs: Tensor
+    """Under the law of the row, [B, width, children]."""
+    value: Tensor
+    """Of the parents, [B, width]."""
     parent: Tensor
     """Index among all candidates, the root being 0."""
     slot: Tensor
-    """Index of the parent in the beam."""
+    """Index of the parent in the level."""
+    rows: Tensor
+    """The parents' logits [B, width, V] ..."""
+    stats: Tensor
+    """... and their scalars [B, width, 3]."""
+    nodes: Tensor
+    """Index of the parents among all candidates, [B, width]."""
+
+    @staticmethod
+    def of(rows: Tensor, drawn: DrawnChildren, value: Tensor, index: Tensor) -> _Level:
+        batch, width = value.shape
+        count = drawn.tokens.shape[1]
+        slot = torch.arange(width).repeat_interleave(count).expand(batch, -1)
+        logprobs = drawn.logprobs.reshape(batch, width, count).nan_to_num(-torch.inf)
+        return _Level(
+            drawn.tokens.reshape(batch, -1), logprobs, value, index.gather(1, slot), slot,
+            rows.unflatten(0, (batch, width)), drawn.stats.unflatten(0, (batch, width)), index,
+        )  # fmt: skip
 
 
-def _at(features: Tensor | None, slot: Tensor) -> Tensor | None:
-    return None if features is None else features.gather(1, slot[..., None].expand(-1, -1, features.shape[2]))
+class _Likeliest:
+    """Of all candidates the likeliest paths. A node is never likelier than its parent, and comes behind it, so what is
+    kept hangs together."""
+
+    goes_on = True
+
+    def __init__(self, wanted: Tensor) -> None:
+        self._wanted, self._scores = wanted, list[Tensor]()
+
+    def look(self, level: _Level) -> None:
+        self._scores.append((level.value[..., None] + level.logprobs).flatten(1))
+
+    @property
+    def values(self) -> Tensor:
+        """Of the latest level, [B, M]."""
+        return self._scores[-1]
+
+    def kept(self, levels: Sequence[_Level]) -> Tensor:
+        """bool [B, candidates]."""
+        scores = torch.cat(self._scores, 1)
+        return (_rank(scores) < self._wanted[:, None]) & scores.isfinite()
+
+
+class _Revealed:
+    """Of each node the first draws, as many as promise enough before they are looked at."""
+
+    def __init__(self, wanted: Tensor) -> None:
+        self._left = wanted.clone()
+        self._least = (LEAST_CHANCE / wanted.clamp(min=1)).log()[:, None]
+        self._promises, self._shown = list[Tensor](), list[Tensor]()
+        self.values = torch.empty(0)
+        """Of the latest level, [B, M]: logarithm of the chance that a revealed node is accepted."""
+
+    def look(self, level: _Level) -> None:
+        count = level.logprobs.shape[2]
+        accepted = torch.tensor([ACCEPTED[min(j, len(ACCEPTED) - 1)] for j in range(count)])
+        tested = torch.cat([torch.ones(1), (1 - accepted).cumprod(0)[:-1]])
+        promise = (level.value[..., None] + (tested * accepted).log()).flatten(1)
+        promise = promise.masked_fill(level.tokens < 0, -torch.inf)
+        shown = (promise >= self._least) & (_rank(promise) < self._left[:, None])
+        self._left = self._left - shown.sum(1)
+        probs = level.logprobs.exp()
+        among = probs / (1 - (probs.cumsum(2) - probs)).clamp(min=1e-6)
+        at_zero, rise = torch.tensor([ACCEPTED_BY_PROBABILITY[min(j, 1)] for j in range(count)]).unbind(1)
+        chance = tested * (at_zero + rise * among.clamp(max=1.0))
+        self.values = (level.value[..., None] + chance.log()).flatten(1).masked_fill(~shown, -torch.inf)
+        self.values = self.values.masked_fill(self.values + float(accepted[0].log()) < self._least, -torch.inf)
+        self._promises.append(promise)
+        self._shown.append(shown)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether any node is worth children, and there is room for one."""
+        return bool((self.values.isfinite().any(1) & (self._left > 0)).any())
+
+    def kept(self, levels: Sequence[_Level]) -> Tensor:
+        """bool [B, candidates]: what was revealed, and what else there is room for."""
+        shown, promise = torch.cat(self._shown, 1), torch.cat(self._promises, 1)
+        # A child of a node that was not revealed promises nothing; of the others the next draws are revealed in order.
+        return shown | ((_rank(promise.masked_fill(shown, -torch.inf)) < self._left[:, None]) & promise.isfinite() & ~shown)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Place of each value in falling order, earlier ones first on ties."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(values.shape[1]).expand_as(order).contiguous())
 
 
 def _extended(ancestors: Tensor, slot: Tensor) -> Tensor:
@@ -147,22 +236,19 @@ def _extended(ancestors: Tensor, slot: Tensor) -> Tensor:
     return torch.cat([inherited, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
 
 
-def _best(levels: Sequence[_Level], wanted: Tensor) -> TreeDraft:
-    """The likeliest nodes of all levels as a tree. A node is never likelier than its parent, and comes behind it, so what
-    is kept hangs together."""
-    tokens, scores, parent = (torch.cat([getattr(x, name) for x in levels], 1) for name in ("tokens", "scores", "parent"))
-    batch, candidates = tokens.shape
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(candidates).expand(batch, -1))
-    kept = (rank < wanted[:, None]) & scores.isfinite()
+def _tree(levels: Sequence[_Level], kept: Tensor, how: ChildrenName) -> TreeDraft:
+    """The candidates that are kept, in their order: parents come first, siblings as they were drawn."""
+    tokens, parent = (torch.cat([getattr(level, name) for level in levels], 1) for name in ("tokens", "parent"))
     nodes = int(kept.sum(1).max())
-    place = kept.long().cumsum(1).masked_fill(~kept, 0)  # node of a candidate; 0 is the root
-    node_of = torch.nn.functional.pad(place, (1, 0))
-    up = node_of.gather(1, parent)
-    out_tokens = torch.zeros((batch, nodes + 1), dtype=torch.int64)
-    out_parents = torch.full((batch, nodes + 1), -1, dtype=torch.int64)
-    target = torch.where(kept, place, nodes + 1)
-    padded = torch.nn.functional.pad
-    out_tokens = padded(out_tokens, (0, 1)).scatter(1, target, tokens)[:, :-1]
-    out_parents = padded(out_parents, (0, 1)).scatter(1, target, up)[:, :-1]
-    return TreeDraft(out_tokens, out_parents)
+    node_of = functional.pad(kept.long().cumsum(1).masked_fill(~kept, nodes + 1), (1, 0))  # of a candidate, the root 0
+    empty = torch.full((len(tokens), nodes + 2), -1, dtype=torch.int64)  # the last column takes what is not kept
+    parents = empty.scatter(1, node_of[:, 1:], node_of.gather(1, parent))[:, :-1]
+    ids = empty.scatter(1, node_of[:, 1:], tokens)[:, :-1].clamp(min=0)
+    if how != "without_replacement":
+        return TreeDraft(ids, parents)
+    rows, stats, index = (torch.cat([getattr(level, name) for level in levels], 1) for name in ("rows", "stats", "nodes"))
+    place = node_of.gather(1, index)
+    logits = rows.new_zeros((len(tokens), nodes + 2, rows.shape[2]))
+    logits.scatter_(1, place[..., None].expand_as(rows), rows)
+    scalars = stats.new_zeros((len(tokens), nodes + 2, 3)).scatter(1, place[..., None].expand_as(stats), stats)
+    return TreeDraft(ids, parents, logits[:, :-1], scalars[:, :-1])
