@@ -91,7 +91,12 @@ BAD = [
     (([CACHE], torch.tensor([[0, -1, 2], [0, 1, 2]]), 0), {}, ValueError, "nodes must ascend from 0"),
     (([CACHE], PATH, 6), {}, ValueError, r"start must leave room for the nodes in 8 rows, got \[6, 6\]"),
     (([CACHE], PATH, -1), {}, ValueError, "start must leave room"),
-    (([CACHE.transpose(1, 2)], PATH, 0), {"page_table": torch.tensor([[0], [2]])}, ValueError, r"page_table must be in \[0, 2\)"),
+    (
+        ([CACHE.transpose(1, 2)], PATH, 0),
+        {"page_table": torch.tensor([[0], [2]])},
+        ValueError,
+        r"page_table must be in \[0, 2\)",
+    ),
 ]
 
 

@@ -57,7 +57,8 @@ def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules(
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize(
-    ("mutant", "kind"), [({"updated": False}, "iid"), ({"updated": False}, "without_replacement"), ({"merged": True}, "iid")]
+    ("mutant", "kind"),
+    [({"updated": False}, "iid"), ({"updated": False}, "without_replacement"), ({"merged": True}, "iid")],
 )
 def test_wrong_rules_have_a_wrong_law(rule, mutant, kind):
     """Case 12: siblings against the target as it was; equal siblings tested once."""
@@ -112,7 +113,9 @@ def grids():
     for parents, leaves in ((DEEP, (3, 4)), (FLAT, (1, 2))):
         by_coins = seeds_by_cell([*coins[: len(parents) - 1], race(*leaves)])
         found["recursive", parents] = found["traversal", parents] = by_coins
-        found["walk", parents] = seeds_by_cell([race(*nodes) for nodes in ((0,), (1, 2), (3, 4))[: len(parents) // 2 + 1]])
+        found["walk", parents] = seeds_by_cell(
+            [race(*nodes) for nodes in ((0,), (1, 2), (3, 4))[: len(parents) // 2 + 1]]
+        )
         depths = range(len(parents) // 2 + 1)
         found["coupled", parents] = seeds_by_cell([race(depth, purpose=Purpose.COUPLED) for depth in depths])
     return found
@@ -180,7 +183,9 @@ def test_a_wrong_draft_law_is_seen(verify, grids, parents, rule, siblings):
 # --- a chain is a tree ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tree_rule", "rule"), [("recursive", "token"), ("traversal", "block"), ("coupled", "coupled")])
+@pytest.mark.parametrize(
+    ("tree_rule", "rule"), [("recursive", "token"), ("traversal", "block"), ("coupled", "coupled")]
+)
 @pytest.mark.parametrize("kind", selftest.DRAFT_KINDS)
 def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, rule, kind):
     """Bit for bit, whatever is in the rows; log-probabilities as well."""

@@ -53,7 +53,9 @@ def loss_of(
 
 
 @torch.inference_mode()
-def true_ranks(model: MedusaModel, embed: Tensor, head: Tensor, held_out: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def true_ranks(
+    model: MedusaModel, embed: Tensor, head: Tensor, held_out: list[tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
     """int64 [T, HEADS]: where the text's own tokens stand among the guesses; last where they are none."""
     found = []
     place = torch.full((len(embed),), -1)
@@ -94,7 +96,9 @@ def main(
             progress = (time.time() - start) / (60 * minutes)
             if progress >= 1:
                 break
-            optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.param_groups[0]["lr"] = (
+                peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 loss, agreements = loss_of(model, embed, head, batch)
             optimizer.zero_grad()

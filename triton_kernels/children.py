@@ -154,9 +154,7 @@ def sample_children_kernel(
                 drawn = tl.full([], NO_ID, tl.int64)
         elif (HOW == TOP) | (HOW == RACE):
             if token < NO_ID:
-                value, token = next_best(
-                    rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES
-                )
+                value, token = next_best(rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES)
             drawn = token
         else:
             tl.debug_barrier()  # the tokens before were stored by one thread

@@ -273,7 +273,9 @@ def top_down_or_bottom_up(
     return node, emitted, all_valid != 0
 
 
-@triton.jit(do_not_specialize=["top_k", "num_edits", "nodes", "replacement"])  # 1 would become a constant, of another type
+@triton.jit(
+    do_not_specialize=["top_k", "num_edits", "nodes", "replacement"]
+)  # 1 would become a constant, of another type
 def verify_tree_kernel(
     target_ptr,
     tokens_ptr,
@@ -343,9 +345,7 @@ def verify_tree_kernel(
 
     if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
         memory = memory_ptr + first * MEMORY
-        node, emitted, valid = top_down_or_bottom_up(
-            rows, draft_rows, stats, tree, sampling, key, memory, RULE, TILES
-        )
+        node, emitted, valid = top_down_or_bottom_up(rows, draft_rows, stats, tree, sampling, key, memory, RULE, TILES)
     else:
         node, emitted, valid = walk(rows, tree, sampling, key, RULE, TILES)
 

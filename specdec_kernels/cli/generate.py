@@ -14,14 +14,13 @@ from rich.text import Text
 
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.decode import Statistics, Token, TransformersTarget, stream
 from specdec_kernels.ops import RuleName, noise_words
 
-_DRAFTED, _DRAWN = "green", "bold yellow"
-
-#: Drafts a step at most where their number is chosen step by step.
-MOST_DRAFTS = 8
+#: Drafts a step at most where their number is chosen step by step, and of a tree.
+MOST_DRAFTS, TREE_DRAFTS = 8, 15
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,11 @@ class Session:
         )
         return templated
 
+    def _most_drafts(self) -> int:
+        if self.settings.num_draft is not None:
+            return self.settings.num_draft
+        return TREE_DRAFTS if self.settings.drafter in ("tree", "medusa") else MOST_DRAFTS
+
     def decode(
         self, prompt: str, temperature: float, drafted: bool, statistics: Statistics, seed: int | None = None
     ) -> Iterator[Token]:
@@ -80,7 +84,7 @@ class Session:
             TransformersTarget(self.model, self.settings.fixed_rows),
             [self.encode(prompt)],
             drafter=self.drafter if drafted else None,
-            num_draft=MOST_DRAFTS if self.settings.num_draft is None else self.settings.num_draft,
+            num_draft=self._most_drafts(),
             max_new_tokens=self.settings.max_new_tokens,
             rule=self.settings.rule,
             temperature=temperature,
@@ -102,7 +106,7 @@ def _print_stream(session: Session, tokens: Iterator[Token]) -> list[int]:
         text = session.tokenizer.decode(written, skip_special_tokens=True)
         if text.endswith("\ufffd"):
             continue  # half a character
-        session.console.print(Text(text[len(shown) :], style=_DRAFTED if token.drafted else _DRAWN), end="")
+        session.console.print(Text(text[len(shown) :], style=ACCEPTED if token.drafted else DRAWN), end="")
         shown = text
     session.console.print()
     return written
@@ -121,18 +125,30 @@ def _summary(statistics: Statistics) -> str:
     )
 
 
-def write(session: Session, prompt: str, temperature: float) -> None:
-    """Stream one answer."""
+def write(session: Session, prompt: str, temperature: float, show_tree: bool = False) -> None:
+    """Stream one answer; picture its most accepted tree of drafts."""
     statistics = Statistics()
+    watched = None
+    if show_tree:
+        if session.drafter is None:
+            raise ValueError("show_tree needs a drafter, got drafter='none'")
+        session.drafter = watched = Watched(session.drafter)
     _print_stream(session, session.decode(prompt, temperature, True, statistics))
     session.console.print(_summary(statistics), style="dim", highlight=False)
+    if watched is not None and watched.best is not None:
+        draft, emitted = watched.best
+        key = Text.assemble(
+            ("accepted", ACCEPTED), ", ", ("drawn by the verification", DRAWN), ", ", ("rejected", REJECTED)
+        )
+        session.console.print(key)
+        session.console.print(picture(draft, emitted, lambda token: str(session.tokenizer.decode([token]))))
 
 
 def compare(session: Session, prompt: str, temperature: float) -> None:
     """Stream one answer, then decode it plainly; print both rates."""
     statistics, plain = Statistics(), Statistics()
     list(session.decode(prompt, temperature, True, Statistics()))  # warm up
-    session.console.print(Text.assemble(("drafted", _DRAFTED), " and ", ("drawn by the verification", _DRAWN)))
+    session.console.print(Text.assemble(("drafted", ACCEPTED), " and ", ("drawn by the verification", DRAWN)))
     text = _print_stream(session, session.decode(prompt, temperature, True, statistics))
     alone = [token.token for token in session.decode(prompt, temperature, False, plain)]
     session.console.print(f"with drafts:    {_summary(statistics)}", highlight=False)
@@ -170,7 +186,7 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
 def measure(session: Session, temperatures: tuple[float, ...]) -> None:
     """With and without drafts over the built-in prompts, in one run, alternating."""
     first_prompt = next(iter(PROMPTS.values()))[0]
-    session.console.print(Text.assemble(first_prompt + "\n", ("drafted", _DRAFTED), ", ", ("drawn", _DRAWN), ":"))
+    session.console.print(Text.assemble(first_prompt + "\n", ("drafted", ACCEPTED), ", ", ("drawn", DRAWN), ":"))
     _print_stream(session, session.decode(first_prompt, temperatures[0], True, Statistics()))
     table = Table(
         "temperature", "prompts", "plain tokens/s", "tokens/s", "tokens a step", "accepted by position", "speed-up"

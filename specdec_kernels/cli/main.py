@@ -19,6 +19,8 @@ class DrafterKind(StrEnum):
     auto = "auto"
     model = "model"
     lookup = "lookup"
+    tree = "tree"
+    medusa = "medusa"
     none = "none"
 
 
@@ -43,13 +45,18 @@ def generate(
     target: Annotated[str, typer.Option(help="smollm2, or the path of a transformers checkpoint.")] = "smollm2",
     draft: Annotated[str | None, typer.Option(help="Path of a drafting model; default: the one trained here.")] = None,
     drafter: Annotated[
-        DrafterKind, typer.Option(help="auto: lookup where the text repeats itself, else the model.")
+        DrafterKind,
+        typer.Option(
+            help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees. "
+            "medusa: heads, drafting a static tree."
+        ),
     ] = DrafterKind.auto,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")
     ] = None,
     num_draft: Annotated[
-        int | None, typer.Option(min=0, help="Drafts a step at most. [default: chosen step by step]")
+        int | None,
+        typer.Option(min=0, help="Drafts a step at most. [default: chosen step by step; of a tree, 15]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     seed: Annotated[
@@ -67,6 +74,9 @@ def generate(
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = Precision.bfloat16,
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,
+    show_tree: Annotated[
+        bool, typer.Option("--show-tree", help="After the answer, picture its most accepted tree of drafts.")
+    ] = False,
 ) -> None:
     """Stream text from a language model, decoded speculatively."""
     from specdec_kernels.cli import generate as commands
@@ -76,10 +86,12 @@ def generate(
     )
     try:
         session = commands.Session(settings, console)
+        if show_tree and (compare or not prompt):
+            raise ValueError("show_tree needs a prompt, and no --compare")
         if prompt and compare:
             commands.compare(session, prompt, temperature or 0.0)
         elif prompt:
-            commands.write(session, prompt, temperature or 0.0)
+            commands.write(session, prompt, temperature or 0.0, show_tree)
         else:
             commands.measure(session, (0.0, 0.8) if temperature is None else (temperature,))
     except (ValueError, FileNotFoundError, RuntimeError) as error:

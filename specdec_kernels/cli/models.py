@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from specdec_kernels.decode import Drafter
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
@@ -20,12 +21,17 @@ from specdec_kernels.decode.drafters import (
     FeatureModel,
     FirstOf,
     LookupDrafter,
+    MedusaDrafter,
+    MedusaModel,
     ModelDrafter,
+    TreeDrafter,
 )
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DRAFTER_WEIGHTS = Path(str(files("specdec_kernels"))) / "assets" / "smollm2-drafter.safetensors"
+_ASSETS = Path(str(files("specdec_kernels"))) / "assets"
+DRAFTER_WEIGHTS = _ASSETS / "smollm2-drafter.safetensors"
+MEDUSA_WEIGHTS = _ASSETS / "smollm2-medusa.safetensors"
 
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
@@ -89,10 +95,11 @@ def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: boo
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
-        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup`` or ``none``.
+        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the model,
+            drafting trees), ``medusa`` (heads, drafting a static tree) or ``none``.
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
-        adaptive: choose the number of drafts step by step.
+        adaptive: choose the number of drafts step by step; trees are as large as they are asked to be.
 
     Raises:
         ValueError: ``kind`` is none of these, or there is no drafting model for this target.
@@ -106,14 +113,20 @@ def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: boo
         return None
     if kind == "lookup":
         return chosen(LookupDrafter())
-    if kind not in ("model", "auto"):
-        raise ValueError(f"drafter must be auto, model, lookup or none, got {kind!r}")
-    model: Drafter
+    if kind not in ("model", "auto", "tree", "medusa"):
+        raise ValueError(f"drafter must be auto, model, lookup, tree, medusa or none, got {kind!r}")
+    ours = Path(target.name_or_path) == smollm2_path()
+    if kind == "medusa":
+        if not ours:
+            raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target.name_or_path}")
+        return MedusaDrafter(MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype), target)
+    model: AutoregressiveDrafter
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, DRAFTING)
-    elif Path(target.name_or_path) == smollm2_path():
+    elif ours:
         model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, DRAFTING)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
-    model = chosen(model)
-    return model if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), model)
+    if kind == "tree":
+        return TreeDrafter(model)
+    return chosen(model) if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), chosen(model))

@@ -136,9 +136,7 @@ def sample_children(
     edits = processing.edits(penalties, logit_bias, None, logits, rows, "R")
     validate.same_device("logits", logits, seed=seed, position=position, row=row, sampling=sampling, bitmask=mask)
     draw = function("sample_children", backend, device)
-    return DrawnChildren(
-        *draw(logits, seed, position, row, sampling, *scalars, mask, *edits, count, _CHILDREN[how])
-    )
+    return DrawnChildren(*draw(logits, seed, position, row, sampling, *scalars, mask, *edits, count, _CHILDREN[how]))
 
 
 def verify_tree(

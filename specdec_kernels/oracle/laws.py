@@ -88,6 +88,7 @@ def block_law(
                 _continue(law, target, (*drafted[:tau], emitted), mass * stays * weight / (total or 1), length)
     return law, expected
 
+
 def tree_law(
     target: Callable[[tuple[int, ...]], Probs],
     draft: Callable[[tuple[int, ...]], Probs],
@@ -134,7 +135,9 @@ def tree_law(
             return [Fraction(int(v == best)) for v in range(len(q))]
         return [x / sum(left) for x in left]
 
-    def visit(prefix: tuple[int, ...], earlier: tuple[int, ...], left: Probs, reach: Fraction, mass: Fraction) -> Fraction:
+    def visit(
+        prefix: tuple[int, ...], earlier: tuple[int, ...], left: Probs, reach: Fraction, mass: Fraction
+    ) -> Fraction:
         """A node whose children ``earlier`` were rejected; the mass with which it is rejected itself. Under the recursive
         rule a node that was reached is never rejected; under traversal a child is tested by what is below it."""
         law_of_child = child_law(prefix, earlier)

@@ -212,9 +212,7 @@ def _siblings(tree: Tree, node: int) -> list[tuple[int, Floats, Floats]]:
         return []
     # What earlier siblings leave may be known as one minus what they took, down to LEAST_DIFFERENCE.
     errors = [1.0, *[1.0 if tree.replacement else 1 + 1 / LEAST_DIFFERENCE] * len(laws)]
-    return [
-        (child, law, law * error) for child, law, error in zip(tree.children[node], laws, errors, strict=False)
-    ]
+    return [(child, law, law * error) for child, law, error in zip(tree.children[node], laws, errors, strict=False)]
 
 
 def _recursive(tree: Tree) -> Verified:

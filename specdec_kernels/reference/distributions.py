@@ -66,9 +66,7 @@ class Edits(NamedTuple):
         return Edits(ids, counts, bias, penalties)
 
 
-def processed(
-    logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | None, bitmask: Tensor | None
-) -> Tensor:
+def processed(logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
     """Logits ``[B, R, V]`` after bias, penalties and mask; row r counts the drafts ``[B, K]`` that ``before``
     ``[B, R, K]`` says come before it."""
     if edits is None and bitmask is None:

@@ -75,7 +75,9 @@ def random_filters(rng: random.Random, vocab: int) -> dict[str, Any]:
     }
 
 
-def random_processing(rng: random.Random, vocab: int, rows: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+def random_processing(
+    rng: random.Random, vocab: int, rows: tuple[int, ...], generator: torch.Generator
+) -> dict[str, Any]:
     """Mask, penalties and bias for a batch: none, one of them, or all."""
     choice = rng.choice(["none", "bitmask", "penalties", "logit_bias", "all"])
     chosen: dict[str, Any] = dict.fromkeys(("bitmask", "penalties", "logit_bias"))

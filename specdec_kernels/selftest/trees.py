@@ -72,7 +72,9 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         draft = (target.float() + torch.randn(BATCH, nodes, vocab, generator=generator) * apart).to(dtype)
         seed = torch.randint(-(2**61), 2**61, (BATCH,), generator=generator)
         position = torch.randint(0, 2**40, (BATCH,), generator=generator)
-        temperature = torch.tensor([0.7, 1.0, 1.0, 1.6, 1.2, 0.02, 0.0])[torch.randint(0, 7, (BATCH,), generator=generator)]
+        temperature = torch.tensor([0.7, 1.0, 1.0, 1.6, 1.2, 0.02, 0.0])[
+            torch.randint(0, 7, (BATCH,), generator=generator)
+        ]
         own_law: dict[str, Any] = {}
         if kind == "statistics":
             own_law = {"temperature": temperature.repeat_interleave(nodes), "top_k": rng.choice([None, vocab // 2 + 1])}

@@ -220,7 +220,9 @@ class _Revealed:
         """bool [B, candidates]: what was revealed, and what else there is room for."""
         shown, promise = torch.cat(self._shown, 1), torch.cat(self._promises, 1)
         # A child of a node that was not revealed promises nothing; of the others the next draws are revealed in order.
-        return shown | ((_rank(promise.masked_fill(shown, -torch.inf)) < self._left[:, None]) & promise.isfinite() & ~shown)
+        return shown | (
+            (_rank(promise.masked_fill(shown, -torch.inf)) < self._left[:, None]) & promise.isfinite() & ~shown
+        )
 
 
 def _rank(values: Tensor) -> Tensor:
@@ -246,7 +248,9 @@ def _tree(levels: Sequence[_Level], kept: Tensor, how: ChildrenName) -> TreeDraf
     ids = empty.scatter(1, node_of[:, 1:], tokens)[:, :-1].clamp(min=0)
     if how != "without_replacement":
         return TreeDraft(ids, parents)
-    rows, stats, index = (torch.cat([getattr(level, name) for level in levels], 1) for name in ("rows", "stats", "nodes"))
+    rows, stats, index = (
+        torch.cat([getattr(level, name) for level in levels], 1) for name in ("rows", "stats", "nodes")
+    )
     place = node_of.gather(1, index)
     logits = rows.new_zeros((len(tokens), nodes + 2, rows.shape[2]))
     logits.scatter_(1, place[..., None].expand_as(rows), rows)
