@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -20,9 +21,13 @@ from specdec_kernels.decode.drafters import (
     FeatureDrafter,
     FeatureModel,
     FirstOf,
+    Growth,
     LookupDrafter,
+    MedusaDrafter,
+    MedusaModel,
     ModelDrafter,
     RuleDrafter,
+    TreeDrafter,
 )
 
 VOCAB = 11
@@ -52,6 +57,12 @@ def feature_drafter(model):
     return FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2, 3, 5, 8])).eval(), model)
 
 
+def medusa_drafter(model, shortlist=(0, 2, 3, 5, 8)):
+    torch.manual_seed(6)
+    paths = torch.tensor([[0, -1], [1, -1], [0, 0], [0, 1], [1, 0]])
+    return MedusaDrafter(MedusaModel(model.config.hidden_size, torch.tensor(shortlist), paths).eval(), model)
+
+
 def drafters(model):
     costs = Costs()
     return {
@@ -66,11 +77,17 @@ def drafters(model):
             RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
         ),
         "confident": ModelDrafter(tiny(2), drafting=Drafting(min_confidence=0.3, cooling=0.7)),
+        "tree": TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
+        "tree of self": TreeDrafter(ModelDrafter(model), Growth(depth=2, width=3, children=4)),
+        "feature tree": TreeDrafter(feature_drafter(model), Growth(depth=3, width=2, children=2)),
+        "medusa": medusa_drafter(model),
+        "first of trees": FirstOf(LookupDrafter(2), medusa_drafter(model)),
         "adaptive": FirstOf(AdaptiveDrafter(LookupDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)),
     }
 
 
 NAMES = list(drafters(tiny(1, layers=2)))
+TREES = [name for name in NAMES if "tree" in name or name == "medusa"]
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
 
 
@@ -91,7 +108,7 @@ def test_greedy_text_is_the_targets(target_model, name, num_draft):
         assert result.finished == "length"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TREES])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
     drafter = drafters(target_model)[name]
@@ -134,6 +151,8 @@ def exact_law(model, prompt, temperature, length):
         *(("model", rule) for rule in ("token", "block", "coupled")),
         *((kind, "token") for kind in ("confident", "lookup", "feature", "adaptive")),
         ("feature", "coupled"),
+        *(("tree", rule) for rule in ("token", "block", "coupled")),
+        ("medusa", "token"),
     ],
 )
 def test_joint_law_over_three_steps(kind, rule):
@@ -147,6 +166,8 @@ def test_joint_law_over_three_steps(kind, rule):
         "lookup": lambda: LookupDrafter(1),
         "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2])).eval(), model),
         "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
+        "tree": lambda: TreeDrafter(ModelDrafter(small, drafting=Drafting(cooling=0.8)), Growth(2, 2, 2)),
+        "medusa": lambda: medusa_drafter(model, (0, 2)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
     law = exact_law(model, [1, 2], 0.8, length)
@@ -154,7 +175,7 @@ def test_joint_law_over_three_steps(kind, rule):
     steps = Statistics()
     for start in range(0, count, batch):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=2 if rule == "block" else 1,
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=3 if kind == "tree" else 2 if rule == "block" else 1,
             max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start + batch)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
@@ -164,6 +185,46 @@ def test_joint_law_over_three_steps(kind, rule):
         np.array([float(seen[text]) for text in texts]), np.array([law[text] for text in texts])
     )
     assert statistic < limit(freedom)
+
+
+def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
+    """The control for trees: children drawn at a temperature, and only the likelier ones proposed."""
+
+    class Dropping(TreeDrafter):
+        def propose(self, step):
+            draft = super().propose(step)
+            return (
+                replace(draft, parents=draft.parents.masked_fill(draft.tokens == 0, -1))
+                if draft.logits is not None
+                else draft
+            )
+
+    model, count = tiny(7, vocab=3, sharp=2.0), 16_000
+    law = exact_law(model, [1, 2], 0.8, 1)
+    seen = {}
+    for kind in (TreeDrafter, Dropping):
+        results = generate(
+            TransformersTarget(model), [[1, 2]] * count, drafter=kind(ModelDrafter(tiny(8, vocab=3, sharp=2.0))),
+            num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
+        )  # fmt: skip
+        counts = Counter(result.tokens[0] for result in results)
+        seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+    assert seen[TreeDrafter][0] < limit(seen[TreeDrafter][1])
+    assert seen[Dropping][0] > limit(seen[Dropping][1])
+
+
+def test_trees_have_branches_and_are_accepted(target_model):
+    """The trees of the tests above are trees, and a drafter that knows the target is believed."""
+    statistics = Statistics()
+    options = {"num_draft": 6, "max_new_tokens": 24, "temperature": 0.8, "seed": 1, "statistics": statistics}
+    generate(TransformersTarget(target_model), PROMPTS, drafter=drafters(target_model)["tree of self"], **options)
+    assert statistics.accepted_at[0] == statistics.proposed_at[0]  # a draft of the target's own law
+    assert statistics.proposed > 2 * sum(statistics.proposed_at)
+
+
+def test_windows_take_chains_alone(target_model):
+    with pytest.raises(ValueError, match="fixed_rows takes chains of drafts, not trees; got fixed_rows=8"):
+        generate(TransformersTarget(target_model, 8), [[1, 2]], drafter=drafters(target_model)["tree"], seed=1)
 
 
 def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():

@@ -51,7 +51,7 @@ def only_even(text):
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
-@pytest.mark.parametrize("name", ["self", "lookup", "adaptive"])
+@pytest.mark.parametrize("name", ["self", "lookup", "adaptive", "tree", "medusa"])
 def test_a_grammar_holds_for_every_token(target_model, name, rule):
     for text in decode(target_model, name, rule=rule, temperature=1.5, grammar=[only_even, None, only_even, only_even])[
         ::2
@@ -86,7 +86,7 @@ def test_greedy_penalties_against_a_plain_loop(target_model):
         for token in set(text):
             logits[token] -= 0.4 * text.count(token) + 0.1
         text.append(int(logits.argmax()))
-    for name in ("self", "lookup", "model"):
+    for name in ("self", "lookup", "model", "tree", "tree of self"):
         penalties = {"repetition": 1.2, "frequency": 0.4, "presence": 0.1}
         assert decode(target_model, name, [prompt], **penalties) == [text]
 

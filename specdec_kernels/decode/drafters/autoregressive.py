@@ -71,10 +71,9 @@ class AutoregressiveDrafter(ABC):
         """Take back the rows of the tree."""
         self._cache.keep_path(torch.full((len(self._pending), 1), -1))
 
-    @property
-    def ready(self) -> bool:
-        """Whether there is anything to draft from."""
-        return True
+    def wanted(self, step: Step) -> Tensor:
+        """int64 [B]: drafts wanted of each request, none where there is nothing to draft from."""
+        return step.num_draft
 
     def read_pending(self) -> tuple[Tensor, Tensor | None]:
         """Read what was committed since the last draft: logits [B, S] after it, and its features [B, H]."""
@@ -109,16 +108,16 @@ class AutoregressiveDrafter(ABC):
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft:
-        longest = int(step.num_draft.max())
+        wanted = self.wanted(step)
+        longest = int(wanted.max())
         batch = len(self._pending)
-        if longest == 0 or not self.ready:
+        if longest == 0:
             return Draft.nothing(batch)
         logits, features = self.read_pending()
         drafts, stats = [], []
         full = self._buffer(batch, longest, logits.dtype)
         one = torch.ones(batch, dtype=torch.int64, device=self._device)
         index = torch.arange(longest, device=self._device)
-        wanted = step.num_draft.clone()
         confidence = torch.ones(batch, device=self._device)
         for row in range(longest):
             self._scatter(full[:, row], logits)

@@ -62,6 +62,9 @@ class TreeDrafter:
         growth: the shape of the trees.
     """
 
+    #: See :class:`FirstOf`.
+    drafts_trees = True
+
     def __init__(self, drafter: AutoregressiveDrafter, growth: Growth = Growth()) -> None:
         self.drafter, self.growth = drafter, growth
         self.wants_features = drafter.wants_features
@@ -77,12 +80,13 @@ class TreeDrafter:
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
-        wanted = int(step.num_draft.max())
-        if wanted == 0 or not self.drafter.ready:
-            return Draft.nothing(len(step.num_draft))
+        each = self.drafter.wanted(step)
+        wanted = int(each.max())
+        if wanted == 0:
+            return Draft.nothing(len(each))
         sampled = bool((step.temperature > 0).any())
         how: ChildrenName = "top" if not sampled else "race" if step.coupled else "without_replacement"
-        plan = _Revealed(step.num_draft) if how == "without_replacement" else _Likeliest(step.num_draft)
+        plan = _Revealed(each) if how == "without_replacement" else _Likeliest(each)
         logits, features = self.drafter.read_pending()
         logits, features = logits[:, None], None if features is None else features[:, None]
         # Level 0 is the root: one node, which is in the cache already.
@@ -93,7 +97,7 @@ class TreeDrafter:
         for depth in range(min(self.growth.depth, wanted)):
             rows = self.drafter.full_rows(logits.flatten(0, 1))
             levels.append(_Level.of(rows, self._draw(rows, how, step, depth, wanted), value, index))
-            plan.look(levels[-1])
+            plan.look(levels[-1], depth)
             if depth + 1 == min(self.growth.depth, wanted) or not plan.goes_on:
                 break
             value, chosen = plan.values.topk(min(self.growth.width, plan.values.shape[1]))
@@ -154,7 +158,7 @@ class _Level:
         batch, width = value.shape
         count = drawn.tokens.shape[1]
         slot = torch.arange(width).repeat_interleave(count).expand(batch, -1)
-        logprobs = drawn.logprobs.reshape(batch, width, count).nan_to_num(-torch.inf)
+        logprobs = drawn.logprobs.reshape(batch, width, count).nan_to_num(-torch.inf).clamp(max=0.0)
         return _Level(
             drawn.tokens.reshape(batch, -1), logprobs, value, index.gather(1, slot), slot,
             rows.unflatten(0, (batch, width)), drawn.stats.unflatten(0, (batch, width)), index,
@@ -170,8 +174,9 @@ class _Likeliest:
     def __init__(self, wanted: Tensor) -> None:
         self._wanted, self._scores = wanted, list[Tensor]()
 
-    def look(self, level: _Level) -> None:
-        self._scores.append((level.value[..., None] + level.logprobs).flatten(1))
+    def look(self, level: _Level, depth: int) -> None:
+        scores = (level.value[..., None] + level.logprobs).flatten(1)
+        self._scores.append(scores.masked_fill(depth >= self._wanted[:, None], -torch.inf))
 
     @property
     def values(self) -> Tensor:
@@ -188,18 +193,19 @@ class _Revealed:
     """Of each node the first draws, as many as promise enough before they are looked at."""
 
     def __init__(self, wanted: Tensor) -> None:
-        self._left = wanted.clone()
+        self._wanted, self._left = wanted, wanted.clone()
         self._least = (LEAST_CHANCE / wanted.clamp(min=1)).log()[:, None]
         self._promises, self._shown = list[Tensor](), list[Tensor]()
         self.values = torch.empty(0)
         """Of the latest level, [B, M]: logarithm of the chance that a revealed node is accepted."""
 
-    def look(self, level: _Level) -> None:
+    def look(self, level: _Level, depth: int) -> None:
         count = level.logprobs.shape[2]
         accepted = torch.tensor([ACCEPTED[min(j, len(ACCEPTED) - 1)] for j in range(count)])
         tested = torch.cat([torch.ones(1), (1 - accepted).cumprod(0)[:-1]])
         promise = (level.value[..., None] + (tested * accepted).log()).flatten(1)
-        promise = promise.masked_fill(level.tokens < 0, -torch.inf)
+        # No deeper than a request alone would go.
+        promise = promise.masked_fill((level.tokens < 0) | (depth >= self._wanted[:, None]), -torch.inf)
         shown = (promise >= self._least) & (_rank(promise) < self._left[:, None])
         self._left = self._left - shown.sum(1)
         probs = level.logprobs.exp()

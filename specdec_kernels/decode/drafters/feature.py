@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.protocols import Step
 
 
 class FeatureDrafter(AutoregressiveDrafter):
@@ -36,10 +37,9 @@ class FeatureDrafter(AutoregressiveDrafter):
         if features is not None:
             self._pending_features = [features[slot, : len(prompt) - 1] for slot, prompt in enumerate(prompts)]
 
-    @property
-    def ready(self) -> bool:
-        # A prompt of one token has no feature before it: the first step goes without drafts.
-        return all(self._pending)
+    def wanted(self, step: Step) -> Tensor:
+        # A prompt of one token has no feature before it: its first step goes without drafts.
+        return step.num_draft * torch.tensor([bool(pending) for pending in self._pending])
 
     def ids(self, index: Tensor) -> Tensor:
         return self.model.shortlist[index]

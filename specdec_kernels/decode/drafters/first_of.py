@@ -15,11 +15,14 @@ from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
 class FirstOf:
     """Drafts of ``first`` (point masses, such as a lookup) where it has any, else those of ``second``.
 
-    Which of the two drafted depends on the text alone, so the law stays exact.
+    Which of the two drafted depends on the text alone, so the law stays exact. Where ``second`` drafts trees (it says so by
+    ``drafts_trees = True``), chains of ``first`` are handed on as trees, whoever else is in the batch: a point mass that
+    is walked meets other noise than one that is tested.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
         self.first, self.second = first, second
+        self.drafts_trees: bool = getattr(second, "drafts_trees", False)
         self.wants_features = first.wants_features or second.wants_features
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -32,7 +35,7 @@ class FirstOf:
             raise TypeError("first must draft chains of point masses, got a drafter of trees")
         has_draft = (sure.tokens[:, :1] >= 0).any(1)
         if bool(has_draft.all()):
-            return sure
+            return TreeDraft.of(sure) if self.drafts_trees else sure
         rest = self.second.propose(replace(step, num_draft=step.num_draft.masked_fill(has_draft, 0)))
         if not bool(has_draft.any()):
             return rest

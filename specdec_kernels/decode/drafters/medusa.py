@@ -24,6 +24,8 @@ class MedusaDrafter:
     """
 
     wants_features = True
+    #: See :class:`FirstOf`.
+    drafts_trees = True
 
     def __init__(self, model: MedusaModel, target: Any) -> None:
         self.model = model
@@ -42,18 +44,21 @@ class MedusaDrafter:
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
-        nodes = min(int(step.num_draft.max()), len(self._guess))
-        known = [last for last in self._last if last is not None]
-        if nodes == 0 or len(known) < len(self._last):  # a prompt of one token has no feature before it
-            return Draft.nothing(len(self._last))
-        tokens, features = torch.tensor([token for token, _ in known]), torch.stack([feature for _, feature in known])
+        # A prompt of one token has no feature before it: its first step goes without drafts.
+        each = step.num_draft * torch.tensor([last is not None for last in self._last])
+        nodes = min(int(each.max()), len(self._guess))
+        if nodes == 0:
+            return Draft.nothing(len(each))
+        some = next(last for last in self._last if last is not None)
+        read = [last or some for last in self._last]
+        tokens, features = torch.tensor([token for token, _ in read]), torch.stack([feature for _, feature in read])
         guesses = functional.linear(self.model(features, self._embed(tokens)), self._head)
         head, rank = self._guess[:nodes].unbind(1)
         best = self.model.shortlist[guesses.topk(int(rank.max()) + 1).indices]
         drafted = functional.pad(best[:, head, rank], (1, 0))
-        parents = self._parents[: nodes + 1].expand(len(known), -1)
+        parents = self._parents[: nodes + 1].expand(len(each), -1)
         # The list falls in worth, so a request that wants fewer drafts takes the first of them.
-        wanted = torch.arange(nodes + 1) <= step.num_draft[:, None]
+        wanted = torch.arange(nodes + 1) <= each[:, None]
         return TreeDraft(drafted, torch.where(wanted, parents, -1))
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
