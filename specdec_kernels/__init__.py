@@ -1,6 +1,7 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
 from specdec_kernels.ops import LogitBias, Penalties, Sample, Verified, noise_words, sample, verify_chain
+from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.tree_rules import DrawnChildren, VerifiedTree, sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
@@ -19,6 +20,7 @@ __all__ = [
     "noise_words",
     "sample",
     "sample_children",
+    "tree_attention",
     "tree_links",
     "tree_mask",
     "tree_mask_mod",

@@ -1,5 +1,6 @@
 """GPU kernels in Triton. Imports as ``specdec_kernels.triton_kernels``: the top-level name belongs to Triton."""
 
+from specdec_kernels.triton_kernels.attention import tree_attention
 from specdec_kernels.triton_kernels.children import sample_children
 from specdec_kernels.triton_kernels.kv import compact_kv
 from specdec_kernels.triton_kernels.noise import noise_words
@@ -8,4 +9,13 @@ from specdec_kernels.triton_kernels.tree_rules import verify_tree
 from specdec_kernels.triton_kernels.trees import tree_mask
 from specdec_kernels.triton_kernels.verify import verify_chain
 
-__all__ = ["compact_kv", "noise_words", "sample", "sample_children", "tree_mask", "verify_chain", "verify_tree"]
+__all__ = [
+    "compact_kv",
+    "noise_words",
+    "sample",
+    "sample_children",
+    "tree_attention",
+    "tree_mask",
+    "verify_chain",
+    "verify_tree",
+]

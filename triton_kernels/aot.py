@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specdec_kernels.contract import Children, MaskFormat, Rule, TreeRule
-from specdec_kernels.triton_kernels import noise
+from specdec_kernels.triton_kernels import attention, kv, noise
 from specdec_kernels.triton_kernels.children import sample_children_kernel
 from specdec_kernels.triton_kernels.launch import launch_config
 from specdec_kernels.triton_kernels.sample import sample_kernel
@@ -107,6 +107,29 @@ _OTHERS = (
 )  # fmt: skip
 
 
+def _attention_and_kv() -> Iterator[Variant]:
+    """Heads of 128 in bfloat16; paged keys and values of 2 bytes an element."""
+    partial = {"best_ptr": "*fp32", "total_ptr": "*fp32", "mixed_ptr": "*fp32"}
+    sizes = dict.fromkeys(("nodes", "rows", "kv_heads", "group", "splits"), "i32")
+    shape = {"WIDTH": 128, "WIDE": 128}
+    strides = dict.fromkeys([f"{x}_{of}" for x in "kv" for of in ("batch", "head", "token")], "i64")
+    types = {
+        **partial, **sizes, **strides, **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), "*bf16"),
+        **dict.fromkeys(("q_batch", "q_head", "q_node"), "i64"), "packed_ptr": "*i32", "context_ptr": "*i64",
+        "scale": "fp32", "split": "i32", "words": "i32",
+    }  # fmt: skip
+    constants = {**shape, "ROWS": 32, "KEYS": attention.KEYS, "UPCAST": False}
+    yield Variant("tree_attention bf16", attention.tree_attention_kernel, types, constants, {"num_warps": 4})
+    types = {**partial, **sizes, **dict.fromkeys(("o_batch", "o_head", "o_node"), "i64"), "out_ptr": "*bf16"}
+    yield Variant("tree_attention combine", attention.combine_kernel, types, shape, {"num_warps": 1})
+    types = {
+        **dict.fromkeys(("address_ptr", "path_ptr", "start_ptr", "page_table_ptr"), "*i64"), "like_ptr": "*i16",
+        **dict.fromkeys(("nodes", "tokens", "pages", "page_size", "width"), "i32"),
+        **dict.fromkeys(("outer_stride", "token_stride", "head_stride"), "i64"),
+    }  # fmt: skip
+    yield Variant("compact_kv paged", kv.compact_kv_kernel, types, {"BLOCK": 128}, {"num_warps": 1})
+
+
 #: (rule, kind of drafts, whether everything else is given too).
 _TREES = (
     (TreeRule.WALK, "point mass", False), (TreeRule.COUPLED, "point mass", True),
@@ -127,6 +150,8 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
         constants = {"FORMAT": int(form), "ADDITIVE": element == "fp32", "BITS": 32, "BLOCK": 32, "NODES": 64}
         name = f"tree_mask {form.name.lower()}"
         yield Variant(name, tree_mask_kernel, types | sizes, constants, {"num_warps": 4})
+
+    yield from _attention_and_kv()
 
     def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
         constants |= {"TILES": config.tiles} | {key: None for key in without if key in types}
@@ -163,7 +188,9 @@ def compile_variant(variant: Variant, target: str) -> Any:
     aligned = [
         i
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name.endswith("stride") or name == "vocab"
+        if signature[name].startswith("*")
+        or name.endswith(("stride", "_batch", "_head", "_token", "_node"))
+        or name == "vocab"
     ]
     source = ASTSource(
         variant.kernel,

@@ -21,7 +21,9 @@ NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
 BackendName = Literal["reference", "cpu", "triton"]
-OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
+#: What the C++ has, and what it leaves to PyTorch's own kernels.
+_NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
+OPS = (*_NATIVE_OPS, "tree_attention")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def _reference() -> Backend:
 
 
 def _cpu() -> Backend:
-    functions = {op: getattr(torch.ops.specdec, op).default for op in OPS}
+    functions = {op: getattr(torch.ops.specdec, op).default for op in _NATIVE_OPS}
     if not NATIVE_LIBRARY.is_file():
         return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} was not built (pip install -e .)", "", functions)
     try:
@@ -90,4 +92,6 @@ def function(op: str, backend: str | None, device: torch.device) -> Callable[...
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
     BACKENDS[backend].require(device)
+    if op not in BACKENDS[backend].functions:
+        raise RuntimeError(f"backend={backend!r} has no {op}: leave it to PyTorch with backend=None")
     return BACKENDS[backend].functions[op]

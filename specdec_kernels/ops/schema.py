@@ -39,6 +39,9 @@ _SCHEMAS = {
     ),
     "tree_mask": "(Tensor(a!) out, Tensor parents, Tensor? context_lens, int format) -> ()",
     "compact_kv": "(Tensor(a!)[] caches, Tensor nodes, Tensor start, Tensor? page_table) -> ()",
+    "tree_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor packed, Tensor context_lens, float scale) -> Tensor"
+    ),
     "noise_words": "(Tensor seed, Tensor position, int tag, int first, int counters) -> Tensor",
 }
 
@@ -100,6 +103,10 @@ def _fake_compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_ta
     """Moves what it was given."""
 
 
+def _fake_tree_attention(query: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(query)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
     "sample": _fake_sample,
@@ -107,6 +114,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "verify_tree": _fake_verify_tree,
     "tree_mask": _fake_tree_mask,
     "compact_kv": _fake_compact_kv,
+    "tree_attention": _fake_tree_attention,
     "noise_words": _fake_noise_words,
 }
 

@@ -15,9 +15,10 @@ from specdec_kernels.oracle.distributions import (
     race,
     two_level_race,
 )
-from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation, tree_law
+from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation, typical_law
 from specdec_kernels.oracle.noise import Noise, noise_words, philox
 from specdec_kernels.oracle.step import Verified
+from specdec_kernels.oracle.tree_laws import tree_law
 from specdec_kernels.oracle.trees import Drawn, sample_children, verify_tree
 from specdec_kernels.oracle.verify import Sampled, sample, verify_chain
 
@@ -42,6 +43,7 @@ __all__ = [
     "target_law",
     "total_variation",
     "tree_law",
+    "typical_law",
     "two_level_race",
     "verify_chain",
     "verify_tree",

@@ -1,0 +1,88 @@
+"""Rules that change the law of the text, kept apart from those that do not. ``lossless`` is False on each of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.ops import verify_chain
+from specdec_kernels.ops.backends import BackendName
+from specdec_kernels.ops.tree_rules import VerifiedTree
+from specdec_kernels.ops.trees import checked, tree_paths, tree_positions
+
+__all__ = ["typical_acceptance"]
+
+
+def typical_acceptance(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    parents: Tensor,
+    *,
+    seed: Tensor | int,
+    position: Tensor | int,
+    temperature: float = 1.0,
+    epsilon: float = 0.09,
+    delta: float = 0.3,
+    backend: BackendName | None = None,
+) -> VerifiedTree:
+    """Medusa's rule: a draft is accepted where the target does not find it surprising, whatever it was drawn from.
+
+    A node is accepted iff its parent is and ``target(token) > min(epsilon, delta * exp(-entropy(target)))``; the text
+    goes on along the longest accepted path, the first of equals, and with a draw from the target. **The law of the text
+    is not the target's**: how far from it, :func:`specdec_kernels.oracle.typical_law` says exactly for small vocabularies.
+
+    Args:
+        target_logits: float32, bfloat16 or float16 [B, N, V]; row n is the target's after the path to node n.
+        draft_tokens: int64 or int32 [B, N]; of the root not looked at.
+        parents: int64 or int32 [B, N], as for :func:`specdec_kernels.verify_tree`.
+        seed, position: as for :func:`specdec_kernels.verify_tree`.
+        temperature: of the target, positive.
+        epsilon: probability that is always enough, in (0, 1].
+        delta: share of the typical probability that is enough, positive.
+        backend: of the draw.
+
+    Returns:
+        :class:`specdec_kernels.VerifiedTree`, without log-probabilities.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent to, for each node::
+
+        probs = torch.softmax(target_logits[parent] / temperature, -1)
+        accepted = probs[token] > min(epsilon, delta * torch.exp(-torch.special.entr(probs).sum()))
+
+    Source: Cai et al., Medusa, arXiv:2401.10774, section 2.3.1.
+    """
+    for name, value, most in (("temperature", temperature, None), ("epsilon", epsilon, 1.0), ("delta", delta, None)):
+        if not value > 0 or (most is not None and value > most):
+            raise ValueError(f"{name} must be positive{' and at most 1' if most else ''}, got {value!r}")
+    tree = checked(parents)
+    batch, nodes = tree.shape
+    probs = torch.softmax(target_logits.float() / temperature, -1)
+    entropy = torch.special.entr(probs).sum(-1)
+    enough = (delta * torch.exp(-entropy)).clamp(max=epsilon)
+    up = tree.clamp(min=0)
+    prob = probs.gather(1, up[..., None].expand_as(probs)).gather(2, draft_tokens.long().clamp(min=0)[..., None])[
+        ..., 0
+    ]
+    good = (tree >= 0) & (prob > enough.gather(1, up))
+    good[:, 0] = True
+    for node in range(1, nodes):
+        good[:, node] &= good.gather(1, up[:, node, None])[:, 0]
+    depth = tree_positions(tree).long().masked_fill(~good, -1)
+    last = depth.argmax(1)
+    accepted = depth.gather(1, last[:, None])[:, 0]
+    row = target_logits[torch.arange(batch, device=tree.device), last]
+    nothing = torch.empty((batch, 0), dtype=torch.int64, device=tree.device)
+    drawn = verify_chain(row[:, None], nothing, seed=seed, position=position, temperature=temperature, backend=backend)
+    path = tree_paths(tree, nodes - 1)[torch.arange(batch, device=tree.device), last]
+    index = torch.arange(nodes, device=tree.device)
+    tokens = draft_tokens.long().gather(1, path.roll(-1, 1).clamp(min=0).long())
+    tokens = torch.where(index < accepted[:, None], tokens, -1)
+    tokens = torch.where(index == accepted[:, None], drawn.tokens, tokens)
+    none = target_logits.new_empty((0,), dtype=torch.float32)
+    return VerifiedTree(tokens, path, accepted.int(), drawn.valid, none, none)
+
+
+typical_acceptance.lossless = False  # type: ignore[attr-defined]

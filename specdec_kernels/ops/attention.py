@@ -1,0 +1,76 @@
+"""Attention of a tree's nodes over the text and over their own ancestors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.ops import validate
+from specdec_kernels.ops.backends import BackendName, function
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Scaled-dot-product attention of N tree nodes over a context of L tokens and over their ancestors and themselves.
+
+    No mask is written: the ancestors' bits are applied to the scores as they are made. Triton splits the context over
+    programs; there is no C++ backend, on a CPU the reference hands the work to PyTorch's own attention.
+
+    Args:
+        query: float32, bfloat16 or float16 [B, Hq, N, D].
+        key, value: [B, Hk, S, D], a cache: tokens 0 to L - 1 of request b are its context, L to L + N - 1 the tree's own,
+            in the order of its nodes; what is behind is not read. Hk divides Hq: query head h reads head ``h * Hk // Hq``.
+        packed: int32 [B, N, ceil(N/32)], as ``tree_mask(parents, "packed")`` gives it; the same for all layers.
+        context_lens: int64 or int32 [B]: L of each request.
+        scale: what scores are multiplied by; None is ``D ** -0.5``.
+        backend: ``None`` follows the device; a name forces that backend.
+
+    Returns:
+        [B, Hq, N, D], of the query's dtype. Rows behind the last node of a request attend to the context and themselves.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. ``context_lens`` is checked on the
+            CPU; elsewhere lengths beyond S - N give rows of no meaning.
+        RuntimeError: the backend that was asked for cannot run, with the reason.
+
+    Equivalent to::
+
+        mask = tree_mask(parents, "dense", context_lens=context_lens)
+        scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=True)
+
+    Example:
+        >>> import torch
+        >>> from specdec_kernels import tree_mask
+        >>> packed = tree_mask(torch.tensor([[-1, 0, 0]]), "packed")
+        >>> x = torch.zeros(1, 2, 3, 4)
+        >>> tree_attention(x, x[:, :1], x[:, :1] + 1, packed, torch.tensor([0])).unique().tolist()
+        [1.0]
+
+    Source: tree attention, Miao et al., arXiv:2305.09781; splitting over keys, Dao et al., Flash-Decoding, 2023.
+    """
+    q = validate.tensor("query", query, validate.LOGIT_DTYPES, "B, Hq, N, D", (None, None, None, None))
+    batch, heads, nodes, width = q.shape
+    k = validate.tensor("key", key, (q.dtype,), "B, Hk, S, D", (batch, None, None, width))
+    v = validate.tensor("value", value, (q.dtype,), "B, Hk, S, D", tuple(k.shape))
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"key must have a number of heads that divides the query's {heads}, got {k.shape[1]}")
+    words = validate.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)", (batch, nodes, -(-nodes // 32)))
+    lens = validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (batch,)).long().contiguous()
+    validate.same_device("query", q, key=k, value=v, packed=words, context_lens=lens)
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale must be None or finite, got {scale!r}")
+    if lens.is_cpu and not torch.compiler.is_compiling() and ((lens < 0) | (lens > k.shape[2] - nodes)).any():
+        raise ValueError(f"context_lens must be in [0, S - N] = [0, {k.shape[2] - nodes}], got {lens.tolist()}")
+    attend = function("tree_attention", backend, q.device)
+    out: Tensor = attend(q, k, v, words.contiguous(), lens, width**-0.5 if scale is None else float(scale))
+    return out

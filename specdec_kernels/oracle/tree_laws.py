@@ -1,0 +1,117 @@
+"""The exact law of a tree of drafts, enumerated with fractions. The keywords exist to build wrong rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from specdec_kernels.oracle.laws import Law, Probs, continued, ratio
+
+Prefix = tuple[int, ...]
+
+
+@dataclass
+class _Tree:
+    """What :func:`tree_law` is given, and what it finds."""
+
+    target: Callable[[Prefix], Probs]
+    draft: Callable[[Prefix], Probs]
+    widths: Sequence[int]
+    kind: str
+    rule: str
+    updated: bool
+    merged: bool
+    law: Law = field(default_factory=dict)
+    expected: Fraction = Fraction(0)
+
+    def accept(self, prefix: Prefix, weights: Probs, mass: Fraction) -> None:
+        """A node was accepted: emit."""
+        self.expected += mass * len(prefix)
+        total = sum(weights, Fraction(0))
+        for token, weight in enumerate(weights):
+            continued(self.law, self.target, (*prefix, token), mass * weight / total, len(self.widths))
+
+    def child_law(self, prefix: Prefix, earlier: Prefix) -> Probs:
+        """The law of a node's next child; nothing where there is none."""
+        q = self.draft(prefix)
+        nothing = [Fraction(0)] * len(q)
+        if len(prefix) == len(self.widths) or len(earlier) == self.widths[len(prefix)]:
+            return nothing
+        if self.kind == "iid":
+            return q
+        left = [Fraction(0) if v in earlier else x for v, x in enumerate(q)]
+        if not any(left):
+            return nothing
+        if self.kind == "top":
+            best = max(range(len(q)), key=lambda v: (left[v], -v))
+            return _certain(best, len(q))
+        return [x / sum(left) for x in left]
+
+    def visit(self, prefix: Prefix, earlier: Prefix, left: Probs, reach: Fraction, mass: Fraction) -> Fraction:
+        """A node whose children ``earlier`` were rejected; the mass with which it is rejected itself. Under the
+        recursive rule a node that was come to is never rejected; under traversal a child is tested by what is below."""
+        law = self.child_law(prefix, earlier)
+        if not any(law):
+            if reach:
+                self.accept(prefix, left if any(left) else self.target(prefix), mass * reach)
+            return mass * (1 - reach)
+        rejected = Fraction(0)
+        for token, drafted in enumerate(law):
+            if not drafted:
+                continue
+            if self.merged and token in earlier:
+                rejected += self.visit(prefix, (*earlier, token), left, reach, mass * drafted)
+                continue
+            # Walking accepts the child that the target draws, whatever it was drawn from.
+            tested = _certain(token, len(left)) if self.rule == "walk" else law
+            below = min(Fraction(1), reach * left[token] / tested[token])
+            failed = self.failed((*prefix, token), below, mass * drafted)
+            if failed:
+                new, after = self.without(left, reach, tested)
+                rejected += self.visit(prefix, (*earlier, token), new, after, failed)
+        return rejected
+
+    def failed(self, child: Prefix, below: Fraction, mass: Fraction) -> Fraction:
+        """The mass with which a child is rejected that has the chance ``below``."""
+        if self.rule == "traversal":
+            return self.visit(child, (), self.target(child), below, mass)
+        self.visit(child, (), self.target(child), Fraction(1), mass * below)
+        return mass * (1 - below)
+
+    def without(self, left: Probs, reach: Fraction, tested: Probs) -> tuple[Probs, Fraction]:
+        """What a rejected child leaves, and the node's chance without it."""
+        rest = [max(Fraction(0), reach * r - q) for r, q in zip(left, tested, strict=True)]
+        total = sum(rest, Fraction(0))
+        after = ratio(total, total + 1 - reach)
+        if not self.updated:
+            return left, after
+        return [r / total for r in rest] if total else rest, after
+
+
+def _certain(token: int, vocab: int) -> Probs:
+    return [Fraction(int(v == token)) for v in range(vocab)]
+
+
+def tree_law(
+    target: Callable[[Prefix], Probs],
+    draft: Callable[[Prefix], Probs],
+    widths: Sequence[int],
+    kind: str,
+    rule: str,
+    *,
+    updated: bool = True,
+    merged: bool = False,
+) -> tuple[Law, Fraction]:
+    """The exact law of ``len(widths) + 1`` tokens when one step of a tree rule (algorithms.md, 3 to 5) is continued by
+    target sampling, and the expected number of accepted drafts. ``widths[d]``: children of every node of depth d.
+
+    ``kind``: "iid", "without_replacement", or "top" (the most probable tokens, each a point mass). ``rule``: "walk",
+    "recursive" or "traversal". The keywords build wrong rules: every sibling tested against the target as it was; equal
+    siblings tested once.
+
+    The children of a node are drawn as they are come to: nothing that comes before depends on those that come after.
+    """
+    tree = _Tree(target, draft, widths, kind, rule, updated, merged)
+    tree.visit((), (), target(()), Fraction(1), Fraction(1))
+    return tree.law, tree.expected
