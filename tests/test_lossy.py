@@ -50,7 +50,7 @@ def test_it_is_not_lossless_and_says_so():
     assert sum(law.values()) == pytest.approx(1)
     want = oracle.target_law(lambda _: target, 2)
     distance = sum(abs(law.get(text, 0) - want.get(text, 0)) for text in {*law, *want}) / 2
-    assert distance > 0.1
+    assert distance == pytest.approx(1 / 24)
     # With a draft of the target's own law, only what is never accepted comes from elsewhere: the target again.
     own = oracle.typical_law(lambda _: target, lambda _: target, 2, epsilon=1e-9)
     assert sum(abs(own[text] - float(want[text])) for text in want) == pytest.approx(0, abs=1e-12)
