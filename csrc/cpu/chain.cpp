@@ -47,7 +47,7 @@ class ChainRequest : Request {
       RowView target = view_of(i, 0);
       const DraftLaw draft = score(target, i, i < drafted());
       if (!target.valid()) return finish_unusable(target, i);
-      Residual left(kernels_, target, draft, false);
+      Residual left(kernels_, target, draft, pass_, false);
       if (i < drafted()) {
         const int64_t token = drafts_[size_t(i)];
         if (!draft.usable(token)) {
@@ -73,7 +73,7 @@ class ChainRequest : Request {
       const auto i = int64_t(left.size());
       targets.push_back(view_of(i, i));
       const DraftLaw draft = score(targets.back(), i, draft_too);
-      left.emplace_back(kernels_, targets.back(), draft, false, reach);
+      left.emplace_back(kernels_, targets.back(), draft, pass_, false, reach);
       return draft;
     };
     int64_t looked_at = 0;
@@ -121,7 +121,7 @@ class ChainRequest : Request {
       if (chain_.rule == Rule::coupled)
         count += coupled_draw(target, i) == token;
       else
-        count += draft.usable(token) && Residual(kernels_, target, draft, false).accepts(token, coin(i));
+        count += draft.usable(token) && Residual(kernels_, target, draft, pass_, false).accepts(token, coin(i));
     }
     return count;
   }

@@ -50,6 +50,14 @@ struct Sampling {
   Filters filters;
 };
 
+// The sum of one tile's weights, in eight lanes: one after the other they would wait for each other.
+inline double sum_of_tile(const float* weights) {
+  double lanes[8] = {};
+  for (int64_t i = 0; i < kTile; i += 8)
+    for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += double(weights[i + lane]);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
 class RowView {
  public:
   RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space)
@@ -121,14 +129,19 @@ class RowView {
   // The sum of weights of which this row's probabilities are an upper bound, such as a residual, with
   // `token_weights(tile, out)` giving those of one tile.
   template <class F>
-  double mass_below(const F& token_weights) const {
+  double mass_below(const F& token_weights, SharedPass& pass) const {
+    std::vector<double> sums(pieces(), 0.0);
+    pass.run(pieces(), [&](uint32_t piece) {
+      const auto [begin, end] = tiles_of_piece(piece);
+      float weights[kTile];
+      for (int64_t tile = begin; tile < end; ++tile) {
+        if (space_.weight[size_t(tile)] == 0.0f) continue;
+        token_weights(tile, weights);
+        sums[piece] += sum_of_tile(weights);
+      }
+    });
     double sum = 0.0;
-    float weights[kTile];
-    for (int64_t tile = 0; tile < tiles_; ++tile) {
-      if (space_.weight[size_t(tile)] == 0.0f) continue;
-      token_weights(tile, weights);
-      for (const float w : weights) sum += double(w);
-    }
+    for (const double s : sums) sum += s;
     return sum;
   }
 
@@ -142,7 +155,7 @@ class RowView {
         const double weight = double(space_.weight[size_t(tile)]);
         if (weight == 0.0 || weight < least || weight >= heavier) continue;
         token_weights(tile, weights);
-        for (const float w : weights) sum += double(w);
+        sum += sum_of_tile(weights);
         left -= weight / total_;
         if (sum > needed) return true;
         // The two are rounded apart: leave room for that.
@@ -168,9 +181,7 @@ class RowView {
     const int64_t tile = token / kTile;
     float weights[kTile];
     tile_probs(tile, weights);
-    double sum = 0.0;
-    for (const float w : weights) sum += double(w);
-    space_.weight[size_t(tile)] = float(sum * total_);
+    space_.weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
   }
 
   // Of the law's probability, what removed tokens left.
@@ -243,8 +254,7 @@ class RowView {
       if (next.time * 0.9999f >= winning) break;
       bounds[next.index] = INFINITY;
       token_weights(next.index, candidate);
-      double sum = 0.0;
-      for (int64_t i = 0; i < kTile; ++i) sum += double(candidate[i]);
+      const double sum = sum_of_tile(candidate);
       const float time = float(double(next.time) * double(space_.weight[size_t(next.index)]) / (sum * total_));
       if (time < winning || (time == winning && next.index < winner)) {
         winning = time;

@@ -47,8 +47,9 @@ constexpr double kNothingLeft = 0x1p-60;
 class Residual {
  public:
   // `reach` is the chance that the row is come to at all, as the rules block and traversal count it; 1 for the others.
-  Residual(const Kernels& kernels, const RowView& target, const DraftLaw& draft, bool replacement, double reach = 1.0)
-      : kernels_(&kernels), target_(&target), draft_(draft), replacement_(replacement), reach_(reach) {}
+  Residual(const Kernels& kernels, const RowView& target, const DraftLaw& draft, SharedPass& pass, bool replacement,
+           double reach = 1.0)
+      : kernels_(&kernels), target_(&target), draft_(draft), pass_(&pass), replacement_(replacement), reach_(reach) {}
 
   bool untouched() const { return rejected_.empty(); }
 
@@ -162,7 +163,7 @@ class Residual {
       kernels_->token_probs(draft_.row, draft_.dist, tile, weights);
       for (const Rejected& r : rejected_)
         if (r.token / kTile == tile) weights[r.token % kTile] = 0.0f;
-      for (const float w : weights) draft_left_ += double(w);
+      draft_left_ += sum_of_tile(weights);
     }
     if (draft_left_ < kNothingLeft) draft_left_ = 0.0;
     return draft_left_;
@@ -184,7 +185,7 @@ class Residual {
     divide();
     double mass;
     if (!draft_.point_mass || !subtract(mass))
-      mass = target_->mass_below([&](int64_t tile, float* weights) { tile_weights(tile, weights); });
+      mass = target_->mass_below([&](int64_t tile, float* weights) { tile_weights(tile, weights); }, *pass_);
     const double left = reach_ * mass / mass_;
     if (reach_ < 1.0) reach_ = left > 0.0 ? left / (left + 1.0 - reach_) : 0.0;
     mass_ = mass;
@@ -193,6 +194,7 @@ class Residual {
   const Kernels* kernels_;
   const RowView* target_;
   DraftLaw draft_;
+  SharedPass* pass_;
   bool replacement_;
   double reach_;
   double factor_ = INFINITY;  // 1 / taken

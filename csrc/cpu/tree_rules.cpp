@@ -94,7 +94,7 @@ class TreeRequest : Request {
       int64_t child = child_of(node, node);
       const DraftLaw draft = score(target, node, child >= 0);
       if (!target.valid()) return finish_unusable(target, node);
-      Residual left(kernels_, target, draft, tree_.replacement);
+      Residual left(kernels_, target, draft, pass_, tree_.replacement);
       if (!usable(draft, node)) {
         valid_ = false;  // the path ends here with a draw from the target
         child = -1;
@@ -112,8 +112,8 @@ class TreeRequest : Request {
   // A node that is being decided on: its children one after the other, then itself.
   struct Visit {
     Visit(int64_t visited, int64_t child, const RowView& row, const Kernels& kernels, const DraftLaw& draft,
-          bool replacement, double reach)
-        : node(visited), next(child), target(row), left(kernels, target, draft, replacement, reach) {}
+          SharedPass& pass, bool replacement, double reach)
+        : node(visited), next(child), target(row), left(kernels, target, draft, pass, replacement, reach) {}
 
     int64_t node, next;  // child to look at
     RowView target;
@@ -152,7 +152,7 @@ class TreeRequest : Request {
       valid_ = false;
       child = -1;
     }
-    visits.emplace_back(node, child, target, kernels_, draft, tree_.replacement, reach);
+    visits.emplace_back(node, child, target, kernels_, draft, pass_, tree_.replacement, reach);
   }
 
   // The text goes on along the visited nodes.

@@ -104,13 +104,18 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
     quick: Annotated[bool, typer.Option("--quick", help="One vocabulary, few repetitions, no files.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Time the decoding of text instead.")] = False,
+    trees: Annotated[bool, typer.Option("--trees", help="Time trees instead: kernels, and text.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="With --text: texts a prompt at a temperature.")] = 3,
 ) -> None:
-    """Time verification against PyTorch, transformers and streaming the same rows; or the decoding of text."""
+    """Time verification against PyTorch, transformers and streaming the same rows; or trees; or the decoding of text."""
     if text:
         from specdec_kernels.bench.text import main as decode
 
         decode(out, seeds, console)
+    elif trees:
+        from specdec_kernels.bench.trees import main as grow
+
+        grow(out, console)
     else:
         from specdec_kernels.bench.run import main
 

@@ -1,0 +1,311 @@
+"""Time what trees take: verification, masks and moving keys and values beside PyTorch; and text with chains and trees at
+equal numbers of rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from specdec_kernels import compact_kv, sample_children, tree_mask, verify_tree
+from specdec_kernels.bench.cases import COLD_BYTES, DRAFT_NOISE, TEMPERATURE
+from specdec_kernels.bench.machine import machine
+from specdec_kernels.cli.generate import Session, Settings
+from specdec_kernels.cli.models import load_drafter
+from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.decode import Drafter, Statistics
+from specdec_kernels.ops import RuleName
+from specdec_kernels.ops.backends import NATIVE_LIBRARY
+from specdec_kernels.ops.tree_rules import TreeRuleName
+from specdec_kernels.ops.trees import FormatName
+
+ROUNDS, SLOW_ROUNDS = 60, 7
+VOCAB = 128_256
+#: A tree of 16 rows: three children, the first ones with more.
+PARENTS = (-1, 0, 0, 0, 1, 1, 1, 2, 2, 4, 4, 5, 7, 9, 9, 13)
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call."""
+
+    target: Tensor
+    tokens: Tensor
+    draft: Tensor
+    stats: Tensor
+    seed: Tensor
+
+
+def inputs(batch: int, dtype: str, index: int) -> Inputs:
+    """A tree a request, its children drawn without replacement."""
+    nodes, generator = len(PARENTS), torch.Generator().manual_seed(index)
+    target = (torch.randn(batch, nodes, VOCAB, generator=generator) * 3).to(getattr(torch, dtype))
+    noise = torch.randn(batch, nodes, VOCAB, generator=generator) * DRAFT_NOISE
+    draft = (target + noise).to(target.dtype)
+    seed = torch.randint(0, 2**60, (batch,), generator=generator)
+    first = torch.tensor([sum(up < node for up in PARENTS[1:]) for node in range(nodes)])
+    drawn = sample_children(
+        draft.flatten(0, 1), 3, seed=seed.repeat_interleave(nodes), position=9, row=first.repeat(batch),
+        temperature=TEMPERATURE,
+    )  # fmt: skip
+    children = drawn.tokens.reshape(batch, nodes, 3)
+    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
+    for node in range(1, nodes):
+        tokens[:, node] = children[:, PARENTS[node], PARENTS[1:node].count(PARENTS[node])]
+    return Inputs(target, tokens, draft, drawn.stats.reshape(batch, nodes, 3), seed)
+
+
+def fused(x: Inputs, rule: TreeRuleName, backend: Any = None) -> Any:
+    """The public function; "walk" takes the drafts for point masses."""
+    drafts = () if rule == "walk" else (x.draft, x.stats)
+    parents = torch.tensor([PARENTS]).expand(len(x.tokens), -1)
+    return verify_tree(
+        x.target, x.tokens, parents, *drafts, seed=x.seed, position=9, temperature=TEMPERATURE, rule=rule,
+        backend=backend,
+    )  # fmt: skip
+
+
+def lean(x: Inputs, rule: TreeRuleName) -> list[int]:
+    """The leanest PyTorch for the rules that go down: node by node, the draft's scalars handed over."""
+    ends = []
+    for b in range(len(x.tokens)):
+        node = 0
+        while True:
+            left = torch.softmax(x.target[b, node].float() / TEMPERATURE, -1)
+            children = [child for child, up in enumerate(PARENTS) if up == node]
+            following = None
+            if rule == "walk":
+                drawn = int(left.div(torch.empty_like(left).exponential_()).argmax())
+                following = next((child for child in children if int(x.tokens[b, child]) == drawn), None)
+            elif children:
+                scale, _cutoff, logsumexp = x.stats[b, node].tolist()
+                draft, taken = None, 0.0
+                for child in children:
+                    token = int(x.tokens[b, child])
+                    prob = torch.e ** (float(x.draft[b, node, token]) * scale - logsumexp)
+                    if float(torch.rand(())) * prob / (1 - taken) < float(left[token]):
+                        following = child
+                        break
+                    if draft is None:
+                        draft = torch.exp(x.draft[b, node].float() * scale - logsumexp)
+                    left = left.sub_(draft / (1 - taken)).clamp_(min=0)
+                    left /= left.sum()
+                    draft[token], taken = 0.0, taken + prob
+            if following is None:
+                ends.append(int(left.div_(torch.empty_like(left).exponential_()).argmax()))
+                break
+            node = following
+    return ends
+
+
+def verification() -> Iterator[dict[str, Any]]:
+    """Every rule, cold buffers; where PyTorch has a lean form it is beside it, and so is reading the rows."""
+    for batch, dtype in product((1, 8), ("bfloat16", "float32")):
+        size = 2 if dtype == "bfloat16" else 4
+        count = max(2, min(32, COLD_BYTES // (4 * batch * VOCAB * size)))
+        buffers = [inputs(batch, dtype, index) for index in range(count)]
+        for rule in ("walk", "recursive", "traversal"):
+            for x in buffers[:1]:
+                if not torch.equal(fused(x, rule).tokens, fused(x, rule, "reference").tokens):
+                    raise RuntimeError(f"verify_tree {rule} B={batch} {dtype}: the reference disagrees")
+            accepted = [fused(x, rule).num_accepted.long() for x in buffers]
+            rows = float(torch.cat(accepted).float().mean() + 1)
+            none = torch.zeros(batch, dtype=torch.int64)
+            contenders: dict[str, Callable[[int], Any]] = {"fused": lambda i, rule=rule: fused(buffers[i], rule)}
+            if rule != "traversal":  # which looks at what it does not keep, too
+                contenders["stream"] = lambda i, accepted=accepted, none=none: torch.ops.specdec_bench.stream(
+                    buffers[i].target, accepted[i] + 1, buffers[i].draft, none
+                )
+            times = {name: timed(call, count, ROUNDS) for name, call in contenders.items()}
+            if rule != "traversal":
+                times["lean"] = timed(lambda i, rule=rule: lean(buffers[i], rule), count, SLOW_ROUNDS)
+            yield {
+                "what": f"verify_tree {rule}", "case": f"V={VOCAB} N={len(PARENTS)} B={batch} {dtype}",
+                "bytes": rows * batch * VOCAB * size if rule != "traversal" else None, "accepted": rows - 1,
+                "microseconds": times,
+            }  # fmt: skip
+
+
+def timed(call: Callable[[int], Any], buffers: int, rounds: int) -> float:
+    """Median microseconds of a call."""
+    call(0)
+    seconds = []
+    for index in range(rounds):
+        start = time.perf_counter()
+        call(index % buffers)
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * median(seconds)
+
+
+# --- masks, keys and values -------------------------------------------------------------------------------------------
+
+
+def torch_mask(parents: Tensor, format: str, context: int) -> Tensor:
+    """Masks as one would write them in PyTorch: ancestors by squaring the matrix of parents."""
+    batch, nodes = parents.shape
+    reach = torch.eye(nodes).repeat(batch, 1, 1)
+    reach[:, torch.arange(1, nodes), parents[0, 1:]] = 1.0
+    for _ in range(nodes.bit_length()):
+        reach = (reach @ reach).clamp_(max=1.0)
+    mask = reach.bool()
+    if format == "packed":
+        return (mask.unflatten(-1, (-1, 32)).long() << torch.arange(32)).sum(-1).int()
+    full = torch.cat([mask.new_ones(batch, nodes, context), mask], 2)
+    if format == "flashinfer":
+        return (full.flatten(1).unflatten(-1, (-1, 8)).byte() << torch.arange(8)).sum(-1).byte()
+    return full
+
+
+def masks() -> Iterator[dict[str, Any]]:
+    """64 nodes over a context of 4,096."""
+    batch, nodes, context = 8, 64, 4096
+    parents = torch.tensor([[-1] + [(i - 1) // 2 for i in range(1, nodes)]] * batch)
+    formats: tuple[FormatName, ...] = ("packed", "flashinfer", "dense")
+    for format in formats:
+        lens = {} if format == "packed" else {"context_lens": torch.full((batch,), context), "max_context": context}
+        made = tree_mask(parents, format, **lens)  # type: ignore[arg-type]
+        if not torch.equal(made.flatten(), torch_mask(parents, format, context).flatten()):
+            raise RuntimeError(f"tree_mask {format}: PyTorch disagrees")
+        times = {
+            "fused": timed(lambda _, format=format, lens=lens: tree_mask(parents, format, **lens), 1, ROUNDS),
+            "lean": timed(lambda _, format=format: torch_mask(parents, format, context), 1, ROUNDS),
+        }
+        size = made.numel() * made.element_size()
+        case = f"N={nodes} B={batch}" + (f" L={context}" if lens else "")
+        yield {"what": f"tree_mask {format}", "case": case, "bytes": size, "microseconds": times}
+
+
+def keys_and_values() -> Iterator[dict[str, Any]]:
+    """A cache of SmolLM2's shape, four nodes of 16 accepted."""
+    caches = [torch.randn(1, 3, 544, 64).bfloat16() for _ in range(60)]
+    path, start = torch.tensor([[0, 2, 7, 12, *[-1] * 12]]), torch.tensor([500])
+
+    def by_torch(_: int) -> None:
+        source = 500 + path[0, :4]
+        for cache in caches:
+            cache[:, :, 500:504] = cache[:, :, source]
+
+    times = {"fused": timed(lambda _: compact_kv(caches, path, start), 1, ROUNDS), "lean": timed(by_torch, 1, ROUNDS)}
+    case = "30 layers [1, 3, 544, 64] bfloat16, 3 rows move"
+    yield {"what": "compact_kv", "case": case, "bytes": 60 * 3 * 3 * 64 * 2 * 2, "microseconds": times}
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+TOKENS = 96
+BUDGETS = (8, 16, 32)
+#: Lengths of chains, each within the budgets that have room for it.
+CHAINS = (2, 4, 7, 15, 31)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to draft; ``rows`` are scored a step at most."""
+
+    temperature: float
+    drafter: str
+    rule: RuleName
+    rows: int
+
+
+def ways() -> Iterator[Way]:
+    """Plain decoding first."""
+    for temperature in (0.0, 0.8):
+        yield Way(temperature, "none", "token", 1)
+        for length in CHAINS:
+            yield Way(temperature, "model", "token", length + 1)
+        for rows in BUDGETS:
+            yield Way(temperature, "medusa", "token", rows)
+            yield Way(temperature, "tree", "token", rows)
+            if temperature > 0:  # greedy, the rules are one
+                yield Way(temperature, "tree", "block", rows)
+
+
+def text(console: Console) -> list[dict[str, Any]]:
+    """Every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
+    settings = Settings("smollm2", None, "none", 0, TOKENS, 0, None, "bfloat16")
+    session = Session(settings, console)
+    drafters: dict[str, Drafter | None] = {
+        name: load_drafter(name, session.model) for name in ("none", "model", "medusa", "tree")
+    }
+    chosen = list(ways())
+    results = {way: Statistics() for way in chosen}
+    work = [prompt for prompts in PROMPTS.values() for prompt in prompts]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("decoding", total=len(work) * len(chosen))
+        for prompt, way in product(work, chosen):
+            session.settings = replace(settings, num_draft=way.rows - 1, rule=way.rule)
+            session.drafter = drafters[way.drafter]
+            if prompt == work[0]:  # warm up
+                list(session.decode(prompt, way.temperature, True, Statistics(), 0))
+            list(session.decode(prompt, way.temperature, True, results[way], 0))
+            progress.update(task, description=f"{way.drafter}, {way.rows} rows", advance=1)
+    return [{**asdict(way), **asdict(statistics)} | _rates(statistics) for way, statistics in results.items()]
+
+
+def _rates(statistics: Statistics) -> dict[str, float]:
+    rows = 1 + statistics.proposed / max(1, statistics.request_steps)
+    return {
+        "tokens_per_step": statistics.tokens_per_step,
+        "tokens_per_second": statistics.tokens_per_second,
+        "rows_per_step": rows,
+    }
+
+
+def text_table(rows: list[dict[str, Any]]) -> Table:
+    """Tokens a step and speed-up by rows a step; of chains the best within each budget."""
+    table = Table("T", "rows", "way", "tokens a step", "speed-up", "rows used")
+    for temperature in (0.0, 0.8):
+        own = [row for row in rows if row["temperature"] == temperature]
+        plain = next(row for row in own if row["drafter"] == "none")
+        for budget in BUDGETS:
+            chains = [row for row in own if row["drafter"] == "model" and row["rows"] <= budget]
+            best = max(chains, key=lambda row: row["tokens_per_step"])
+            for row in [best, *(row for row in own if row["drafter"] in ("medusa", "tree") and row["rows"] == budget)]:
+                name = {"model": f"chain, K = {row['rows'] - 1}", "medusa": "static tree (Medusa)"}.get(row["drafter"])
+                rule = {"token": "recursive", "block": "traversal"}[row["rule"]]
+                table.add_row(
+                    f"{temperature:g}", str(budget), name or f"dynamic tree{f', {rule}' if temperature else ''}",
+                    f"{row['tokens_per_step']:.2f}",
+                    f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f}x", f"{row['rows_per_step']:.1f}",
+                )  # fmt: skip
+    return table
+
+
+def kernel_table(rows: list[dict[str, Any]]) -> Table:
+    """One line a case."""
+    table = Table("what", "case", "bytes", "us", "stream us", "PyTorch us", "PyTorch / ours")
+    for row in rows:
+        times = row["microseconds"]
+        shown = [f"{times[name]:,.0f}" if name in times else "" for name in ("fused", "stream", "lean")]
+        ratio = f"{times['lean'] / times['fused']:.0f}x" if "lean" in times else ""
+        size = f"{row['bytes'] / 1e6:.3g} MB" if row["bytes"] else ""
+        table.add_row(row["what"], row["case"], size, *shown, ratio)
+    return table
+
+
+def main(out: Path, console: Console) -> None:
+    """Time the kernels, then the text; print both, write JSON."""
+    torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
+    kernels = [*masks(), *keys_and_values(), *verification()]
+    console.print(kernel_table(kernels))
+    decoded = text(console)
+    console.print(text_table(decoded))
+    console.print(f"{mean(row['invalid'] for row in decoded):g} invalid rows")
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(), "kernels": kernels, "text": decoded}
+    (out / "trees.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"wrote {out / 'trees.json'}")
