@@ -268,8 +268,8 @@ def verify_tree(
 def _checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
     """On the CPU, where looking is free, a node's id outside [0, V) is an error; elsewhere it is never accepted."""
     if tokens.is_cpu and not torch.compiler.is_compiling():
-        bad = ((tree >= 0) & ((tokens < 0) | (tokens >= vocab))).nonzero()
-        if len(bad):
-            b, n = bad[0].tolist()
-            raise ValueError(f"draft_tokens must be in [0, {vocab}), got {int(tokens[b, n])} at [{b}, {n}]")
+        for b, (ids, parents) in enumerate(zip(tokens.tolist(), tree.tolist(), strict=True)):
+            for n, (token, parent) in enumerate(zip(ids, parents, strict=True)):
+                if parent >= 0 and not 0 <= token < vocab:
+                    raise ValueError(f"draft_tokens must be in [0, {vocab}), got {token} at [{b}, {n}]")
     return tokens.long().contiguous()
