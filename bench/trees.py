@@ -1,5 +1,5 @@
-"""Time what trees take: verification, masks and moving keys and values beside PyTorch; and text with chains and trees at
-equal numbers of rows."""
+"""Time what trees take: verification, masks and moving keys and values beside PyTorch; and text with chains and trees
+at equal numbers of rows."""
 
 from __future__ import annotations
 
@@ -112,31 +112,34 @@ def lean(x: Inputs, rule: TreeRuleName) -> list[int]:
 
 
 def verification() -> Iterator[dict[str, Any]]:
-    """Every rule, cold buffers; where PyTorch has a lean form it is beside it, and so is reading the rows."""
+    """Every rule, cold buffers."""
+    rules: tuple[TreeRuleName, ...] = ("walk", "recursive", "traversal")
     for batch, dtype in product((1, 8), ("bfloat16", "float32")):
         size = 2 if dtype == "bfloat16" else 4
         count = max(2, min(32, COLD_BYTES // (4 * batch * VOCAB * size)))
         buffers = [inputs(batch, dtype, index) for index in range(count)]
-        for rule in ("walk", "recursive", "traversal"):
-            for x in buffers[:1]:
-                if not torch.equal(fused(x, rule).tokens, fused(x, rule, "reference").tokens):
-                    raise RuntimeError(f"verify_tree {rule} B={batch} {dtype}: the reference disagrees")
-            accepted = [fused(x, rule).num_accepted.long() for x in buffers]
-            rows = float(torch.cat(accepted).float().mean() + 1)
-            none = torch.zeros(batch, dtype=torch.int64)
-            contenders: dict[str, Callable[[int], Any]] = {"fused": lambda i, rule=rule: fused(buffers[i], rule)}
-            if rule != "traversal":  # which looks at what it does not keep, too
-                contenders["stream"] = lambda i, accepted=accepted, none=none: torch.ops.specdec_bench.stream(
-                    buffers[i].target, accepted[i] + 1, buffers[i].draft, none
-                )
-            times = {name: timed(call, count, ROUNDS) for name, call in contenders.items()}
-            if rule != "traversal":
-                times["lean"] = timed(lambda i, rule=rule: lean(buffers[i], rule), count, SLOW_ROUNDS)
-            yield {
-                "what": f"verify_tree {rule}", "case": f"V={VOCAB} N={len(PARENTS)} B={batch} {dtype}",
-                "bytes": rows * batch * VOCAB * size if rule != "traversal" else None, "accepted": rows - 1,
-                "microseconds": times,
-            }  # fmt: skip
+        for rule in rules:
+            yield {"case": f"V={VOCAB} N={len(PARENTS)} B={batch} {dtype}", **verified(buffers, rule)}
+
+
+def verified(buffers: list[Inputs], rule: TreeRuleName) -> dict[str, Any]:
+    """One rule; where PyTorch has a lean form it is beside it, and so is reading the path's target rows."""
+    if not torch.equal(fused(buffers[0], rule).tokens, fused(buffers[0], rule, "reference").tokens):
+        raise RuntimeError(f"verify_tree {rule}: the reference disagrees")
+    accepted = [fused(x, rule).num_accepted.long() for x in buffers]
+    none = torch.zeros_like(accepted[0])
+    times = {"fused": timed(lambda i: fused(buffers[i], rule), len(buffers), ROUNDS)}
+    row = {"what": f"verify_tree {rule}", "accepted": float(torch.cat(accepted).float().mean()), "bytes": None}
+    if rule != "traversal":  # which looks at what it does not keep, too
+
+        def stream(i: int) -> Any:
+            return torch.ops.specdec_bench.stream(buffers[i].target, accepted[i] + 1, buffers[i].draft, none)
+
+        times["stream"] = timed(stream, len(buffers), ROUNDS)
+        times["lean"] = timed(lambda i: lean(buffers[i], rule), len(buffers), SLOW_ROUNDS)
+        x = buffers[0].target
+        row["bytes"] = (row["accepted"] + 1) * len(x) * VOCAB * x.element_size()
+    return {**row, "microseconds": times}
 
 
 def timed(call: Callable[[int], Any], buffers: int, rounds: int) -> float:

@@ -21,7 +21,8 @@ MAX_ROWS = 1 << 16
 #: numbers would have no digits left.
 LEAST_DIFFERENCE = 0.25
 
-#: A share of a draft's law below this counts as nothing when siblings are drawn and verified: float32 ends not far below.
+#: A share of a draft's law below this counts as nothing when siblings are drawn and verified: float32 ends not far
+#: below.
 NOTHING_LEFT = 2.0**-60
 
 #: Philox4x32-10 multipliers and key increments (Salmon et al., SC 2011).

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_kernels import LogitBias, Penalties, noise_words, sample, verify_chain
+from specdec_kernels import LogitBias, Penalties, noise_words, sample, sample_children, verify_chain, verify_tree
 
 TARGET, TOKENS, DRAFT = torch.zeros(2, 4, 7), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 7)
 STATS = torch.zeros(2, 3, 3)
@@ -190,3 +190,119 @@ def test_nothing_crashes_and_ids_stay_in_range(named):
             assert ((result.tokens >= 0).sum(1) == result.num_accepted + 1).all()
     if results[0] is not None:
         assert torch.equal(results[0].valid, results[1].valid)
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+PARENTS = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, -1]])
+TREE_TOKENS = torch.zeros(2, 4, dtype=torch.int64)
+TREES = [
+    ({"target_logits": TARGET[:, :3]}, ValueError, r"target_logits must have shape \[B, N, V\] = \[2, 4, \*\]"),
+    ({"draft_tokens": TREE_TOKENS[:, :3]}, ValueError, r"draft_tokens must have shape \[B, N\] = \[2, 4\]"),
+    ({"draft_tokens": TREE_TOKENS + 7}, ValueError, r"draft_tokens must be in \[0, 7\), got 7 at \[0, 1\]"),
+    ({"draft_tokens": TREE_TOKENS - 1}, ValueError, r"draft_tokens must be in \[0, 7\), got -1 at \[0, 1\]"),
+    ({"parents": PARENTS.float()}, TypeError, r"parents must be int64 or int32 \[B, N\], got float32"),
+    ({"parents": PARENTS + 1}, ValueError, r"parents must be -1 for the root, .* got 0 at \[0, 0\]"),
+    ({"parents": PARENTS * 2}, ValueError, r"parents must be -1 for the root, .* got -2 at \[0, 0\]"),
+    ({"parents": torch.tensor([[-1, 0, 2, 1]] * 2)}, ValueError, r"parents must be .* got 2 at \[0, 2\]"),  # a cycle
+    ({"parents": torch.tensor([[-1, 0, 3, 0]] * 2)}, ValueError, r"parents must be .* got 3 at \[0, 2\]"),  # forward
+    ({"parents": torch.tensor([[-1, 0, -1, 0]] * 2)}, ValueError, r"parents must be .* got 0 at \[0, 3\]"),  # missing
+    ({"draft_logits": TARGET[..., :6]}, ValueError, r"draft_logits must have shape \[B, N, V\] = \[2, 4, 7\]"),
+    ({"draft_stats": torch.zeros(2, 4, 3)}, ValueError, "draft_stats needs the draft_logits"),
+    (
+        {"rule": "token"},
+        ValueError,
+        r"rule must be one of \['coupled', 'recursive', 'traversal', 'walk'\], got 'token'",
+    ),
+    ({"siblings": "top"}, ValueError, r"siblings must be one of \['iid', 'without_replacement'\], got 'top'"),
+    ({"bitmask": torch.zeros(2, 3, 1).int()}, ValueError, r"bitmask must have shape .* = \[2, 4, 1\]"),
+    ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have shape \[B\] = \[2\]"),
+    ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative, got -1.0"),
+    ({"backend": "gpu"}, ValueError, "backend must be None or one of"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"), TREES, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
+def test_verify_tree(change, error, message):
+    named = {
+        "target_logits": TARGET, "draft_tokens": TREE_TOKENS, "parents": PARENTS, "seed": 1, "position": 1, **change,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        verify_tree(**named)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, r"count must be an int in \[1, 65536\), got 0"),
+        ({"count": 2.0}, r"count must be an int .* got 2.0"),
+        ({"how": "best"}, r"how must be one of \['iid', 'race', 'top', 'without_replacement'\], got 'best'"),
+        ({"row": 65536}, r"row must be in \[0, 65536\), got 65536"),
+        ({"logits": torch.zeros(2, 7, 1)}, r"logits must have shape \[R, V\]"),
+    ],
+)
+def test_sample_children(change, message):
+    with pytest.raises(ValueError, match=message):
+        sample_children(**{"logits": torch.zeros(2, 7), "count": 2, "seed": 1, "position": 1, **change})
+
+
+@st.composite
+def trees(draw):
+    """Arguments that are nearly right: any parents and ids, odd values."""
+    batch, nodes, vocab = draw(st.integers(0, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 300))
+    strange = draw(st.integers(0, 3)) == 0
+
+    def logits():
+        x = torch.full((batch, nodes, vocab), draw(values))
+        if x.numel():
+            x.view(-1)[:: draw(st.integers(1, 9))] = draw(values)
+        return x
+
+    def parent(node):
+        if node == 0:
+            return -1
+        return draw(st.integers(-2, nodes)) if strange and draw(st.booleans()) else draw(st.integers(0, node - 1))
+
+    tokens = [
+        [draw(st.integers(-2 if strange else 0, vocab - 1 + strange)) for _ in range(nodes)] for _ in range(batch)
+    ]
+    parents = [[parent(node) for node in range(nodes)] for _ in range(batch)]
+    dense = draw(st.booleans())
+    return {
+        "target_logits": logits(),
+        "draft_tokens": torch.tensor(tokens, dtype=torch.int64).reshape(batch, nodes),
+        "parents": torch.tensor(parents, dtype=torch.int64).reshape(batch, nodes),
+        "draft_logits": logits() if dense else None,
+        "draft_stats": torch.full((batch, nodes, 3), draw(values)) if dense and draw(st.booleans()) else None,
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "position": draw(st.integers(0, 2**63 - 1)),
+        "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),
+        "rule": draw(st.sampled_from(["walk", "recursive", "traversal", "coupled"])),
+        "siblings": draw(st.sampled_from(["iid", "without_replacement"])),
+        "top_k": draw(st.sampled_from([None, 1, 7, 10**6])),
+        "top_p": draw(st.sampled_from([None, 1e-6, 0.5, 1.0])),
+        "logprobs": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(trees())
+def test_no_tree_crashes_and_ids_stay_in_range(named):
+    vocab, nodes = named["target_logits"].shape[-1], named["target_logits"].shape[1]
+    results = []
+    for name in ("cpu", "reference"):
+        try:
+            results.append(verify_tree(**named, backend=name))
+        except (ValueError, TypeError) as error:
+            assert "must" in str(error)  # noqa: PT017
+            results.append(None)
+    assert (results[0] is None) == (results[1] is None)
+    for result in results:
+        if result is not None:
+            assert ((result.tokens >= -1) & (result.tokens < vocab)).all()
+            assert ((result.nodes >= -1) & (result.nodes < nodes)).all()
+            assert (result.nodes[:, :1] == 0).all()
+            for x in (result.tokens, result.nodes):
+                assert ((x >= 0).sum(1) == result.num_accepted + 1).all()

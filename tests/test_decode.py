@@ -175,8 +175,9 @@ def test_joint_law_over_three_steps(kind, rule):
     steps = Statistics()
     for start in range(0, count, batch):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=3 if kind == "tree" else 2 if rule == "block" else 1,
-            max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start + batch)), statistics=steps,
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=3 if kind == "tree" else 2 if rule
+            == "block" else 1, max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start +
+            batch)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500

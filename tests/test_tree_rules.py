@@ -336,6 +336,28 @@ def test_requests_do_not_see_each_other(verify):
             assert torch.equal(alone.tokens[0], together.tokens[request])
 
 
+@pytest.mark.parametrize("rule", [*RULES, "coupled"])
+def test_a_padded_vocabulary_changes_nothing(verify, children, rule):
+    """Case 23, on one device: padding of -inf never wins, and ties go to the lowest id."""
+    generator = torch.Generator().manual_seed(3)
+    target, draft = torch.randn(2, 4, 6, 300, generator=generator) * 2
+    tokens, parents = (
+        torch.randint(0, 300, (4, 6), generator=generator),
+        torch.tensor([[-1, 0, 0, 1, 1, 2]]).expand(4, 6),
+    )
+    target.scatter_(2, tokens[..., None], 6.0)
+    results = []
+    for width in (300, 384, 1000):
+        wide = [torch.nn.functional.pad(x, (0, width - 300), value=-torch.inf) for x in (target, draft)]
+        results.append(verify(wide[0], tokens, parents, wide[1], seed=torch.arange(4), position=7, rule=rule).tokens)
+        for how in ("top", "without_replacement", "race"):
+            results[-1] = torch.cat([results[-1], children(wide[0][:, 0], 4, how, seed=5, position=7).tokens], 1)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    flat = torch.zeros(1, 300)
+    assert children(flat, 5, "top", seed=1, position=1).tokens.tolist() == [[0, 1, 2, 3, 4]]
+
+
 def test_inputs_are_not_changed(verify):
     for case in selftest.trees.cases(4, (130,)):
         positional, named = case.arguments()

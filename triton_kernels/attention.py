@@ -32,8 +32,8 @@ def attend_block(query, key, value, scores_mask, best, total, mixed, scale, UPCA
 
 @triton.jit(do_not_specialize=["nodes", "rows", "split", "kv_heads", "splits"])
 def tree_attention_kernel(
-    query_ptr, key_ptr, value_ptr, packed_ptr, context_ptr, best_ptr, total_ptr, mixed_ptr, scale, nodes, rows, kv_heads,
-    group, split, splits, words, q_batch, q_head, q_node, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    query_ptr, key_ptr, value_ptr, packed_ptr, context_ptr, best_ptr, total_ptr, mixed_ptr, scale, nodes, rows,
+    kv_heads, group, split, splits, words, q_batch, q_head, q_node, k_batch, k_head, k_token, v_batch, v_head, v_token,
     WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows are the nodes of all query heads that share a key head; the last split is the tree."""
@@ -105,7 +105,7 @@ def combine_kernel(
 
 
 def context_splits(tokens: int) -> tuple[int, int]:
-    """(splits of a context of so many tokens, tokens of each): a pure function, so that results depend on nothing else."""
+    """(splits of a context of so many tokens, tokens of each): a pure function, results depend on nothing else."""
     count = min(MOST_SPLITS, triton.cdiv(tokens, LEAST_SPLIT))
     return count, triton.cdiv(triton.cdiv(tokens, max(1, count)), KEYS) * KEYS
 

@@ -68,11 +68,17 @@ def largest_reaching(rows, i, scale, top, goal, low, BY_MASS: tl.constexpr, TILE
 
 
 @triton.jit
+def keeps_few(top_k, rows):
+    """Whether top-k takes anything away."""
+    return (top_k > 0) & (top_k < rows.vocab)
+
+
+@triton.jit
 def filter_pivot(rows, i, sampling, top, TILES: tl.constexpr):
     """What top-k, then top-p, then min-p keep of a valid row is what is not below this."""
     scale, top_k, top_p, min_p = sampling
     pivot = tl.full([], float("-inf"), tl.float32)
-    if (top_k > 0) & (top_k < rows.vocab):
+    if keeps_few(top_k, rows):
         pivot = largest_reaching(rows, i, scale, top, top_k.to(tl.float32), pivot, False, TILES)
     if top_p < 1.0:
         _count, mass, _least, _below = measure(rows, i, scale, top, pivot, TILES)
@@ -95,7 +101,7 @@ def row_law(rows, i, sampling, key, tag, RACE: tl.constexpr, TILES: tl.constexpr
     greedy = scale == float("inf")
     if not greedy:
         logsumexp, tile, valid, top, _least = row_stats(rows, i, scale, cutoff, key, tag, RACE, TILES)
-        if valid & (((top_k > 0) & (top_k < rows.vocab)) | (top_p < 1.0) | (min_p > 0.0)):
+        if valid & (keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)):
             pivot = filter_pivot(rows, i, sampling, top, TILES)
             logsumexp, tile, valid, _top, cutoff = row_stats(rows, i, scale, pivot, key, tag, RACE, TILES)
     if greedy | (valid == 0):

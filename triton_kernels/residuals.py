@@ -46,9 +46,9 @@ class Tree(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """The siblings that were rejected: the children of a node up to ``last``. Rejecting them one after the other leaves,
-    up to a factor, (target - draft / factor)+ with one number ``factor``; but siblings drawn without replacement were
-    not drawn from what was rejected before them, so a rejected token has a factor of its own."""
+    """The siblings that were rejected: the children of a node up to ``last``. Rejecting them one after the other
+    leaves, up to a factor, (target - draft / factor)+ with one number ``factor``; but siblings drawn without
+    replacement were not drawn from what was rejected before them, so a rejected token has a factor of its own."""
 
     tree: Any
     last: Any

@@ -101,7 +101,7 @@ def drafted_prob(draft_rows, node, draft, token):
 
 @triton.jit
 def enter(rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, memory, TILES: tl.constexpr):
-    """Look at a node: remember its laws and a fresh state. Whether its row is usable, and so are its children's laws."""
+    """Look at a node: remember its laws and a fresh state. Whether its row and its children's laws are usable."""
     law, valid = row_law(rows, node, sampling, key, race_tag(TARGET, node), True, TILES)
     child = next_child(tree, node, node)
     token = tl.load(tree.tokens + child, mask=child < tree.nodes, other=0)
@@ -190,8 +190,9 @@ def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.const
 def top_down_or_bottom_up(
     rows, draft_rows, stats_ptr, tree, sampling, key, memory, RULE: tl.constexpr, TILES: tl.constexpr
 ):
-    """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to the
-    first child that passes; traversal goes down to any child that may be come to, and up again where a node fails."""
+    """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to
+    the first child that passes; traversal goes down to any child that may be come to, and up again where a node
+    fails."""
     node = tl.full([], 0, tl.int64)
     one = tl.full([], 1.0, tl.float64)
     all_valid = enter(rows, draft_rows, stats_ptr, tree, node, one, sampling, key, memory, TILES).to(tl.int32)

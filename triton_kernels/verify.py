@@ -12,8 +12,8 @@ from torch import Tensor
 from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for
 from specdec_kernels.triton_kernels.laws import row_law, sampling_of
-from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, race_tag
 from specdec_kernels.triton_kernels.residuals import TARGET
+from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, race_tag
 from specdec_kernels.triton_kernels.rules import MEMORY, all_together, one_by_one
 
 BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))

@@ -238,9 +238,9 @@ class RowView {
   }
   int64_t argmax() const { return argmax_; }
 
-  // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the order
-  // of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability) tiles are
-  // ever looked at. -1 if no weight is positive.
+  // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the
+  // order of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability)
+  // tiles are ever looked at. -1 if no weight is positive.
   template <class F>
   int64_t draw_below(Noise noise, const F& token_weights) const {
     float* bounds = space_.arrival.data();

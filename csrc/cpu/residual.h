@@ -108,8 +108,7 @@ class Residual {
   int64_t draw(const Noise& key) {
     if (untouched() || is_greedy(target_->scale())) return target_->draw(key);
     divide();
-    const int64_t drawn =
-        target_->draw_below(key, [&](int64_t tile, float* weights) { tile_weights(tile, weights); });
+    const int64_t drawn = target_->draw_below(key, [&](int64_t tile, float* weights) { tile_weights(tile, weights); });
     return drawn < 0 ? target_->draw(key) : drawn;
   }
 
@@ -125,9 +124,7 @@ class Residual {
   bool was_rejected(int64_t token) const { return find(token) != rejected_.end(); }
 
   // The latest rejection is what the passes over tiles do.
-  bool is_latest(const Rejected& r) const {
-    return !draft_.point_mass && (replacement_ || r.factor == factor_);
-  }
+  bool is_latest(const Rejected& r) const { return !draft_.point_mass && (replacement_ || r.factor == factor_); }
 
   double weight(const Rejected& r) const {
     const double factor = replacement_ ? factor_ : r.factor;

@@ -98,8 +98,8 @@ std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_
   switch (op.how) {
     case Children::top:
       return best_of_pieces(view, op.count, pass, [&](uint32_t piece, Best& best) {
-        view.each_logit(piece, [&] { return -best.worst(); },
-                        [&](int64_t token, float logit) { best.add({-logit, token}); });
+        view.each_logit(
+            piece, [&] { return -best.worst(); }, [&](int64_t token, float logit) { best.add({-logit, token}); });
       });
     case Children::race:
       return best_of_pieces(view, op.count, pass, [&](uint32_t piece, Best& best) {
@@ -124,8 +124,7 @@ void sample_children_row(const SampleChildren& op, const Kernels& kernels, int64
   for (int64_t i = 0; i < op.count; ++i) {
     const bool there = i < int64_t(tokens.size());
     op.common.out_tokens[r * op.count + i] = there ? tokens[size_t(i)] : -1;
-    op.common.out_logprobs[r * op.count + i] =
-        there && view.valid() ? float(view.logprob(tokens[size_t(i)])) : NAN;
+    op.common.out_logprobs[r * op.count + i] = there && view.valid() ? float(view.logprob(tokens[size_t(i)])) : NAN;
   }
 }
 

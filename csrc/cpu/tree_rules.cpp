@@ -61,9 +61,7 @@ class TreeRequest : Request {
     return true;
   }
 
-  RowView view_of(int64_t node, int64_t place) {
-    return view(node, place, {path_.data(), int64_t(path_.size())});
-  }
+  RowView view_of(int64_t node, int64_t place) { return view(node, place, {path_.data(), int64_t(path_.size())}); }
 
   void accept(const RowView& target, int64_t node, int64_t child) {
     write(target, node, token_at(child));

@@ -38,10 +38,10 @@ struct Processing {
 // What verifying a chain and a tree have in common: R rows of target logits a request, as many tokens out at most.
 struct Verification {
   int64_t batch, rows, vocab;
-  Logits target, draft;            // draft.data null: point masses
-  Ids tokens;                      // [B, *] by these strides
+  Logits target, draft;  // draft.data null: point masses
+  Ids tokens;            // [B, *] by these strides
   int64_t token_strides[2];
-  const float* draft_stats;        // [B, draft_rows, 3] contiguous, or null
+  const float* draft_stats;  // [B, draft_rows, 3] contiguous, or null
   int64_t draft_rows;
   const int64_t *seed, *position;  // [B]
   SamplingParameters sampling;

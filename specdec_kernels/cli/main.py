@@ -107,7 +107,7 @@ def bench(
     trees: Annotated[bool, typer.Option("--trees", help="Time trees instead: kernels, and text.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="With --text: texts a prompt at a temperature.")] = 3,
 ) -> None:
-    """Time verification against PyTorch, transformers and streaming the same rows; or trees; or the decoding of text."""
+    """Time verification against PyTorch, transformers and reading the same rows; or trees; or decoding."""
     if text:
         from specdec_kernels.bench.text import main as decode
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from specdec_kernels.decode import Drafter
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
@@ -26,6 +25,7 @@ from specdec_kernels.decode.drafters import (
     ModelDrafter,
     TreeDrafter,
 )
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -95,8 +95,8 @@ def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: boo
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
-        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the model,
-            drafting trees), ``medusa`` (heads, drafting a static tree) or ``none``.
+        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the
+            model, drafting trees), ``medusa`` (heads, drafting a static tree) or ``none``.
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
         adaptive: choose the number of drafts step by step; trees are as large as they are asked to be.

@@ -67,9 +67,8 @@ class TreeDraft:
         """A chain of point masses as a tree."""
         live = (draft.tokens >= 0).long().cumprod(1).bool()
         parents = torch.where(live, torch.arange(live.shape[1], device=live.device), -1)
-        return TreeDraft(
-            *(functional.pad(x, (1, 0), value=v) for x, v in ((draft.tokens.clamp(min=0), 0), (parents, -1)))
-        )
+        tokens = functional.pad(draft.tokens.clamp(min=0), (1, 0))
+        return TreeDraft(tokens, functional.pad(parents, (1, 0), value=-1))
 
     @property
     def live(self) -> Tensor:

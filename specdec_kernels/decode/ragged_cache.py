@@ -53,8 +53,8 @@ class RaggedCache:
         self.crop(self._fresh - int(rows.max()))
 
     def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
-        """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the text, and attends to the text and to
-        those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
+        """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the text, and attends to the text and
+        to those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
         rows, start = depth.shape[1], self.used.shape[1] - self._tree
         text = self.used[:, None, :start].expand(-1, rows, -1)
         outputs = forward(

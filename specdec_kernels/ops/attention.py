@@ -28,15 +28,17 @@ def tree_attention(
 
     Args:
         query: float32, bfloat16 or float16 [B, Hq, N, D].
-        key, value: [B, Hk, S, D], a cache: tokens 0 to L - 1 of request b are its context, L to L + N - 1 the tree's own,
-            in the order of its nodes; what is behind is not read. Hk divides Hq: query head h reads head ``h * Hk // Hq``.
+        key, value: [B, Hk, S, D], a cache: tokens 0 to L - 1 of request b are its context, L to L + N - 1 the tree's
+            own, in the order of its nodes; what is behind is not read. Hk divides Hq: query head h reads head ``h * Hk
+            // Hq``.
         packed: int32 [B, N, ceil(N/32)], as ``tree_mask(parents, "packed")`` gives it; the same for all layers.
         context_lens: int64 or int32 [B]: L of each request.
         scale: what scores are multiplied by; None is ``D ** -0.5``.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
-        [B, Hq, N, D], of the query's dtype. Rows behind the last node of a request attend to the context and themselves.
+        [B, Hq, N, D], of the query's dtype. Rows behind the last node of a request attend to the context and
+        themselves.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. ``context_lens`` is checked on the

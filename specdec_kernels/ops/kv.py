@@ -33,8 +33,8 @@ def compact_kv(
         backend: ``None`` follows the device; a name forces that backend.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``nodes``, ``start`` and
-            ``page_table`` are checked on the CPU; on other devices a row outside the cache is not moved.
+        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``nodes``, ``start``
+            and ``page_table`` are checked on the CPU; on other devices a row outside the cache is not moved.
         RuntimeError: the backend that was asked for cannot run, with the reason.
 
     Equivalent to, dense::

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ SiblingsName = Literal["iid", "without_replacement"]
 
 _RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
 _CHILDREN = {how.name.lower(): int(how) for how in Children}
+CHILDREN: tuple[ChildrenName, ...] = get_args(ChildrenName)
 _SIBLINGS = ("iid", "without_replacement")
 
 
@@ -28,8 +29,8 @@ class DrawnChildren(NamedTuple):
     tokens: Tensor
     """int64 [R, count]; -1 behind the last, where the law has fewer ids to give."""
     logprobs: Tensor
-    """float32 [R, count]: natural logarithm of each token's probability under the law of the row, whatever its siblings;
-    nan where there is none, and for a row that is not valid."""
+    """float32 [R, count]: natural logarithm of each token's probability under the law of the row, whatever its
+    siblings; nan where there is none, and for a row that is not valid."""
     stats: Tensor
     """float32 [R, 3]: as of :class:`Sample`; hand them to :func:`verify_tree` as ``draft_stats`` of the node."""
 
@@ -95,13 +96,13 @@ def sample_children(
         seed, position: int64 [R] or int, as in :func:`sample`.
         row: int64 [R] or int: the index of the first child among the drafts of the step, that is its node minus 1, for
             "iid" and "without_replacement"; for "race" the depth of the node in the tree.
-        temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias: as in :func:`sample`. At temperature 0 there is
-            one child.
+        temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias: as in :func:`sample`. At temperature 0 there
+            is one child.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
-        :class:`DrawnChildren`. A row with a nan, a +inf or no finite logit gives its largest finite logit (0 if there is
-        none) as its one child, logprobs nan and stats nan.
+        :class:`DrawnChildren`. A row with a nan, a +inf or no finite logit gives its largest finite logit (0 if there
+        is none) as its one child, logprobs nan and stats nan.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -160,16 +161,18 @@ def verify_tree(
     logprobs: bool = False,
     backend: BackendName | None = None,
 ) -> VerifiedTree:
-    """Decide which path of a tree of drafts to keep and draw the next token: the text has exactly the target's law.
+    """Decide which path of a tree to keep and draw the next token: the text has exactly the target's distribution.
 
-    ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one. Exact
-    for any children, and the best there is for children that were not drawn from anything (``how="top"``, n-grams).
+    ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one.
+    Exact for any children, and the best there is for children that were not drawn from anything (``how="top"``,
+    n-grams).
 
-    ``"recursive"`` tests the children of a node one after the other, each against what its rejected siblings left of the
-    target; draws from what the last one left. On a chain it is rule ``"token"`` of :func:`verify_chain`, bit for bit.
+    ``"recursive"`` tests the children of a node one after the other, each against what its rejected siblings left of
+    the target; draws from what the last one left. On a chain it is rule ``"token"`` of :func:`verify_chain`, bit for
+    bit.
 
-    ``"traversal"`` goes bottom-up: a node's children first, then the node itself, by a chance that takes all of them into
-    account. On a chain it is rule ``"block"``, bit for bit.
+    ``"traversal"`` goes bottom-up: a node's children first, then the node itself, by a chance that takes all of them
+    into account. On a chain it is rule ``"block"``, bit for bit.
 
     ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
     same with any tree or none. Children of ``how="race"`` are met most often.
@@ -191,15 +194,15 @@ def verify_tree(
         penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
         logit_bias: see :class:`LogitBias`.
         rule: see above.
-        siblings: how the children of a node were drawn, where there are ``draft_logits``: "without_replacement" or "iid".
-        logprobs: also return the log-probabilities of the tokens.
+        siblings: how the children of a node were drawn, where there are ``draft_logits``: "without_replacement" or
+        "iid". logprobs: also return the log-probabilities of the tokens.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
         :class:`VerifiedTree`. A node whose target row has a nan, a +inf or no finite logit is the end of its path: none
         of its children is accepted, the largest finite logit is emitted there (0 if there is none), ``valid`` is False.
-        A draft row that is not usable ends a path as well, with a draw from the target's row. Other requests are bitwise
-        unchanged.
+        A draft row that is not usable ends a path as well, with a draw from the target's row. Other requests are
+        bitwise unchanged.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Ids and ``parents`` are checked on
@@ -220,7 +223,8 @@ def verify_tree(
     Example:
         >>> import torch
         >>> target = torch.eye(4)[[1, 2, 3]][None] * 50
-        >>> verify_tree(target, torch.tensor([[0, 3, 1]]), torch.tensor([[-1, 0, 0]]), seed=1, position=7).tokens.tolist()
+        >>> tokens, parents = torch.tensor([[0, 3, 1]]), torch.tensor([[-1, 0, 0]])
+        >>> verify_tree(target, tokens, parents, seed=1, position=7).tokens.tolist()
         [[1, 3, -1]]
 
     Source: recursive, Miao et al., arXiv:2305.09781, and Jeon et al., arXiv:2402.14160; traversal, Weng et al.,

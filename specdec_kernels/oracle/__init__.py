@@ -43,8 +43,8 @@ __all__ = [
     "target_law",
     "total_variation",
     "tree_law",
-    "typical_law",
     "two_level_race",
+    "typical_law",
     "verify_chain",
     "verify_tree",
 ]

@@ -86,6 +86,7 @@ class Tree(Step):
         return [0] if node == 0 else [*self.path(self.parents[node]), node]
 
     def drafted(self, row: int) -> list[int]:
+        """The drafts on the path to a node."""
         return [int(self.tokens[node]) for node in self.path(row)[1:]]
 
     def child_laws(self, node: int) -> list[Floats] | None:
@@ -135,6 +136,7 @@ class Residual:
 
     @classmethod
     def of(cls, target: Floats, reach: float, reach_error: float) -> Residual:
+        """Nothing was rejected yet."""
         return cls(target, target, target, target, reach, reach_error)
 
     def without(self, draft: Floats, draft_error: Floats) -> Residual:

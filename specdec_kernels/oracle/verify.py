@@ -58,6 +58,7 @@ class Chain(Step):
     """Drafts one after the other: row i is the target's after i of them."""
 
     def drafted(self, row: int) -> Sequence[int]:
+        """The drafts before a row."""
         return self.tokens[:row]
 
     def stop(self, accepted: int, emitted: int, valid: bool) -> Verified:

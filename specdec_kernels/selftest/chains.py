@@ -144,6 +144,7 @@ def expected(case: Case, request: int) -> oracle.Verified:
 
 
 def check_verified(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
+    """``verify_chain`` of one batch."""
     positional, named = case.arguments(device)
     verified = verify_chain(*positional, **named, backend=backend)
     for request in range(BATCH):
@@ -165,6 +166,7 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 
 
 def check_sampled(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
+    """``sample`` of the first row of every request."""
     rows, options = case.first_rows()
     coupled = index % 4 == 1
     named = {name: moved(value, device) for name, value in options.items()}

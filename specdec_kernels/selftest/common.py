@@ -1,4 +1,4 @@
-"""What the self-tests of chains and of trees share: random sampling parameters, the oracle's form of them, the report."""
+"""What the self-tests of chains and of trees share: random parameters, the oracle's form of them, the report."""
 
 from __future__ import annotations
 

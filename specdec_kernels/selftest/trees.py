@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec_kernels import oracle
 from specdec_kernels.contract import Children, TreeRule
 from specdec_kernels.ops import BackendName
-from specdec_kernels.ops.tree_rules import sample_children, verify_tree
+from specdec_kernels.ops.tree_rules import CHILDREN, ChildrenName, SiblingsName, sample_children, verify_tree
 from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
@@ -65,7 +65,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         rng, generator = random.Random(~index), torch.Generator().manual_seed(index)
         vocab, dtype, rule = rng.choice(vocabs), rng.choice(DTYPES), list(TreeRule)[index % len(TreeRule)]
         kind, nodes = DRAFT_KINDS[index // 4 % 3], rng.choice((4, 9, 14, 1 if index % 8 == 0 else 14))
-        siblings = rng.choice(("iid", "without_replacement"))
+        siblings: SiblingsName = rng.choice(("iid", "without_replacement"))
         parents = torch.tensor([random_parents(rng, nodes) for _ in range(BATCH)])
         target = (torch.randn(BATCH, nodes, vocab + 3, generator=generator) * 2).to(dtype)[..., :vocab]
         apart = rng.choice((0.7, 2.0))
@@ -79,10 +79,11 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         if kind == "statistics":
             own_law = {"temperature": temperature.repeat_interleave(nodes), "top_k": rng.choice([None, vocab // 2 + 1])}
         first = (parents[:, None, :] < torch.arange(nodes)[:, None]).sum(-1) - 1  # node - 1 of the first child
+        how: ChildrenName = "top" if kind == "point mass" else "race" if rule == TreeRule.COUPLED else siblings
         drawn = sample_children(
             draft.reshape(BATCH * nodes, vocab),
             WIDEST,
-            "top" if kind == "point mass" else "race" if rule == TreeRule.COUPLED else siblings,
+            how,
             seed=seed.repeat_interleave(nodes),
             position=position.repeat_interleave(nodes),
             row=first.clamp(min=0).flatten(),
@@ -164,26 +165,26 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 
 def check_children(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
     """``sample_children`` of the first row of every request."""
-    how, count = list(Children)[index % len(Children)], 1 + index % 5
+    how, count = CHILDREN[index % len(CHILDREN)], 1 + index % 5
     names = ("seed", "position", "temperature", "top_k", "top_p", "min_p", "penalties", "logit_bias")
     options = {name: case.options[name] for name in names}
     bitmask = case.options["bitmask"]
     options["bitmask"] = None if bitmask is None else bitmask[:, 0]
     rows = case.target[:, 0]
     named = {name: moved(value, device) for name, value in options.items()}
-    drawn = sample_children(rows.to(device), count, how.name.lower(), row=index, **named, backend=backend)
+    drawn = sample_children(rows.to(device), count, how, row=index, **named, backend=backend)
     for request in range(BATCH):
         want = oracle.sample_children(
             rows[request].double().numpy(),
             count,
-            how,
+            Children[how.upper()],
             oracle.Noise(int(options["seed"][request]), int(options["position"][request])),
             index,
             oracle_sampling(options, request),
             oracle_processing(options, request, None if bitmask is None else bitmask[request, :1], rows.shape[1]),
         )
         padding = count - len(want.tokens)
-        name = f"sample_children case {index} row {request} ({how.name.lower()})"
+        name = f"sample_children case {index} row {request} ({how})"
         if report.compare(name, drawn.tokens[request].tolist(), want.tokens + [-1] * padding, want.margin):
             report.close(f"{name} stats", drawn.stats[request], want.stats)
             report.close(f"{name} logprobs", drawn.logprobs[request], want.logprobs + [torch.nan] * padding)

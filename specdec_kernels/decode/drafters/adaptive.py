@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, Step
+from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
 
 
 class LinearCost:
@@ -146,7 +146,10 @@ class AdaptiveDrafter:
         wanted = self._choose(step.num_draft.tolist())
         draft = Draft.nothing(len(wanted))
         if any(wanted):
-            draft = self.drafter.propose(replace(step, num_draft=torch.tensor(wanted)))
+            proposed = self.drafter.propose(replace(step, num_draft=torch.tensor(wanted)))
+            if isinstance(proposed, TreeDraft):
+                raise TypeError("drafter must draft chains, got a drafter of trees")
+            draft = proposed
         self._proposed = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
         self._asked = True
         if any(self._proposed):

@@ -54,6 +54,8 @@ class AutoregressiveDrafter(ABC):
     def __init__(self, config: Any, device: torch.device, vocab_size: int, drafting: Drafting) -> None:
         self._config, self._device, self._vocab, self.drafting = config, device, vocab_size, drafting
         self._logits: Tensor | None = None
+        self._pending: list[list[int]] = []
+        self._pending_features: list[Tensor] | None = None
 
     @abstractmethod
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -64,8 +66,8 @@ class AutoregressiveDrafter(ABC):
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
         """Read nodes ``tokens [B, R]`` of a tree, ``depth`` tokens behind what was read, that attend to its rows so far
-        and their own by ``ancestors [B, R, T]``; ``features [B, R, H]`` are those of their parents. The logits [B, R, S]
-        after each and its features."""
+        and their own by ``ancestors [B, R, T]``; ``features [B, R, H]`` are those of their parents. The logits [B, R,
+        S] after each and its features."""
 
     def drop_tree(self) -> None:
         """Take back the rows of the tree."""
@@ -99,8 +101,8 @@ class AutoregressiveDrafter(ABC):
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self._cache = RaggedCache(self._config, len(prompts), self._device)
-        self._pending: list[list[int]] = [[] for _ in prompts]
-        self._pending_features: list[Tensor] | None = None
+        self._pending = [[] for _ in prompts]
+        self._pending_features = None
         self._read_prompt(prompts, features)
 
     def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:

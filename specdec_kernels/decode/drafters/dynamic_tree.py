@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,12 +48,12 @@ class Growth:
 class TreeDrafter:
     """Drafts a tree where a model's drafter drafts a chain: level by level, the best ``width`` nodes get children.
 
-    Greedy: children are the likeliest tokens, and the nodes with the likeliest paths are proposed; the tree depends on the
-    text alone, so its drafts are point masses and dropping some withholds nothing that was drawn.
+    Greedy: children are the likeliest tokens, and the nodes with the likeliest paths are proposed; the tree depends on
+    the text alone, so its drafts are point masses and dropping some withholds nothing that was drawn.
 
     At a temperature: children are drawn without replacement. How many of a node's draws are revealed is decided by what
-    was revealed before, never by the draws themselves, and what was revealed is proposed: dropping an unlikely draw would
-    change the law it was drawn from (algorithms.md, 10).
+    was revealed before, never by the draws themselves, and what was revealed is proposed: dropping an unlikely draw
+    would change the law it was drawn from (algorithms.md, 10).
 
     Under the rule "coupled" children are the first arrivals of the race that the target will hold; any of them may be
     dropped.
@@ -113,7 +114,7 @@ class TreeDrafter:
     def _draw(self, rows: Tensor, how: ChildrenName, step: Step, depth: int, wanted: int) -> DrawnChildren:
         """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
         width = len(rows) // len(step.seed)
-        each = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
+        each: dict[str, Any] = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
         # Drawn greedily there would be one child; likeliest children are ranked by the model's own probabilities.
         each["temperature"] = torch.ones_like(step.temperature) if how == "top" else step.temperature
         if how == "top":
@@ -121,6 +122,7 @@ class TreeDrafter:
         if how == "without_replacement":
             each["temperature"] = step.temperature * self.drafter.drafting.cooling
         count = min(self.growth.children, wanted)
+        spread: dict[str, Any] = {name: None if x is None else x.repeat_interleave(width) for name, x in each.items()}
         first = depth * self.growth.width + torch.arange(width).repeat(len(step.seed))  # no two draws share a row
         return sample_children(
             rows,
@@ -128,7 +130,7 @@ class TreeDrafter:
             how,
             row=depth if how == "race" else first * self.growth.children,
             backend=self.drafter.drafting.backend,
-            **{name: None if x is None else x.repeat_interleave(width) for name, x in each.items()},
+            **spread,
         )
 
 

@@ -15,9 +15,9 @@ from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
 class FirstOf:
     """Drafts of ``first`` (point masses, such as a lookup) where it has any, else those of ``second``.
 
-    Which of the two drafted depends on the text alone, so the law stays exact. Where ``second`` drafts trees (it says so by
-    ``drafts_trees = True``), chains of ``first`` are handed on as trees, whoever else is in the batch: a point mass that
-    is walked meets other noise than one that is tested.
+    Which of the two drafted depends on the text alone, so the law stays exact. Where ``second`` drafts trees (it says
+    so by ``drafts_trees = True``), chains of ``first`` are handed on as trees, whoever else is in the batch: a point
+    mass that is walked meets other noise than one that is tested.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:

@@ -1,7 +1,8 @@
 """Heads that each guess one token further ahead (Medusa, arXiv:2401.10774), and the tree of guesses worth scoring.
 
-Head j reads the target's hidden state at token t and the embedding of token t + 1, which the last step drew, and guesses
-token t + 2 + j. Medusa's heads read the hidden state alone; knowing the drawn token is what Hydra (arXiv:2402.05109) adds.
+Head j reads the target's hidden state at token t and the embedding of token t + 1, which the last step drew, and
+guesses token t + 2 + j. Medusa's heads read the hidden state alone; knowing the drawn token is what Hydra
+(arXiv:2402.05109) adds.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class MedusaModel(nn.Module):
     Args:
         width: hidden size of the target.
         shortlist: int64 [S], the ids that can be drafted, ascending.
-        paths: int64 [M, heads], the nodes of the tree in falling order of how often they are right: the rank of the guess
-            to take from every head on the way, -1 behind the last. Every prefix of the list is a tree.
+        paths: int64 [M, heads], the nodes of the tree in falling order of how often they are right: the rank of the
+            guess to take from every head on the way, -1 behind the last. Every prefix of the list is a tree.
     """
 
     shortlist: Tensor
@@ -42,7 +43,8 @@ class MedusaModel(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """What the target's head reads for every guess: [..., heads, H]."""
         blocks = functional.silu(self.blocks(torch.cat([hidden, embedding], -1))).unflatten(-1, (self.heads, -1))
-        return hidden[..., None, :] + blocks
+        guesses: Tensor = hidden[..., None, :] + blocks
+        return guesses
 
     def save(self, path: Path) -> None:
         """Write the weights in bfloat16, the lists in int32."""
