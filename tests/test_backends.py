@@ -20,10 +20,11 @@ def run_python(*arguments, **environment):
 
 
 def test_against_the_oracle(backend, device):
-    report = selftest.run(backend, device, count=120)
+    count = 80 if backend == "triton" and device == "cpu" else 120  # interpreted
+    report = selftest.run(backend, device, count=count)
     assert report.wrong == []
     assert report.too_close <= report.requests // 50  # a threshold of a filter is often close to some logit
-    assert report.requests > 800
+    assert report.requests > 7 * count
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):

@@ -26,7 +26,7 @@ from specdec_kernels.triton_kernels.children import sample_children_kernel
 from specdec_kernels.triton_kernels.launch import launch_config
 from specdec_kernels.triton_kernels.sample import sample_kernel
 from specdec_kernels.triton_kernels.tree_rules import verify_tree_kernel
-from specdec_kernels.triton_kernels.trees import tree_mask_kernel
+from specdec_kernels.triton_kernels.trees import packed_kernel, tree_mask_kernel
 from specdec_kernels.triton_kernels.verify import verify_chain_kernel
 
 TARGETS = {
@@ -132,9 +132,8 @@ def _attention_and_kv() -> Iterator[Variant]:
 
 #: (rule, kind of drafts, whether everything else is given too).
 _TREES = (
-    (TreeRule.WALK, "point mass", False), (TreeRule.COUPLED, "point mass", True),
-    (TreeRule.RECURSIVE, "dense", False), (TreeRule.RECURSIVE, "statistics", True),
-    (TreeRule.TRAVERSAL, "statistics", False), (TreeRule.TRAVERSAL, "statistics", True),
+    (TreeRule.WALK, "point mass", True), (TreeRule.COUPLED, "point mass", True),
+    (TreeRule.RECURSIVE, "dense", False), (TreeRule.TRAVERSAL, "statistics", True),
 )  # fmt: skip
 
 
@@ -144,10 +143,13 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
     yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})
 
-    for element, form in (("i32", MaskFormat.PACKED), ("fp32", MaskFormat.DENSE), ("u8", MaskFormat.FLAT_BITS)):
+    types = {"out_ptr": "*i32", "parents_ptr": "*i64", "nodes": "i32"}
+    constants = {"BITS": 32, "WORDS": 2, "NODES": 64}
+    yield Variant("tree_mask packed", packed_kernel, types, constants, {"num_warps": 1})
+    for element, form in (("fp32", MaskFormat.DENSE), ("u8", MaskFormat.FLAT_BITS)):
         types = {"out_ptr": f"*{element}", "parents_ptr": "*i64", "context_ptr": "*i64"}
         sizes = {"nodes": "i32", "width": "i32", "room": "i64"}
-        constants = {"FORMAT": int(form), "ADDITIVE": element == "fp32", "BITS": 32, "BLOCK": 32, "NODES": 64}
+        constants = {"FORMAT": int(form), "ADDITIVE": element == "fp32", "BLOCK": 32, "NODES": 64}
         name = f"tree_mask {form.name.lower()}"
         yield Variant(name, tree_mask_kernel, types | sizes, constants, {"num_warps": 4})
 
@@ -176,7 +178,7 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
         without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
         constants = {"RULE": int(tree_rule), "BLOCK": 64}
         yield variant(name, verify_tree_kernel, _verify_tree("bf16"), without, **constants)
-    for how in (Children.TOP, Children.WITHOUT_REPLACEMENT, Children.RACE):
+    for how in (Children.WITHOUT_REPLACEMENT, Children.RACE):
         name, types = f"sample_children {how.name.lower()} bf16 full", _sample("bf16") | {"count": "i32"}
         yield variant(name, sample_children_kernel, types, (), HOW=int(how))
 

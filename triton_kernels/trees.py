@@ -1,4 +1,5 @@
-"""Tree masks, every output element by itself: (query, key) attends iff the walk up from the query meets the key."""
+"""Tree masks. Packed: each node's words from its parent's. Others: every element by itself, (query, key) attends iff
+the walk up from the query meets the key."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from specdec_kernels.contract import MaskFormat
 
-PACKED = tl.constexpr(int(MaskFormat.PACKED))
 DENSE = tl.constexpr(int(MaskFormat.DENSE))
 FLAT_BITS = tl.constexpr(int(MaskFormat.FLAT_BITS))
 
@@ -36,10 +36,29 @@ def live_count(parents_ptr, nodes, BLOCK: tl.constexpr):
     return tl.min(tl.where(fits & (index < nodes), BLOCK, index))
 
 
+@triton.jit(do_not_specialize=["nodes"])
+def packed_kernel(out_ptr, parents_ptr, nodes, BITS: tl.constexpr, WORDS: tl.constexpr, NODES: tl.constexpr):
+    """The words of one request, each node's from its parent's: O(N * N / BITS)."""
+    b = tl.program_id(0).to(tl.int64)
+    parents = parents_ptr + b * nodes
+    live = live_count(parents, nodes, NODES)
+    words = (nodes + BITS - 1) // BITS
+    out = out_ptr + b * nodes * words
+    word = tl.arange(0, WORDS)
+    one = tl.full([WORDS], 1, tl.int64)
+    for node in range(0, nodes):
+        bits = tl.where(word == node // BITS, one << (node % BITS), 0)
+        if (node > 0) & (node < live):
+            parent = tl.load(parents + node)
+            bits = bits | tl.load(out + parent * words + word, mask=word < words, other=0).to(tl.int64)
+        tl.store(out + node * words + word, bits.to(out_ptr.dtype.element_ty), mask=word < words)
+        tl.debug_barrier()  # children read what was just written
+
+
 @triton.jit(do_not_specialize=["nodes", "width", "room"])
 def tree_mask_kernel(
     out_ptr, parents_ptr, context_ptr, nodes, width, room, FORMAT: tl.constexpr, ADDITIVE: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, NODES: tl.constexpr,
+    BLOCK: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     parents = parents_ptr + b * nodes
@@ -48,16 +67,7 @@ def tree_mask_kernel(
     length = tl.full([], 0, tl.int64)
     if context_ptr is not None:
         length = tl.load(context_ptr + b)
-    if FORMAT == PACKED:
-        words = (nodes + BITS - 1) // BITS
-        word = (first + tl.arange(0, BLOCK))[:, None]
-        node = (word % words) * BITS + tl.arange(0, BITS)[None, :]
-        inside = (word < words * nodes) & (node < nodes)
-        bits = attends(parents, live, tl.broadcast_to(word // words, [BLOCK, BITS]), node, inside).to(tl.int64)
-        total = tl.sum(bits << tl.arange(0, BITS)[None, :], axis=1)
-        index = first + tl.arange(0, BLOCK)
-        tl.store(out_ptr + b * nodes * words + index, total.to(out_ptr.dtype.element_ty), mask=index < words * nodes)
-    elif FORMAT == DENSE:
+    if FORMAT == DENSE:
         index = first + tl.arange(0, BLOCK)
         node = index % width - length
         inside = (index < nodes * width) & (node >= 0) & (node < nodes)
@@ -96,10 +106,15 @@ def tree_mask_kernel(
 
 def tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format: int) -> None:
     batch, nodes = parents.shape
-    bits = 8 * out.element_size() if format == MaskFormat.PACKED else 8
-    block = 1024 if format in (MaskFormat.DENSE, MaskFormat.FLAT) else 1024 // bits
+    block = triton.next_power_of_2(nodes)
+    if format == MaskFormat.PACKED:
+        bits = 8 * out.element_size()
+        words = triton.next_power_of_2(triton.cdiv(nodes, bits))
+        packed_kernel[(batch,)](out, parents, nodes, BITS=bits, WORDS=words, NODES=block, num_warps=1)
+        return
     room = out.numel() // batch
-    tree_mask_kernel[(batch, triton.cdiv(room, block))](
+    elements = 1024 if format in (MaskFormat.DENSE, MaskFormat.FLAT) else 1024 // 8
+    tree_mask_kernel[(batch, triton.cdiv(room, elements))](
         out, parents, context_lens, nodes, room // nodes, room, FORMAT=format, ADDITIVE=out.is_floating_point(),
-        BITS=bits, BLOCK=block, NODES=triton.next_power_of_2(nodes), num_warps=4,
+        BLOCK=elements, NODES=block, num_warps=4,
     )  # fmt: skip

@@ -62,14 +62,21 @@ void fill_dense(const TreeMask& op, int64_t request, int64_t length, const Ances
   fill_rows(op, out, op.room / op.nodes, length, ancestors, yes, no);
 }
 
+// Sets the bits [first, last): whole bytes at once.
+void set_bits(uint8_t* out, int64_t first, int64_t last) {
+  for (; first < last && first % 8 != 0; ++first) out[first / 8] |= uint8_t(1 << (first % 8));
+  std::fill(out + first / 8, out + std::max(first, last) / 8, uint8_t(0xFF));
+  for (first = std::max(first, last / 8 * 8); first < last; ++first) out[first / 8] |= uint8_t(1 << (first % 8));
+}
+
 void fill_flat_bits(const TreeMask& op, uint8_t* out, int64_t length, const Ancestors& ancestors) {
   const int64_t width = length + op.nodes;
   std::fill_n(out, (op.nodes * width + 7) / 8, uint8_t(0));
-  for (int64_t i = 0; i < op.nodes; ++i)
-    for (int64_t key = 0; key < width; ++key) {
-      const int64_t bit = i * width + key;
-      if (key < length || ancestors(i, key - length)) out[bit / 8] |= uint8_t(1 << (bit % 8));
-    }
+  for (int64_t i = 0; i < op.nodes; ++i) {
+    set_bits(out, i * width, i * width + length);
+    for (int64_t j = 0; j <= i; ++j)
+      if (ancestors(i, j)) set_bits(out, i * width + length + j, i * width + length + j + 1);
+  }
 }
 
 // Elements of a flat mask that the first `requests` take.

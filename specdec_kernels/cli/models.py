@@ -91,7 +91,9 @@ def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tup
     return model, AutoTokenizer.from_pretrained(model.name_or_path)
 
 
-def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: bool = False) -> Drafter | None:
+def load_drafter(
+    kind: str, target: Any, draft: str | None = None, adaptive: bool = False, drafting: Drafting = DRAFTING
+) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
@@ -100,6 +102,7 @@ def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: boo
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
         adaptive: choose the number of drafts step by step; trees are as large as they are asked to be.
+        drafting: how a model drafts.
 
     Raises:
         ValueError: ``kind`` is none of these, or there is no drafting model for this target.
@@ -122,9 +125,9 @@ def load_drafter(kind: str, target: Any, draft: str | None = None, adaptive: boo
         return MedusaDrafter(MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype), target)
     model: AutoregressiveDrafter
     if draft is not None:
-        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, DRAFTING)
+        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
     elif ours:
-        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, DRAFTING)
+        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, drafting)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
     if kind == "tree":

@@ -75,7 +75,12 @@ class RaggedCache:
         counts = (nodes >= 0).sum(1)
         longest = int(counts.max())
         if longest:
-            compact_kv([x for layer in self.cache.layers for x in (layer.keys, layer.values)], nodes, start)
+            alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads
+            for layer in self.cache.layers:
+                for cache in (layer.keys, layer.values):
+                    alike.setdefault((cache.shape, cache.stride()), []).append(cache)
+            for caches in alike.values():
+                compact_kv(caches, nodes, start)
         self.used[:, start:] = torch.arange(rows, device=nodes.device) < counts[:, None]
         self.lengths = self.lengths + counts
         self.crop(rows - longest)
