@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -38,13 +38,8 @@ class CMakeBuild(build_ext):
 # The upstream Triton project owns the top-level name `triton_kernels`, so folders at the top are imported under ours.
 setup(
     packages=[
-        "specdec_kernels",
+        *find_packages(include=["specdec_kernels", "specdec_kernels.*"]),
         "specdec_kernels.bench",
-        "specdec_kernels.cli",
-        "specdec_kernels.decode",
-        "specdec_kernels.decode.drafters",
-        "specdec_kernels.ops",
-        "specdec_kernels.reference",
         "specdec_kernels.triton_kernels",
     ],
     package_dir={"specdec_kernels.triton_kernels": "triton_kernels", "specdec_kernels.bench": "bench"},
