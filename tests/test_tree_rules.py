@@ -194,7 +194,7 @@ def test_a_wrong_draft_law_is_seen(verify, grids, parents, rule, siblings):
 def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, rule, kind):
     """Bit for bit, whatever is in the rows; log-probabilities as well."""
     chains = [
-        case for case in selftest.chains.cases(60 if backend == "triton" else 120, (2, 129, 1000))
+        case for case in selftest.chains.cases(120, (2, 129, 1000))
         if case.options["rule"] == rule and case.options["cu_rows"] is None and case.options["num_draft"] is None
     ]  # fmt: skip
     compared = 0
@@ -224,6 +224,8 @@ def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, r
         for name in ("tokens", "num_accepted", "valid", "logprobs", "raw_logprobs"):
             torch.testing.assert_close(getattr(tree, name), getattr(chain, name), rtol=0, atol=0, equal_nan=True)
         compared += 1
+        if compared == 3 and backend == "triton":
+            break  # the interpreter takes a second for each
     assert compared >= 3
 
 
