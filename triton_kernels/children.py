@@ -27,8 +27,10 @@ from specdec_kernels.triton_kernels.rows import (
     load_block,
     load_tile,
     log_prob,
+    own_edits,
     probs,
     race_tag,
+    race_tiles,
 )
 from specdec_kernels.triton_kernels.sample import DRAFT
 
@@ -56,11 +58,7 @@ def draw_without(rows, i, law, taken_ptr, taken, key, tag, TILES: tl.constexpr):
         weights = without(probs(load_block(rows, i, start, TILES), law), block_ids(start, TILES), taken_ptr, taken)
         sums = tl.sum(weights, axis=1)
         share += sums
-        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-        time = exponentials(key.seed, key.position, tag, tiles) / sums
-        sooner = (sums > 0) & (time < best)
-        winner = tl.where(sooner, tiles, winner)
-        best = tl.where(sooner, time, best)
+        best, winner = race_tiles(best, winner, sums, start, key, tag, TILES)
     drawn = tl.full([], NO_ID, tl.int64)
     if tl.sum(share) >= NOTHING_LEFT:
         tile = first_arrival(best, winner)
@@ -128,10 +126,9 @@ def sample_children_kernel(
     if bitmask_ptr is not None:
         mask = bitmask_ptr + r * ((vocab + 31) // 32)
     if edit_ids_ptr is not None:
-        edits = edit_ids_ptr + r * num_edits
-        counts, bias = edit_counts_ptr + 2 * r * num_edits, edit_bias_ptr + r * num_edits
-        own = penalties_ptr + 3 * r
-        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        edits, counts, bias, penalties = own_edits(
+            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, r
+        )
         rows = Rows(
             logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0, None
         )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import MIN_TEMPERATURE
-from specdec_kernels.triton_kernels.rows import TILE, Law, load_block, row_argmax, row_stats
+from specdec_kernels.triton_kernels.rows import TILE, Law, load_block, log_prob, row_argmax, row_stats
 
 GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 
@@ -107,3 +107,20 @@ def row_law(rows, i, sampling, key, tag, RACE: tl.constexpr, TILES: tl.constexpr
     if greedy | (valid == 0):
         cutoff, argmax, valid = row_argmax(rows, i, TILES)
     return Law(scale, cutoff, logsumexp, argmax, tile), valid
+
+
+@triton.jit
+def token_logprob(rows, i, token, sampling, key, TILES: tl.constexpr):
+    """Of a token under the law of row i, float32; nan where the row is not valid."""
+    score = tl.full([], float("nan"), tl.float64)
+    no_tag = tl.full([], 0, tl.int64)
+    law, usable = row_law(rows, i, sampling, key, no_tag, False, TILES)
+    if usable:
+        score = log_prob(rows, i, law, token)
+    return score.to(tl.float32)
+
+
+@triton.jit
+def unfiltered():
+    """The sampling parameters of a plain softmax."""
+    return tl.full([], 1.0, tl.float32), tl.full([], 0, tl.int32), 1.0, 0.0

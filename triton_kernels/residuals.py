@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import Purpose
-from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
     TILE,
@@ -23,10 +22,14 @@ from specdec_kernels.triton_kernels.rows import (
     log_prob,
     probs,
     race_tag,
+    race_tiles,
     row_stats,
 )
 
 TARGET = tl.constexpr(int(Purpose.TARGET))
+
+# Where `remember` puts the reach of a row.
+REACH = tl.constexpr(8)
 
 # Nodes that are looked through at a time.
 WINDOW = tl.constexpr(32)
@@ -105,6 +108,33 @@ def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr)
 
 
 @triton.jit
+def remember(place, law, draft, reach):
+    """The laws of a row and its reach, in nine doubles."""
+    tl.store(place, law.cutoff.to(tl.float64))
+    tl.store(place + 1, law.logsumexp)
+    tl.store(place + 2, law.argmax.to(tl.float64))
+    tl.store(place + 3, law.tile.to(tl.float64))
+    tl.store(place + 4, draft.scale.to(tl.float64))
+    tl.store(place + 5, draft.cutoff.to(tl.float64))
+    tl.store(place + 6, draft.logsumexp)
+    tl.store(place + 7, draft.argmax.to(tl.float64))
+    tl.store(place + REACH, reach)
+
+
+@triton.jit
+def recalled_laws(place, scale, factor):
+    """(law of the target, of the draft, of the draft divided by ``factor``)."""
+    law = Law(
+        scale, tl.load(place).to(tl.float32), tl.load(place + 1), tl.load(place + 2).to(tl.int64),
+        tl.load(place + 3).to(tl.int64),
+    )  # fmt: skip
+    draft_scale, draft_cutoff = tl.load(place + 4).to(tl.float32), tl.load(place + 5).to(tl.float32)
+    logsumexp, argmax = tl.load(place + 6), tl.load(place + 7).to(tl.int64)
+    draft = Law(draft_scale, draft_cutoff, logsumexp, argmax, argmax)
+    return law, draft, Law(draft_scale, draft_cutoff, logsumexp + tl.log(factor), argmax, argmax)
+
+
+@triton.jit
 def residuals(rows, draft_rows, i, law, draft, rejected, ids, first, last):
     """What is left of ``ids`` in row i, all of them in [first, last): (target - draft)+, but for rejected siblings."""
     weights = probs(load_logits(rows, i, ids, first, last), law)
@@ -161,11 +191,7 @@ def residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl
     winner = tl.full([TILES], NO_ID, tl.int64)
     for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
         sums = residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
-        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-        time = exponentials(key.seed, key.position, tag, tiles) / sums
-        sooner = (sums > 0) & (time < best)
-        winner = tl.where(sooner, tiles, winner)
-        best = tl.where(sooner, time, best)
+        best, winner = race_tiles(best, winner, sums, start, key, tag, TILES)
     drawn = first_arrival(best, winner)
     if drawn < NO_ID:
         first = drawn * TILE

@@ -240,6 +240,24 @@ def log_prob(rows, i, law, token):
 
 
 @triton.jit
+def race_tiles(best, winner, sums, start, key, tag, TILES: tl.constexpr):
+    """The tile race goes on with the tiles of a block, by their weights: (arrival of the first, its tile), [TILES]."""
+    tiles = (start + tl.arange(0, TILES)).to(tl.int64)
+    time = exponentials(key.seed, key.position, tag, tiles) / sums
+    sooner = (sums > 0) & (time < best)
+    return tl.where(sooner, time, best), tl.where(sooner, tiles, winner)
+
+
+@triton.jit
+def own_edits(ids_ptr, counts_ptr, bias_ptr, penalties_ptr, num_edits, index):
+    """(ids, counts, bias, penalties) of one request, as :class:`Rows` takes them."""
+    first = index * num_edits
+    own = penalties_ptr + 3 * index
+    penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+    return ids_ptr + first, counts_ptr + 2 * first, bias_ptr + first, penalties
+
+
+@triton.jit
 def draw_inside(weights, tile, key, tag):
     """The token race inside a tile, weights [TILE]."""
     entry = tl.arange(0, TILE)

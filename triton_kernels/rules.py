@@ -10,12 +10,20 @@ import triton.language as tl
 from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.laws import row_law
 from specdec_kernels.triton_kernels.noise import coin
-from specdec_kernels.triton_kernels.residuals import TARGET, draft_law, emit, residual_mass
-from specdec_kernels.triton_kernels.rows import Law, flat_race, log_prob, race_tag
+from specdec_kernels.triton_kernels.residuals import (
+    REACH,
+    TARGET,
+    draft_law,
+    emit,
+    recalled_laws,
+    remember,
+    residual_mass,
+)
+from specdec_kernels.triton_kernels.rows import flat_race, log_prob, race_tag
 
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
-# What the block rule remembers of a row, in doubles.
+# What the block rule remembers of a row, in doubles: what `remember` stores.
 MEMORY = tl.constexpr(9)
 
 
@@ -77,31 +85,12 @@ def one_by_one(
 
 
 @triton.jit
-def remember(place, law, draft, reach):
-    tl.store(place, law.cutoff.to(tl.float64))
-    tl.store(place + 1, law.logsumexp)
-    tl.store(place + 2, law.argmax.to(tl.float64))
-    tl.store(place + 3, law.tile.to(tl.float64))
-    tl.store(place + 4, draft.scale.to(tl.float64))
-    tl.store(place + 5, draft.cutoff.to(tl.float64))
-    tl.store(place + 6, draft.logsumexp)
-    tl.store(place + 7, draft.argmax.to(tl.float64))
-    tl.store(place + 8, reach)
-
-
-@triton.jit
 def recall(place, scale):
     """(law of the target, of the draft divided by reach, reach): (reach * target - draft)+ is in proportion to
     (target - draft / reach)+."""
-    reach = tl.load(place + 8)
-    law = Law(
-        scale, tl.load(place).to(tl.float32), tl.load(place + 1), tl.load(place + 2).to(tl.int64),
-        tl.load(place + 3).to(tl.int64),
-    )  # fmt: skip
-    argmax = tl.load(place + 7).to(tl.int64)
-    divided = tl.load(place + 6) + tl.log(reach)
-    draft = Law(tl.load(place + 4).to(tl.float32), tl.load(place + 5).to(tl.float32), divided, argmax, argmax)
-    return law, draft, reach
+    reach = tl.load(place + REACH)
+    law, _draft, divided = recalled_laws(place, scale, reach)
+    return law, divided, reach
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec_kernels.contract import Purpose
 from specdec_kernels.triton_kernels.launch import config_for
 from specdec_kernels.triton_kernels.laws import row_law, sampling_of
-from specdec_kernels.triton_kernels.rows import Key, Rows, draw_from_row, flat_race, log_prob, race_tag
+from specdec_kernels.triton_kernels.rows import Key, Rows, draw_from_row, flat_race, log_prob, own_edits, race_tag
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
 
@@ -49,10 +49,9 @@ def sample_kernel(
     if bitmask_ptr is not None:
         mask = bitmask_ptr + r * ((vocab + 31) // 32)
     if edit_ids_ptr is not None:
-        edits = edit_ids_ptr + r * num_edits
-        counts, bias = edit_counts_ptr + 2 * r * num_edits, edit_bias_ptr + r * num_edits
-        own = penalties_ptr + 3 * r
-        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        edits, counts, bias, penalties = own_edits(
+            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, r
+        )
         rows = Rows(
             logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0, None
         )

@@ -13,27 +13,30 @@ from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import TreeRule
 from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import row_law, sampling_of
+from specdec_kernels.triton_kernels.laws import row_law, sampling_of, token_logprob, unfiltered
 from specdec_kernels.triton_kernels.noise import coin
 from specdec_kernels.triton_kernels.residuals import (
+    REACH,
     TARGET,
     Rejected,
     Tree,
     draft_law,
     emit,
     next_child,
+    recalled_laws,
+    remember,
     residual_mass,
 )
 from specdec_kernels.triton_kernels.rows import (
     TILE,
     Key,
-    Law,
     Rows,
     block_ids,
     draw_from_row,
     flat_race,
     load_block,
     log_prob,
+    own_edits,
     probs,
     race_tag,
 )
@@ -45,9 +48,12 @@ RECURSIVE = tl.constexpr(int(TreeRule.RECURSIVE))
 TRAVERSAL = tl.constexpr(int(TreeRule.TRAVERSAL))
 COUPLED_RULE = tl.constexpr(int(TreeRule.COUPLED))
 
-# What is remembered of a node, in doubles: see `State`. The factor of a node itself, as a rejected sibling, is FACTOR.
-MEMORY = tl.constexpr(16)
-FACTOR = tl.constexpr(15)
+# What is known of a node, in doubles, behind what `remember` stores of it: the mass of its residual, the draft's
+# probability of its rejected children, their factor (see `Rejected`), the last child that was looked at, whether mass
+# and reach are up to date; and as a rejected sibling its own factor.
+MASS, DRAFTED, FACTOR = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+LAST, SETTLED, OWN_FACTOR = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
+MEMORY = tl.constexpr(15)
 
 
 @triton.jit
@@ -113,36 +119,15 @@ def enter(rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, memory,
             usable = usable & (drafted_prob(draft_rows, node, draft, token) < float("inf"))
             child = next_child(tree, node, child)
     place = memory + node * MEMORY
-    tl.store(place, law.cutoff.to(tl.float64))
-    tl.store(place + 1, law.logsumexp)
-    tl.store(place + 2, law.argmax.to(tl.float64))
-    tl.store(place + 3, law.tile.to(tl.float64))
-    tl.store(place + 4, draft.scale.to(tl.float64))
-    tl.store(place + 5, draft.cutoff.to(tl.float64))
-    tl.store(place + 6, draft.logsumexp)
-    tl.store(place + 7, draft.argmax.to(tl.float64))
-    tl.store(place + 8, reach)
-    tl.store(place + 9, tl.full([], 1.0, tl.float64))  # mass of the residual
-    tl.store(place + 10, tl.full([], 0.0, tl.float64))  # draft's probability of what was rejected
-    tl.store(place + 11, tl.full([], float("inf"), tl.float64))  # factor, see `Rejected`
-    # The last child that was looked at; none can be where a law is not usable.
-    tl.store(place + 12, tl.where(valid & usable, node, tree.nodes).to(tl.float64))
-    tl.store(place + 13, tl.full([], 1.0, tl.float64))  # whether mass and reach are up to date
+    remember(place, law, draft, reach)
+    tl.store(place + MASS, tl.full([], 1.0, tl.float64))
+    tl.store(place + DRAFTED, tl.full([], 0.0, tl.float64))
+    tl.store(place + FACTOR, tl.full([], float("inf"), tl.float64))
+    # No child is left to look at where a law is not usable.
+    tl.store(place + LAST, tl.where(valid & usable, node, tree.nodes).to(tl.float64))
+    tl.store(place + SETTLED, tl.full([], 1.0, tl.float64))
     tl.debug_barrier()  # what one thread remembered, others recall
     return valid & usable
-
-
-@triton.jit
-def laws_of(place, scale, factor):
-    """(law of the target, of the draft, of the draft divided by ``factor``)."""
-    law = Law(
-        scale, tl.load(place).to(tl.float32), tl.load(place + 1), tl.load(place + 2).to(tl.int64),
-        tl.load(place + 3).to(tl.int64),
-    )  # fmt: skip
-    draft_scale, draft_cutoff = tl.load(place + 4).to(tl.float32), tl.load(place + 5).to(tl.float32)
-    logsumexp, argmax = tl.load(place + 6), tl.load(place + 7).to(tl.int64)
-    draft = Law(draft_scale, draft_cutoff, logsumexp, argmax, argmax)
-    return law, draft, Law(draft_scale, draft_cutoff, logsumexp + tl.log(factor), argmax, argmax)
 
 
 @triton.jit
@@ -170,19 +155,19 @@ def draft_left(draft_rows, tree, node, draft, last, drafted, TILES: tl.constexpr
 def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.constexpr):
     """Mass and reach of a node after its latest rejection."""
     place = memory + node * MEMORY
-    if tl.load(place + 13) == 0:
-        factor, reach, before = tl.load(place + 11), tl.load(place + 8), tl.load(place + 9)
-        law, _draft, divided = laws_of(place, sampling[0], factor)
-        rejected = Rejected(tree, last, factor, memory + FACTOR, MEMORY)
+    if tl.load(place + SETTLED) == 0:
+        factor, reach, before = tl.load(place + FACTOR), tl.load(place + REACH), tl.load(place + MASS)
+        law, _draft, divided = recalled_laws(place, sampling[0], factor)
+        rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
         mass = before  # a point mass is accepted where it is a child, and not touched by other children
         if law.argmax < 0:
             mass = residual_mass(rows, draft_rows, node, law, divided, rejected, TILES)
         left = reach * mass / before
         after = tl.where(reach < 1.0, tl.where(left > 0, left / (left + 1.0 - reach), 0.0), reach)
         tl.debug_barrier()  # everybody has read what is overwritten now
-        tl.store(place + 9, mass)
-        tl.store(place + 8, after)
-        tl.store(place + 13, tl.full([], 1.0, tl.float64))
+        tl.store(place + MASS, mass)
+        tl.store(place + REACH, after)
+        tl.store(place + SETTLED, tl.full([], 1.0, tl.float64))
         tl.debug_barrier()
 
 
@@ -199,17 +184,17 @@ def top_down_or_bottom_up(
     deciding = tl.full([], 1, tl.int32)
     while deciding != 0:
         place = memory + node * MEMORY
-        last = tl.load(place + 12).to(tl.int64)
+        last = tl.load(place + LAST).to(tl.int64)
         child = next_child(tree, node, last)
         bottom_up = node > 0
         if RULE == RECURSIVE:
             bottom_up = node < 0
         if (child < tree.nodes) | bottom_up:
             settle(rows, draft_rows, tree, node, last, sampling, memory, TILES)
-        reach = tl.load(place + 8)
+        reach = tl.load(place + REACH)
         if child < tree.nodes:
-            mass, drafted, factor = tl.load(place + 9), tl.load(place + 10), tl.load(place + 11)
-            law, draft, _divided = laws_of(place, sampling[0], factor)
+            mass, drafted, factor = tl.load(place + MASS), tl.load(place + DRAFTED), tl.load(place + FACTOR)
+            law, draft, _divided = recalled_laws(place, sampling[0], factor)
             token = tl.load(tree.tokens + child)
             certain = draft.argmax >= 0
             # An earlier sibling of the same token: rejected before, with a factor of its own.
@@ -225,7 +210,7 @@ def top_down_or_bottom_up(
             own = factor
             if tree.replacement == 0:
                 if not new:
-                    own = tl.load(memory + twin * MEMORY + FACTOR)
+                    own = tl.load(memory + twin * MEMORY + OWN_FACTOR)
             weight = tl.exp(log_prob(rows, node, law, token))
             weight = tl.where(certain, tl.where(new, weight, 0.0), tl.maximum(weight - prob / own, 0.0))
             conditional = prob
@@ -247,11 +232,11 @@ def top_down_or_bottom_up(
                 if (left_of_draft > 0) & (reach > 0) & (mass > 0):
                     taken = reach * left_of_draft / mass
                     factor = tl.where(factor == float("inf"), taken, 1.0 / (1.0 / factor + 1.0 / taken))
-                tl.store(place + 11, factor)
-                tl.store(place + 10, drafted + tl.where(new, prob, 0.0))
-                tl.store(place + 12, child.to(tl.float64))
-                tl.store(place + 13, tl.full([], 0.0, tl.float64))
-                tl.store(memory + child * MEMORY + FACTOR, tl.where(new, factor, own))
+                tl.store(place + FACTOR, factor)
+                tl.store(place + DRAFTED, drafted + tl.where(new, prob, 0.0))
+                tl.store(place + LAST, child.to(tl.float64))
+                tl.store(place + SETTLED, tl.full([], 0.0, tl.float64))
+                tl.store(memory + child * MEMORY + OWN_FACTOR, tl.where(new, factor, own))
                 tl.debug_barrier()
             if below > 0:
                 node = child
@@ -266,10 +251,10 @@ def top_down_or_bottom_up(
             else:
                 node = tl.load(tree.parents + node)
     place = memory + node * MEMORY
-    last, factor = tl.load(place + 12).to(tl.int64), tl.load(place + 11)
-    law, _draft, divided = laws_of(place, sampling[0], factor)
+    last, factor = tl.load(place + LAST).to(tl.int64), tl.load(place + FACTOR)
+    law, _draft, divided = recalled_laws(place, sampling[0], factor)
     some = (last > node) & (last < tree.nodes)
-    rejected = Rejected(tree, last, factor, memory + FACTOR, MEMORY)
+    rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
     emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, TILES)
     return node, emitted, all_valid != 0
 
@@ -327,10 +312,9 @@ def verify_tree_kernel(
         mask = bitmask_ptr + first * ((vocab + 31) // 32)
     plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, tokens, 1, parents)
     if edit_ids_ptr is not None:
-        edits = edit_ids_ptr + b * num_edits
-        counts, bias = edit_counts_ptr + 2 * b * num_edits, edit_bias_ptr + b * num_edits
-        own = penalties_ptr + 3 * b
-        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        edits, counts, bias, penalties = own_edits(
+            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, b
+        )
         rows = Rows(
             logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, tokens, 1, parents
         )
@@ -367,13 +351,8 @@ def verify_tree_kernel(
         tl.store(out_tokens_ptr + place, token)
         tl.store(out_nodes_ptr + place, node.to(tl.int32))
         if out_logprobs_ptr is not None:
-            law, usable = row_law(rows, node, sampling, key, race_tag(TARGET, node), False, TILES)
-            if usable:
-                tl.store(out_logprobs_ptr + place, log_prob(rows, node, law, token).to(tl.float32))
-            unfiltered = (tl.full([], 1.0, tl.float32), tl.full([], 0, tl.int32), 1.0, 0.0)
-            law, usable = row_law(plain, node, unfiltered, key, race_tag(TARGET, node), False, TILES)
-            if usable:
-                tl.store(out_raw_logprobs_ptr + place, log_prob(plain, node, law, token).to(tl.float32))
+            tl.store(out_logprobs_ptr + place, token_logprob(rows, node, token, sampling, key, TILES))
+            tl.store(out_raw_logprobs_ptr + place, token_logprob(plain, node, token, unfiltered(), key, TILES))
         token = tl.load(tokens + node)
         node = tl.maximum(tl.load(parents + node), 0)
         place -= 1

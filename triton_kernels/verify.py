@@ -11,9 +11,8 @@ from torch import Tensor
 
 from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import row_law, sampling_of
-from specdec_kernels.triton_kernels.residuals import TARGET
-from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, race_tag
+from specdec_kernels.triton_kernels.laws import sampling_of, token_logprob, unfiltered
+from specdec_kernels.triton_kernels.rows import Key, Rows, own_edits
 from specdec_kernels.triton_kernels.rules import MEMORY, all_together, one_by_one
 
 BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
@@ -92,10 +91,9 @@ def verify_chain_kernel(
         mask = bitmask_ptr + first_row * ((vocab + 31) // 32)
     plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None)
     if edit_ids_ptr is not None:
-        edits = edit_ids_ptr + b * num_edits
-        counts, bias = edit_counts_ptr + 2 * b * num_edits, edit_bias_ptr + b * num_edits
-        own = penalties_ptr + 3 * b
-        penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+        edits, counts, bias, penalties = own_edits(
+            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, b
+        )
         rows = Rows(
             logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, drafts,
             token_row_stride, None,
@@ -132,19 +130,14 @@ def verify_chain_kernel(
             token = tl.load(drafts + index * token_row_stride).to(tl.int64)
         tl.store(out_tokens_ptr + out + index, token)
         if out_logprobs_ptr is not None:
-            score = tl.full([], float("nan"), tl.float64)
-            raw_score = tl.full([], float("nan"), tl.float64)
+            score = tl.full([], float("nan"), tl.float32)
+            raw_score = tl.full([], float("nan"), tl.float32)
             if index <= kept:
                 i = tl.full([], 0, tl.int64) + index
-                law, usable = row_law(rows, i, sampling, key, race_tag(TARGET, i), False, TILES)
-                if usable:
-                    score = log_prob(rows, i, law, token)
-                unfiltered = (tl.full([], 1.0, tl.float32), tl.full([], 0, tl.int32), 1.0, 0.0)
-                law, usable = row_law(plain, i, unfiltered, key, race_tag(TARGET, i), False, TILES)
-                if usable:
-                    raw_score = log_prob(plain, i, law, token)
-            tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
-            tl.store(out_raw_logprobs_ptr + out + index, raw_score.to(tl.float32))
+                score = token_logprob(rows, i, token, sampling, key, TILES)
+                raw_score = token_logprob(plain, i, token, unfiltered(), key, TILES)
+            tl.store(out_logprobs_ptr + out + index, score)
+            tl.store(out_raw_logprobs_ptr + out + index, raw_score)
 
 
 def verify_chain(
