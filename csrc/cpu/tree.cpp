@@ -13,11 +13,9 @@ namespace {
 class Ancestors {
  public:
   Ancestors(const int64_t* parents, int64_t nodes) : words_((nodes + 63) / 64), bits_(size_t(nodes * words_)) {
-    bool live = parents[0] == -1;
+    const int64_t live = live_nodes(parents, nodes);
     for (int64_t i = 0; i < nodes; ++i) {
-      const int64_t parent = parents[i];
-      live = live && (i == 0 || (parent >= 0 && parent < i));
-      if (live && i > 0) std::copy_n(row(parent), words_, row(i));
+      if (i > 0 && i < live) std::copy_n(row(parents[i]), words_, row(i));
       row(i)[i / 64] |= uint64_t(1) << (i % 64);
     }
   }

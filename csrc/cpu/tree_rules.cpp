@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "request.h"
+#include "tree.h"
 
 namespace specdec {
 namespace {
@@ -33,13 +34,6 @@ class TreeRequest : Request {
   }
 
  private:
-  static int64_t live_nodes(const int64_t* parents, int64_t nodes) {
-    if (parents[0] != -1) return 0;
-    int64_t live = 1;
-    while (live < nodes && parents[live] >= 0 && parents[live] < live) ++live;
-    return live;
-  }
-
   static int64_t deepest(const VerifyTree& op, int64_t b) {
     const int64_t* parents = op.parents + b * op.common.rows;
     std::vector<int64_t> depth(size_t(live_nodes(parents, op.common.rows)), 0);

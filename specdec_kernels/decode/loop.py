@@ -183,13 +183,11 @@ def _verified_chain(
 ) -> _Outcome:
     with statistics.timed("draft"):
         lengths = torch.minimum((draft.tokens >= 0).long().cumprod(1).sum(1), step.num_draft)
-        draft = _trimmed(draft, int(lengths.max()))
+        draft = _trimmed(draft, lengths)
     rows = torch.cat([_last(active), draft.tokens.clamp(min=0)], 1)
     with statistics.timed("target"):
         scores = target.score(rows, lengths + 1)
     with statistics.timed("verify"):
-        index = torch.arange(rows.shape[1])
-        chain = torch.where(index <= lengths[:, None], index - 1, -1)
         verified = verify_chain(
             scores.logits,
             draft.tokens,
@@ -197,12 +195,11 @@ def _verified_chain(
             draft.stats,
             seed=step.seed,
             position=step.position,
-            num_draft=lengths,
             rule=verification.rule,
             logprobs=verification.logprobs,
             backend=verification.backend,
             **law,
-            **processing(active, rows, chain, scores.logits.shape[-1]),
+            **processing(active, draft, scores.logits.shape[-1]),
         )
     with statistics.timed("target"):
         target.keep(verified.num_accepted.long() + 1)
@@ -244,7 +241,7 @@ def _verified_tree(
             logprobs=verification.logprobs,
             backend=verification.backend,
             **law,
-            **processing(active, tokens, draft.parents, scores.logits.shape[-1]),
+            **processing(active, draft, scores.logits.shape[-1]),
         )
     with statistics.timed("target"):
         target.keep_path(verified.nodes)
@@ -258,13 +255,15 @@ def _verified_tree(
     return _Outcome(verified.tokens, *accepted, features, proposed)
 
 
-def _trimmed(draft: Draft, length: int) -> Draft:
-    """The first ``length`` drafts of every request."""
+def _trimmed(draft: Draft, lengths: Tensor) -> Draft:
+    """The first ``lengths [B]`` drafts of every request, -1 behind them."""
+    longest = int(lengths.max())
 
     def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, :length]
+        return None if x is None else x[:, :longest]
 
-    return Draft(draft.tokens[:, :length], cut(draft.logits), cut(draft.stats))
+    tokens = draft.tokens[:, :longest].masked_fill(torch.arange(longest) >= lengths[:, None], -1)
+    return Draft(tokens, cut(draft.logits), cut(draft.stats))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.decode.protocols import Draft, TreeDraft
 from specdec_kernels.ops import LogitBias, Penalties, validate
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
@@ -123,8 +124,8 @@ def filters(batch: Sequence[Request]) -> dict[str, Tensor | None]:
     return arguments
 
 
-def processing(batch: Sequence[Request], tokens: Tensor, parents: Tensor, vocab: int) -> dict[str, Any]:
-    """Penalties, bias and masks for the rows of one step: a tree ``tokens``, ``parents`` [B, N] of drafts."""
+def processing(batch: Sequence[Request], draft: Draft | TreeDraft, vocab: int) -> dict[str, Any]:
+    """Penalties, bias and masks for the rows of one step."""
     samplings = [request.sampling for request in batch]
     arguments: dict[str, Any] = {}
     if any(s.penalised for s in samplings):
@@ -140,7 +141,7 @@ def processing(batch: Sequence[Request], tokens: Tensor, parents: Tensor, vocab:
             _padded([list(s.logit_bias.values()) for s in samplings], 0.0),
         )
     if any(s.grammar is not None for s in samplings):
-        arguments["bitmask"] = _masks(batch, tokens, parents, vocab)
+        arguments["bitmask"] = _masks(batch, draft if isinstance(draft, TreeDraft) else TreeDraft.of(draft), vocab)
     return arguments
 
 
@@ -150,16 +151,16 @@ def _padded(rows: Sequence[Sequence[Any]], padding: float = -1) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64 if isinstance(padding, int) else torch.float32)
 
 
-def _masks(batch: Sequence[Request], tokens: Tensor, parents: Tensor, vocab: int) -> Tensor:
+def _masks(batch: Sequence[Request], draft: TreeDraft, vocab: int) -> Tensor:
     """What the grammars allow after each node, int32 [B, N, ceil(V/32)]; everything after a node that is not allowed,
     since it is rejected."""
-    masks = torch.full((*tokens.shape, -(-vocab // 32)), -1, dtype=torch.int32)
+    masks = torch.full((*draft.tokens.shape, -(-vocab // 32)), -1, dtype=torch.int32)
     for slot, request in enumerate(batch):
         if request.sampling.grammar is None:
             continue
         texts: dict[int, list[int]] = {0: list(request.generated)}
         masks[slot, 0] = request.sampling.grammar(texts[0])
-        for node, (token, up) in enumerate(zip(tokens[slot].tolist(), parents[slot].tolist(), strict=True)):
+        for node, (token, up) in enumerate(zip(draft.tokens[slot].tolist(), draft.parents[slot].tolist(), strict=True)):
             if up in texts and int(masks[slot, up, token // 32]) >> token % 32 & 1:
                 texts[node] = [*texts[up], token]
                 masks[slot, node] = request.sampling.grammar(texts[node])

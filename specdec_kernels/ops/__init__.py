@@ -153,18 +153,10 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    logits = validate.logits("logits", logits, "R, V", (None, None))
-    rows, device = logits.shape[0], logits.device
-    row = validate.row_index(row)
-    seed = validate.integers("seed", seed, rows, "R", device)
-    position = validate.integers("position", position, rows, "R", device)
-    row = validate.integers("row", row, rows, "R", device)
-    sampling, *scalars = validate.sampling(rows, "R", device, temperature, top_k, top_p, min_p)
-    mask = processing.bitmask(bitmask, logits)
-    edits = processing.edits(penalties, logit_bias, None, logits, rows, "R")
-    validate.same_device("logits", logits, seed=seed, position=position, row=row, sampling=sampling, bitmask=mask)
-    draw = function("sample", backend, device)
-    return Sample(*draw(logits, seed, position, row, sampling, *scalars, mask, *edits, coupled))
+    given = processing.row_arguments(
+        logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
+    )
+    return Sample(*function("sample", backend, given[0].device)(*given, coupled))
 
 
 def verify_chain(

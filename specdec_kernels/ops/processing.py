@@ -8,11 +8,12 @@ of the vocabulary is ever written, and no backend counts a text again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
 
 
@@ -123,3 +124,38 @@ def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | N
     *rows, vocab = logits.shape
     dims = f"B, {rows_name}, ceil(V/32)" if len(rows) == 2 else "R, ceil(V/32)"
     return validate.tensor("bitmask", value, (torch.int32,), dims, (*rows, -(-vocab // 32))).contiguous()
+
+
+def row_arguments(
+    logits: object,
+    seed: object,
+    position: object,
+    row: object,
+    temperature: object,
+    top_k: object,
+    top_p: object,
+    min_p: object,
+    mask: object,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+) -> tuple[Any, ...]:
+    """What a draw from rows ``logits [R, V]`` takes, checked and in the operators' order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    rows = validate.logits("logits", logits, "R, V", (None, None))
+    count, device = rows.shape[0], rows.device
+    if isinstance(row, int) and not 0 <= row < MAX_ROWS:
+        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
+    keys = tuple(
+        validate.integers(name, value, count, "R", device)
+        for name, value in (("seed", seed), ("position", position), ("row", row))
+    )
+    sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
+    allowed = bitmask(mask, rows)
+    changes = edits(penalties, bias, None, rows, count, "R")
+    validate.same_device(
+        "logits", rows, seed=keys[0], position=keys[1], row=keys[2], sampling=sampling, bitmask=allowed
+    )
+    return rows, *keys, sampling, *scalars, allowed, *changes

@@ -126,18 +126,10 @@ def sample_children(
         raise ValueError(f"how must be one of {sorted(_CHILDREN)}, got {how!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
-    logits = validate.logits("logits", logits, "R, V", (None, None))
-    rows, device = logits.shape[0], logits.device
-    row = validate.row_index(row)
-    seed = validate.integers("seed", seed, rows, "R", device)
-    position = validate.integers("position", position, rows, "R", device)
-    row = validate.integers("row", row, rows, "R", device)
-    sampling, *scalars = validate.sampling(rows, "R", device, temperature, top_k, top_p, min_p)
-    mask = processing.bitmask(bitmask, logits)
-    edits = processing.edits(penalties, logit_bias, None, logits, rows, "R")
-    validate.same_device("logits", logits, seed=seed, position=position, row=row, sampling=sampling, bitmask=mask)
-    draw = function("sample_children", backend, device)
-    return DrawnChildren(*draw(logits, seed, position, row, sampling, *scalars, mask, *edits, count, _CHILDREN[how]))
+    given = processing.row_arguments(
+        logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
+    )
+    return DrawnChildren(*function("sample_children", backend, given[0].device)(*given, count, _CHILDREN[how]))
 
 
 def verify_tree(

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS
-
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
 
@@ -57,13 +55,6 @@ def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -
             f"{name} must be contiguous along the vocabulary (stride 1), got strides {list(checked.stride())}"
         )
     return checked
-
-
-def row_index(row: Tensor | int) -> Tensor | int:
-    """The ``row`` of a draw: it has 16 bits of the Philox counter."""
-    if isinstance(row, int) and not 0 <= row < MAX_ROWS:
-        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
-    return row
 
 
 def stats(value: object, draft_logits: Tensor | None, dims: str, shape: tuple[int, ...]) -> Tensor | None:

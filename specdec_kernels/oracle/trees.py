@@ -43,7 +43,7 @@ def sample_children(
     """Choose the children of one node; see :func:`specdec_kernels.sample_children`."""
     logits = processing.apply(logits, 0, ())
     if not row_is_valid(logits):
-        return Drawn([largest_finite(logits)][:count], [np.nan][:count], (np.nan,) * 3)
+        return Drawn([largest_finite(logits)], [np.nan], (np.nan,) * 3)
     law = distribution(logits, sampling)
     drawn = Drawn([], [], law.stats, law.margin)
     scale, cutoff, logsumexp = law.stats

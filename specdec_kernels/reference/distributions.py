@@ -49,6 +49,12 @@ class Distributions(NamedTuple):
         """bool, one a row."""
         return ~self.probs.isnan().any(-1)
 
+    @property
+    def stats(self) -> Tensor:
+        """float32 ``[..., 3]``, as it is handed over; nan where the row is not valid."""
+        stats = torch.stack([self.scale, self.cutoff, self.logsumexp], -1)
+        return stats.masked_fill(~self.valid[..., None], torch.nan).float()
+
 
 class Edits(NamedTuple):
     """Bias and penalties of the ids they touch: see :mod:`specdec_kernels.ops.processing`."""
@@ -91,6 +97,13 @@ def processed(logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | No
         bits = bitmask[..., None] >> torch.arange(32, device=x.device) & 1
         x = x.masked_fill(bits.flatten(-2)[..., :vocab] == 0, -torch.inf)
     return x.double()
+
+
+def processed_rows(logits: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
+    """The same for rows ``[R, V]`` of requests of their own, with no drafts before them."""
+    none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
+    mask = None if bitmask is None else bitmask[:, None]
+    return processed(logits[:, None], none, none[:, None], edits, mask)[:, 0]
 
 
 def rows_valid(logits: Tensor) -> Tensor:

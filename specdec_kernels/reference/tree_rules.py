@@ -19,6 +19,7 @@ from specdec_kernels.reference.distributions import (
     plain,
     point_mass,
     processed,
+    processed_rows,
     token_logprobs,
     two_level_race,
 )
@@ -44,9 +45,7 @@ def sample_children(
     count: int,
     how: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
-    edits = Edits.of(edit_ids, edit_counts, edit_bias, penalties)
-    logits = processed(logits[:, None], none, none[:, None], edits, None if bitmask is None else bitmask[:, None])[:, 0]
+    logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     greedy = law.scale.isinf()
     weights = law.probs.nan_to_num(0.0)
@@ -71,8 +70,7 @@ def sample_children(
     unusable = torch.full_like(tokens, -1)
     unusable[:, :1] = largest_finite(logits)[:, None]
     tokens = torch.where(law.valid[:, None], tokens, unusable)
-    stats = torch.stack([law.scale, law.cutoff, law.logsumexp], -1)
-    return tokens, logprobs.float(), stats.masked_fill(~law.valid[:, None], torch.nan).float()
+    return tokens, logprobs.float(), law.stats
 
 
 class _Trees(NamedTuple):
@@ -209,7 +207,7 @@ def _traversal(trees: _Trees) -> _Decision:
         up = trees.parents[:, child].clamp(min=0)
         success = (trees.parents[:, child] >= 0) & (found[:, child] >= 0)
         found[trees.requests, up] = torch.where(success, found[:, child], found[trees.requests, up])
-    read_valid = visited = reach > 0
+    visited = reach > 0
     going_on = torch.ones_like(visited)  # no earlier child accepted
     for child in range(1, nodes):
         up = trees.parents[:, child].clamp(min=0)
@@ -262,8 +260,7 @@ def verify_tree(
     greedy = law.scale.isinf()
     laws = torch.where(greedy[:, None, None], point_mass(tokens, vocab), laws)
     broken = (up >= 0) & ~laws.gather(-1, tokens[..., None])[..., 0].isfinite()
-    usable = torch.ones_like(broken)
-    usable = ~(~usable).scatter_add(1, up.clamp(min=0), broken)
+    usable = ~torch.zeros_like(broken).scatter_add(1, up.clamp(min=0), broken)
     parental = torch.zeros_like(broken).scatter_add(1, up.clamp(min=0), up >= 0)
     u = torch.stack([coins(seed, position, (index[:, i] - 1).clamp(min=0)) for i in range(nodes)], 1)
     trees = _Trees(target, laws, usable, tokens, up, parental, u, seed, position)

@@ -20,6 +20,7 @@ from specdec_kernels.reference.distributions import (
     plain,
     point_mass,
     processed,
+    processed_rows,
     token_logprobs,
     two_level_race,
 )
@@ -43,9 +44,7 @@ def sample(
     penalties: Tensor | None,
     coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    edits = Edits.of(edit_ids, edit_counts, edit_bias, penalties)
-    none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
-    logits = processed(logits[:, None], none, none[:, None], edits, None if bitmask is None else bitmask[:, None])[:, 0]
+    logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     weights = law.probs.nan_to_num(0.0)
     if coupled:
@@ -55,8 +54,7 @@ def sample(
         tokens = two_level_race(weights, seed, position, Purpose.DRAFT, row)
     tokens = torch.where(law.valid, tokens, largest_finite(logits))
     logprobs = law.probs.gather(-1, tokens[:, None])[:, 0].log()
-    stats = torch.stack([law.scale, law.cutoff, law.logsumexp], -1)
-    return tokens, logprobs.float(), stats.masked_fill(~law.valid[:, None], torch.nan).float()
+    return tokens, logprobs.float(), law.stats
 
 
 def _draft_probs(

@@ -17,6 +17,7 @@ from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
     DTYPES,
+    ROW_OPTIONS,
     VOCABS,
     Report,
     moved,
@@ -52,8 +53,7 @@ class Case:
         ragged = self.options["cu_rows"]
         first = (slice(None), 0) if ragged is None else ragged[:-1]
         bitmask = self.options["bitmask"]
-        names = ("seed", "position", "temperature", "top_k", "top_p", "min_p", "penalties", "logit_bias")
-        options = {name: self.options[name] for name in names}
+        options = {name: self.options[name] for name in ROW_OPTIONS}
         return self.target[first], {**options, "bitmask": None if bitmask is None else bitmask[first]}
 
 

@@ -18,6 +18,7 @@ from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
     DTYPES,
+    ROW_OPTIONS,
     Report,
     moved,
     oracle_processing,
@@ -166,8 +167,7 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 def check_children(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
     """``sample_children`` of the first row of every request."""
     how, count = CHILDREN[index % len(CHILDREN)], 1 + index % 5
-    names = ("seed", "position", "temperature", "top_k", "top_p", "min_p", "penalties", "logit_bias")
-    options = {name: case.options[name] for name in names}
+    options = {name: case.options[name] for name in ROW_OPTIONS}
     bitmask = case.options["bitmask"]
     options["bitmask"] = None if bitmask is None else bitmask[:, 0]
     rows = case.target[:, 0]
