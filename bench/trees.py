@@ -210,6 +210,10 @@ def keys_and_values() -> Iterator[dict[str, Any]]:
 
 TOKENS = 64
 BUDGETS = (8, 16, 32)
+#: Texts a prompt at a temperature: one alone leaves a tenth of a token a step to chance.
+SEEDS = 3
+#: Drafters of trees, as the table calls them.
+TREES = {"medusa": "static tree (Medusa)", "static-tree": "static tree (model)", "tree": "dynamic tree (model)"}
 #: Lengths of chains, each within the budgets that have room for it; longer ones gain nothing.
 CHAINS = (4, 7, 15)
 
@@ -234,7 +238,8 @@ def ways() -> Iterator[Way]:
             yield Way(temperature, "model", "block", 8)
         for rows in BUDGETS:
             yield Way(temperature, "medusa", "token", rows)
-            yield Way(temperature, "tree", "block" if temperature else "token", rows)
+            for drafter in ("static-tree", "tree"):
+                yield Way(temperature, drafter, "block" if temperature else "token", rows)
 
 
 def text(console: Console) -> list[dict[str, Any]]:
@@ -244,19 +249,20 @@ def text(console: Console) -> list[dict[str, Any]]:
     # A chain that stops where it is not sure would leave rows unused.
     unstopped = replace(DRAFTING, min_confidence=0.0)
     drafters: dict[str, Drafter | None] = {
-        name: load_drafter(name, session.model, drafting=unstopped) for name in ("none", "model", "medusa", "tree")
+        name: load_drafter(name, session.model, drafting=unstopped) for name in ("none", "model", *TREES)
     }
     chosen = list(ways())
     results = {way: Statistics() for way in chosen}
-    work = [prompt for prompts in PROMPTS.values() for prompt in prompts]
+    work = [(seed, prompt) for seed in range(SEEDS) for prompts in PROMPTS.values() for prompt in prompts]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("decoding", total=len(work) * len(chosen))
-        for prompt, way in product(work, chosen):
+        for (seed, prompt), way in product(work, chosen):
             session.settings = replace(settings, num_draft=way.rows - 1, rule=way.rule)
             session.drafter = drafters[way.drafter]
-            if prompt == work[0]:  # warm up
+            if (seed, prompt) == work[0]:  # warm up
                 list(session.decode(prompt, way.temperature, True, Statistics(), 0))
-            list(session.decode(prompt, way.temperature, True, results[way], 0))
+            if seed == 0 or way.temperature:
+                list(session.decode(prompt, way.temperature, True, results[way], seed))
             progress.update(task, description=f"{way.drafter}, {way.rows} rows", advance=1)
     return [{**asdict(way), **asdict(statistics)} | _rates(statistics) for way, statistics in results.items()]
 
@@ -279,9 +285,8 @@ def text_table(rows: list[dict[str, Any]]) -> Table:
         for budget in BUDGETS:
             chains = [row for row in own if row["drafter"] == "model" and row["rows"] <= budget]
             best = max(chains, key=lambda row: row["tokens_per_step"])
-            for row in [best, *(row for row in own if row["drafter"] in ("medusa", "tree") and row["rows"] == budget)]:
-                chain = f"chain, K = {row['rows'] - 1}, {row['rule']}"
-                name = {"model": chain, "medusa": "static tree (Medusa)", "tree": "dynamic tree"}[row["drafter"]]
+            for row in [best, *(row for row in own if row["drafter"] in TREES and row["rows"] == budget)]:
+                name = TREES.get(row["drafter"], f"chain, K = {row['rows'] - 1}, {row['rule']}")
                 table.add_row(
                     f"{temperature:g}", str(budget), name, f"{row['tokens_per_step']:.2f}",
                     f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f}x", f"{row['rows_per_step']:.1f}",

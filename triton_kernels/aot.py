@@ -71,7 +71,8 @@ def _sample(dtype: str) -> dict[str, str]:
     """Types of the arguments of ``sample_kernel``, everything given."""
     return {
         **_IDS, **_SCALARS, **_PROCESSING, "logits_ptr": f"*{dtype}", "row_ptr": "*i64", "sampling_ptr": "*fp32",
-        "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "stats_ptr": "*fp32", "row_stride": "i64",
+        "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "stats_ptr": "*fp32", "tables_ptr": "*fp32",
+        "counters_ptr": "*i32", "row_stride": "i64", "slices": "i32",
     }  # fmt: skip
 
 
@@ -81,7 +82,8 @@ def _verify_chain(dtype: str) -> dict[str, str]:
     return {
         **_IDS, **_SCALARS, **_PROCESSING, **dict.fromkeys(strides, "i64"), "target_ptr": f"*{dtype}",
         "draft_ptr": f"*{dtype}", "draft_stats_ptr": "*fp32", "tokens_ptr": "*i64", "num_draft_ptr": "*i32",
-        "cu_rows_ptr": "*i64", "sampling_ptr": "*fp32", "longest": "i32", "memory_ptr": "*fp64",
+        "cu_rows_ptr": "*i64", "sampling_ptr": "*fp32", "longest": "i32", "tables_ptr": "*fp32",
+        "memory_ptr": "*fp64", "counters_ptr": "*i32", "batch": "i32", "slices": "i32",
         "out_tokens_ptr": "*i64", "out_accepted_ptr": "*i32", "out_valid_ptr": "*i1", "out_counters_ptr": "*i32",
         "out_logprobs_ptr": "*fp32", "out_raw_logprobs_ptr": "*fp32",
     }  # fmt: skip
@@ -90,7 +92,10 @@ def _verify_chain(dtype: str) -> dict[str, str]:
 def _verify_tree(dtype: str) -> dict[str, str]:
     """Types of the arguments of ``verify_tree_kernel``, everything given."""
     chain = _verify_chain(dtype)
-    gone = ("num_draft_ptr", "cu_rows_ptr", "out_counters_ptr", "longest", "token_request_stride", "token_row_stride")
+    gone = (
+        "num_draft_ptr", "cu_rows_ptr", "out_counters_ptr", "longest", "token_request_stride", "token_row_stride",
+        "counters_ptr", "batch", "slices",
+    )  # fmt: skip
     own = {"parents_ptr": "*i64", "out_nodes_ptr": "*i32", "nodes": "i32", "replacement": "i32"}
     return {name: kind for name, kind in chain.items() if name not in gone} | own
 
@@ -156,7 +161,7 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     yield from _attention_and_kv()
 
     def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
-        constants |= {"TILES": config.tiles} | {key: None for key in without if key in types}
+        constants |= config.constants | {key: None for key in without if key in types}
         kept = {key: value for key, value in types.items() if key not in without}
         return Variant(name, kernel, kept, constants, config.options)
 
@@ -217,10 +222,10 @@ def usage(variant: Variant, target: str) -> Usage:
         cubin.write_bytes(compiled.asm["cubin"])
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", text)[0]) for what in ("REG", "STACK", "LOCAL"))
-    widths = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
-    return Usage(
-        variant.name, target, registers, stack + local, max((int(v) * int(b) for v, b in widths), default=None)
-    )
+    loads = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm["ptx"])
+    widths = [int(count) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
+    return Usage(variant.name, target, registers, stack + local, max(widths, default=None))
 
 
 def main(targets: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``sample_children``: one program a row. Semantics: :mod:`specdec_kernels.ops.tree_rules`."""
+"""``sample_children``: one launch. Semantics: :mod:`specdec_kernels.ops.tree_rules`."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import Children
-from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import row_law, sampling_of
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
+from specdec_kernels.triton_kernels.laws import sampling_of, table_scale, tabled_law
 from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
     COUPLED,
     NO_ID,
+    STAGES,
     TILE,
     TOKEN_LEVEL,
     Key,
@@ -33,6 +34,7 @@ from specdec_kernels.triton_kernels.rows import (
     race_tiles,
 )
 from specdec_kernels.triton_kernels.sample import DRAFT
+from specdec_kernels.triton_kernels.teams import arrive, measure
 
 NOTHING_LEFT = tl.constexpr(_NOTHING_LEFT)
 TOP = tl.constexpr(int(Children.TOP))
@@ -54,7 +56,7 @@ def draw_without(rows, i, law, taken_ptr, taken, key, tag, TILES: tl.constexpr):
     best = tl.full([TILES], float("inf"), tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
     share = tl.zeros([TILES], tl.float32)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         weights = without(probs(load_block(rows, i, start, TILES), law), block_ids(start, TILES), taken_ptr, taken)
         sums = tl.sum(weights, axis=1)
         share += sums
@@ -73,7 +75,7 @@ def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.cons
     race, lower id first on ties; ``NO_ID`` if nothing does. Values rise in that order."""
     best = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         ids = block_ids(start, TILES)
         logits = load_block(rows, i, start, TILES)
         if HOW == RACE:
@@ -93,7 +95,7 @@ def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.cons
     return best, winner
 
 
-@triton.jit(do_not_specialize=["top_k", "num_edits", "count"])  # 1 would become a constant, of another type
+@triton.jit(do_not_specialize=["top_k", "num_edits", "count", "slices"])  # 1 would become a constant, of another type
 def sample_children_kernel(
     logits_ptr,
     seed_ptr,
@@ -113,13 +115,18 @@ def sample_children_kernel(
     tokens_ptr,
     logprobs_ptr,
     stats_ptr,
+    tables_ptr,
+    counters_ptr,
     row_stride,
     vocab,
     count,
+    slices,
     HOW: tl.constexpr,
+    ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
+    r = (tl.program_id(0) // slices).to(tl.int64)
+    part = tl.program_id(0) % slices
     key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
     mask = None
@@ -134,39 +141,45 @@ def sample_children_kernel(
         )
     else:
         rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0, None)
-    row = tl.load(row_ptr + r)
     here = tl.full([], 0, tl.int64)
-    law, valid = row_law(rows, here, sampling, key, race_tag(DRAFT, row), False, TILES)
-    tokens = tokens_ptr + r * count
-    value = tl.full([], float("-inf"), tl.float32)
-    token = tl.full([], -1, tl.int64)
-    for child in range(0, count):
-        drawn = law.argmax
-        if drawn >= 0:
-            # A point mass has one child, unless it is drawn again; a row that is not valid has one.
-            over = child > 0
-            if HOW == IID:
-                over = over & (valid == 0)
-            if over:
-                drawn = tl.full([], NO_ID, tl.int64)
-        elif (HOW == TOP) | (HOW == RACE):
-            if token < NO_ID:
-                value, token = next_best(rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES)
-            drawn = token
-        else:
-            tl.debug_barrier()  # the tokens before were stored by one thread
-            taken = 0 if HOW == IID else child
-            drawn = draw_without(rows, here, law, tokens, taken, key, race_tag(DRAFT, row + child), TILES)
-        there = drawn < NO_ID
-        score = tl.full([], float("nan"), tl.float32)
-        if there & valid:
-            score = log_prob(rows, here, law, drawn).to(tl.float32)
-        tl.store(tokens + child, tl.where(there, drawn, -1))
-        tl.store(logprobs_ptr + r * count + child, score)
-    nan = float("nan")
-    tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
-    tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
-    tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
+    table = tables_ptr + r * 2 * ENTRIES
+    measure(rows, here, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+    if arrive(counters_ptr + r, slices - 1):
+        tl.store(counters_ptr + r, 0)
+        row = tl.load(row_ptr + r)
+        law, valid = tabled_law(rows, here, sampling, key, race_tag(DRAFT, row), table, False, ENTRIES, TILES)
+        tokens = tokens_ptr + r * count
+        value = tl.full([], float("-inf"), tl.float32)
+        token = tl.full([], -1, tl.int64)
+        for child in range(0, count):
+            drawn = law.argmax
+            if drawn >= 0:
+                # A point mass has one child, unless it is drawn again; a row that is not valid has one.
+                over = child > 0
+                if HOW == IID:
+                    over = over & (valid == 0)
+                if over:
+                    drawn = tl.full([], NO_ID, tl.int64)
+            elif (HOW == TOP) | (HOW == RACE):
+                if token < NO_ID:
+                    value, token = next_best(
+                        rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES
+                    )
+                drawn = token
+            else:
+                tl.debug_barrier()  # the tokens before were stored by one thread
+                taken = 0 if HOW == IID else child
+                drawn = draw_without(rows, here, law, tokens, taken, key, race_tag(DRAFT, row + child), TILES)
+            there = drawn < NO_ID
+            score = tl.full([], float("nan"), tl.float32)
+            if there & valid:
+                score = log_prob(rows, here, law, drawn).to(tl.float32)
+            tl.store(tokens + child, tl.where(there, drawn, -1))
+            tl.store(logprobs_ptr + r * count + child, score)
+        nan = float("nan")
+        tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
+        tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
+        tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
 
 
 def sample_children(
@@ -193,9 +206,12 @@ def sample_children(
     stats = logits.new_empty((rows, 3), dtype=torch.float32)
     if rows:
         config = config_for(logits)
-        sample_children_kernel[(rows,)](
+        tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
+        slices = slices_of(rows, config, logits.device)
+        sample_children_kernel[(rows * slices,)](
             logits, seed, position, row, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
-            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats,
-            logits.stride(0), vocab, count, HOW=how, TILES=config.tiles, **config.options,
+            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats, tables,
+            counters_at_rest(rows, logits.device), logits.stride(0), vocab, count, slices, HOW=how,
+            **config.constants, **config.options,
         )  # fmt: skip
     return tokens, logprobs, stats

@@ -1,4 +1,4 @@
-"""How kernels are launched: a pure function of the shape and the platform."""
+"""How kernels are launched: pure functions of the shape and the platform."""
 
 from __future__ import annotations
 
@@ -10,20 +10,36 @@ from torch import Tensor
 
 from specdec_kernels.contract import TILE
 
+#: Programs that one multiprocessor should have to choose from. What more there are finds rows decided.
+PROGRAMS_A_PROCESSOR = 4
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tiles a block, warps a program, and registers a thread where the assembler has to be told."""
+    """Tiles a block, entries of a row's table, warps a program, and registers a thread where the assembler has to be
+    told."""
 
     tiles: int
+    entries: int
     warps: int
     registers: int | None = None
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What is compiled into a kernel that measures rows."""
+        return {"ENTRIES": self.entries, "TILES": self.tiles}
 
     @property
     def options(self) -> dict[str, int]:
         """What a launch takes beside the arguments of the kernel."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, **limit}
+
+
+def entries(vocab: int) -> int:
+    """Of the table of a row."""
+    count: int = triton.next_power_of_2(triton.cdiv(vocab, TILE))
+    return count
 
 
 def launch_config(vocab: int, platform: str) -> LaunchConfig:
@@ -34,10 +50,40 @@ def launch_config(vocab: int, platform: str) -> LaunchConfig:
     takes 0.1 ms an operation whatever its size, so there a block is a whole row.
     """
     tiles, warps, registers = {"cuda": (16, 8, 255), "hip": (16, 8, None), "interpreter": (1024, 1, None)}[platform]
-    return LaunchConfig(min(tiles, triton.next_power_of_2(triton.cdiv(vocab, TILE))), warps, registers)
+    return LaunchConfig(min(tiles, entries(vocab)), entries(vocab), warps, registers)
 
 
 def config_for(logits: Tensor) -> LaunchConfig:
     """The launch for these logits."""
     platform = "interpreter" if logits.device.type == "cpu" else "hip" if torch.version.hip else "cuda"
     return launch_config(logits.shape[-1], platform)
+
+
+def slices(rows: int, blocks: int, processors: int) -> int:
+    """Programs that measure one of ``rows`` rows together, each some of its ``blocks``: as many as it takes to keep
+    every multiprocessor busy. The results do not depend on it."""
+    wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS_A_PROCESSOR * processors, rows))
+    return min(wanted, blocks)
+
+
+def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
+    """The same on a device; the interpreter runs one program after the other."""
+    if device.type == "cpu":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return slices(rows, triton.cdiv(config.entries, config.tiles), processors)
+
+
+_COUNTERS: dict[tuple[int, int], Tensor] = {}
+
+
+def counters_at_rest(count: int, device: torch.device) -> Tensor:
+    """int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each
+    other and share them; a graph may be replayed beside anything, so each has its own."""
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    place = stream.device_index, stream.stream_id
+    if place not in _COUNTERS or _COUNTERS[place].numel() < count:
+        _COUNTERS[place] = torch.zeros(triton.next_power_of_2(count), dtype=torch.int32, device=device)
+    return _COUNTERS[place]

@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import MIN_TEMPERATURE
-from specdec_kernels.triton_kernels.rows import TILE, Law, load_block, log_prob, row_argmax, row_stats
+from specdec_kernels.triton_kernels.rows import (
+    STAGES,
+    TILE,
+    Law,
+    largest_token,
+    load_block,
+    log_prob,
+    summary,
+    tabulate,
+)
 
 GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 
@@ -33,7 +42,7 @@ def measure(rows, i, scale, top, pivot, TILES: tl.constexpr):
     mass = tl.zeros([TILES], tl.float32)
     least = tl.full([TILES], float("inf"), tl.float32)
     below = tl.full([TILES], float("-inf"), tl.float32)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         logits = load_block(rows, i, start, TILES)
         above = (logits >= pivot) & (logits > float("-inf"))
         count += tl.sum(above.to(tl.int32), axis=1)
@@ -89,32 +98,54 @@ def filter_pivot(rows, i, sampling, top, TILES: tl.constexpr):
 
 
 @triton.jit
-def row_law(rows, i, sampling, key, tag, RACE: tl.constexpr, TILES: tl.constexpr):
-    """(the law of row i, whether the row is valid). Greedy is the point mass on the largest logit; so is, for what is
-    emitted then, a row that is not valid, on its largest finite one."""
+def table_scale(scale):
+    """What a row is measured with: greedily the scale is infinite, and only its largest logit is asked for."""
+    return tl.where(scale == float("inf"), 1.0, scale)
+
+
+@triton.jit
+def tabled_law(
+    rows, i, sampling, key, tag, table, RACE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """(the law of row i, whether the row is valid), from its table; where tokens are filtered out, the row is measured
+    again. Greedy is the point mass on the largest logit; so is, for what is emitted then, a row that is not valid, on
+    its largest finite one."""
     scale, top_k, top_p, min_p = sampling
-    logsumexp = tl.full([], 0.0, tl.float64)
-    tile = tl.full([], 0, tl.int64)
     cutoff = tl.full([], float("-inf"), tl.float32)
-    valid = tl.full([], 1, tl.int1)
     argmax = tl.full([], -1, tl.int64)
     greedy = scale == float("inf")
-    if not greedy:
-        logsumexp, tile, valid, top, _least = row_stats(rows, i, scale, cutoff, key, tag, RACE, TILES)
-        if valid & (keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)):
-            pivot = filter_pivot(rows, i, sampling, top, TILES)
-            logsumexp, tile, valid, _top, cutoff = row_stats(rows, i, scale, pivot, key, tag, RACE, TILES)
+    finite = table_scale(scale)
+    logsumexp, tile, valid, top, largest = summary(rows, finite, table, key, tag, RACE, ENTRIES)
     if greedy | (valid == 0):
-        cutoff, argmax, valid = row_argmax(rows, i, TILES)
+        logsumexp = tl.full([], 0.0, tl.float64)
+        cutoff = top
+        argmax = largest_token(rows, i, top, largest)
+    elif keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0):
+        pivot = filter_pivot(rows, i, sampling, top, TILES)
+        tl.debug_barrier()  # everybody has read what is overwritten now
+        cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
+        tl.debug_barrier()
+        logsumexp, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
     return Law(scale, cutoff, logsumexp, argmax, tile), valid
 
 
 @triton.jit
-def token_logprob(rows, i, token, sampling, key, TILES: tl.constexpr):
+def row_law(rows, i, sampling, key, tag, table, RACE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """The same of a row that was not measured."""
+    scale, _top_k, _top_p, _min_p = sampling
+    lowest = tl.full([], float("-inf"), tl.float32)
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), table_scale(scale), lowest, table, ENTRIES, TILES)
+    tl.debug_barrier()
+    return tabled_law(rows, i, sampling, key, tag, table, RACE, ENTRIES, TILES)
+
+
+@triton.jit
+def token_logprob(rows, i, token, sampling, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Of a token under the law of row i, float32; nan where the row is not valid."""
     score = tl.full([], float("nan"), tl.float64)
     no_tag = tl.full([], 0, tl.int64)
-    law, usable = row_law(rows, i, sampling, key, no_tag, False, TILES)
+    law, usable = row_law(rows, i, sampling, key, no_tag, table, False, ENTRIES, TILES)
     if usable:
         score = log_prob(rows, i, law, token)
     return score.to(tl.float32)

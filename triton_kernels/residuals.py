@@ -12,6 +12,7 @@ import triton.language as tl
 from specdec_kernels.contract import Purpose
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
+    STAGES,
     TILE,
     Law,
     block_ids,
@@ -23,7 +24,8 @@ from specdec_kernels.triton_kernels.rows import (
     probs,
     race_tag,
     race_tiles,
-    row_stats,
+    summary,
+    tabulate,
 )
 
 TARGET = tl.constexpr(int(Purpose.TARGET))
@@ -79,9 +81,13 @@ def next_child(tree, node, after):
 
 
 @triton.jit
-def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr):
+def draft_law(
+    draft_rows, stats_ptr, i, token, needed, key, table, TABLED: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """(the law that draft i was drawn from, the draft's probability, whether both are usable): its own softmax, or the
-    scalars handed over; the point mass on it where there are no logits, or where no law is ``needed``."""
+    scalars handed over; the point mass on it where there are no logits, or where no law is ``needed``. ``TABLED``: the
+    draft's row was measured."""
     scale = tl.full([], 1.0, tl.float32)
     cutoff = tl.full([], float("-inf"), tl.float32)
     logsumexp = tl.full([], 0.0, tl.float64)
@@ -98,9 +104,11 @@ def draft_law(draft_rows, stats_ptr, i, token, needed, key, TILES: tl.constexpr)
                 argmax = tl.where(scale == float("inf"), token, -1)
             else:
                 no_tag = tl.full([], 0, tl.int64)
-                logsumexp, _tile, usable, _top, _least = row_stats(
-                    draft_rows, i, scale, cutoff, key, no_tag, False, TILES
-                )
+                if not TABLED:
+                    tl.debug_barrier()  # everybody has read what is overwritten now
+                    tabulate(draft_rows, i, 0, tl.cdiv(draft_rows.vocab, TILE), scale, cutoff, table, ENTRIES, TILES)
+                    tl.debug_barrier()
+                logsumexp, _tile, usable, _top, _first = summary(draft_rows, scale, table, key, no_tag, False, ENTRIES)
             if argmax < 0:
                 prob = tl.exp(log_prob(draft_rows, i, Law(scale, cutoff, logsumexp, argmax, argmax), token))
                 usable = usable & (prob < float("inf"))
@@ -179,7 +187,7 @@ def residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES: tl.co
 def residual_mass(rows, draft_rows, i, law, draft, rejected, TILES: tl.constexpr):
     """The sum of the residual's weights, float64."""
     mass = tl.zeros([TILES], tl.float32)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         mass += residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
     return tl.sum(mass).to(tl.float64)
 
@@ -189,7 +197,7 @@ def residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl
     """A token from (target - draft)+ by the two-level race; ``NO_ID`` where nothing is left of it."""
     best = tl.full([TILES], float("inf"), tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         sums = residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
         best, winner = race_tiles(best, winner, sums, start, key, tag, TILES)
     drawn = first_arrival(best, winner)

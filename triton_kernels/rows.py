@@ -16,6 +16,8 @@ from specdec_kernels.triton_kernels.noise import exponentials
 TILE = tl.constexpr(_TILE)
 TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
 COUPLED = tl.constexpr(int(Purpose.COUPLED))
+# Blocks of a row that are asked for before the first is there, and one.
+STAGES = tl.constexpr(4)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
 
@@ -156,64 +158,52 @@ def first_arrival(times, ids):
 
 
 @triton.jit
-def row_stats(rows, i, scale, pivot, key, tag, RACE: tl.constexpr, TILES: tl.constexpr):
-    """One pass over what is not below ``pivot``: (logsumexp in float64, the tile that wins the tile race if ``RACE``,
-    whether the row is valid, the largest logit, the smallest one).
+def tabulate(rows, i, first, last, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """Measure the tiles [first, last) of row i: of each the largest logit and the sum of exp(scale * (logit - that)),
+    written to ``table [2, ENTRIES]``; what is below ``pivot`` counts for -inf. Returns the smallest logit that is not.
 
-    The race is held on logarithms of arrival times, so that no tile needs the largest logit of the whole row, and on
-    their differences, so that a low temperature costs no precision.
+    A nan or +inf shows in the sum and not in the maximum. All else that is asked about a row is read from its table, so
+    it does not matter which program measured which tile, nor in how large blocks.
     """
-    maximum = tl.full([TILES], float("-inf"), tl.float32)
     least = tl.full([TILES], float("inf"), tl.float32)
-    total = tl.zeros([TILES], tl.float32)
-    best = tl.full([TILES], float("inf"), tl.float32)  # log(E / tile_sum), to be read relative to best_base
-    best_base = tl.zeros([TILES], tl.float32)
-    winner = tl.full([TILES], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(first, last, TILES, num_stages=STAGES):
         logits = load_block(rows, i, start, TILES)
         below = logits < pivot
         least = tl.minimum(least, tl.min(tl.where(below, float("inf"), logits), axis=1))
         logits = tl.where(below, float("-inf"), logits)
-        tile_max = tl.max(logits, axis=1)
-        base = usable_base(tile_max)
-        tile_sum = tl.sum(tl.exp(scale * (logits - base[:, None])), axis=1)
-        new_max = tl.maximum(maximum, tile_max)
-        new_base = usable_base(new_max)
-        total = total * tl.exp(scale * (maximum - new_base)) + tile_sum * tl.exp(scale * (tile_max - new_base))
-        maximum = new_max
-        if RACE:
-            tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-            time = tl.log(exponentials(key.seed, key.position, tag, tiles)) - tl.log(tile_sum)
-            sooner = (time - best < scale * (base - best_base)) & (tile_sum > 0)
-            winner = tl.where(sooner, tiles, winner)
-            best = tl.where(sooner, time, best)
-            best_base = tl.where(sooner, base, best_base)
-    top = tl.max(maximum)
-    sum_of_row = tl.sum(total * tl.exp(scale * (maximum - usable_base(top))))
-    valid = (sum_of_row > 0) & (sum_of_row < float("inf")) & (top < float("inf"))
-    logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(sum_of_row.to(tl.float64))
-    time = tl.where(winner < NO_ID, best - scale * (best_base - usable_base(top)), float("inf"))
-    return logsumexp, first_arrival(time, winner), valid, top, tl.min(least)
+        maxima = tl.max(tl.where(logits < float("inf"), logits, float("-inf")), axis=1)
+        sums = tl.sum(tl.exp(scale * (logits - usable_base(maxima)[:, None])), axis=1)
+        tiles = start + tl.arange(0, TILES)
+        tl.store(table + tiles, maxima, mask=tiles < last)
+        tl.store(table + ENTRIES + tiles, sums, mask=tiles < last)
+    return tl.min(least)
 
 
 @triton.jit
-def row_argmax(rows, i, TILES: tl.constexpr):
-    """Of row i (the largest logit, its lowest id, whether the row is valid); infinities and nan are passed over."""
-    best = tl.full([TILES, TILE], float("-inf"), tl.float32)
-    winner = tl.full([TILES, TILE], NO_ID, tl.int64)
-    bad = tl.zeros([TILES, TILE], tl.int32)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
-        ids = block_ids(start, TILES)
-        logits = load_block(rows, i, start, TILES)
-        unusable = (logits != logits) | (logits == float("inf"))
-        bad = bad | unusable.to(tl.int32)
-        larger = (logits > best) & (unusable == 0)
-        winner = tl.where(larger, ids, winner)
-        best = tl.where(larger, logits, best)
-    top = tl.max(tl.max(best, axis=1), axis=0)
-    token = tl.min(tl.min(tl.where(best == top, winner, NO_ID), axis=1), axis=0)
-    found = token < NO_ID
-    return top, tl.where(found, token, 0), found & (tl.max(tl.max(bad, axis=1), axis=0) == 0)
+def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
+    """What the table of a row says: (logsumexp in float64, the tile that wins the tile race if ``RACE``, whether the
+    row is valid, the largest logit, the first tile that has it)."""
+    tiles = tl.arange(0, ENTRIES)
+    there = tiles < tl.cdiv(rows.vocab, TILE)
+    maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
+    top = tl.max(maxima)
+    weights = tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(scale * (maxima - usable_base(top)))
+    total = tl.sum(weights)
+    logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(total.to(tl.float64))
+    winner = tl.full([], 0, tl.int64)
+    if RACE:
+        times = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
+        winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
+    largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
+    return logsumexp, winner, (total > 0) & (total < float("inf")), top, largest
+
+
+@triton.jit
+def largest_token(rows, i, top, tile):
+    """The first id in ``tile`` whose logit is ``top``; 0 where no logit is finite."""
+    ids = tile * TILE + tl.arange(0, TILE)
+    token = tl.min(tl.where(load_tile(rows, i, tile) == top, ids, NO_ID))
+    return tl.where((top > float("-inf")) & (token < NO_ID), token, 0)
 
 
 @triton.jit
@@ -277,7 +267,7 @@ def flat_race(rows, i, law, key, TILES: tl.constexpr):
     tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
     best = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], NO_ID, tl.int64)
-    for start in range(0, tl.cdiv(rows.vocab, TILE), TILES):
+    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         ids = block_ids(start, TILES)
         weights = probs(load_block(rows, i, start, TILES), law)
         times = exponentials(key.seed, key.position + i, tag, ids) / weights

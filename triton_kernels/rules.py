@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import Rule
-from specdec_kernels.triton_kernels.laws import row_law
+from specdec_kernels.triton_kernels.laws import tabled_law
 from specdec_kernels.triton_kernels.noise import coin
 from specdec_kernels.triton_kernels.residuals import (
     REACH,
@@ -23,8 +23,11 @@ from specdec_kernels.triton_kernels.rows import flat_race, log_prob, race_tag
 
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
-# What the block rule remembers of a row, in doubles: what `remember` stores.
-MEMORY = tl.constexpr(9)
+# What is known of a row once it was judged, in doubles, behind what `remember` stores of it: whether it is valid,
+# whether its draft can be tested, whether it passes, the coupled draw, the draft's probability under target and draft.
+VALID, TESTED, PASSED = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+DRAWN, PROB, DRAFT_PROB = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
+MEMORY = tl.constexpr(15)
 
 
 @triton.jit
@@ -37,51 +40,59 @@ def load_draft(rows, i, drafted):
 
 
 @triton.jit
-def one_by_one(
-    rows, draft_rows, stats_ptr, drafted, sampling, key, RULE: tl.constexpr, INDEPENDENT: tl.constexpr,
+def judge(
+    rows, draft_rows, stats_ptr, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """Rules token and coupled: (drafts kept, emitted token, all rows valid?, drafts acceptable each by itself)."""
-    i = tl.full([], 0, tl.int64)
+    """Look at row i, whose target's and draft's ``tables`` are made, and remember all that a rule asks of it. Whether
+    its draft passes on its own, by coin or, coupled, by being what is drawn."""
+    law, valid = tabled_law(rows, i, sampling, key, race_tag(TARGET, i), tables, RULE != COUPLED_RULE, ENTRIES, TILES)
+    token = load_draft(rows, i, drafted)
+    tested = (token >= 0) & valid
+    drawn = law.argmax
+    place = memory + i * MEMORY
+    if RULE == COUPLED_RULE:
+        if drawn < 0:
+            drawn = flat_race(rows, i, law, key, TILES)
+        passed = tested & (token == drawn)
+        remember(place, law, law, tl.full([], 1.0, tl.float64))
+    else:
+        # A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
+        needed = tested & (law.argmax < 0)
+        draft, draft_prob, lawful = draft_law(
+            draft_rows, stats_ptr, i, token, needed, key, tables + 2 * ENTRIES, True, ENTRIES, TILES
+        )
+        tested = tested & lawful
+        prob = tl.full([], 0.0, tl.float64)
+        if tested:
+            prob = tl.exp(log_prob(rows, i, law, token))
+        # Strict: a token the target gives probability 0 is never accepted, even by coin 0.
+        passed = tested & (coin(key.seed, key.position, i) * draft_prob < prob)
+        remember(place, law, draft, tl.full([], 1.0, tl.float64))
+        tl.store(place + PROB, prob)
+        tl.store(place + DRAFT_PROB, draft_prob)
+    tl.store(place + VALID, valid.to(tl.float64))
+    tl.store(place + TESTED, tested.to(tl.float64))
+    tl.store(place + PASSED, passed.to(tl.float64))
+    tl.store(place + DRAWN, drawn.to(tl.float64))
+    return passed
+
+
+@triton.jit
+def one_by_one(rows, draft_rows, drafted, sampling, key, memory, RULE: tl.constexpr, TILES: tl.constexpr):
+    """Rules token and coupled, from what was judged: (drafts kept, emitted token, all rows valid?)."""
     kept = tl.full([], 0, tl.int64)
-    emitted = tl.full([], -1, tl.int64)
-    all_valid = tl.full([], 1, tl.int32)
-    independent = tl.full([], 0, tl.int32)
-    looking = tl.full([], 1, tl.int32)
-    while looking != 0:
-        law, valid = row_law(rows, i, sampling, key, race_tag(TARGET, i), RULE != COUPLED_RULE, TILES)
-        token = load_draft(rows, i, drafted)
-        drafting = (token >= 0) & valid
-        drawn = law.argmax
-        if RULE == COUPLED_RULE:
-            if drawn < 0:
-                drawn = flat_race(rows, i, law, key, TILES)
-            usable = drafting
-            accepted = drafting & (token == drawn)
-        else:
-            # A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
-            draft, draft_prob, lawful = draft_law(
-                draft_rows, stats_ptr, i, token, drafting & (law.argmax < 0), key, TILES
-            )
-            usable = drafting & lawful
-            accepted = usable
-            if usable:
-                # Strict: a token the target gives probability 0 is never accepted, even by coin 0.
-                accepted = coin(key.seed, key.position, i) * draft_prob < tl.exp(log_prob(rows, i, law, token))
-        independent += accepted.to(tl.int32)
-        if emitted < 0:
-            all_valid = all_valid & (valid & (usable | (token < 0))).to(tl.int32)
-            if accepted:
-                kept += 1
-            elif RULE == COUPLED_RULE:
-                emitted = drawn
-            else:
-                emitted = emit(rows, draft_rows, i, law, draft, None, usable, key, TILES)
-        i += 1
-        looking = (emitted < 0).to(tl.int32)
-        if INDEPENDENT:
-            looking = tl.where((emitted < 0) | (i < drafted), 1, 0)
-    return kept, emitted, all_valid, independent
+    while (kept < drafted) & (tl.load(memory + kept * MEMORY + PASSED) != 0):
+        kept += 1
+    place = memory + kept * MEMORY
+    tested = tl.load(place + TESTED) != 0
+    all_valid = (tl.load(place + VALID) != 0) & (tested | (kept == drafted))
+    if RULE == COUPLED_RULE:
+        emitted = tl.load(place + DRAWN).to(tl.int64)
+    else:
+        law, draft, _divided = recalled_laws(place, sampling[0], tl.full([], 1.0, tl.float64))
+        emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, TILES)
+    return kept, emitted, all_valid
 
 
 @triton.jit
@@ -94,25 +105,22 @@ def recall(place, scale):
 
 
 @triton.jit
-def all_together(rows, draft_rows, stats_ptr, drafted, sampling, key, memory, TILES: tl.constexpr):
-    """Rule block: (drafts kept, emitted token, all rows valid?). The names follow algorithms.md, 2."""
+def all_together(rows, draft_rows, drafted, sampling, key, memory, TILES: tl.constexpr):
+    """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow algorithms.md,
+    2."""
     reach = tl.full([], 1.0, tl.float64)
     looked_at = tl.full([], 0, tl.int64)
-    all_valid = tl.full([], 1, tl.int32)
+    all_valid = tl.full([], 1, tl.int1)
     looking = (drafted > 0).to(tl.int32)
     while looking != 0:
-        law, valid = row_law(rows, looked_at, sampling, key, race_tag(TARGET, looked_at), True, TILES)
-        token = load_draft(rows, looked_at, drafted)
-        draft, draft_prob, lawful = draft_law(
-            draft_rows, stats_ptr, looked_at, token, valid & (law.argmax < 0), key, TILES
-        )
-        remember(memory + looked_at * MEMORY, law, draft, reach)
-        looking = (valid & lawful).to(tl.int32)
-        all_valid = all_valid & looking
-        if looking != 0:
+        place = memory + looked_at * MEMORY
+        tl.store(place + REACH, reach)
+        all_valid = tl.load(place + TESTED) != 0
+        looking = all_valid.to(tl.int32)
+        if all_valid:
             # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
-            prob = tl.exp(log_prob(rows, looked_at, law, token))
-            reach = tl.where(prob > 0, tl.minimum(1.0, reach * prob / draft_prob), 0.0)
+            prob = tl.load(place + PROB)
+            reach = tl.where(prob > 0, tl.minimum(1.0, reach * prob / tl.load(place + DRAFT_PROB)), 0.0)
             looked_at += 1
             looking = tl.where((reach > 0) & (looked_at < drafted), 1, 0)
     tl.debug_barrier()  # what one thread remembered, others recall
@@ -134,12 +142,9 @@ def all_together(rows, draft_rows, stats_ptr, drafted, sampling, key, memory, TI
             kept -= 1
             deciding = (kept > 0).to(tl.int32)
 
-    emitted = tl.full([], 0, tl.int64)
-    if kept == drafted:
-        law, valid = row_law(rows, kept, sampling, key, race_tag(TARGET, kept), True, TILES)
-        all_valid = all_valid & valid.to(tl.int32)
-        emitted = emit(rows, draft_rows, kept, law, law, None, False, key, TILES)
-    else:
-        law, draft, _here = recall(memory + kept * MEMORY, sampling[0])
-        emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, TILES)
+    # The row after the last draft was not looked at: there is nothing to reject in it.
+    place = memory + kept * MEMORY
+    all_valid = all_valid & ((kept < drafted) | (tl.load(place + VALID) != 0))
+    law, draft, _here = recall(place, sampling[0])
+    emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, TILES)
     return kept, emitted, all_valid

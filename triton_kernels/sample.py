@@ -1,4 +1,4 @@
-"""``sample``: one program a row. Semantics: :mod:`specdec_kernels.ops`."""
+"""``sample``: one launch. Semantics: :mod:`specdec_kernels.ops`."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import Purpose
-from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import row_law, sampling_of
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
+from specdec_kernels.triton_kernels.laws import sampling_of, table_scale, tabled_law
 from specdec_kernels.triton_kernels.rows import Key, Rows, draw_from_row, flat_race, log_prob, own_edits, race_tag
+from specdec_kernels.triton_kernels.teams import arrive, measure
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
 
 
-@triton.jit(do_not_specialize=["top_k", "num_edits"])  # 1 would become a constant, of another type
+@triton.jit(do_not_specialize=["top_k", "num_edits", "slices"])  # 1 would become a constant, of another type
 def sample_kernel(
     logits_ptr,
     seed_ptr,
@@ -37,12 +38,17 @@ def sample_kernel(
     tokens_ptr,
     logprobs_ptr,
     stats_ptr,
+    tables_ptr,
+    counters_ptr,
     row_stride,
     vocab,
+    slices,
     COUPLED_RULE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64)
+    r = (tl.program_id(0) // slices).to(tl.int64)
+    part = tl.program_id(0) % slices
     key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
     mask = None
@@ -57,23 +63,27 @@ def sample_kernel(
         )
     else:
         rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0, None)
-    row = tl.load(row_ptr + r)
-    tag = race_tag(DRAFT, row)
     here = tl.full([], 0, tl.int64)
-    law, valid = row_law(rows, here, sampling, key, tag, True, TILES)
-    token = law.argmax
-    if token < 0:
-        if COUPLED_RULE:
-            token = flat_race(rows, here, law, Key(key.seed, key.position + row), TILES)
-        else:
-            token = draw_from_row(rows, here, law, key, tag)
-    logprob = log_prob(rows, here, law, token)
-    nan = float("nan")
-    tl.store(tokens_ptr + r, token)
-    tl.store(logprobs_ptr + r, tl.where(valid, logprob.to(tl.float32), nan))
-    tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
-    tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
-    tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
+    table = tables_ptr + r * 2 * ENTRIES
+    measure(rows, here, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+    if arrive(counters_ptr + r, slices - 1):
+        tl.store(counters_ptr + r, 0)
+        row = tl.load(row_ptr + r)
+        tag = race_tag(DRAFT, row)
+        law, valid = tabled_law(rows, here, sampling, key, tag, table, True, ENTRIES, TILES)
+        token = law.argmax
+        if token < 0:
+            if COUPLED_RULE:
+                token = flat_race(rows, here, law, Key(key.seed, key.position + row), TILES)
+            else:
+                token = draw_from_row(rows, here, law, key, tag)
+        logprob = log_prob(rows, here, law, token)
+        nan = float("nan")
+        tl.store(tokens_ptr + r, token)
+        tl.store(logprobs_ptr + r, tl.where(valid, logprob.to(tl.float32), nan))
+        tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
+        tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
+        tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
 
 
 def sample(
@@ -99,9 +109,12 @@ def sample(
     stats = logits.new_empty((rows, 3), dtype=torch.float32)
     if rows:
         config = config_for(logits)
-        sample_kernel[(rows,)](
+        tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
+        slices = slices_of(rows, config, logits.device)
+        sample_kernel[(rows * slices,)](
             logits, seed, position, row, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
-            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats,
-            logits.stride(0), vocab, COUPLED_RULE=coupled, TILES=config.tiles, **config.options,
+            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats, tables,
+            counters_at_rest(rows, logits.device), logits.stride(0), vocab, slices, COUPLED_RULE=coupled,
+            **config.constants, **config.options,
         )  # fmt: skip
     return tokens, logprobs, stats

@@ -28,6 +28,7 @@ from specdec_kernels.triton_kernels.residuals import (
     residual_mass,
 )
 from specdec_kernels.triton_kernels.rows import (
+    STAGES,
     TILE,
     Key,
     Rows,
@@ -66,7 +67,7 @@ def depth_of(tree, node):
 
 
 @triton.jit
-def walk(rows, tree, sampling, key, RULE: tl.constexpr, TILES: tl.constexpr):
+def walk(rows, tree, sampling, key, tables, RULE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Rules walk and coupled: (last node of the path, emitted token, all rows valid?)."""
     node = tl.full([], 0, tl.int64)
     drawn = tl.full([], -1, tl.int64)
@@ -74,7 +75,7 @@ def walk(rows, tree, sampling, key, RULE: tl.constexpr, TILES: tl.constexpr):
     walking = tl.full([], 1, tl.int32)
     while walking != 0:
         tag = race_tag(TARGET, node)
-        law, valid = row_law(rows, node, sampling, key, tag, RULE != COUPLED_RULE, TILES)
+        law, valid = row_law(rows, node, sampling, key, tag, tables, RULE != COUPLED_RULE, ENTRIES, TILES)
         all_valid = valid
         drawn = law.argmax
         if drawn < 0:
@@ -106,13 +107,16 @@ def drafted_prob(draft_rows, node, draft, token):
 
 
 @triton.jit
-def enter(rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, memory, TILES: tl.constexpr):
+def enter(
+    rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, tables, memory, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """Look at a node: remember its laws and a fresh state. Whether its row and its children's laws are usable."""
-    law, valid = row_law(rows, node, sampling, key, race_tag(TARGET, node), True, TILES)
+    law, valid = row_law(rows, node, sampling, key, race_tag(TARGET, node), tables, True, ENTRIES, TILES)
     child = next_child(tree, node, node)
     token = tl.load(tree.tokens + child, mask=child < tree.nodes, other=0)
     needed = valid & (child < tree.nodes) & (law.argmax < 0)
-    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, TILES)
+    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, tables, False, ENTRIES, TILES)
     if needed:
         while (child < tree.nodes) & usable:
             token = tl.load(tree.tokens + child)
@@ -138,7 +142,7 @@ def draft_left(draft_rows, tree, node, draft, last, drafted, TILES: tl.constexpr
     if draft_rows is not None:
         if left < LEAST_DIFFERENCE:
             sums = tl.zeros([TILES], tl.float32)
-            for start in range(0, tl.cdiv(draft_rows.vocab, TILE), TILES):
+            for start in tl.range(0, tl.cdiv(draft_rows.vocab, TILE), TILES, num_stages=STAGES):
                 ids = block_ids(start, TILES)
                 weights = probs(load_block(draft_rows, node, start, TILES), draft)
                 child = next_child(tree, node, node)
@@ -173,14 +177,16 @@ def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.const
 
 @triton.jit
 def top_down_or_bottom_up(
-    rows, draft_rows, stats_ptr, tree, sampling, key, memory, RULE: tl.constexpr, TILES: tl.constexpr
-):
+    rows, draft_rows, stats_ptr, tree, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to
     the first child that passes; traversal goes down to any child that may be come to, and up again where a node
     fails."""
     node = tl.full([], 0, tl.int64)
     one = tl.full([], 1.0, tl.float64)
-    all_valid = enter(rows, draft_rows, stats_ptr, tree, node, one, sampling, key, memory, TILES).to(tl.int32)
+    fits = enter(rows, draft_rows, stats_ptr, tree, node, one, sampling, key, tables, memory, ENTRIES, TILES)
+    all_valid = fits.to(tl.int32)
     deciding = tl.full([], 1, tl.int32)
     while deciding != 0:
         place = memory + node * MEMORY
@@ -240,7 +246,9 @@ def top_down_or_bottom_up(
                 tl.debug_barrier()
             if below > 0:
                 node = child
-                fits = enter(rows, draft_rows, stats_ptr, tree, node, below, sampling, key, memory, TILES)
+                fits = enter(
+                    rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, ENTRIES, TILES
+                )
                 all_valid = all_valid & fits.to(tl.int32)
         else:
             accepted = tl.full([], 1, tl.int1)
@@ -281,6 +289,7 @@ def verify_tree_kernel(
     edit_bias_ptr,
     penalties_ptr,
     num_edits,
+    tables_ptr,
     memory_ptr,
     out_tokens_ptr,
     out_nodes_ptr,
@@ -297,6 +306,7 @@ def verify_tree_kernel(
     replacement,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -328,11 +338,14 @@ def verify_tree_kernel(
         if draft_stats_ptr is not None:
             stats = draft_stats_ptr + 3 * first
 
+    tables = tables_ptr + b * 2 * ENTRIES
     if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
         memory = memory_ptr + first * MEMORY
-        node, emitted, valid = top_down_or_bottom_up(rows, draft_rows, stats, tree, sampling, key, memory, RULE, TILES)
+        node, emitted, valid = top_down_or_bottom_up(
+            rows, draft_rows, stats, tree, sampling, key, tables, memory, RULE, ENTRIES, TILES
+        )
     else:
-        node, emitted, valid = walk(rows, tree, sampling, key, RULE, TILES)
+        node, emitted, valid = walk(rows, tree, sampling, key, tables, RULE, ENTRIES, TILES)
 
     depth = depth_of(tree, node)
     index = tl.arange(0, BLOCK)
@@ -351,8 +364,10 @@ def verify_tree_kernel(
         tl.store(out_tokens_ptr + place, token)
         tl.store(out_nodes_ptr + place, node.to(tl.int32))
         if out_logprobs_ptr is not None:
-            tl.store(out_logprobs_ptr + place, token_logprob(rows, node, token, sampling, key, TILES))
-            tl.store(out_raw_logprobs_ptr + place, token_logprob(plain, node, token, unfiltered(), key, TILES))
+            score = token_logprob(rows, node, token, sampling, key, tables, ENTRIES, TILES)
+            raw_score = token_logprob(plain, node, token, unfiltered(), key, tables, ENTRIES, TILES)
+            tl.store(out_logprobs_ptr + place, score)
+            tl.store(out_raw_logprobs_ptr + place, raw_score)
         token = tl.load(tokens + node)
         node = tl.maximum(tl.load(parents + node), 0)
         place -= 1
@@ -394,15 +409,16 @@ def verify_tree(
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
         # A kernel wants pointers of one type, used or not.
         memory = empty(torch.float64, 0 if walks else batch * nodes * MEMORY.value)
+        tables = empty(torch.float32, batch, 2 * config.entries)
         if walks:
             draft_logits = draft_stats = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         verify_tree_kernel[(batch,)](
             target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, sampling, temperature,
             top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
-            0 if edit_ids is None else edit_ids.shape[1], memory, tokens, path, accepted, valid,
+            0 if edit_ids is None else edit_ids.shape[1], tables, memory, tokens, path, accepted, valid,
             scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],
             *draft_strides, nodes, vocab, int(replacement), RULE=rule, BLOCK=triton.next_power_of_2(nodes),
-            TILES=config.tiles, **config.options,
+            **config.constants, **config.options,
         )  # fmt: skip
     return tokens, path, accepted, valid, scores, raw_scores

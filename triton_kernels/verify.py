@@ -1,4 +1,9 @@
-"""``verify_chain``: one program a request. Semantics: :mod:`specdec_kernels.ops`."""
+"""``verify_chain``: one launch. Semantics: :mod:`specdec_kernels.ops`.
+
+Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and the last row
+of a request to be judged decides. Rows come in the order of the drafts, so where programs start in that order, those of
+rows behind a draft that was not accepted find that out and read nothing. Nobody waits for anybody.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import Rule
-from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import sampling_of, token_logprob, unfiltered
-from specdec_kernels.triton_kernels.rows import Key, Rows, own_edits
-from specdec_kernels.triton_kernels.rules import MEMORY, all_together, one_by_one
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
+from specdec_kernels.triton_kernels.laws import sampling_of, table_scale, token_logprob, unfiltered
+from specdec_kernels.triton_kernels.residuals import recalled_laws
+from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, own_edits
+from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
+from specdec_kernels.triton_kernels.teams import arrive, measure
 
 BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
@@ -31,7 +38,9 @@ def live_drafts(drafts, stride, most, vocab):
     return live
 
 
-@triton.jit(do_not_specialize=["top_k", "num_edits", "longest"])  # 1 would become a constant, of another type
+@triton.jit(
+    do_not_specialize=["top_k", "num_edits", "longest", "batch", "slices"]
+)  # 1 would become a constant, of another type
 def verify_chain_kernel(
     target_ptr,
     tokens_ptr,
@@ -52,7 +61,9 @@ def verify_chain_kernel(
     edit_bias_ptr,
     penalties_ptr,
     num_edits,
+    tables_ptr,
     memory_ptr,
+    counters_ptr,
     out_tokens_ptr,
     out_accepted_ptr,
     out_valid_ptr,
@@ -67,11 +78,16 @@ def verify_chain_kernel(
     token_row_stride,
     longest,
     vocab,
+    batch,
+    slices,
     RULE: tl.constexpr,
     INDEPENDENT: tl.constexpr,
+    ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(0) % batch).to(tl.int64)
+    i = (tl.program_id(0) // batch // slices).to(tl.int64)
+    part = tl.program_id(0) // batch % slices
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
     first_row = b * (longest + 1)
@@ -108,36 +124,66 @@ def verify_chain_kernel(
         if draft_stats_ptr is not None:
             stats = draft_stats_ptr + 3 * b * longest
 
-    independent = tl.full([], -1, tl.int32)
-    if RULE == BLOCK_RULE:
-        memory = memory_ptr + b * longest * MEMORY
-        kept, emitted, valid = all_together(rows, draft_rows, stats, drafted, sampling, key, memory, TILES)
-    else:
-        kept, emitted, valid, alone = one_by_one(
-            rows, draft_rows, stats, drafted, sampling, key, RULE, INDEPENDENT, TILES
-        )
-        if INDEPENDENT:
-            independent = alone
-
-    out = b * (longest + 1)
-    tl.store(out_accepted_ptr + b, kept.to(tl.int32))
-    tl.store(out_valid_ptr + b, valid != 0)
-    tl.store(out_counters_ptr + 2 * b, drafted)
-    tl.store(out_counters_ptr + 2 * b + 1, independent)
-    for index in range(0, longest + 1):
-        token = tl.where(index == kept, emitted, -1)
-        if index < kept:
-            token = tl.load(drafts + index * token_row_stride).to(tl.int64)
-        tl.store(out_tokens_ptr + out + index, token)
-        if out_logprobs_ptr is not None:
-            score = tl.full([], float("nan"), tl.float32)
-            raw_score = tl.full([], float("nan"), tl.float32)
-            if index <= kept:
-                i = tl.full([], 0, tl.int64) + index
-                score = token_logprob(rows, i, token, sampling, key, TILES)
-                raw_score = token_logprob(plain, i, token, unfiltered(), key, TILES)
-            tl.store(out_logprobs_ptr + out + index, score)
-            tl.store(out_raw_logprobs_ptr + out + index, raw_score)
+    if i <= drafted:
+        memory = memory_ptr + b * (longest + 1) * MEMORY
+        tables = tables_ptr + (b * (longest + 1) + i) * 4 * ENTRIES
+        # At rest all counters are 0: of every row its programs that came, rows that were judged, and how many rows from
+        # the last there are behind the earliest known stop.
+        arrived = counters_ptr + b * (longest + 3)
+        judged = arrived + longest + 1
+        stopped = judged + 1
+        behind = longest + 1 - i.to(tl.int32)
+        if tl.load(stopped, volatile=True) <= behind:
+            measure(rows, i, table_scale(sampling[0]), part, slices, tables, ENTRIES, TILES)
+            if draft_ptr is not None:
+                if draft_stats_ptr is None:
+                    if (i < drafted) & (sampling[0] < float("inf")):
+                        one = tl.full([], 1.0, tl.float32)
+                        measure(draft_rows, i, one, part, slices, tables + 2 * ENTRIES, ENTRIES, TILES)
+        if arrive(arrived + i, slices - 1):
+            tl.store(arrived + i, 0)
+            # Where a program of this row read nothing, the stop it saw can be seen here.
+            if tl.load(stopped, volatile=True) <= behind:
+                passed = judge(rows, draft_rows, stats, i, drafted, sampling, key, tables, memory, RULE, ENTRIES, TILES)
+                if RULE != BLOCK_RULE:
+                    if not INDEPENDENT:
+                        if passed == 0:
+                            tl.atomic_max(stopped, behind)
+            if arrive(judged, drafted):
+                tl.store(judged, 0)
+                tl.store(stopped, 0)
+                if RULE == BLOCK_RULE:
+                    kept, emitted, valid = all_together(rows, draft_rows, drafted, sampling, key, memory, TILES)
+                else:
+                    kept, emitted, valid = one_by_one(rows, draft_rows, drafted, sampling, key, memory, RULE, TILES)
+                independent = tl.full([], -1, tl.int32)
+                if INDEPENDENT:
+                    independent = tl.full([], 0, tl.int32)
+                    for index in range(0, drafted):
+                        independent += (tl.load(memory + index * MEMORY + PASSED) != 0).to(tl.int32)
+                tl.store(out_accepted_ptr + b, kept.to(tl.int32))
+                tl.store(out_valid_ptr + b, valid)
+                tl.store(out_counters_ptr + 2 * b, drafted)
+                tl.store(out_counters_ptr + 2 * b + 1, independent)
+                out = b * (longest + 1)
+                for index in range(0, longest + 1):
+                    token = tl.where(index == kept, emitted, -1)
+                    if index < kept:
+                        token = tl.load(drafts + index * token_row_stride).to(tl.int64)
+                    tl.store(out_tokens_ptr + out + index, token)
+                    if out_logprobs_ptr is not None:
+                        score = tl.full([], float("nan"), tl.float64)
+                        raw_score = tl.full([], float("nan"), tl.float32)
+                        if index <= kept:
+                            row = tl.full([], 0, tl.int64) + index
+                            place = memory + row * MEMORY
+                            if tl.load(place + VALID) != 0:
+                                unit = tl.full([], 1.0, tl.float64)
+                                law, _draft, _divided = recalled_laws(place, sampling[0], unit)
+                                score = log_prob(rows, row, law, token)
+                            raw_score = token_logprob(plain, row, token, unfiltered(), key, tables, ENTRIES, TILES)
+                        tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
+                        tl.store(out_raw_logprobs_ptr + out + index, raw_score)
 
 
 def verify_chain(
@@ -173,18 +219,20 @@ def verify_chain(
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
         config = config_for(target_logits)
-        # A kernel wants pointers of one type, used or not.
-        memory = empty(torch.float64, (batch * (rows - 1) if rule == Rule.BLOCK else 0) * MEMORY.value)
+        memory = empty(torch.float64, batch * rows * MEMORY.value)
+        tables = empty(torch.float32, batch * rows, 4 * config.entries)
+        slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
-        verify_chain_kernel[(batch,)](
+        verify_chain_kernel[(batch * rows * slices,)](
             target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, sampling,
             temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
-            0 if edit_ids is None else edit_ids.shape[1], memory, tokens, accepted, valid, counters,
+            0 if edit_ids is None else edit_ids.shape[1], tables, memory,
+            counters_at_rest(batch * (rows + 2), target_logits.device), tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides, *draft_strides,
-            *draft_tokens.stride(), rows - 1, vocab, RULE=rule, INDEPENDENT=independent, TILES=config.tiles,
-            **config.options,
+            *draft_tokens.stride(), rows - 1, vocab, batch, slices, RULE=rule, INDEPENDENT=independent,
+            **config.constants, **config.options,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores

@@ -32,8 +32,8 @@ def _build_facts() -> dict[str, str | bool]:
     return build_facts()
 
 
-def report(console: Console) -> bool:
-    """Print it; whether every backend that runs gives the known answers and agrees with the oracle."""
+def describe(console: Console) -> None:
+    """Print versions, how the native code was built, and the machine."""
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
     built = ", ".join(f"{key} {value}" for key, value in _build_facts().items())
@@ -42,6 +42,11 @@ def report(console: Console) -> bool:
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}"
     )
+
+
+def report(console: Console) -> bool:
+    """Print it; whether every backend that runs gives the known answers and agrees with the oracle."""
+    describe(console)
     table = Table("backend", "is", "runs on", "known answers", "against the oracle")
     healthy = True
     for backend in BACKENDS.values():

@@ -74,7 +74,7 @@ class Session:
     def _most_drafts(self) -> int:
         if self.settings.num_draft is not None:
             return self.settings.num_draft
-        return TREE_DRAFTS if self.settings.drafter in ("tree", "medusa") else MOST_DRAFTS
+        return TREE_DRAFTS if self.settings.drafter in ("tree", "static-tree", "medusa") else MOST_DRAFTS
 
     def decode(
         self, prompt: str, temperature: float, drafted: bool, statistics: Statistics, seed: int | None = None

@@ -20,6 +20,7 @@ class DrafterKind(StrEnum):
     model = "model"
     lookup = "lookup"
     tree = "tree"
+    static_tree = "static-tree"
     medusa = "medusa"
     none = "none"
 
@@ -47,8 +48,8 @@ def generate(
     drafter: Annotated[
         DrafterKind,
         typer.Option(
-            help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees. "
-            "medusa: heads, drafting a static tree."
+            help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees that "
+            "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree."
         ),
     ] = DrafterKind.auto,
     temperature: Annotated[
@@ -120,6 +121,31 @@ def bench(
         from specdec_kernels.bench.run import main
 
         main(out, quick, console)
+
+
+class Device(StrEnum):
+    """Where tensors are."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def selftest(
+    device: Annotated[Device, typer.Option(help="Where the backends are tested.")] = Device.cpu,
+    backend: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Random batches of chains; of trees half as many.")] = 120,
+) -> None:
+    """Hold backends against the float64 oracle, decision by decision; on a GPU also graphs, waits and launches."""
+    from specdec_kernels.cli.selftest import report
+
+    try:
+        healthy = report(console, device.value, backend or (), count)
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from None
+    if not healthy:
+        raise typer.Exit(1)
 
 
 @app.command()

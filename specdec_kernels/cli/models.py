@@ -19,6 +19,7 @@ from specdec_kernels.decode.drafters import (
     FeatureDrafter,
     FeatureModel,
     FirstOf,
+    Growth,
     LookupDrafter,
     MedusaDrafter,
     MedusaModel,
@@ -98,7 +99,8 @@ def load_drafter(
 
     Args:
         kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the
-            model, drafting trees), ``medusa`` (heads, drafting a static tree) or ``none``.
+            model, drafting dynamic trees), ``static-tree`` (the model, drafting the same tree every step), ``medusa``
+            (heads, drafting a static tree) or ``none``.
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
         adaptive: choose the number of drafts step by step; trees are as large as they are asked to be.
@@ -116,8 +118,8 @@ def load_drafter(
         return None
     if kind == "lookup":
         return chosen(LookupDrafter())
-    if kind not in ("model", "auto", "tree", "medusa"):
-        raise ValueError(f"drafter must be auto, model, lookup, tree, medusa or none, got {kind!r}")
+    if kind not in ("model", "auto", "tree", "static-tree", "medusa"):
+        raise ValueError(f"drafter must be auto, model, lookup, tree, static-tree, medusa or none, got {kind!r}")
     ours = Path(target.name_or_path) == smollm2_path()
     if kind == "medusa":
         if not ours:
@@ -130,6 +132,6 @@ def load_drafter(
         model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, drafting)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
-    if kind == "tree":
-        return TreeDrafter(model)
+    if kind in ("tree", "static-tree"):
+        return TreeDrafter(model, Growth(dynamic=kind == "tree"))
     return chosen(model) if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), chosen(model))

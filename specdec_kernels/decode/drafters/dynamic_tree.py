@@ -38,6 +38,9 @@ class Growth:
     """Nodes of a level that get children."""
     children: int = 6
     """Children of a node at most."""
+    dynamic: bool = True
+    """Whether a level depends on the tokens above it. Else every step has the same tree, whose shape gains most where
+    children are accepted as :data:`ACCEPTED` says, whatever they are (Sequoia, arXiv:2402.12374)."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "children"):
@@ -57,6 +60,8 @@ class TreeDrafter:
 
     Under the rule "coupled" children are the first arrivals of the race that the target will hold; any of them may be
     dropped.
+
+    A static tree (``Growth.dynamic``) takes the same number of children of the same nodes whatever they are.
 
     Args:
         drafter: a drafter with a model of its own.
@@ -87,7 +92,8 @@ class TreeDrafter:
             return Draft.nothing(len(each))
         sampled = bool((step.temperature > 0).any())
         how: ChildrenName = "top" if not sampled else "race" if step.coupled else "without_replacement"
-        plan = _Revealed(each) if how == "without_replacement" else _Likeliest(each)
+        likeliest = self.growth.dynamic and how != "without_replacement"
+        plan = _Likeliest(each) if likeliest else _Revealed(each, self.growth.dynamic)
         logits, features = self.drafter.read_pending()
         logits, features = logits[:, None], None if features is None else features[:, None]
         # Level 0 is the root: one node, which is in the cache already.
@@ -95,31 +101,31 @@ class TreeDrafter:
         index = torch.zeros((len(logits), 1), dtype=torch.int64)  # of the nodes among all candidates, the root first
         value = torch.zeros((len(logits), 1))  # logarithm of a path's worth
         levels: list[_Level] = []
-        for depth in range(min(self.growth.depth, wanted)):
+        deepest = min(self.growth.depth, wanted)
+        for depth in range(deepest):
             rows = self.drafter.full_rows(logits.flatten(0, 1))
             levels.append(_Level.of(rows, self._draw(rows, how, step, depth, wanted), value, index))
             plan.look(levels[-1], depth)
-            if depth + 1 == min(self.growth.depth, wanted) or not plan.goes_on:
+            if depth + 1 == deepest or not plan.goes_on:
                 break
             value, chosen = plan.values.topk(min(self.growth.width, plan.values.shape[1]))
             index = 1 + sum(level.tokens.shape[1] for level in levels[:-1]) + chosen
             slot = levels[-1].slot.gather(1, chosen)
             ancestors = _extended(ancestors, slot)
             tokens = levels[-1].tokens.gather(1, chosen).clamp(min=0)
-            above = None if features is None else features.gather(1, slot[..., None].expand(-1, -1, features.shape[2]))
+            above = None if features is None else _rows_at(features, slot)
             logits, features = self.drafter.advance_tree(tokens, above, ancestors, depth)
         self.drafter.drop_tree()
-        return _tree(levels, plan.kept(levels), how)
+        return _tree(levels, plan.kept(), how)
 
     def _draw(self, rows: Tensor, how: ChildrenName, step: Step, depth: int, wanted: int) -> DrawnChildren:
         """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
         width = len(rows) // len(step.seed)
         each: dict[str, Any] = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
-        # Drawn greedily there would be one child; likeliest children are ranked by the model's own probabilities.
-        each["temperature"] = torch.ones_like(step.temperature) if how == "top" else step.temperature
-        if how == "top":
-            each |= dict.fromkeys(("top_k", "top_p", "min_p"))
-        if how == "without_replacement":
+        each["temperature"] = step.temperature
+        if how == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
+            each = {"seed": step.seed, "position": step.position}
+        elif how == "without_replacement":
             each["temperature"] = step.temperature * self.drafter.drafting.cooling
         count = min(self.growth.children, wanted)
         spread: dict[str, Any] = {name: None if x is None else x.repeat_interleave(width) for name, x in each.items()}
@@ -185,7 +191,7 @@ class _Likeliest:
         """Of the latest level, [B, M]."""
         return self._scores[-1]
 
-    def kept(self, levels: Sequence[_Level]) -> Tensor:
+    def kept(self) -> Tensor:
         """bool [B, candidates]."""
         scores = torch.cat(self._scores, 1)
         return (_rank(scores) < self._wanted[:, None]) & scores.isfinite()
@@ -194,8 +200,8 @@ class _Likeliest:
 class _Revealed:
     """Of each node the first draws, as many as promise enough before they are looked at."""
 
-    def __init__(self, wanted: Tensor) -> None:
-        self._wanted, self._left = wanted, wanted.clone()
+    def __init__(self, wanted: Tensor, dynamic: bool) -> None:
+        self._wanted, self._left, self._dynamic = wanted, wanted.clone(), dynamic
         self._least = (LEAST_CHANCE / wanted.clamp(min=1)).log()[:, None]
         self._promises, self._shown = list[Tensor](), list[Tensor]()
         self.values = torch.empty(0)
@@ -210,11 +216,13 @@ class _Revealed:
         promise = promise.masked_fill((level.tokens < 0) | (depth >= self._wanted[:, None]), -torch.inf)
         shown = (promise >= self._least) & (_rank(promise) < self._left[:, None])
         self._left = self._left - shown.sum(1)
-        probs = level.logprobs.exp()
-        among = probs / (1 - (probs.cumsum(2) - probs)).clamp(min=1e-6)
-        at_zero, rise = torch.tensor([ACCEPTED_BY_PROBABILITY[min(j, 1)] for j in range(count)]).unbind(1)
-        chance = tested * (at_zero + rise * among.clamp(max=1.0))
-        self.values = (level.value[..., None] + chance.log()).flatten(1).masked_fill(~shown, -torch.inf)
+        worth = promise
+        if self._dynamic:  # what was revealed may be looked at
+            probs = level.logprobs.exp()
+            among = probs / (1 - (probs.cumsum(2) - probs)).clamp(min=1e-6)
+            at_zero, rise = torch.tensor([ACCEPTED_BY_PROBABILITY[min(j, 1)] for j in range(count)]).unbind(1)
+            worth = (level.value[..., None] + (tested * (at_zero + rise * among.clamp(max=1.0))).log()).flatten(1)
+        self.values = worth.masked_fill(~shown, -torch.inf)
         self.values = self.values.masked_fill(self.values + float(accepted[0].log()) < self._least, -torch.inf)
         self._promises.append(promise)
         self._shown.append(shown)
@@ -224,7 +232,7 @@ class _Revealed:
         """Whether any node is worth children, and there is room for one."""
         return bool((self.values.isfinite().any(1) & (self._left > 0)).any())
 
-    def kept(self, levels: Sequence[_Level]) -> Tensor:
+    def kept(self) -> Tensor:
         """bool [B, candidates]: what was revealed, and what else there is room for."""
         shown, promise = torch.cat(self._shown, 1), torch.cat(self._promises, 1)
         # A child of a node that was not revealed promises nothing; of the others the next draws are revealed in order.
@@ -239,11 +247,15 @@ def _rank(values: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.arange(values.shape[1]).expand_as(order).contiguous())
 
 
+def _rows_at(x: Tensor, slot: Tensor) -> Tensor:
+    """Rows ``slot [B, R]`` of ``x [B, width, ...]``."""
+    return x.gather(1, slot[..., None].expand(-1, -1, x.shape[2]))
+
+
 def _extended(ancestors: Tensor, slot: Tensor) -> Tensor:
     """Which of the tree's rows the next level attends to: what its parents did, and each node itself."""
     batch, width = slot.shape
-    inherited = ancestors.gather(1, slot[..., None].expand(-1, -1, ancestors.shape[2]))
-    return torch.cat([inherited, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
+    return torch.cat([_rows_at(ancestors, slot), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
 
 
 def _tree(levels: Sequence[_Level], kept: Tensor, how: ChildrenName) -> TreeDraft:

@@ -1,0 +1,94 @@
+"""What only a GPU can show: no wait for the host, graphs that are replayed with other inputs, one launch a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
+from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
+from specdec_kernels.selftest.common import BATCH, Report
+
+#: As large as in use, with a last tile that is not full.
+VOCAB, DRAFTS = 32_003, 3
+
+
+def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+    """Every operation that draws, by name, on a GPU; ``seed [BATCH]`` is read anew by each call."""
+    generator, device = torch.Generator().manual_seed(0), seed.device
+    target = torch.randn(BATCH, DRAFTS + 1, VOCAB, generator=generator).to(device, torch.bfloat16)
+    draft = (target[:, :DRAFTS].float() + torch.randn(BATCH, DRAFTS, VOCAB, generator=generator).to(device)).bfloat16()
+    keys: dict[str, Any] = {"seed": seed, "position": torch.arange(BATCH, device=device) + 100, "backend": backend}
+    drawn = [sample(draft[:, i], **keys, row=i) for i in range(DRAFTS)]
+    tokens, stats = (torch.stack([getattr(d, name) for d in drawn], 1) for name in ("tokens", "stats"))
+    nodes = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)
+    parents = torch.tensor([[-1, 0, 0, 1]] * BATCH, device=device)
+    drafted: dict[str, Any] = {"draft_logits": draft, "draft_stats": stats}
+    filters: dict[str, Any] = {"top_k": 50, "top_p": 0.9}
+    for rule in get_args(RuleName):
+        laws = {} if rule == "coupled" else drafted
+        plain = partial(verify_chain, target, tokens, **laws, **keys, rule=rule, temperature=0.7)
+        yield f"verify_chain {rule}", plain
+        yield f"verify_chain {rule} filtered", partial(plain, **filters)
+    for tree_rule in get_args(TreeRuleName):
+        yield f"verify_tree {tree_rule}", partial(verify_tree, target, nodes, parents, **keys, rule=tree_rule)
+    keys["row"] = torch.zeros_like(seed)  # made of an int, it would be a launch
+    yield "sample", partial(sample, target[:, 0], **keys)
+    for how in get_args(ChildrenName):
+        yield f"sample_children {how}", partial(sample_children, target[:, 0], 4, how, **keys)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Waiting for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def launches(call: Callable[[], object]) -> list[str]:
+    """Names of the kernels that a call launches."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in seen.events() if event.device_type.name == "CUDA"]
+    return [name for name in on_device if not name.startswith("Mem")]
+
+
+def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Bit for bit, nan for nan."""
+    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True))
+
+
+def check(report: Report, backend: BackendName | None, device: str) -> None:
+    """Every operation: no wait, one launch, and a graph that gives for other seeds what a call gives."""
+    seed = torch.arange(BATCH, device=device)
+    for name, call in calls(backend, seed):
+        call()  # compiled, and its counters made
+        torch.cuda.synchronize()
+        try:
+            with no_waiting():
+                call()
+        except RuntimeError as error:
+            report.wrong.append(f"{name}: waits for the device: {error}")
+            continue
+        names = launches(call)
+        if len(names) != 1:
+            report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for added in (1000, 5):
+            seed += added
+            graph.replay()
+            torch.cuda.synchronize()
+            report.compare(f"{name}: a graph after its seeds changed", same(captured, call()), True, torch.inf)
