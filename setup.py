@@ -1,6 +1,5 @@
 """Builds the native libraries with CMake and ninja; CMakeLists.txt is the one description of that build."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def cuda_compiler() -> Path | None:
+    """The nvcc of the package ``nvidia-cuda-nvcc`` where that is installed; else CMake looks for one."""
+    for folder in map(Path, sys.path):
+        if (nvcc := folder / "nvidia" / "cu13" / "bin" / "nvcc").is_file():
+            return nvcc
+    return None
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the native code into ``specdec_kernels``: of the tree if that is what is
     imported, else of the wheel. CMake puts everything where it belongs, so setuptools has nothing to copy."""
@@ -19,9 +26,11 @@ class CMakeBuild(build_ext):
         """Run CMake."""
         in_place = self.inplace or self.editable_mode
         into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels"
-        sanitize = bool(os.environ.get("SPECDEC_SANITIZE"))
-        build = ROOT / "build" / ("sanitize" if sanitize else "native")
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECDEC_SANITIZE={'ON' if sanitize else 'OFF'}"]
+        build = ROOT / "build" / "native"
+        options = [f"-DPython_EXECUTABLE={sys.executable}"]
+        if nvcc := cuda_compiler():
+            # It looks for its libraries in lib64, where the package has none.
+            options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", into], check=True)

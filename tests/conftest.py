@@ -1,4 +1,5 @@
-"""Tests that take ``backend`` run once for each implementation: Triton in its interpreter where there is no GPU."""
+"""Tests that take ``backend`` run once for each implementation but for what their module names in ``WITHOUT``; where
+there is no GPU, Triton in its interpreter and the CUDA programs on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
+    # Before anything imports the kernels.
+    os.environ["TRITON_INTERPRET"] = os.environ["SPECDEC_EMULATE_CUDA"] = "1"
 
 import pytest
 from interpreter import skip_repeated_patching
@@ -20,7 +22,13 @@ if not torch.cuda.is_available():
     skip_repeated_patching()
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        without = getattr(metafunc.module, "WITHOUT", ())
+        metafunc.parametrize("backend", [name for name in ops.BACKENDS if name not in without], indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     reason = ops.BACKENDS[name].reason

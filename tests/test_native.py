@@ -29,6 +29,7 @@ import torch, specdec_kernels as s
 from specdec_kernels import _native, selftest
 from specdec_kernels.ops import trees
 assert not selftest.run("cpu", count=60).wrong
+assert not selftest.run("cuda", count=60).wrong
 for vocab in (1, 127, 128, 129, 5000):
     for value in (0.0, float("nan"), float("inf"), float("-inf")):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -61,24 +62,20 @@ except ValueError:
 """
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
-def test_sanitizers_find_nothing(isa, tmp_path_factory):
+def sanitized(sanitizers: str, target: str, source: Path = ROOT) -> Path:
+    """The folder of a build with sanitizers."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    build = ROOT / "build" / "sanitize"
-    configure = [
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        build,
-        "-G",
-        "Ninja",
-        "-DSPECDEC_SANITIZE=ON",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
-    subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
+    build = source / "build" / sanitizers.replace(",", "-")
+    options = ["-G", "Ninja", f"-DSPECDEC_SANITIZE={sanitizers}", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(["cmake", "-S", source, "-B", build, *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build, "--target", target], check=True, capture_output=True)
+    return build
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+def test_sanitizers_find_nothing(isa):
+    build = sanitized("address,undefined", "all")
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")

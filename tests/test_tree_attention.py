@@ -8,17 +8,9 @@ from test_trees import trees
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec_kernels import tree_attention, tree_mask
-from specdec_kernels.ops import BACKENDS
 
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    return request.param
-
-
-@pytest.fixture
-def device(backend):
-    return "cuda" if BACKENDS[backend].device == "cuda" else "cpu"
+#: See conftest.py.
+WITHOUT = ("cpu", "cuda")
 
 
 def example(nodes, heads, kv_heads, width, dtype, contexts, room=0):
@@ -82,7 +74,7 @@ def test_a_wrong_bit_is_seen(backend, device):
 
 def test_the_cpu_backend_says_that_it_has_none():
     query, key, value, parents, contexts = example(3, 2, 1, 16, torch.float32, [7, 2])
-    with pytest.raises(RuntimeError, match="backend='cpu' has no tree_attention: leave it to PyTorch"):
+    with pytest.raises(RuntimeError, match="backend='cpu' has no tree_attention: backend=None takes"):
         tree_attention(query, key, value, tree_mask(parents, "packed"), contexts, backend="cpu")
 
 

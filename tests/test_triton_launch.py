@@ -73,7 +73,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("rule, kind", [("token", "statistics"), ("token", "dense"), ("block", "dense"),
+@pytest.mark.parametrize(("rule", "kind"), [("token", "statistics"), ("token", "dense"), ("block", "dense"),
                                         ("coupled", "point mass")])  # fmt: skip
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_do_not_depend_on_the_launch(launched, rule, kind, options):

@@ -13,9 +13,6 @@
 
 namespace specdec {
 
-constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
-constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
-
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
@@ -39,9 +36,6 @@ struct TileSpace {
   }
 };
 
-// Temperature 0, or too small for float32 scalars, is greedy: scale = inf marks a point mass.
-constexpr float kMinTemperature = 1e-5f;
-inline float scale_of(float temperature) { return temperature < kMinTemperature ? INFINITY : 1.0f / temperature; }
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
 // Temperature and filters of one request.

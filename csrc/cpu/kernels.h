@@ -4,12 +4,9 @@
 
 #include <cstdint>
 
+#include "../common/ops.h"
+
 namespace specdec {
-
-enum class DType { f32, bf16, f16 };
-
-// The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
-constexpr int64_t kTile = 128;
 
 // A race draws its noise in blocks of 16 Philox counters of four words. Arrays over tiles are padded to a multiple of
 // it, with 0 (weights) or -inf (maxima), so that no vector code sees an end.
@@ -31,13 +28,6 @@ struct Distribution {
   float cutoff;
   float lse_high;
   float lse_low;
-};
-
-// Everything of a Philox counter but the index: docs/noise.md.
-struct Noise {
-  uint64_t seed;
-  uint64_t position;
-  uint32_t tag;  // purpose | level << 8 | row << 16
 };
 
 // logsumexp = scale * base + log(total): nan where the row is not valid, -inf where nothing in it is finite.

@@ -1,24 +1,17 @@
 // Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/ops/schema.py, and so are shapes and
 // dtypes checked; here only what needs the data is. Stable ABI: one build serves torch 2.10 and later.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstdlib>
-#include <initializer_list>
 #include <tuple>
 #include <vector>
 
+#include "../common/operators.h"
+#include "kernels.h"
 #include "verify.h"
 
 namespace specdec {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 const Kernels& require_kernels() {
   const Kernels* table = kernels();
@@ -27,134 +20,25 @@ const Kernels& require_kernels() {
   return *table;
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return DType::f32;
-  }
-}
-
-Logits logits_of(const Tensor& t) {
-  const bool batched = t.dim() == 3;
-  return {t.const_data_ptr(), dtype_of(t), batched ? t.stride(0) : 0, t.stride(batched ? 1 : 0)};
-}
-
-Ids ids_of(const OptionalTensor& t) {
-  if (!t) return {};
-  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
-}
-
-template <class T>
-const T* data_of(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
-template <class T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Straight to the allocator: the stable `new_empty` looks its operator up by name, a microsecond each time.
-Tensor make(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 void on_threads(int64_t threads, void (*body)(void*), void* context) {
   // A range that the pool cuts into fewer pieces than threads is fine: a Team does not count on its members.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
 }
 
-SamplingParameters sampling_of(const OptionalTensor& each, double temperature, int64_t top_k, double top_p,
-                               double min_p) {
-  return {data_of<float>(each), float(temperature), top_k, float(top_p), float(min_p)};
-}
-
-Processing processing_of(const OptionalTensor& bitmask, const OptionalTensor& ids, const OptionalTensor& counts,
-                         const OptionalTensor& bias, const OptionalTensor& penalties) {
-  return {reinterpret_cast<const uint32_t*>(data_of<int32_t>(bitmask)),
-          ids ? ids->size(1) : 0,
-          data_of<int32_t>(ids),
-          data_of<int32_t>(counts),
-          data_of<float>(bias),
-          data_of<float>(penalties)};
-}
-
-// What a chain and a tree give back alike; log-probabilities are empty unless asked for.
-struct Outputs {
-  Tensor tokens, accepted, valid, scores, raw;
-
-  Outputs(int64_t batch, int64_t rows, bool logprobs)
-      : tokens(make({batch, rows}, aoti_torch_dtype_int64())),
-        accepted(make({batch}, aoti_torch_dtype_int32())),
-        valid(make({batch}, aoti_torch_dtype_bool())),
-        scores(make_scores(batch, rows, logprobs)),
-        raw(make_scores(batch, rows, logprobs)) {}
-
-  static Tensor make_scores(int64_t batch, int64_t rows, bool logprobs) {
-    return logprobs ? make({batch, rows}, aoti_torch_dtype_float32()) : make({0}, aoti_torch_dtype_float32());
-  }
-};
-
-Verification verification(const Tensor& target_logits, const Tensor& draft_tokens, const OptionalTensor& draft_logits,
-                          const OptionalTensor& draft_stats, const Tensor& seed, const Tensor& position,
-                          const SamplingParameters& sampling, const Processing& processing, const Outputs& outputs,
-                          bool logprobs) {
-  return {
-      .batch = draft_tokens.size(0),
-      .rows = outputs.tokens.size(1),
-      .vocab = target_logits.size(target_logits.dim() - 1),
-      .target = logits_of(target_logits),
-      .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
-      .tokens = ids_of(draft_tokens),
-      .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
-      .draft_stats = data_of<float>(draft_stats),
-      .draft_rows = draft_tokens.size(1),
-      .seed = data_of<int64_t>(seed),
-      .position = data_of<int64_t>(position),
-      .sampling = sampling,
-      .processing = processing,
-      .out_tokens = out<int64_t>(outputs.tokens),
-      .out_accepted = out<int32_t>(outputs.accepted),
-      .out_valid = out<bool>(outputs.valid),
-      .out_logprobs = logprobs ? out<float>(outputs.scores) : nullptr,
-      .out_raw_logprobs = logprobs ? out<float>(outputs.raw) : nullptr,
-  };
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_cpu(
-    Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
-    Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
-    int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
-    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
-    bool independent) {
+void run_chain(const VerifyChain& op, const Tensor&) {
   require_kernels();
-  const int64_t batch = draft_tokens.size(0);
-  const Outputs outputs(batch, draft_tokens.size(1) + 1, logprobs);
-  Tensor counters = make({batch, 2}, aoti_torch_dtype_int32());
-  const VerifyChain op{
-      .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
-                             sampling_of(sampling, temperature, top_k, top_p, min_p),
-                             processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), outputs, logprobs),
-      .cu_rows = data_of<int64_t>(cu_rows),
-      .num_draft = ids_of(num_draft),
-      .rule = Rule(rule),
-      .independent = independent,
-      .out_counters = out<int32_t>(counters),
-  };
   if (const auto bad = find_bad_token(op)) {
     const auto [b, i] = *bad;
-    const int64_t token = op.common.tokens[b * draft_tokens.stride(0) + i * draft_tokens.stride(1)];
-    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", op.common.vocab, "), got ", token, " at [", b, ", ", i,
-                    "]");
+    const Verification& all = op.common;
+    const int64_t token = all.tokens[b * all.token_strides[0] + i * all.token_strides[1]];
+    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", all.vocab, "), got ", token, " at [", b, ", ", i, "]");
   }
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
-  return {outputs.tokens, outputs.accepted, outputs.valid, counters, outputs.scores, outputs.raw};
+}
+
+void run_sample(const Sample& op, const Tensor&) {
+  require_kernels();
+  sample(op, torch::stable::get_num_threads(), on_threads);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_cpu(
@@ -163,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_cpu(
     double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
     OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
   require_kernels();
-  const Outputs outputs(parents.size(0), parents.size(1), logprobs);
-  Tensor nodes = make({parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
+  const Outputs outputs(target_logits, parents.size(0), parents.size(1), logprobs);
+  Tensor nodes = make(target_logits, {parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
   const VerifyTree op{
       .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
                              sampling_of(sampling, temperature, top_k, top_p, min_p),
@@ -178,42 +62,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_cpu(
   return {outputs.tokens, nodes, outputs.accepted, outputs.valid, outputs.scores, outputs.raw};
 }
 
-Sample sample_of(const Tensor& logits, const Tensor& seed, const Tensor& position, const Tensor& row,
-                 const SamplingParameters& sampling, const Processing& processing, const Tensor& tokens,
-                 const Tensor& logprobs, const Tensor& stats) {
-  return {
-      .rows = logits.size(0),
-      .vocab = logits.size(1),
-      .logits = logits_of(logits),
-      .seed = data_of<int64_t>(seed),
-      .position = data_of<int64_t>(position),
-      .row = data_of<int64_t>(row),
-      .sampling = sampling,
-      .processing = processing,
-      .coupled = false,
-      .out_tokens = out<int64_t>(tokens),
-      .out_logprobs = out<float>(logprobs),
-      .out_stats = out<float>(stats),
-  };
-}
-
-std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
-                                              OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
-                                              double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
-                                              OptionalTensor edit_counts, OptionalTensor edit_bias,
-                                              OptionalTensor penalties, bool coupled) {
-  require_kernels();
-  const int64_t rows = logits.size(0);
-  Tensor tokens = make({rows}, aoti_torch_dtype_int64());
-  Tensor logprobs = make({rows}, aoti_torch_dtype_float32());
-  Tensor stats = make({rows, 3}, aoti_torch_dtype_float32());
-  Sample op = sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
-                        processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats);
-  op.coupled = coupled;
-  sample(op, torch::stable::get_num_threads(), on_threads);
-  return {tokens, logprobs, stats};
-}
-
 std::tuple<Tensor, Tensor, Tensor> sample_children_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
                                                        OptionalTensor sampling, double temperature, int64_t top_k,
                                                        double top_p, double min_p, OptionalTensor bitmask,
@@ -222,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_cpu(Tensor logits, Tensor see
                                                        int64_t count, int64_t how) {
   require_kernels();
   const int64_t rows = logits.size(0);
-  Tensor tokens = make({rows, count}, aoti_torch_dtype_int64());
-  Tensor logprobs = make({rows, count}, aoti_torch_dtype_float32());
-  Tensor stats = make({rows, 3}, aoti_torch_dtype_float32());
+  Tensor tokens = make(logits, {rows, count}, aoti_torch_dtype_int64());
+  Tensor logprobs = make(logits, {rows, count}, aoti_torch_dtype_float32());
+  Tensor stats = make(logits, {rows, 3}, aoti_torch_dtype_float32());
   const SampleChildren op{
       sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
                 processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats),
@@ -233,27 +81,24 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_cpu(Tensor logits, Tensor see
   return {tokens, logprobs, stats};
 }
 
-Tensor noise_words_cpu(Tensor seed, Tensor position, int64_t tag, int64_t first, int64_t counters) {
+void run_noise_words(const NoiseWords& op, const Tensor&) {
   const Kernels& table = require_kernels();
-  const int64_t rows = seed.size(0);
-  Tensor words = make({rows, 4 * counters}, aoti_torch_dtype_int64());
-  std::vector<uint32_t> buffer(size_t(4 * counters));
-  for (int64_t r = 0; r < rows; ++r) {
-    const Noise noise{uint64_t(data_of<int64_t>(seed)[r]), uint64_t(data_of<int64_t>(position)[r]), uint32_t(tag)};
-    table.words(noise, uint32_t(first), counters, buffer.data());
-    std::copy(buffer.begin(), buffer.end(), out<int64_t>(words) + r * 4 * counters);
+  std::vector<uint32_t> buffer(size_t(4 * op.counters));
+  for (int64_t r = 0; r < op.rows; ++r) {
+    const Noise noise{uint64_t(op.seed[r]), uint64_t(op.position[r]), op.tag};
+    table.words(noise, uint32_t(op.first), op.counters, buffer.data());
+    std::copy(buffer.begin(), buffer.end(), op.out + r * 4 * op.counters);
   }
-  return words;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_cpu));
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
   m.impl("verify_tree", TORCH_BOX(&verify_tree_cpu));
-  m.impl("sample", TORCH_BOX(&sample_cpu));
+  m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
   m.impl("sample_children", TORCH_BOX(&sample_children_cpu));
-  m.impl("noise_words", TORCH_BOX(&noise_words_cpu));
+  m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
 }
 
 }  // namespace specdec

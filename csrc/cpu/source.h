@@ -5,30 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "elements.h"
+#include "../common/elements.h"
 #include "kernels.h"
 
 namespace specdec {
-
-// Token ids come as int64 or int32.
-struct Ids {
-  const void* data = nullptr;
-  bool wide = true;
-
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
-// The ids of a request that bias or penalties may touch, ascending, the size of the vocabulary behind the last; see
-// specdec_kernels/ops/processing.py.
-struct Edits {
-  int64_t count = 0;
-  const int32_t* ids = nullptr;     // [count]
-  const int32_t* counts = nullptr;  // [count, 2]: in the prompt, in the output
-  const float* bias = nullptr;      // [count]
-  float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
-};
 
 inline float logit_of(const Row& row, int64_t token) {
   switch (row.dtype) {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "elements.h"
+#include "../common/elements.h"
 
 namespace specdec {
 namespace {

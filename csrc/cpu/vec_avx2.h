@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "elements.h"
+#include "../common/elements.h"
 #include "polynomials.h"
 
 namespace specdec::avx2 {

@@ -1,7 +1,7 @@
 // One lane, any machine.
 #pragma once
 
-#include "elements.h"
+#include "../common/elements.h"
 
 namespace specdec::scalar {
 

@@ -61,8 +61,8 @@ def report(console: Console) -> bool:
         table.add_row(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)
     console.print(table)
     for device in ("cpu", "cuda"):
-        chosen = "cpu" if device == "cpu" and not BACKENDS["cpu"].reason else "reference"
-        if device == "cuda" and not BACKENDS["triton"].reason and BACKENDS["triton"].device == "cuda":
-            chosen = "triton"
+        ours = [name for name in ("cpu", "cuda", "triton") if BACKENDS[name].device == device]
+        native = [name for name in ours if not BACKENDS[name].reason and "emulated" not in BACKENDS[name].detail]
+        chosen = ", then ".join([*(name for name in native if name != "triton" or device == "cuda"), "reference"])
         console.print(f"backend=None runs {chosen} for tensors on {device}")
     return healthy

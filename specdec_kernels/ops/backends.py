@@ -20,10 +20,12 @@ from specdec_kernels.ops import schema
 NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
-BackendName = Literal["reference", "cpu", "triton"]
+BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, and what it leaves to PyTorch's own kernels.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 OPS = (*_NATIVE_OPS, "tree_attention")
+#: What the CUDA C++ has so far; the rest is Triton's.
+_CUDA_OPS = ("verify_chain", "sample", "noise_words")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,27 @@ def _cpu() -> Backend:
     return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions)
 
 
+def _cuda() -> Backend:
+    """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a team, "threads" by many."""
+    emulated = os.environ.get("SPECDEC_EMULATE_CUDA", "")
+    suffix = {"": "", "1": "_emulated", "threads": "_emulated_threads"}[emulated]
+    library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffix}.so")
+    if not library.is_file():
+        return Backend("cuda", "cuda", f"{library.name} was not built (it takes nvcc)", "", {})
+    if emulated:
+        schema.define("specdec_emulated", _CUDA_OPS)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return Backend("cuda", "cuda", f"{library.name} does not load: {error}", "", {})
+    namespace = torch.ops.specdec_emulated if emulated else torch.ops.specdec
+    functions = {op: getattr(namespace, op).default for op in _CUDA_OPS}
+    if emulated:
+        return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions)
+    reason = "" if torch.cuda.is_available() else "there is no GPU"
+    return Backend("cuda", "cuda", reason, "CUDA C++", functions)
+
+
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", "cuda", "triton is not installed", "", {})
@@ -74,13 +97,17 @@ def _triton() -> Backend:
     functions: dict[str, Callable[..., Any]] = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
+    taken = _CUDA_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
     for op, function in functions.items():
-        schema.LIBRARY.impl(op, function, "CUDA")
+        if op not in taken:
+            schema.LIBRARY.impl(op, function, "CUDA")
     return Backend("triton", "cuda", "", f"triton {triton.__version__}", functions)
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_reference(), _cpu(), _triton())}
-
+BACKENDS: dict[str, Backend] = {}
+for _made in (_reference, _cpu, _cuda, _triton):  # Triton leaves CUDA tensors to the CUDA C++ where that has the op
+    _backend = _made()
+    BACKENDS[_backend.name] = _backend
 
 _DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op).default for op in OPS}
 
@@ -93,5 +120,5 @@ def function(op: str, backend: str | None, device: torch.device) -> Callable[...
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
     BACKENDS[backend].require(device)
     if op not in BACKENDS[backend].functions:
-        raise RuntimeError(f"backend={backend!r} has no {op}: leave it to PyTorch with backend=None")
+        raise RuntimeError(f"backend={backend!r} has no {op}: backend=None takes the one that has")
     return BACKENDS[backend].functions[op]

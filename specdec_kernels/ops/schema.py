@@ -5,7 +5,7 @@ Compiled backends only add implementations for a device (`backends.py`), so the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,6 +117,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "tree_attention": _fake_tree_attention,
     "noise_words": _fake_noise_words,
 }
+
+_LIBRARIES = {"specdec": LIBRARY}
+
+
+def define(namespace: str, ops: Iterable[str]) -> None:
+    """Operators of the same schemas in another namespace."""
+    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "DEF"))
+    for op in ops:
+        library.define(op + _SCHEMAS[op])
+        torch.library.register_fake(f"{namespace}::{op}", _FAKES[op], lib=library)
+
 
 for _name, _schema in _SCHEMAS.items():
     LIBRARY.define(_name + _schema)

@@ -1,0 +1,148 @@
+// What the operations take, on raw pointers and strides (in elements), for every backend in C++.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+// Functions that run on the host and on a GPU alike.
+#ifdef __CUDACC__
+#define SPECDEC_SHARED __host__ __device__ inline
+#else
+#define SPECDEC_SHARED inline
+#endif
+
+namespace specdec {
+
+enum class DType { f32, bf16, f16 };
+
+// The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
+constexpr int64_t kTile = 128;
+
+constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
+constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
+
+// Everything of a Philox counter but the index: docs/noise.md.
+struct Noise {
+  uint64_t seed;
+  uint64_t position;
+  uint32_t tag;  // purpose | level << 8 | row << 16
+};
+
+// Temperature 0, or too small for float32 scalars, is greedy: scale = inf marks a point mass.
+constexpr float kMinTemperature = 1e-5f;
+SPECDEC_SHARED float scale_of(float temperature) {
+  return temperature < kMinTemperature ? INFINITY : 1.0f / temperature;
+}
+
+// Token ids come as int64 or int32.
+struct Ids {
+  const void* data = nullptr;
+  bool wide = true;
+
+  SPECDEC_SHARED int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// The ids of a request that bias or penalties may touch, ascending, the size of the vocabulary behind the last; see
+// specdec_kernels/ops/processing.py.
+struct Edits {
+  int64_t count = 0;
+  const int32_t* ids = nullptr;     // [count]
+  const int32_t* counts = nullptr;  // [count, 2]: in the prompt, in the output
+  const float* bias = nullptr;      // [count]
+  float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
+};
+
+struct Logits {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t request_stride = 0;  // 0 where the rows of a request begin at an offset of its own
+  int64_t row_stride = 0;
+};
+
+// Temperature and filters: [B, 4] (temperature, top_k, top_p, min_p), or one of each for all.
+struct SamplingParameters {
+  const float* each = nullptr;
+  float temperature = 1.0f;
+  int64_t top_k = 0;
+  float top_p = 1.0f, min_p = 0.0f;
+};
+
+// Mask and edits: see specdec_kernels/ops/processing.py. Null pointers where there are none.
+struct Processing {
+  const uint32_t* bitmask = nullptr;  // [rows of logits, ceil(V / 32)]
+  int64_t edits = 0;                  // M
+  const int32_t* ids = nullptr;       // [B, M]
+  const int32_t* counts = nullptr;    // [B, M, 2]
+  const float* bias = nullptr;        // [B, M]
+  const float* penalties = nullptr;   // [B, 3]: repetition, presence, frequency
+};
+
+// What verifying a chain and a tree have in common: R rows of target logits a request, as many tokens out at most.
+struct Verification {
+  int64_t batch, rows, vocab;
+  Logits target, draft;  // draft.data null: point masses
+  Ids tokens;            // [B, *] by these strides
+  int64_t token_strides[2];
+  const float* draft_stats;  // [B, draft_rows, 3] contiguous, or null
+  int64_t draft_rows;
+  const int64_t *seed, *position;  // [B]
+  SamplingParameters sampling;
+  Processing processing;
+  int64_t* out_tokens;                     // [B, R]
+  int32_t* out_accepted;                   // [B]
+  bool* out_valid;                         // [B]
+  float *out_logprobs, *out_raw_logprobs;  // [B, R], or both null
+};
+
+// The numbers of rules and children are those of specdec_kernels/contract.py.
+enum class Rule { token = 0, block = 1, coupled = 2 };
+enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
+enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
+
+struct VerifyChain {
+  Verification common;     // R = K + 1
+  const int64_t* cu_rows;  // [B + 1], or null: K + 1 rows each
+  Ids num_draft;           // [B], or null data
+  Rule rule;
+  bool independent;
+  int32_t* out_counters;  // [B, 2]: proposed, independent
+
+  SPECDEC_SHARED int64_t longest() const { return common.rows - 1; }
+};
+
+struct VerifyTree {
+  Verification common;     // R = N
+  const int64_t* parents;  // [B, N] contiguous
+  TreeRule rule;
+  bool replacement;    // siblings were drawn with it
+  int32_t* out_nodes;  // [B, N]
+};
+
+struct Sample {
+  int64_t rows, vocab;
+  Logits logits;                         // row_stride counts
+  const int64_t *seed, *position, *row;  // [R]
+  SamplingParameters sampling;
+  Processing processing;
+  bool coupled;
+  int64_t* out_tokens;  // [R]
+  float* out_logprobs;  // [R]
+  float* out_stats;     // [R, 3]
+};
+
+struct NoiseWords {
+  int64_t rows, first, counters;
+  uint32_t tag;
+  const int64_t *seed, *position;  // [R]
+  int64_t* out;                    // [R, 4 * counters]
+};
+
+struct SampleChildren {
+  Sample common;  // tokens and log-probabilities [R, count]
+  int64_t count;
+  Children how;
+};
+
+}  // namespace specdec

@@ -1,0 +1,52 @@
+// What is launched, and how: the host's half of a program.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/ops.h"
+
+namespace specdec::cuda {
+
+struct Judged;
+
+// Ids that a block of threads takes at a time.
+constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
+
+// How the rows of a launch are cut. The results do not depend on it.
+struct Shape {
+  int64_t rows;     // of all requests
+  int64_t slices;   // of a row, each measured by a team of its own
+  int64_t entries;  // of a row's table: its tiles
+
+  int64_t programs() const { return rows * slices; }
+};
+
+// As many slices as it takes to give every multiprocessor four teams to choose from.
+inline Shape shape_of(int64_t rows, int64_t vocab, int64_t processors) {
+  constexpr int64_t kTeamsAProcessor = 4;
+  const int64_t blocks = (vocab + kIdsABlock - 1) / kIdsABlock;
+  const int64_t wanted = (kTeamsAProcessor * processors + rows - 1) / std::max<int64_t>(rows, 1);
+  return {rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), (vocab + kTile - 1) / kTile};
+}
+
+// Scratch of a launch, beside what is counted; see programs.h.
+struct Scratch {
+  float* tables;
+  void* judged;
+  int32_t* counters;
+};
+// Bytes of a row of `judged`, and int32 counters.
+constexpr int64_t kJudgedBytes = 160;
+inline int64_t counters_of(const VerifyChain& op) { return op.common.batch * (op.common.rows + 2); }
+inline int64_t counters_of(const Sample& op) { return op.rows; }
+
+// Whether logits are changed on the way: kernels that do are compiled apart.
+inline bool processes(const Processing& p) { return p.bitmask != nullptr || p.ids != nullptr; }
+
+// `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
+int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);
+int launch(const Sample&, const Shape&, const Scratch&, void* stream);
+int launch(const NoiseWords&, void* stream);
+
+}  // namespace specdec::cuda

@@ -1,0 +1,68 @@
+// The noise contract: docs/noise.md.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "team.h"
+
+namespace specdec::cuda {
+
+struct Words {
+  uint32_t w[4];
+};
+
+SPECDEC_DEVICE Words philox(const Noise& noise, uint32_t index) {
+  uint32_t c0 = index, c1 = uint32_t(noise.position), c2 = uint32_t(noise.position >> 32), c3 = noise.tag;
+  uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t even = uint64_t(0xD2511F53u) * c0, odd = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(odd >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(odd);
+    c2 = uint32_t(even >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(even);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// A standard exponential, -log1p(-u) of u = (word + 1/2) / 2^32; from 1 - u where u is closer to 1.
+SPECDEC_DEVICE float exponential(uint32_t word) {
+  const bool small = word < 0x80000000u;
+  const float half = (float(small ? word : ~word) + 0.5f) * 0x1p-32f;
+  return small ? -log1pf(-half) : -logf(half);
+}
+
+SPECDEC_DEVICE float exponential(const Noise& noise, int64_t entry) {
+  return exponential(philox(noise, uint32_t(entry / 4)).w[entry % 4]);
+}
+
+// The uniform in [0, 1) that decides on acceptance, of 53 bits.
+SPECDEC_DEVICE double coin(uint64_t seed, uint64_t position, int64_t row) {
+  const Words words = philox({seed, position, kAccept | uint32_t(row) << 16}, 0);
+  return double((uint64_t(words.w[0]) << 32 | words.w[1]) >> 11) * 0x1p-53;
+}
+
+// Who comes first in a race; the lower id on ties. No id: nobody.
+constexpr int64_t kNobody = std::numeric_limits<int64_t>::max();
+struct Arrived {
+  float time = INFINITY;
+  float unused = 0.0f;
+  int64_t id = kNobody;
+};
+struct Earlier {
+  SPECDEC_DEVICE Arrived operator()(const Arrived& a, const Arrived& b) const {
+    return b.time < a.time || (b.time == a.time && b.id < a.id) ? b : a;
+  }
+};
+
+// An entry takes part if its weight is positive.
+SPECDEC_DEVICE void take_part(Arrived& first, float exponential, float weight, int64_t id) {
+  if (weight > 0.0f && exponential / weight < INFINITY) first = Earlier()(first, {exponential / weight, 0.0f, id});
+}
+
+}  // namespace specdec::cuda

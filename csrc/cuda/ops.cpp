@@ -1,0 +1,106 @@
+// Registers the CUDA kernels with PyTorch. Built and loaded with a torch that knows no CUDA: what only the other one
+// has is declared weak.
+#define USE_CUDA 1
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "../common/operators.h"
+#include "launch.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace specdec::cuda {
+namespace {
+
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+int64_t processors_of(int32_t device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each other
+// and share them; a graph may be replayed beside anything, so each has its own.
+Tensor counters_at_rest(const Tensor& like, int64_t count, cudaStream_t stream) {
+  static std::mutex mutex;
+  static auto& kept = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;  // outlives the driver's own exit
+  const auto fresh = [&](int64_t size) {
+    Tensor made = make(like, {size}, aoti_torch_dtype_int32());
+    check(cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(4 * size), stream));
+    return made;
+  };
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capturing));
+  if (capturing != cudaStreamCaptureStatusNone) return fresh(count);
+  const std::lock_guard lock(mutex);
+  const std::pair key{like.get_device_index(), stream};
+  const auto found = kept.find(key);
+  if (found != kept.end() && found->second.size(0) >= count) return found->second;
+  Tensor made = fresh(2 * count);
+  kept.insert_or_assign(key, made);
+  return made;
+}
+
+// Makes the device of a tensor the current one for a while.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& like) : device_(like.get_device_index()) {
+    check(cudaGetDevice(&before_));
+    if (before_ != device_) check(cudaSetDevice(device_));
+  }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
+
+// `rows` with so many tables each, of which `judged` are judged.
+template <class Op>
+void run(const Op& op, int64_t rows, int64_t tables, int64_t judged, int64_t vocab, const Tensor& like) {
+  if (rows == 0) return;
+  const OnDevice guard(like);
+  const cudaStream_t stream = current_stream(like.get_device_index());
+  const Shape shape = shape_of(rows, vocab, processors_of(like.get_device_index()));
+  const Tensor table = make(like, {rows * tables, 2 * shape.entries}, aoti_torch_dtype_float32());
+  const Tensor judgements = make(like, {judged, kJudgedBytes}, aoti_torch_dtype_uint8());
+  const Tensor counters = counters_at_rest(like, counters_of(op), stream);
+  const Scratch scratch{out<float>(table), out<uint8_t>(judgements), out<int32_t>(counters)};
+  check(cudaError_t(launch(op, shape, scratch, stream)));
+}
+
+void run_chain(const VerifyChain& op, const Tensor& like) {
+  const int64_t rows = op.common.batch * op.common.rows;
+  run(op, rows, 2, rows, op.common.vocab, like);
+}
+
+void run_sample(const Sample& op, const Tensor& like) { run(op, op.rows, 1, 0, op.vocab, like); }
+
+void run_noise_words(const NoiseWords& op, const Tensor& like) {
+  if (op.rows * op.counters == 0) return;
+  const OnDevice guard(like);
+  check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) {
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
+  m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
+  m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
+}
+
+}  // namespace
+}  // namespace specdec::cuda

@@ -1,0 +1,367 @@
+// One launch an operation. Several teams measure a row, each its slice of the tiles. The last of them to finish judges
+// the row, and the last row of a request to be judged decides. Rows come in the order of the drafts, so where teams
+// start in that order, those of rows behind a draft that was not accepted find that out and read nothing. Nobody waits
+// for anybody.
+#pragma once
+
+#include "launch.h"
+#include "laws.h"
+
+namespace specdec::cuda {
+
+// All that a rule asks of a row once it was judged.
+struct Judged {
+  Law target, draft;
+  double prob = 0.0, draft_prob = 1.0;  // of the draft, under target and draft
+  double reach = 1.0;                   // rule block
+  int64_t drawn = -1;                   // rule coupled
+  bool valid = false;
+  bool tested = false;  // there is a draft, and its law is usable
+  bool passed = false;  // on its own
+};
+
+// Scratch of a launch: [rows] of each, but for the counters. They are 0 between launches, whoever uses them leaves them
+// so: of every row the teams that came; of every request rows that were judged, and how many rows from the last there
+// are behind the earliest known stop.
+struct Workspace {
+  float* tables;      // [rows, draft too ? 4 : 2, entries]
+  Judged* judged;     // [rows]
+  int32_t* counters;  // [rows + 2 * requests]
+  int64_t slices, entries;
+
+  SPECDEC_DEVICE Table table(int64_t place) const {
+    return {tables + 2 * place * entries, tables + (2 * place + 1) * entries};
+  }
+};
+
+template <bool P>
+SPECDEC_DEVICE void measure_slice(const Team& team, const Rows& rows, int64_t i, float scale, int64_t part,
+                                  int64_t slices, const Table& table) {
+  const int64_t tiles = tiles_of(rows.vocab), size = (tiles + slices - 1) / slices;
+  const int64_t begin = part * size, end = begin + size < tiles ? begin + size : tiles;
+  tabulate<P>(team, rows, i, begin, end, scale, -INFINITY, table);
+}
+
+SPECDEC_DEVICE Edits edits_of(const Processing& processing, int64_t request) {
+  if (processing.ids == nullptr) return {};
+  const int64_t first = request * processing.edits;
+  const float* own = processing.penalties + 3 * request;
+  return {processing.edits,
+          processing.ids + first,
+          processing.counts + 2 * first,
+          processing.bias + first,
+          own[0],
+          own[1],
+          own[2]};
+}
+
+SPECDEC_DEVICE const void* offset(const Logits& logits, int64_t elements) {
+  return static_cast<const char*>(logits.data) + elements * (logits.dtype == DType::f32 ? 4 : 2);
+}
+
+// `noise_words`: one counter.
+SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
+  if (index >= op.rows * op.counters) return;
+  const int64_t r = index / op.counters, counter = index % op.counters;
+  const Words words = philox({uint64_t(op.seed[r]), uint64_t(op.position[r]), op.tag}, uint32_t(op.first + counter));
+  for (int word = 0; word < 4; ++word) op.out[4 * index + word] = int64_t(words.w[word]);
+}
+
+// `sample`: program = row * slices + slice.
+template <bool P>
+SPECDEC_DEVICE void sample_program(const Team& team, const Sample& op, const Workspace& work, int64_t program) {
+  const int64_t r = program / work.slices, part = program % work.slices;
+  const Sampling sampling = sampling_of(op.sampling, r);
+  Rows rows;
+  rows.logits = offset(op.logits, r * op.logits.row_stride);
+  rows.dtype = op.logits.dtype, rows.vocab = op.vocab;
+  if constexpr (P) {
+    if (op.processing.bitmask) rows.mask = op.processing.bitmask + r * ((op.vocab + 31) / 32);
+    rows.edits = edits_of(op.processing, r);
+  }
+  const Table table = work.table(r);
+  measure_slice<P>(team, rows, 0, sampling.finite_scale(), part, work.slices, table);
+  if (!team.last_to_arrive(work.counters + r, int32_t(work.slices - 1))) return;
+
+  const uint64_t seed = uint64_t(op.seed[r]), position = uint64_t(op.position[r]), row = uint64_t(op.row[r]);
+  const Noise noise{seed, position, kDraft | uint32_t(row) << 16};
+  const LawOfRow found = law_of<P>(team, rows, 0, sampling, table, noise, true);
+  int64_t token = found.law.argmax;
+  if (token < 0)
+    token = op.coupled ? flat_race<P>(team, rows, 0, found.law, seed, position + row)
+                       : draw_from_row<P>(team, rows, 0, found.law, noise);
+  if (team.rank() != 0) return;
+  work.counters[r] = 0;
+  op.out_tokens[r] = token;
+  op.out_logprobs[r] = found.valid ? float(log_prob<P>(rows, 0, found.law, token)) : NAN;
+  op.out_stats[3 * r] = found.valid ? found.law.scale : NAN;
+  op.out_stats[3 * r + 1] = found.valid ? found.law.cutoff : NAN;
+  op.out_stats[3 * r + 2] = found.valid ? float(found.law.logsumexp) : NAN;
+}
+
+// One request of `verify_chain`. P: whether logits are processed.
+template <Rule kRule, bool P>
+class ChainProgram {
+ public:
+  // program = (row * slices + slice) * requests + request: first rows first.
+  SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t program)
+      : team_(team), op_(op), all_(op.common), work_(work), b_(program % op.common.batch) {
+    row_ = program / all_.batch / work.slices, part_ = program / all_.batch % work.slices;
+    sampling_ = sampling_of(all_.sampling, b_);
+    seed_ = uint64_t(all_.seed[b_]), position_ = uint64_t(all_.position[b_]);
+    const int64_t first = op.cu_rows ? op.cu_rows[b_] : b_ * all_.rows;  // of the rows of all requests
+    target_.logits = offset(all_.target, op.cu_rows ? first * all_.target.row_stride : b_ * all_.target.request_stride);
+    target_.dtype = all_.target.dtype, target_.stride = all_.target.row_stride, target_.vocab = all_.vocab;
+    target_.drafts = all_.tokens;
+    target_.first_draft = b_ * all_.token_strides[0], target_.draft_stride = all_.token_strides[1];
+    if constexpr (P) {
+      if (all_.processing.bitmask) target_.mask = all_.processing.bitmask + first * ((all_.vocab + 31) / 32);
+      target_.edits = edits_of(all_.processing, b_);
+    }
+    if (dense()) {
+      draft_.logits = offset(all_.draft, b_ * all_.draft.request_stride);
+      draft_.dtype = all_.draft.dtype, draft_.stride = all_.draft.row_stride, draft_.vocab = all_.vocab;
+    }
+    drafted_ = count_drafts();
+  }
+
+  SPECDEC_DEVICE void run() {
+    if (row_ > drafted_) return;
+    // At rest all are 0: `stopped` is the number of rows from the last that are behind the earliest known stop.
+    int32_t* arrived = work_.counters + b_ * (all_.rows + 2);
+    int32_t *judged = arrived + all_.rows, *stopped = judged + 1;
+    const auto from_last = int32_t(all_.rows - row_);
+    // Asked once for all threads: others may stop the request meanwhile.
+    const bool needed = team_.reduce(fresh(stopped), Larger()) <= from_last;
+    if (needed) {
+      measure_slice<P>(team_, target_, row_, sampling_.finite_scale(), part_, work_.slices, target_table(row_));
+      if (dense() && all_.draft_stats == nullptr && row_ < drafted_ && !sampling_.greedy())
+        measure_slice<false>(team_, draft_, row_, 1.0f, part_, work_.slices, draft_table(row_));
+    }
+    if (!team_.last_to_arrive(arrived + row_, int32_t(work_.slices - 1))) return;
+    // Where a team of this row read nothing, the stop it saw can be seen here.
+    if (team_.reduce(fresh(stopped), Larger()) <= from_last) {
+      const bool passed = judge();
+      if (kRule != Rule::block && !op_.independent && !passed) team_.raise(stopped, from_last);
+    }
+    if (!team_.last_to_arrive(judged, int32_t(drafted_))) return;
+    decide();
+    if (team_.rank() != 0) return;
+    for (int64_t i = 0; i <= drafted_; ++i) arrived[i] = 0;
+    *judged = *stopped = 0;
+  }
+
+ private:
+  SPECDEC_DEVICE bool dense() const { return kRule != Rule::coupled && all_.draft.data != nullptr; }
+  SPECDEC_DEVICE Table target_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i)); }
+  SPECDEC_DEVICE Table draft_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i) + 1); }
+  SPECDEC_DEVICE Judged& place(int64_t i) const { return work_.judged[b_ * all_.rows + i]; }
+  SPECDEC_DEVICE int64_t draft_at(int64_t i) const {
+    return all_.tokens[target_.first_draft + i * target_.draft_stride];
+  }
+  SPECDEC_DEVICE Noise noise(int64_t i) const { return {seed_, position_, kTarget | uint32_t(i) << 16}; }
+
+  // -1, or an id that is none, ends the drafts.
+  SPECDEC_DEVICE int64_t count_drafts() const {
+    int64_t most = op_.longest();
+    if (op_.cu_rows) {
+      const int64_t room = op_.cu_rows[b_ + 1] - op_.cu_rows[b_] - 1;
+      most = room < most ? room : most;
+    }
+    if (op_.num_draft.data && op_.num_draft[b_] < most) most = op_.num_draft[b_];
+    int64_t count = 0;
+    while (count < most && draft_at(count) >= 0 && draft_at(count) < all_.vocab) ++count;
+    return count;
+  }
+
+  // Looks at this row, whose tables are made, and remembers what a rule asks of it. Whether its draft passes on its
+  // own, by coin or, coupled, by being what is drawn.
+  SPECDEC_DEVICE bool judge() const {
+    const int64_t i = row_, token = i < drafted_ ? draft_at(i) : -1;
+    const LawOfRow found = law_of<P>(team_, target_, i, sampling_, target_table(i), noise(i), kRule != Rule::coupled);
+    Judged row;
+    row.target = found.law;
+    row.valid = found.valid;
+    row.tested = token >= 0 && found.valid;
+    row.drawn = found.law.argmax;
+    if constexpr (kRule == Rule::coupled) {
+      if (row.drawn < 0) row.drawn = flat_race<P>(team_, target_, i, found.law, seed_, position_ + uint64_t(i));
+      row.passed = row.tested && token == row.drawn;
+    } else {
+      // A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
+      row.draft.argmax = token;
+      if (dense() && row.tested && found.law.argmax < 0) row.tested = look_at_draft(i, token, row);
+      if (row.tested) row.prob = exp(log_prob<P>(target_, i, found.law, token));
+      // Strict: a token the target gives probability 0 is never accepted, even by coin 0.
+      row.passed = row.tested && coin(seed_, position_, i) * row.draft_prob < row.prob;
+    }
+    if (team_.rank() == 0) place(i) = row;
+    return row.passed;
+  }
+
+  // The law that draft i was drawn from: its own softmax, or the scalars handed over. Whether it is usable.
+  SPECDEC_DEVICE bool look_at_draft(int64_t i, int64_t token, Judged& row) const {
+    bool usable = true;
+    if (all_.draft_stats) {
+      const float* stats = all_.draft_stats + 3 * (b_ * all_.draft_rows + i);
+      if (stats[0] == INFINITY) return true;  // greedy: the point mass on the draft
+      row.draft = {stats[0], stats[1], double(stats[2]), -1, 0};
+    } else {
+      const Summary found = summary(team_, draft_, 1.0f, draft_table(i), {}, false);
+      row.draft = {1.0f, -INFINITY, found.logsumexp, -1, 0};
+      usable = found.valid;
+    }
+    row.draft_prob = exp(log_prob<false>(draft_, i, row.draft, token));
+    return usable && row.draft_prob < INFINITY;
+  }
+
+  SPECDEC_DEVICE void decide() {
+    const int64_t kept = kRule == Rule::block ? all_together() : one_by_one();
+    const Judged& last = place(kept);
+    const bool rejected = kept < (kRule == Rule::block ? looked_at_ : drafted_) && last.tested;
+    int64_t emitted = last.drawn;
+    if constexpr (kRule != Rule::coupled) emitted = emit(kept, last, rejected);
+    if (team_.rank() == 0) {
+      bool valid = last.valid && (kept == drafted_ || last.tested);
+      all_.out_accepted[b_] = int32_t(kept);
+      all_.out_valid[b_] = valid;
+      op_.out_counters[2 * b_] = int32_t(drafted_);
+      op_.out_counters[2 * b_ + 1] = op_.independent ? count_independent() : -1;
+    }
+    for (int64_t i = 0; i < all_.rows; ++i) write(i, kept, emitted);
+  }
+
+  SPECDEC_DEVICE int32_t count_independent() const {
+    int32_t count = 0;
+    for (int64_t i = 0; i < drafted_; ++i) count += place(i).passed;
+    return count;
+  }
+
+  // Rules token and coupled: how many drafts are kept.
+  SPECDEC_DEVICE int64_t one_by_one() const {
+    int64_t kept = 0;
+    while (kept < drafted_ && place(kept).passed) ++kept;
+    return kept;
+  }
+
+  // Rule block (Sun et al., arXiv:2403.10444): the longest prefix that its coin keeps, looked at from the end, so that
+  // a residual's mass is only taken of rows behind it. The names follow algorithms.md, 2.
+  SPECDEC_DEVICE int64_t all_together() {
+    double reach = 1.0;
+    for (looked_at_ = 0; looked_at_ < drafted_ && reach > 0.0; ++looked_at_) {  // once 0, it stays 0
+      Judged& row = place(looked_at_);
+      if (team_.rank() == 0) row.reach = reach;
+      if (!row.tested) break;
+      // What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
+      reach = row.prob > 0.0 ? fmin(1.0, reach * row.prob / row.draft_prob) : 0.0;
+    }
+    team_.sync();  // what one thread wrote, all read
+    int64_t kept = looked_at_;
+    for (; kept > 0; --kept) {
+      double threshold = reach;
+      if (kept < looked_at_) {
+        const Judged& row = place(kept);
+        const double left = row.reach < 1.0 ? row.reach * residual_mass(kept, row) : 1.0;
+        threshold = row.reach < 1.0 ? left / (left + 1.0 - row.reach) : 1.0;
+      }
+      if (coin(seed_, position_, kept - 1) < threshold) break;
+    }
+    return kept;
+  }
+
+  // What is left of the target's probabilities of this thread's ids, (target - draft / reach)+; the sum.
+  SPECDEC_DEVICE float residuals(int64_t i, const Judged& row, const Probabilities& target, const Probabilities& draft,
+                                 int64_t first, float (&left)[kElements]) const {
+    float drafted[kElements], sum = 0.0f;
+    load<P>(target_, i, first, left);
+    const bool certain = row.draft.argmax >= 0;
+    if (!certain) load<false>(draft_, i, first, drafted);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+    for (int e = 0; e < kElements; ++e) {
+      left[e] = residual(row, target, draft, left[e], certain ? 0.0f : drafted[e], first + e);
+      sum += left[e];
+    }
+    return sum;
+  }
+
+  SPECDEC_DEVICE static float residual(const Judged& row, const Probabilities& target, const Probabilities& draft,
+                                       float target_logit, float draft_logit, int64_t id) {
+    const float prob = target(target_logit);
+    if (row.draft.argmax >= 0) return id == row.draft.argmax ? 0.0f : prob;
+    const float left = prob - draft(draft_logit);
+    return left > 0.0f ? left : 0.0f;  // nothing where the draft is not a number
+  }
+
+  SPECDEC_DEVICE static Probabilities divided(const Judged& row) {
+    Law draft = row.draft;
+    draft.logsumexp += log(row.reach);
+    return Probabilities(draft);
+  }
+
+  SPECDEC_PASS double residual_mass(int64_t i, const Judged& row) const {
+    const Probabilities target(row.target), draft = divided(row);
+    double mass = 0.0;
+    for_tiles<P ? 1 : kAhead>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
+      float left[kElements];
+      if (there) mass += double(residuals(i, row, target, draft, own_ids(team_, tile), left));
+    });
+    return team_.reduce(mass, Plus());
+  }
+
+  // The token that ends the step in row i.
+  SPECDEC_DEVICE int64_t emit(int64_t i, const Judged& row, bool rejected) const {
+    if (row.target.argmax >= 0) return row.target.argmax;
+    int64_t emitted = rejected ? draw_residual(i, row) : kNobody;
+    return emitted == kNobody ? draw_from_row<P>(team_, target_, i, row.target, noise(i)) : emitted;
+  }
+
+  // By the two-level race; kNobody where nothing is left.
+  SPECDEC_PASS int64_t draw_residual(int64_t i, const Judged& row) const {
+    const Probabilities target(row.target), draft = divided(row);
+    Arrived first;
+    for_tiles<P ? 1 : kAhead>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
+      float left[kElements];
+      const float sum = there ? residuals(i, row, target, draft, own_ids(team_, tile), left) : 0.0f;
+      const float weight = team_.in_group(sum, Plus());
+      if (team_.rank() % kGroup == 0) take_part(first, exponential(noise(i), tile), weight, tile);
+    });
+    const int64_t tile = team_.reduce(first, Earlier()).id;
+    if (tile == kNobody) return kNobody;
+    return draw_inside(team_, tile, all_.vocab, noise(i), [&](int64_t id) {
+      const float draft_logit = row.draft.argmax >= 0 ? 0.0f : logit<false>(draft_, i, id);
+      return residual(row, target, draft, logit<P>(target_, i, id), draft_logit, id);
+    });
+  }
+
+  // Place i of the results.
+  SPECDEC_DEVICE void write(int64_t i, int64_t kept, int64_t emitted) const {
+    const int64_t at = b_ * all_.rows + i, token = i < kept ? draft_at(i) : i == kept ? emitted : -1;
+    float score = NAN, raw_score = NAN;
+    if (all_.out_logprobs && i <= kept) {
+      const Judged& row = place(i);
+      if (row.valid) score = float(log_prob<P>(target_, i, row.target, token));
+      team_.sync();  // all have read what is overwritten now
+      tabulate<false>(team_, target_, i, 0, tiles_of(all_.vocab), 1.0f, -INFINITY, target_table(i));
+      team_.sync();
+      const Summary raw = summary(team_, target_, 1.0f, target_table(i), {}, false);
+      if (raw.valid) raw_score = float(double(logit<false>(target_, i, token)) - raw.logsumexp);
+    }
+    if (team_.rank() != 0) return;
+    all_.out_tokens[at] = token;
+    if (all_.out_logprobs) all_.out_logprobs[at] = score, all_.out_raw_logprobs[at] = raw_score;
+  }
+
+  const Team& team_;
+  const VerifyChain& op_;
+  const Verification& all_;
+  const Workspace& work_;
+  const int64_t b_;
+  int64_t row_, part_, drafted_, looked_at_ = 0;
+  Sampling sampling_;
+  uint64_t seed_, position_;
+  Rows target_, draft_;
+};
+
+}  // namespace specdec::cuda

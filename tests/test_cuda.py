@@ -1,0 +1,123 @@
+"""The CUDA C++ where there is no GPU: compiled, linked, loaded; its programs on the CPU, by one thread and by many."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_native import ROOT, sanitized
+
+from specdec_kernels import sample, verify_chain
+from specdec_kernels.ops.backends import NATIVE_LIBRARY
+
+LIBRARY = NATIVE_LIBRARY.with_name("libspecdec_cuda.so")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=180)
+
+
+def test_the_library_loads_and_says_why_it_does_not_run():
+    if torch.cuda.is_available():
+        pytest.skip("it does")
+    code = """
+import torch, specdec_kernels as s
+try:
+    s.sample(torch.zeros(1, 3), seed=1, position=1, backend="cuda")
+except RuntimeError as error:
+    print(error)
+print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
+"""
+    result = run_python(code, SPECDEC_EMULATE_CUDA="")
+    assert result.stdout.splitlines() == ["backend='cuda' cannot run here: there is no GPU", "True"], result.stderr
+    result = run_python(code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
+    assert "libspecdec_cuda.so was not built (it takes nvcc)" in result.stdout
+
+
+def test_registers():
+    """No kernel spills: ptxas would have failed. Two blocks fit a multiprocessor where logits are not processed."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"arch = (\w+)", text)) == {"sm_80", "sm_90", "sm_100"}
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", text)
+    found = [(name, int(registers)) for name, registers, _ in kernels if "verify_chain" in name or "sample" in name]
+    assert len(found) == 3 * (3 * 2 + 2)  # rules, with and without processing, and `sample`
+    for name, registers in found:
+        processed = "Lb1E" in name
+        assert registers <= (255 if processed else 128), name
+    assert all(local == "0" for _, _, local in kernels)
+
+
+SELFTEST = """
+import torch
+torch.set_num_threads(1)
+from specdec_kernels import selftest
+report = selftest.run("cuda", count={count})
+print(report.requests, report.wrong[:3])
+"""
+
+
+def test_by_many_threads():
+    """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread."""
+    result = run_python(SELFTEST.format(count=60), SPECDEC_EMULATE_CUDA="threads")
+    assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
+    assert int(result.stdout.split()[0]) > 300
+
+
+SYNC = "team_.sync();  // what one thread wrote, all read"
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_threads_wait_for_each_other(synchronised, tmp_path):
+    """Under the thread sanitizer; and the control, without one of the places where they do."""
+    source = ROOT
+    if not synchronised:
+        for name in ("csrc", "CMakeLists.txt"):
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+        programs = tmp_path / "csrc" / "cuda" / "programs.h"
+        text = programs.read_text()
+        assert text.count(SYNC) == 1
+        programs.write_text(text.replace(SYNC, ""))
+        source = tmp_path
+    build = sanitized("thread", "specdec_cuda_emulated_threads", source)
+    runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    result = run_python(
+        SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=str(build / "libspecdec_cpu.so"),
+        LD_PRELOAD=runtime.stdout.strip(), OMP_NUM_THREADS="1", TSAN_OPTIONS="halt_on_error=1",
+    )  # fmt: skip
+    if synchronised:
+        assert " []" in result.stdout, result.stderr[-3000:]
+    else:  # stopped there: what comes of a race may be that all wait forever
+        assert "WARNING: ThreadSanitizer: data race" in result.stderr
+
+
+def test_results_do_not_depend_on_the_launch(monkeypatch):
+    """How many teams a row has, nor the order they come in."""
+    if torch.cuda.is_available():
+        pytest.skip("the order is the GPU's")
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(3, 4, 9001, generator=generator) * 2
+    draft = target[:, :3] + torch.randn(3, 3, 9001, generator=generator)
+    keys = {"seed": torch.arange(3), "position": torch.arange(3) + 7}
+    tokens = torch.stack([sample(draft[:, i], **keys, row=i).tokens for i in range(3)], 1)
+    target[1, 1, 4] = torch.nan
+    for rule in ("token", "block", "coupled"):
+        for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
+            found = []
+            for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (3, 2)):
+                monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
+                monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
+                found.append(
+                    verify_chain(target, tokens, draft, **keys, **options, rule=rule, logprobs=True, backend="cuda")
+                )
+            for each in found[1:]:
+                for of_first, of_this in zip(found[0], each, strict=True):
+                    assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), (rule, options)
