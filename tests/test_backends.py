@@ -24,7 +24,30 @@ def test_against_the_oracle(backend, device):
     report = selftest.run(backend, device, count=count)
     assert report.wrong == []
     assert report.too_close <= report.requests // 50  # a threshold of a filter is often close to some logit
-    assert report.requests > 6 * count
+    assert report.requests > 7 * count
+
+
+def test_the_command_line_of_the_suite():
+    command = ("-m", "specdec_kernels.cli.main", "selftest", "--count", "2")
+    result = run_python(*command, "--backend", "reference", "--backend", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(" 0 wrong") == 2
+    result = run_python(*command, "--backend", "abacus")
+    assert result.returncode == 2
+    assert "backend must be one of ['cpu', 'cuda', 'reference', 'triton']," in result.stdout.replace("\n", " ")
+    if not torch.cuda.is_available():
+        result = run_python(*command, "--device", "cuda")
+        assert result.returncode == 2
+        assert "device cuda cannot be tested: torch sees no GPU" in result.stdout
+
+
+def test_what_the_suite_calls_on_a_gpu_runs():
+    """Where there is none, on the CPU: the calls that it checks for waiting, launches and graphs."""
+    names = []
+    for name, call in selftest.gpu.calls("reference", torch.arange(3)):
+        call()
+        names.append(name)
+    assert len(set(names)) == 6 + 1 + 4 + 4
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):
@@ -45,7 +68,7 @@ def test_every_instruction_set(isa):
     if probe.stdout.strip() == "C++, none":
         pytest.skip(f"this machine has no {isa}")
     assert probe.stdout.strip() == f"C++, {isa}"
-    result = run_python("-m", "specdec_kernels.selftest", "cpu", SPECDEC_CPU_ISA=isa)
+    result = run_python("-m", "specdec_kernels.cli.main", "selftest", "--backend", "cpu", SPECDEC_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

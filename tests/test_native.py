@@ -73,6 +73,7 @@ def sanitized(sanitizers: str, target: str, source: Path = ROOT) -> Path:
     return build
 
 
+@pytest.mark.xdist_group("sanitizers")  # one build for all
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
 def test_sanitizers_find_nothing(isa):
     build = sanitized("address,undefined", "all")

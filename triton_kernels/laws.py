@@ -14,6 +14,7 @@ from specdec_kernels.triton_kernels.rows import (
     Law,
     largest_token,
     load_block,
+    load_logits,
     log_prob,
     summary,
     tabulate,
@@ -152,6 +153,12 @@ def token_logprob(rows, i, token, sampling, key, table, ENTRIES: tl.constexpr, T
 
 
 @triton.jit
-def unfiltered():
-    """The sampling parameters of a plain softmax."""
-    return tl.full([], 1.0, tl.float32), tl.full([], 0, tl.int32), 1.0, 0.0
+def raw_logprob(rows, i, token, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """Of a token under the plain softmax of row i."""
+    one = tl.full([], 1.0, tl.float32)
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), one, tl.full([], float("-inf"), tl.float32), table, ENTRIES, TILES)
+    tl.debug_barrier()
+    logsumexp, _tile, valid, _top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
+    score = load_logits(rows, i, token, token, token + 1).to(tl.float64) - logsumexp
+    return tl.where(valid, score.to(tl.float32), float("nan"))

@@ -13,7 +13,7 @@ from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import TreeRule
 from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import row_law, sampling_of, token_logprob, unfiltered
+from specdec_kernels.triton_kernels.laws import raw_logprob, row_law, sampling_of, token_logprob
 from specdec_kernels.triton_kernels.noise import coin
 from specdec_kernels.triton_kernels.residuals import (
     REACH,
@@ -185,10 +185,17 @@ def top_down_or_bottom_up(
     fails."""
     node = tl.full([], 0, tl.int64)
     one = tl.full([], 1.0, tl.float64)
-    fits = enter(rows, draft_rows, stats_ptr, tree, node, one, sampling, key, tables, memory, ENTRIES, TILES)
-    all_valid = fits.to(tl.int32)
+    below = one
+    all_valid = tl.full([], 1, tl.int32)
+    entering = tl.full([], 1, tl.int32)
     deciding = tl.full([], 1, tl.int32)
     while deciding != 0:
+        if entering != 0:
+            fits = enter(
+                rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, ENTRIES, TILES
+            )  # fmt: skip
+            all_valid = all_valid & fits.to(tl.int32)
+            entering = tl.full([], 0, tl.int32)
         place = memory + node * MEMORY
         last = tl.load(place + LAST).to(tl.int64)
         child = next_child(tree, node, last)
@@ -246,10 +253,7 @@ def top_down_or_bottom_up(
                 tl.debug_barrier()
             if below > 0:
                 node = child
-                fits = enter(
-                    rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, ENTRIES, TILES
-                )
-                all_valid = all_valid & fits.to(tl.int32)
+                entering = tl.full([], 1, tl.int32)
         else:
             accepted = tl.full([], 1, tl.int1)
             if bottom_up:
@@ -365,7 +369,7 @@ def verify_tree_kernel(
         tl.store(out_nodes_ptr + place, node.to(tl.int32))
         if out_logprobs_ptr is not None:
             score = token_logprob(rows, node, token, sampling, key, tables, ENTRIES, TILES)
-            raw_score = token_logprob(plain, node, token, unfiltered(), key, tables, ENTRIES, TILES)
+            raw_score = raw_logprob(plain, node, token, key, tables, ENTRIES, TILES)
             tl.store(out_logprobs_ptr + place, score)
             tl.store(out_raw_logprobs_ptr + place, raw_score)
         token = tl.load(tokens + node)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
-from specdec_kernels.triton_kernels.laws import sampling_of, table_scale, token_logprob, unfiltered
+from specdec_kernels.triton_kernels.laws import raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
 from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, own_edits
 from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
-from specdec_kernels.triton_kernels.teams import arrive, measure
+from specdec_kernels.triton_kernels.teams import arrive, measure, seen
 
 BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
@@ -133,7 +133,7 @@ def verify_chain_kernel(
         judged = arrived + longest + 1
         stopped = judged + 1
         behind = longest + 1 - i.to(tl.int32)
-        if tl.load(stopped, volatile=True) <= behind:
+        if seen(stopped) <= behind:
             measure(rows, i, table_scale(sampling[0]), part, slices, tables, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
@@ -143,7 +143,7 @@ def verify_chain_kernel(
         if arrive(arrived + i, slices - 1):
             tl.store(arrived + i, 0)
             # Where a program of this row read nothing, the stop it saw can be seen here.
-            if tl.load(stopped, volatile=True) <= behind:
+            if seen(stopped) <= behind:
                 passed = judge(rows, draft_rows, stats, i, drafted, sampling, key, tables, memory, RULE, ENTRIES, TILES)
                 if RULE != BLOCK_RULE:
                     if not INDEPENDENT:
@@ -181,7 +181,7 @@ def verify_chain_kernel(
                                 unit = tl.full([], 1.0, tl.float64)
                                 law, _draft, _divided = recalled_laws(place, sampling[0], unit)
                                 score = log_prob(rows, row, law, token)
-                            raw_score = token_logprob(plain, row, token, unfiltered(), key, tables, ENTRIES, TILES)
+                            raw_score = raw_logprob(plain, row, token, key, tables, ENTRIES, TILES)
                         tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
                         tl.store(out_raw_logprobs_ptr + out + index, raw_score)
 

@@ -180,6 +180,48 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
   return {tokens, logprobs, stats};
 }
 
+// `verify_tree`, likewise.
+template <auto run>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
+    Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
+    Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
+    double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
+    OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
+  const Outputs outputs(target_logits, parents.size(0), parents.size(1), logprobs);
+  Tensor nodes = make(target_logits, {parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
+  const VerifyTree op{
+      .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
+                             sampling_of(sampling, temperature, top_k, top_p, min_p),
+                             processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), outputs, logprobs),
+      .parents = data_of<int64_t>(parents),
+      .rule = TreeRule(rule),
+      .replacement = replacement,
+      .out_nodes = out<int32_t>(nodes),
+  };
+  run(op, target_logits);
+  return {outputs.tokens, nodes, outputs.accepted, outputs.valid, outputs.scores, outputs.raw};
+}
+
+// `sample_children`, likewise.
+template <auto run>
+std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed, Tensor position, Tensor row,
+                                                      OptionalTensor sampling, double temperature, int64_t top_k,
+                                                      double top_p, double min_p, OptionalTensor bitmask,
+                                                      OptionalTensor edit_ids, OptionalTensor edit_counts,
+                                                      OptionalTensor edit_bias, OptionalTensor penalties, int64_t count,
+                                                      int64_t how) {
+  const int64_t rows = logits.size(0);
+  Tensor tokens = make(logits, {rows, count}, aoti_torch_dtype_int64());
+  Tensor logprobs = make(logits, {rows, count}, aoti_torch_dtype_float32());
+  Tensor stats = make(logits, {rows, 3}, aoti_torch_dtype_float32());
+  const SampleChildren op{
+      sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
+                processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats),
+      count, Children(how)};
+  run(op, logits);
+  return {tokens, logprobs, stats};
+}
+
 // `noise_words`, likewise.
 template <auto run>
 Tensor noise_words_of(Tensor seed, Tensor position, int64_t tag, int64_t first, int64_t counters) {

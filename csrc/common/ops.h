@@ -34,6 +34,12 @@ SPECDEC_SHARED float scale_of(float temperature) {
   return temperature < kMinTemperature ? INFINITY : 1.0f / temperature;
 }
 
+// A sum of what is left is formed as one minus what is gone down to this; below, that would have no digits left.
+constexpr double kLeastDifference = 0.25;
+
+// A share of a law below this counts as nothing when siblings are drawn and verified.
+constexpr double kNothingLeft = 0x1p-60;
+
 // Token ids come as int64 or int32.
 struct Ids {
   const void* data = nullptr;

@@ -41,44 +41,14 @@ void run_sample(const Sample& op, const Tensor&) {
   sample(op, torch::stable::get_num_threads(), on_threads);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_cpu(
-    Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
-    double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
-    OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
+void run_tree(const VerifyTree& op, const Tensor&) {
   require_kernels();
-  const Outputs outputs(target_logits, parents.size(0), parents.size(1), logprobs);
-  Tensor nodes = make(target_logits, {parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
-  const VerifyTree op{
-      .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
-                             sampling_of(sampling, temperature, top_k, top_p, min_p),
-                             processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), outputs, logprobs),
-      .parents = data_of<int64_t>(parents),
-      .rule = TreeRule(rule),
-      .replacement = replacement,
-      .out_nodes = out<int32_t>(nodes),
-  };
   verify_tree(op, torch::stable::get_num_threads(), on_threads);
-  return {outputs.tokens, nodes, outputs.accepted, outputs.valid, outputs.scores, outputs.raw};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_children_cpu(Tensor logits, Tensor seed, Tensor position, Tensor row,
-                                                       OptionalTensor sampling, double temperature, int64_t top_k,
-                                                       double top_p, double min_p, OptionalTensor bitmask,
-                                                       OptionalTensor edit_ids, OptionalTensor edit_counts,
-                                                       OptionalTensor edit_bias, OptionalTensor penalties,
-                                                       int64_t count, int64_t how) {
+void run_children(const SampleChildren& op, const Tensor&) {
   require_kernels();
-  const int64_t rows = logits.size(0);
-  Tensor tokens = make(logits, {rows, count}, aoti_torch_dtype_int64());
-  Tensor logprobs = make(logits, {rows, count}, aoti_torch_dtype_float32());
-  Tensor stats = make(logits, {rows, 3}, aoti_torch_dtype_float32());
-  const SampleChildren op{
-      sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
-                processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats),
-      count, Children(how)};
   sample_children(op, torch::stable::get_num_threads(), on_threads);
-  return {tokens, logprobs, stats};
 }
 
 void run_noise_words(const NoiseWords& op, const Tensor&) {
@@ -95,9 +65,9 @@ void run_noise_words(const NoiseWords& op, const Tensor&) {
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree_cpu));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run_tree>));
   m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
-  m.impl("sample_children", TORCH_BOX(&sample_children_cpu));
+  m.impl("sample_children", TORCH_BOX(&sample_children_by<run_children>));
   m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
 }
 

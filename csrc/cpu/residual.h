@@ -34,12 +34,6 @@ struct DraftLaw {
   }
 };
 
-// A sum of what is left is formed as one minus what is gone down to this; below, that would have no digits left.
-constexpr double kLeastDifference = 0.25;
-
-// A share of a law below this counts as nothing when siblings are drawn and verified.
-constexpr double kNothingLeft = 0x1p-60;
-
 // What the tokens rejected at a row leave of its law (algorithms.md, 1, 2 and 5). Nothing of the size of the vocabulary
 // is written: rejecting x_1, ..., x_j one after the other leaves, up to a factor, (target - taken * draft)+ with one
 // number `taken`, since a maximum with 0 can be taken at the end; but siblings drawn without replacement were not drawn

@@ -7,12 +7,15 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../common/elements.h"
 #include "../common/operators.h"
+#include "chain.h"
 #include "launch.h"
-#include "programs.h"
+#include "sample.h"
+#include "trees.h"
 
 namespace specdec::cuda {
 namespace {
@@ -36,13 +39,16 @@ void on_team(const F& body) {
 #endif
 }
 
-template <class F>
-void run(int64_t rows, int64_t tables, int64_t vocab, int64_t counted, const F& program) {
-  const Shape shape = shape_of(rows, vocab, setting("SPECDEC_EMULATED_PROCESSORS", 1));
-  std::vector<float> table(size_t(rows * tables * 2 * shape.entries), NAN);
-  std::vector<Judged> judged(size_t(rows), Judged{});
-  std::vector<int32_t> counters(size_t(counted), 0);
-  const Workspace work{table.data(), judged.data(), counters.data(), shape.slices, shape.entries};
+// program(team, workspace, index) on all programs of an operation.
+template <class Op, class F>
+void run_programs(const Op& op, int64_t vocab, const F& program) {
+  const Needs needs = needs_of(op);
+  Shape shape = shape_of(needs.teams, vocab, setting("SPECDEC_EMULATED_PROCESSORS", 1));
+  if constexpr (std::is_same_v<Op, VerifyTree>) shape.slices = 1;
+  std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
+  std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
+  std::vector<int32_t> counters(size_t(needs.counters), 0);
+  const Workspace work{tables.data(), places.data(), counters.data(), shape.slices, shape.entries};
   std::vector<int64_t> order(size_t(shape.programs()));
   std::iota(order.begin(), order.end(), int64_t(0));
   if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
@@ -56,31 +62,39 @@ void run(int64_t rows, int64_t tables, int64_t vocab, int64_t counted, const F& 
   for (const int32_t counter : counters) STD_TORCH_CHECK(counter == 0, "a counter was left at ", counter);
 }
 
-template <Rule kRule, bool P>
-void run_chain_as(const VerifyChain& op) {
-  const int64_t rows = op.common.batch * op.common.rows;
-  run(rows, 2, op.common.vocab, counters_of(op), [&](const Team& team, const Workspace& work, int64_t program) {
-    ChainProgram<kRule, P>(team, op, work, program).run();
-  });
-}
-
 template <bool P>
-void run_chain_by_rule(const VerifyChain& op) {
+void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
   switch (op.rule) {
-    case Rule::token: return run_chain_as<Rule::token, P>(op);
-    case Rule::block: return run_chain_as<Rule::block, P>(op);
-    case Rule::coupled: return run_chain_as<Rule::coupled, P>(op);
+    case Rule::token: return ChainProgram<Rule::token, P>(team, op, work, program).run();
+    case Rule::block: return ChainProgram<Rule::block, P>(team, op, work, program).run();
+    case Rule::coupled: return ChainProgram<Rule::coupled, P>(team, op, work, program).run();
   }
 }
 
-void run_chain(const VerifyChain& op, const Tensor&) {
-  processes(op.common.processing) ? run_chain_by_rule<true>(op) : run_chain_by_rule<false>(op);
+template <bool P>
+void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program) {
+  TreeProgram<P>(team, op, work, program).run();
 }
 
-void run_sample(const Sample& op, const Tensor&) {
-  run(op.rows, 1, op.vocab, counters_of(op), [&](const Team& team, const Workspace& work, int64_t program) {
-    processes(op.processing) ? sample_program<true>(team, op, work, program)
-                             : sample_program<false>(team, op, work, program);
+template <bool P>
+void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program) {
+  RowProgram<P>(team, op, work, program).sample();
+}
+
+template <bool P>
+void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program) {
+  RowProgram<P>(team, op.common, work, program).sample_children(op.count, op.how);
+}
+
+template <class Op>
+void run(const Op& op, const Tensor& like) {
+  const Processing* processing;
+  if constexpr (std::is_same_v<Op, Sample>)
+    processing = &op.processing;
+  else
+    processing = &op.common.processing;
+  run_programs(op, like.size(like.dim() - 1), [&](const Team& team, const Workspace& work, int64_t program) {
+    processes(*processing) ? run_as<true>(op, team, work, program) : run_as<false>(op, team, work, program);
   });
 }
 
@@ -89,8 +103,10 @@ void run_noise_words(const NoiseWords& op, const Tensor&) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_emulated, CPU, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
-  m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run<VerifyChain>>));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run<VerifyTree>>));
+  m.impl("sample", TORCH_BOX(&sample_by<run<Sample>>));
+  m.impl("sample_children", TORCH_BOX(&sample_children_by<run<SampleChildren>>));
   m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
 }
 

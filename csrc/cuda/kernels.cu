@@ -2,58 +2,83 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "chain.h"
 #include "launch.h"
-#include "programs.h"
+#include "sample.h"
+#include "trees.h"
 
 namespace specdec::cuda {
 namespace {
 
-static_assert(sizeof(Judged) <= kJudgedBytes);
+static_assert(sizeof(Judged) <= kPlaceBytes && sizeof(Node) <= kPlaceBytes);
 
 template <Rule kRule, bool P>
-__global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const VerifyChain op, const Workspace work) {
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_chain_kernel(const __grid_constant__ VerifyChain op, const __grid_constant__ Workspace work) {
   const Team team;
   ChainProgram<kRule, P>(team, op, work, blockIdx.x).run();
 }
 
 template <bool P>
-__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const Sample op, const Workspace work) {
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_tree_kernel(const __grid_constant__ VerifyTree op, const __grid_constant__ Workspace work) {
   const Team team;
-  sample_program<P>(team, op, work, blockIdx.x);
+  TreeProgram<P>(team, op, work, blockIdx.x).run();
+}
+
+template <bool P>
+__global__ void __launch_bounds__(kThreads, 1)
+    sample_kernel(const __grid_constant__ Sample op, const __grid_constant__ Workspace work) {
+  const Team team;
+  RowProgram<P>(team, op, work, blockIdx.x).sample();
+}
+
+template <bool P>
+__global__ void __launch_bounds__(kThreads, 1)
+    sample_children_kernel(const __grid_constant__ SampleChildren op, const __grid_constant__ Workspace work) {
+  const Team team;
+  RowProgram<P>(team, op.common, work, blockIdx.x).sample_children(op.count, op.how);
 }
 
 __global__ void noise_words_kernel(const NoiseWords op) {
   noise_program(op, int64_t(blockIdx.x) * blockDim.x + threadIdx.x);
 }
 
-Workspace workspace(const Shape& shape, const Scratch& scratch) {
-  return {scratch.tables, static_cast<Judged*>(scratch.judged), scratch.counters, shape.slices, shape.entries};
+template <class Op>
+int start(void (*kernel)(Op, Workspace), const Op& op, const Shape& shape, const Scratch& scratch, void* stream) {
+  const Workspace work{scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries};
+  kernel<<<unsigned(shape.programs()), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, work);
+  return int(cudaGetLastError());
 }
 
-template <Rule kRule>
-void launch_rule(const VerifyChain& op, const Shape& shape, const Workspace& work, cudaStream_t stream) {
-  const auto kernel =
-      processes(op.common.processing) ? verify_chain_kernel<kRule, true> : verify_chain_kernel<kRule, false>;
-  kernel<<<unsigned(shape.programs()), kThreads, 0, stream>>>(op, work);
+template <bool P>
+auto chain_kernel(Rule rule) {
+  switch (rule) {
+    case Rule::token: return verify_chain_kernel<Rule::token, P>;
+    case Rule::block: return verify_chain_kernel<Rule::block, P>;
+    default: return verify_chain_kernel<Rule::coupled, P>;
+  }
 }
 
 }  // namespace
 
 int launch(const VerifyChain& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const Workspace work = workspace(shape, scratch);
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (op.rule) {
-    case Rule::token: launch_rule<Rule::token>(op, shape, work, on); break;
-    case Rule::block: launch_rule<Rule::block>(op, shape, work, on); break;
-    case Rule::coupled: launch_rule<Rule::coupled>(op, shape, work, on); break;
-  }
-  return int(cudaGetLastError());
+  const bool processed = processes(op.common.processing);
+  return start(processed ? chain_kernel<true>(op.rule) : chain_kernel<false>(op.rule), op, shape, scratch, stream);
+}
+
+int launch(const VerifyTree& op, const Shape& shape, const Scratch& scratch, void* stream) {
+  const bool processed = processes(op.common.processing);
+  return start(processed ? verify_tree_kernel<true> : verify_tree_kernel<false>, op, shape, scratch, stream);
 }
 
 int launch(const Sample& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const auto kernel = processes(op.processing) ? sample_kernel<true> : sample_kernel<false>;
-  kernel<<<unsigned(shape.programs()), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, workspace(shape, scratch));
-  return int(cudaGetLastError());
+  return start(processes(op.processing) ? sample_kernel<true> : sample_kernel<false>, op, shape, scratch, stream);
+}
+
+int launch(const SampleChildren& op, const Shape& shape, const Scratch& scratch, void* stream) {
+  const bool processed = processes(op.common.processing);
+  return start(processed ? sample_children_kernel<true> : sample_children_kernel<false>, op, shape, scratch, stream);
 }
 
 int launch(const NoiseWords& op, void* stream) {

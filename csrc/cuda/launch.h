@@ -8,8 +8,6 @@
 
 namespace specdec::cuda {
 
-struct Judged;
-
 // Ids that a block of threads takes at a time.
 constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
 
@@ -33,20 +31,36 @@ inline Shape shape_of(int64_t rows, int64_t vocab, int64_t processors) {
 // Scratch of a launch, beside what is counted; see programs.h.
 struct Scratch {
   float* tables;
-  void* judged;
+  void* places;
   int32_t* counters;
 };
-// Bytes of a row of `judged`, and int32 counters.
-constexpr int64_t kJudgedBytes = 160;
-inline int64_t counters_of(const VerifyChain& op) { return op.common.batch * (op.common.rows + 2); }
-inline int64_t counters_of(const Sample& op) { return op.rows; }
+// Bytes of a place.
+constexpr int64_t kPlaceBytes = 128;
+
+// What an operation needs of it. A chain: two tables a row; of every row the teams that came, of every request the rows
+// that were judged and where it is known to stop. A tree: two tables a request, which measures its rows one by one.
+struct Needs {
+  int64_t teams;  // rows that are measured side by side
+  int64_t tables, places, counters;
+};
+inline Needs needs_of(const VerifyChain& op) {
+  const int64_t rows = op.common.batch * op.common.rows;
+  return {rows, 2 * rows, rows, rows + 2 * op.common.batch};
+}
+inline Needs needs_of(const VerifyTree& op) {
+  return {op.common.batch, 2 * op.common.batch, op.common.batch * op.common.rows, 0};
+}
+inline Needs needs_of(const Sample& op) { return {op.rows, op.rows, 0, op.rows}; }
+inline Needs needs_of(const SampleChildren& op) { return needs_of(op.common); }
 
 // Whether logits are changed on the way: kernels that do are compiled apart.
 inline bool processes(const Processing& p) { return p.bitmask != nullptr || p.ids != nullptr; }
 
 // `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
 int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);
+int launch(const VerifyTree&, const Shape&, const Scratch&, void* stream);
 int launch(const Sample&, const Shape&, const Scratch&, void* stream);
+int launch(const SampleChildren&, const Shape&, const Scratch&, void* stream);
 int launch(const NoiseWords&, void* stream);
 
 }  // namespace specdec::cuda

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "../common/operators.h"
@@ -69,26 +70,21 @@ class OnDevice {
   int device_, before_ = 0;
 };
 
-// `rows` with so many tables each, of which `judged` are judged.
 template <class Op>
-void run(const Op& op, int64_t rows, int64_t tables, int64_t judged, int64_t vocab, const Tensor& like) {
-  if (rows == 0) return;
+void run(const Op& op, const Tensor& like) {
+  const Needs needs = needs_of(op);
+  if (needs.teams == 0) return;
   const OnDevice guard(like);
   const cudaStream_t stream = current_stream(like.get_device_index());
-  const Shape shape = shape_of(rows, vocab, processors_of(like.get_device_index()));
-  const Tensor table = make(like, {rows * tables, 2 * shape.entries}, aoti_torch_dtype_float32());
-  const Tensor judgements = make(like, {judged, kJudgedBytes}, aoti_torch_dtype_uint8());
-  const Tensor counters = counters_at_rest(like, counters_of(op), stream);
-  const Scratch scratch{out<float>(table), out<uint8_t>(judgements), out<int32_t>(counters)};
+  const int64_t vocab = like.size(like.dim() - 1);
+  Shape shape = shape_of(needs.teams, vocab, processors_of(like.get_device_index()));
+  if constexpr (std::is_same_v<Op, VerifyTree>) shape.slices = 1;
+  const Tensor tables = make(like, {needs.tables, 2 * shape.entries}, aoti_torch_dtype_float32());
+  const Tensor places = make(like, {needs.places, kPlaceBytes}, aoti_torch_dtype_uint8());
+  const Tensor counters = counters_at_rest(like, needs.counters, stream);
+  const Scratch scratch{out<float>(tables), out<uint8_t>(places), out<int32_t>(counters)};
   check(cudaError_t(launch(op, shape, scratch, stream)));
 }
-
-void run_chain(const VerifyChain& op, const Tensor& like) {
-  const int64_t rows = op.common.batch * op.common.rows;
-  run(op, rows, 2, rows, op.common.vocab, like);
-}
-
-void run_sample(const Sample& op, const Tensor& like) { run(op, op.rows, 1, 0, op.vocab, like); }
 
 void run_noise_words(const NoiseWords& op, const Tensor& like) {
   if (op.rows * op.counters == 0) return;
@@ -97,8 +93,10 @@ void run_noise_words(const NoiseWords& op, const Tensor& like) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
-  m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run<VerifyChain>>));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run<VerifyTree>>));
+  m.impl("sample", TORCH_BOX(&sample_by<run<Sample>>));
+  m.impl("sample_children", TORCH_BOX(&sample_children_by<run<SampleChildren>>));
   m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
 }
 

@@ -15,6 +15,7 @@ struct Rows {
   Edits edits;
   Ids drafts;  // row i counts the i first of them as output
   int64_t first_draft = 0, draft_stride = 0;
+  const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
 };
 
 // Tiles that a thread asks for at a time, of a row that needs nothing but reading.
@@ -58,8 +59,13 @@ SPECDEC_DEVICE int64_t first_edit(const Edits& edits, int64_t id) {
 SPECDEC_DEVICE float edited(const Rows& rows, int64_t i, int64_t edit, float x) {
   const Edits& edits = rows.edits;
   int64_t output = edits.counts[2 * edit + 1];
-  for (int64_t before = 0; before < i; ++before)
-    output += rows.drafts[rows.first_draft + before * rows.draft_stride] == edits.ids[edit];
+  const auto is_here = [&](int64_t draft) {
+    return rows.drafts[rows.first_draft + draft * rows.draft_stride] == edits.ids[edit];
+  };
+  if (rows.parents != nullptr)
+    for (int64_t node = i; node > 0; node = rows.parents[node]) output += is_here(node);
+  else
+    for (int64_t before = 0; before < i; ++before) output += is_here(before);
   x += edits.bias[edit];
   if (output > 0 || edits.counts[2 * edit] > 0) x = x > 0.0f ? x / edits.repetition : x * edits.repetition;
   if (output > 0) x -= edits.frequency * float(output) + edits.presence;

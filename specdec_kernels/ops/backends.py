@@ -25,7 +25,7 @@ BackendName = Literal["reference", "cpu", "cuda", "triton"]
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 OPS = (*_NATIVE_OPS, "tree_attention")
 #: What the CUDA C++ has so far; the rest is Triton's.
-_CUDA_OPS = ("verify_chain", "sample", "noise_words")
+_CUDA_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words")
 
 
 @dataclass(frozen=True)

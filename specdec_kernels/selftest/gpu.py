@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec_kernels.ops import BACKENDS, BackendName, RuleName, sample, verify_chain
+from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
 from specdec_kernels.selftest.common import BATCH, Report
 
@@ -38,8 +38,6 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
         yield f"verify_chain {rule} filtered", partial(plain, **filters)
     row = torch.zeros_like(seed)  # made of an int, it would be a launch
     yield "sample", partial(sample, target[:, 0], row=row, **keys)
-    if backend is not None and "verify_tree" not in BACKENDS[backend].functions:
-        return
     for how in get_args(ChildrenName):
         yield f"sample_children {how}", partial(sample_children, target[:, 0], 4, how, row=row, **keys)
     for tree_rule in get_args(TreeRuleName):

@@ -1,11 +1,9 @@
-// One launch an operation. Several teams measure a row, each its slice of the tiles. The last of them to finish judges
-// the row, and the last row of a request to be judged decides. Rows come in the order of the drafts, so where teams
-// start in that order, those of rows behind a draft that was not accepted find that out and read nothing. Nobody waits
-// for anybody.
+// `verify_chain`. Rows come in the order of the drafts, so where teams start in that order, those of rows behind a
+// draft that was not accepted find that out and read nothing. The last team of a row judges it, and the last row of a
+// request to be judged decides.
 #pragma once
 
-#include "launch.h"
-#include "laws.h"
+#include "workspace.h"
 
 namespace specdec::cuda {
 
@@ -20,85 +18,6 @@ struct Judged {
   bool passed = false;  // on its own
 };
 
-// Scratch of a launch: [rows] of each, but for the counters. They are 0 between launches, whoever uses them leaves them
-// so: of every row the teams that came; of every request rows that were judged, and how many rows from the last there
-// are behind the earliest known stop.
-struct Workspace {
-  float* tables;      // [rows, draft too ? 4 : 2, entries]
-  Judged* judged;     // [rows]
-  int32_t* counters;  // [rows + 2 * requests]
-  int64_t slices, entries;
-
-  SPECDEC_DEVICE Table table(int64_t place) const {
-    return {tables + 2 * place * entries, tables + (2 * place + 1) * entries};
-  }
-};
-
-template <bool P>
-SPECDEC_DEVICE void measure_slice(const Team& team, const Rows& rows, int64_t i, float scale, int64_t part,
-                                  int64_t slices, const Table& table) {
-  const int64_t tiles = tiles_of(rows.vocab), size = (tiles + slices - 1) / slices;
-  const int64_t begin = part * size, end = begin + size < tiles ? begin + size : tiles;
-  tabulate<P>(team, rows, i, begin, end, scale, -INFINITY, table);
-}
-
-SPECDEC_DEVICE Edits edits_of(const Processing& processing, int64_t request) {
-  if (processing.ids == nullptr) return {};
-  const int64_t first = request * processing.edits;
-  const float* own = processing.penalties + 3 * request;
-  return {processing.edits,
-          processing.ids + first,
-          processing.counts + 2 * first,
-          processing.bias + first,
-          own[0],
-          own[1],
-          own[2]};
-}
-
-SPECDEC_DEVICE const void* offset(const Logits& logits, int64_t elements) {
-  return static_cast<const char*>(logits.data) + elements * (logits.dtype == DType::f32 ? 4 : 2);
-}
-
-// `noise_words`: one counter.
-SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
-  if (index >= op.rows * op.counters) return;
-  const int64_t r = index / op.counters, counter = index % op.counters;
-  const Words words = philox({uint64_t(op.seed[r]), uint64_t(op.position[r]), op.tag}, uint32_t(op.first + counter));
-  for (int word = 0; word < 4; ++word) op.out[4 * index + word] = int64_t(words.w[word]);
-}
-
-// `sample`: program = row * slices + slice.
-template <bool P>
-SPECDEC_DEVICE void sample_program(const Team& team, const Sample& op, const Workspace& work, int64_t program) {
-  const int64_t r = program / work.slices, part = program % work.slices;
-  const Sampling sampling = sampling_of(op.sampling, r);
-  Rows rows;
-  rows.logits = offset(op.logits, r * op.logits.row_stride);
-  rows.dtype = op.logits.dtype, rows.vocab = op.vocab;
-  if constexpr (P) {
-    if (op.processing.bitmask) rows.mask = op.processing.bitmask + r * ((op.vocab + 31) / 32);
-    rows.edits = edits_of(op.processing, r);
-  }
-  const Table table = work.table(r);
-  measure_slice<P>(team, rows, 0, sampling.finite_scale(), part, work.slices, table);
-  if (!team.last_to_arrive(work.counters + r, int32_t(work.slices - 1))) return;
-
-  const uint64_t seed = uint64_t(op.seed[r]), position = uint64_t(op.position[r]), row = uint64_t(op.row[r]);
-  const Noise noise{seed, position, kDraft | uint32_t(row) << 16};
-  const LawOfRow found = law_of<P>(team, rows, 0, sampling, table, noise, true);
-  int64_t token = found.law.argmax;
-  if (token < 0)
-    token = op.coupled ? flat_race<P>(team, rows, 0, found.law, seed, position + row)
-                       : draw_from_row<P>(team, rows, 0, found.law, noise);
-  if (team.rank() != 0) return;
-  work.counters[r] = 0;
-  op.out_tokens[r] = token;
-  op.out_logprobs[r] = found.valid ? float(log_prob<P>(rows, 0, found.law, token)) : NAN;
-  op.out_stats[3 * r] = found.valid ? found.law.scale : NAN;
-  op.out_stats[3 * r + 1] = found.valid ? found.law.cutoff : NAN;
-  op.out_stats[3 * r + 2] = found.valid ? float(found.law.logsumexp) : NAN;
-}
-
 // One request of `verify_chain`. P: whether logits are processed.
 template <Rule kRule, bool P>
 class ChainProgram {
@@ -110,24 +29,16 @@ class ChainProgram {
     sampling_ = sampling_of(all_.sampling, b_);
     seed_ = uint64_t(all_.seed[b_]), position_ = uint64_t(all_.position[b_]);
     const int64_t first = op.cu_rows ? op.cu_rows[b_] : b_ * all_.rows;  // of the rows of all requests
-    target_.logits = offset(all_.target, op.cu_rows ? first * all_.target.row_stride : b_ * all_.target.request_stride);
-    target_.dtype = all_.target.dtype, target_.stride = all_.target.row_stride, target_.vocab = all_.vocab;
-    target_.drafts = all_.tokens;
-    target_.first_draft = b_ * all_.token_strides[0], target_.draft_stride = all_.token_strides[1];
-    if constexpr (P) {
-      if (all_.processing.bitmask) target_.mask = all_.processing.bitmask + first * ((all_.vocab + 31) / 32);
-      target_.edits = edits_of(all_.processing, b_);
-    }
-    if (dense()) {
-      draft_.logits = offset(all_.draft, b_ * all_.draft.request_stride);
-      draft_.dtype = all_.draft.dtype, draft_.stride = all_.draft.row_stride, draft_.vocab = all_.vocab;
-    }
+    target_ =
+        target_rows<P>(all_, b_, op.cu_rows ? first * all_.target.row_stride : b_ * all_.target.request_stride, first);
+    if (dense()) draft_ = draft_rows(all_, b_);
     drafted_ = count_drafts();
   }
 
   SPECDEC_DEVICE void run() {
     if (row_ > drafted_) return;
-    // At rest all are 0: `stopped` is the number of rows from the last that are behind the earliest known stop.
+    // Of every row the teams that came; rows that were judged; `stopped` is the number of rows from the last that are
+    // behind the earliest known stop.
     int32_t* arrived = work_.counters + b_ * (all_.rows + 2);
     int32_t *judged = arrived + all_.rows, *stopped = judged + 1;
     const auto from_last = int32_t(all_.rows - row_);
@@ -155,7 +66,7 @@ class ChainProgram {
   SPECDEC_DEVICE bool dense() const { return kRule != Rule::coupled && all_.draft.data != nullptr; }
   SPECDEC_DEVICE Table target_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i)); }
   SPECDEC_DEVICE Table draft_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i) + 1); }
-  SPECDEC_DEVICE Judged& place(int64_t i) const { return work_.judged[b_ * all_.rows + i]; }
+  SPECDEC_DEVICE Judged& place(int64_t i) const { return static_cast<Judged*>(work_.places)[b_ * all_.rows + i]; }
   SPECDEC_DEVICE int64_t draft_at(int64_t i) const {
     return all_.tokens[target_.first_draft + i * target_.draft_stride];
   }
