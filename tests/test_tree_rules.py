@@ -16,7 +16,6 @@ from specdec_kernels import oracle, sample_children, selftest, verify_chain, ver
 from specdec_kernels.contract import TILE, Purpose
 from specdec_kernels.ops import BACKENDS, tree_rules
 
-
 F = Fraction
 KINDS = ("iid", "without_replacement", "top")
 RULES = ("walk", "recursive", "traversal")

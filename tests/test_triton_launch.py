@@ -43,7 +43,7 @@ def launched(monkeypatch):
             monkeypatch.setattr(module, "slices_of", lambda *_: slices)
             # Blocks of two tiles, so that there are slices to take.
             monkeypatch.setattr(
-                module, "config_for", lambda logits: launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1)
+                module, "config_for", lambda logits, large: launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1)
             )
 
     return launch_as
@@ -141,10 +141,10 @@ def test_counters_are_left_at_rest(launched, monkeypatch):
 def test_launches_are_chosen_by_pure_functions():
     from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, slices
 
-    assert launch_config(128_256, "cuda") == LaunchConfig(16, 1024, 8, 255)
-    assert launch_config(100, "cuda") == LaunchConfig(1, 1, 8, 255)
-    assert launch_config(128_256, "hip").options == {"num_warps": 8}
-    assert launch_config(128_256, "interpreter").tiles == 1024
+    assert launch_config(128_256, "cuda", large=True) == LaunchConfig(16, 1024, 8, 255)
+    assert launch_config(100, "cuda", large=False) == LaunchConfig(1, 1, 8, 128)
+    assert launch_config(128_256, "hip", large=True).options == {"num_warps": 8}
+    assert launch_config(128_256, "interpreter", large=False).tiles == 1024
     # Rows, blocks of a row, multiprocessors.
     assert slices(5, 64, 132) == 64  # one request: as many as there are blocks
     assert slices(320, 64, 132) == 2

@@ -144,7 +144,6 @@ _TREES = (
 
 def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     """The plain kernels for each dtype of logits; every rule, kind of draft and the largest kernels in bfloat16."""
-    config = launch_config(vocab, TARGETS[target].backend)
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
     yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})
 
@@ -160,7 +159,10 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
 
     yield from _attention_and_kv()
 
-    def variant(name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], **constants: Any) -> Variant:
+    def variant(
+        name: str, kernel: Any, types: dict[str, str], without: tuple[str, ...], large: bool, **constants: Any
+    ) -> Variant:
+        config = launch_config(vocab, TARGETS[target].backend, large)
         constants |= config.constants | {key: None for key in without if key in types}
         kept = {key: value for key, value in types.items() if key not in without}
         return Variant(name, kernel, kept, constants, config.options)
@@ -169,23 +171,24 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
         name = f"verify_chain {rule.name.lower()} {dtype} {kind} {'full' if full else 'plain'}"
         without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
         independent = full and rule != Rule.BLOCK
+        large = full or rule == Rule.BLOCK
         types = _verify_chain(dtype)
-        return variant(name, verify_chain_kernel, types, without, RULE=int(rule), INDEPENDENT=independent)
+        return variant(name, verify_chain_kernel, types, without, large, RULE=int(rule), INDEPENDENT=independent)
 
     for dtype in ("fp32", "bf16", "fp16"):
-        yield variant(f"sample {dtype} plain", sample_kernel, _sample(dtype), _EXTRAS, COUPLED_RULE=False)
+        yield variant(f"sample {dtype} plain", sample_kernel, _sample(dtype), _EXTRAS, False, COUPLED_RULE=False)
         yield chain(dtype, Rule.TOKEN, "statistics", full=False)
-    yield variant("sample bf16 full", sample_kernel, _sample("bf16"), (), COUPLED_RULE=True)
+    yield variant("sample bf16 full", sample_kernel, _sample("bf16"), (), True, COUPLED_RULE=True)
     for rule, kind, full in _OTHERS:
         yield chain("bf16", rule, kind, full)
     for tree_rule, kind, full in _TREES:
         name = f"verify_tree {tree_rule.name.lower()} bf16 {kind} {'full' if full else 'plain'}"
         without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
         constants = {"RULE": int(tree_rule), "BLOCK": 64}
-        yield variant(name, verify_tree_kernel, _verify_tree("bf16"), without, **constants)
+        yield variant(name, verify_tree_kernel, _verify_tree("bf16"), without, True, **constants)
     for how in (Children.WITHOUT_REPLACEMENT, Children.RACE):
         name, types = f"sample_children {how.name.lower()} bf16 full", _sample("bf16") | {"count": "i32"}
-        yield variant(name, sample_children_kernel, types, (), HOW=int(how))
+        yield variant(name, sample_children_kernel, types, (), True, HOW=int(how))
 
 
 def compile_variant(variant: Variant, target: str) -> Any:

@@ -42,21 +42,24 @@ def entries(vocab: int) -> int:
     return count
 
 
-def launch_config(vocab: int, platform: str) -> LaunchConfig:
-    """The launch for ``platform``: "cuda", "hip" or "interpreter".
+def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
+    """The launch for ``platform``: "cuda", "hip" or "interpreter"; ``large``: of a kernel that takes all registers.
 
     A thread loads 16 bytes of bfloat16 at a time. 16 tiles over 8 warps spill nowhere, provided that ptxas (CUDA 12.9)
-    is told that it may use every register: left to itself it takes half of them and spills a kilobyte. The interpreter
-    takes 0.1 ms an operation whatever its size, so there a block is a whole row.
+    is told how many registers it may use: left to itself it spilled a kilobyte of the large kernels. The others do with
+    128, so that a multiprocessor runs two programs at a time. The interpreter takes 0.1 ms an operation whatever its
+    size, so there a block is a whole row.
     """
-    tiles, warps, registers = {"cuda": (16, 8, 255), "hip": (16, 8, None), "interpreter": (1024, 1, None)}[platform]
+    limit = 255 if large else 128
+    tiles, warps, registers = {"cuda": (16, 8, limit), "hip": (16, 8, None), "interpreter": (1024, 1, None)}[platform]
     return LaunchConfig(min(tiles, entries(vocab)), entries(vocab), warps, registers)
 
 
-def config_for(logits: Tensor) -> LaunchConfig:
-    """The launch for these logits."""
+def config_for(logits: Tensor, large: bool) -> LaunchConfig:
+    """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and those that process
+    logits."""
     platform = "interpreter" if logits.device.type == "cpu" else "hip" if torch.version.hip else "cuda"
-    return launch_config(logits.shape[-1], platform)
+    return launch_config(logits.shape[-1], platform, large)
 
 
 def slices(rows: int, blocks: int, processors: int) -> int:

@@ -409,7 +409,7 @@ def verify_tree(
     accepted, valid = empty(torch.int32, batch), empty(torch.bool, batch)
     scores, raw_scores = (empty(torch.float32, *((batch, nodes) if logprobs else (0,))) for _ in range(2))
     if batch:
-        config = config_for(target_logits)
+        config = config_for(target_logits, large=True)
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
         # A kernel wants pointers of one type, used or not.
         memory = empty(torch.float64, 0 if walks else batch * nodes * MEMORY.value)
