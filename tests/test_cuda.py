@@ -40,6 +40,8 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
     assert result.stdout.splitlines() == ["backend='cuda' cannot run here: there is no GPU", "True"], result.stderr
     result = run_python(code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
     assert "libspecdec_cuda.so was not built (it takes nvcc)" in result.stdout
+    result = run_python(code, SPECDEC_EMULATE_CUDA="2")
+    assert "SPECDEC_EMULATE_CUDA must be 1 or threads, got '2'" in result.stdout
 
 
 def test_registers():
@@ -87,7 +89,7 @@ def test_threads_wait_for_each_other(synchronised, tmp_path):
         assert text.count(SYNC) == 1
         chain.write_text(text.replace(SYNC, ""))
         source = tmp_path
-    build = sanitized("thread", "specdec_cuda_emulated_threads", source)
+    build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     result = run_python(
         SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=str(build / "libspecdec_cpu.so"),

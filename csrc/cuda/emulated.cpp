@@ -43,8 +43,7 @@ void on_team(const F& body) {
 template <class Op, class F>
 void run_programs(const Op& op, int64_t vocab, const F& program) {
   const Needs needs = needs_of(op);
-  Shape shape = shape_of(needs.teams, vocab, setting("SPECDEC_EMULATED_PROCESSORS", 1));
-  if constexpr (std::is_same_v<Op, VerifyTree>) shape.slices = 1;
+  const Shape shape = shape_of(needs, vocab, setting("SPECDEC_EMULATED_PROCESSORS", 1));
   std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
   std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
   std::vector<int32_t> counters(size_t(needs.counters), 0);

@@ -11,24 +11,7 @@ namespace specdec::cuda {
 // Ids that a block of threads takes at a time.
 constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
 
-// How the rows of a launch are cut. The results do not depend on it.
-struct Shape {
-  int64_t rows;     // of all requests
-  int64_t slices;   // of a row, each measured by a team of its own
-  int64_t entries;  // of a row's table: its tiles
-
-  int64_t programs() const { return rows * slices; }
-};
-
-// As many slices as it takes to give every multiprocessor four teams to choose from.
-inline Shape shape_of(int64_t rows, int64_t vocab, int64_t processors) {
-  constexpr int64_t kTeamsAProcessor = 4;
-  const int64_t blocks = (vocab + kIdsABlock - 1) / kIdsABlock;
-  const int64_t wanted = (kTeamsAProcessor * processors + rows - 1) / std::max<int64_t>(rows, 1);
-  return {rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), (vocab + kTile - 1) / kTile};
-}
-
-// Scratch of a launch, beside what is counted; see programs.h.
+// Scratch of a launch; see workspace.h.
 struct Scratch {
   float* tables;
   void* places;
@@ -38,20 +21,38 @@ struct Scratch {
 constexpr int64_t kPlaceBytes = 128;
 
 // What an operation needs of it. A chain: two tables a row; of every row the teams that came, of every request the rows
-// that were judged and where it is known to stop. A tree: two tables a request, which measures its rows one by one.
+// that were judged and where it is known to stop. A tree: two tables a request, whose one team measures row after row.
 struct Needs {
-  int64_t teams;  // rows that are measured side by side
+  int64_t rows;  // that are measured side by side
   int64_t tables, places, counters;
+  bool sliced = true;  // several teams may measure a row
 };
 inline Needs needs_of(const VerifyChain& op) {
   const int64_t rows = op.common.batch * op.common.rows;
   return {rows, 2 * rows, rows, rows + 2 * op.common.batch};
 }
 inline Needs needs_of(const VerifyTree& op) {
-  return {op.common.batch, 2 * op.common.batch, op.common.batch * op.common.rows, 0};
+  return {op.common.batch, 2 * op.common.batch, op.common.batch * op.common.rows, 0, false};
 }
 inline Needs needs_of(const Sample& op) { return {op.rows, op.rows, 0, op.rows}; }
 inline Needs needs_of(const SampleChildren& op) { return needs_of(op.common); }
+
+// How the rows of a launch are cut. The results do not depend on it.
+struct Shape {
+  int64_t rows;
+  int64_t slices;   // of a row, each measured by a team of its own
+  int64_t entries;  // of a row's table: its tiles
+
+  int64_t programs() const { return rows * slices; }
+};
+
+// As many slices as it takes to give every multiprocessor four teams to choose from.
+inline Shape shape_of(const Needs& needs, int64_t vocab, int64_t processors) {
+  constexpr int64_t kTeamsAProcessor = 4;
+  const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
+  const int64_t wanted = (kTeamsAProcessor * processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
+  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), (vocab + kTile - 1) / kTile};
+}
 
 // Whether logits are changed on the way: kernels that do are compiled apart.
 inline bool processes(const Processing& p) { return p.bitmask != nullptr || p.ids != nullptr; }

@@ -6,7 +6,6 @@
 
 #include <map>
 #include <mutex>
-#include <type_traits>
 #include <utility>
 
 #include "../common/operators.h"
@@ -73,12 +72,11 @@ class OnDevice {
 template <class Op>
 void run(const Op& op, const Tensor& like) {
   const Needs needs = needs_of(op);
-  if (needs.teams == 0) return;
+  if (needs.rows == 0) return;
   const OnDevice guard(like);
   const cudaStream_t stream = current_stream(like.get_device_index());
   const int64_t vocab = like.size(like.dim() - 1);
-  Shape shape = shape_of(needs.teams, vocab, processors_of(like.get_device_index()));
-  if constexpr (std::is_same_v<Op, VerifyTree>) shape.slices = 1;
+  const Shape shape = shape_of(needs, vocab, processors_of(like.get_device_index()));
   const Tensor tables = make(like, {needs.tables, 2 * shape.entries}, aoti_torch_dtype_float32());
   const Tensor places = make(like, {needs.places, kPlaceBytes}, aoti_torch_dtype_uint8());
   const Tensor counters = counters_at_rest(like, needs.counters, stream);

@@ -60,9 +60,7 @@ def report(console: Console) -> bool:
         verdict = f"{len(result.wrong)} of {result.requests} wrong" if result.wrong else f"{result.requests} agree"
         table.add_row(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)
     console.print(table)
-    for device in ("cpu", "cuda"):
-        ours = [name for name in ("cpu", "cuda", "triton") if BACKENDS[name].device == device]
-        native = [name for name in ours if not BACKENDS[name].reason and "emulated" not in BACKENDS[name].detail]
-        chosen = ", then ".join([*(name for name in native if name != "triton" or device == "cuda"), "reference"])
-        console.print(f"backend=None runs {chosen} for tensors on {device}")
+    for device, native in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.items():
+        runs = [name for name in native if not BACKENDS[name].reason and BACKENDS[name].device == device]
+        console.print(f"backend=None runs {', else '.join([*runs, 'reference'])} for tensors on {device}")
     return healthy

@@ -26,6 +26,7 @@ _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "nois
 OPS = (*_NATIVE_OPS, "tree_attention")
 #: What the CUDA C++ has so far; the rest is Triton's.
 _CUDA_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words")
+_CUDA_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,26 @@ def _cpu() -> Backend:
     return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions)
 
 
+def _no_cuda() -> str:
+    """Why the GPUs that are here cannot run the CUDA C++."""
+    if torch.version.hip is not None:
+        return "this PyTorch is for AMD's GPUs"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _CUDA_CAPABILITY:
+            return f"it needs compute capability {_CUDA_CAPABILITY}, GPU {index} has {capability}"
+    return ""
+
+
 def _cuda() -> Backend:
     """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a team, "threads" by many."""
     emulated = os.environ.get("SPECDEC_EMULATE_CUDA", "")
-    suffix = {"": "", "1": "_emulated", "threads": "_emulated_threads"}[emulated]
-    library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffix}.so")
+    suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads"}
+    if emulated not in suffixes:
+        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1 or threads, got {emulated!r}", "", {})
+    if not emulated and (reason := _no_cuda()):  # the library would answer for the device all the same
+        return Backend("cuda", "cuda", reason, "", {})
+    library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
     if not library.is_file():
         return Backend("cuda", "cuda", f"{library.name} was not built (it takes nvcc)", "", {})
     if emulated:
