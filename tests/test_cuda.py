@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_backends import run_python
 from test_native import ROOT, sanitized
 
 from specdec_kernels import sample, verify_chain
 from specdec_kernels.ops.backends import NATIVE_LIBRARY
 
 LIBRARY = NATIVE_LIBRARY.with_name("libspecdec_cuda.so")
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=180)
 
 
 def test_the_library_loads_and_says_why_it_does_not_run():
@@ -36,11 +30,11 @@ except RuntimeError as error:
     print(error)
 print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
 """
-    result = run_python(code, SPECDEC_EMULATE_CUDA="")
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="")
     assert result.stdout.splitlines() == ["backend='cuda' cannot run here: there is no GPU", "True"], result.stderr
-    result = run_python(code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
     assert "libspecdec_cuda.so was not built (it takes nvcc)" in result.stdout
-    result = run_python(code, SPECDEC_EMULATE_CUDA="2")
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="2")
     assert "SPECDEC_EMULATE_CUDA must be 1 or threads, got '2'" in result.stdout
 
 
@@ -69,7 +63,7 @@ print(report.requests, report.wrong[:3])
 
 def test_by_many_threads():
     """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread."""
-    result = run_python(SELFTEST.format(count=60), SPECDEC_EMULATE_CUDA="threads")
+    result = run_python("-c", SELFTEST.format(count=60), SPECDEC_EMULATE_CUDA="threads")
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
     assert int(result.stdout.split()[0]) > 300
 
@@ -91,8 +85,9 @@ def test_threads_wait_for_each_other(synchronised, tmp_path):
         source = tmp_path
     build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    library = str(build / "libspecdec_cpu.so")
     result = run_python(
-        SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=str(build / "libspecdec_cpu.so"),
+        "-c", SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=library,
         LD_PRELOAD=runtime.stdout.strip(), OMP_NUM_THREADS="1", TSAN_OPTIONS="halt_on_error=1",
     )  # fmt: skip
     if synchronised:

@@ -14,7 +14,6 @@ from specdec_kernels.ops import BACKENDS
 pytestmark = pytest.mark.skipif(BACKENDS["triton"].device == "cuda", reason="the interpreter's order is set here")
 
 VOCAB = 1500
-DEVICE = torch.device("cpu")
 
 
 @pytest.fixture
@@ -38,12 +37,17 @@ def launched(monkeypatch):
                 order[size] = rng.sample(range(size), size) if shuffled else list(range(size))
             in_order(self, order[size][x], y, z)
 
+        def small_blocks(logits, *_, **__):
+            return launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1)
+
         monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
         for module in modules:
             monkeypatch.setattr(module, "slices_of", lambda *_: slices)
             # Blocks of two tiles, so that there are slices to take.
             monkeypatch.setattr(
-                module, "config_for", lambda logits, large: launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1)
+                module,
+                "config_for",
+                lambda logits, *_, **__: launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1),
             )
 
     return launch_as

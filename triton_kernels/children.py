@@ -205,7 +205,7 @@ def sample_children(
     logprobs = logits.new_empty((rows, count), dtype=torch.float32)
     stats = logits.new_empty((rows, 3), dtype=torch.float32)
     if rows:
-        config = config_for(logits, bitmask is not None or edit_ids is not None)
+        config = config_for(logits, bitmask, edit_ids)
         tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
         slices = slices_of(rows, config, logits.device)
         sample_children_kernel[(rows * slices,)](

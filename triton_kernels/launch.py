@@ -55,11 +55,11 @@ def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
     return LaunchConfig(min(tiles, entries(vocab)), entries(vocab), warps, registers)
 
 
-def config_for(logits: Tensor, large: bool) -> LaunchConfig:
-    """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and those that process
-    logits."""
+def config_for(logits: Tensor, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
+    """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and all where there is
+    any ``processing`` of the logits."""
     platform = "interpreter" if logits.device.type == "cpu" else "hip" if torch.version.hip else "cuda"
-    return launch_config(logits.shape[-1], platform, large)
+    return launch_config(logits.shape[-1], platform, large or any(x is not None for x in processing))
 
 
 def slices(rows: int, blocks: int, processors: int) -> int:

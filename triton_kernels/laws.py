@@ -16,6 +16,7 @@ from specdec_kernels.triton_kernels.rows import (
     load_block,
     load_logits,
     log_prob,
+    measure_row,
     summary,
     tabulate,
 )
@@ -134,10 +135,7 @@ def tabled_law(
 def row_law(rows, i, sampling, key, tag, table, RACE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """The same of a row that was not measured."""
     scale, _top_k, _top_p, _min_p = sampling
-    lowest = tl.full([], float("-inf"), tl.float32)
-    tl.debug_barrier()  # everybody has read what is overwritten now
-    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), table_scale(scale), lowest, table, ENTRIES, TILES)
-    tl.debug_barrier()
+    measure_row(rows, i, table_scale(scale), table, ENTRIES, TILES)
     return tabled_law(rows, i, sampling, key, tag, table, RACE, ENTRIES, TILES)
 
 
@@ -156,9 +154,7 @@ def token_logprob(rows, i, token, sampling, key, table, ENTRIES: tl.constexpr, T
 def raw_logprob(rows, i, token, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Of a token under the plain softmax of row i."""
     one = tl.full([], 1.0, tl.float32)
-    tl.debug_barrier()  # everybody has read what is overwritten now
-    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), one, tl.full([], float("-inf"), tl.float32), table, ENTRIES, TILES)
-    tl.debug_barrier()
+    measure_row(rows, i, one, table, ENTRIES, TILES)
     logsumexp, _tile, valid, _top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
     score = load_logits(rows, i, token, token, token + 1).to(tl.float64) - logsumexp
     return tl.where(valid, score.to(tl.float32), float("nan"))

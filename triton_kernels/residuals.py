@@ -21,11 +21,11 @@ from specdec_kernels.triton_kernels.rows import (
     first_arrival,
     load_logits,
     log_prob,
+    measure_row,
     probs,
     race_tag,
     race_tiles,
     summary,
-    tabulate,
 )
 
 TARGET = tl.constexpr(int(Purpose.TARGET))
@@ -105,9 +105,7 @@ def draft_law(
             else:
                 no_tag = tl.full([], 0, tl.int64)
                 if not TABLED:
-                    tl.debug_barrier()  # everybody has read what is overwritten now
-                    tabulate(draft_rows, i, 0, tl.cdiv(draft_rows.vocab, TILE), scale, cutoff, table, ENTRIES, TILES)
-                    tl.debug_barrier()
+                    measure_row(draft_rows, i, scale, table, ENTRIES, TILES)
                 logsumexp, _tile, usable, _top, _first = summary(draft_rows, scale, table, key, no_tag, False, ENTRIES)
             if argmax < 0:
                 prob = tl.exp(log_prob(draft_rows, i, Law(scale, cutoff, logsumexp, argmax, argmax), token))

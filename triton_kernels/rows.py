@@ -180,6 +180,15 @@ def tabulate(rows, i, first, last, scale, pivot, table, ENTRIES: tl.constexpr, T
 
 
 @triton.jit
+def measure_row(rows, i, scale, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """All of row i, by this program alone."""
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    lowest = tl.full([], float("-inf"), tl.float32)
+    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, lowest, table, ENTRIES, TILES)
+    tl.debug_barrier()
+
+
+@triton.jit
 def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
     """What the table of a row says: (logsumexp in float64, the tile that wins the tile race if ``RACE``, whether the
     row is valid, the largest logit, the first tile that has it)."""

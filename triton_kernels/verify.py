@@ -218,8 +218,7 @@ def verify_chain(
     valid, counters = empty(torch.bool, batch), empty(torch.int32, batch, 2)
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
-        processed = bitmask is not None or edit_ids is not None
-        config = config_for(target_logits, large=processed or rule == Rule.BLOCK)
+        config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
         memory = empty(torch.float64, batch * rows * MEMORY.value)
         tables = empty(torch.float32, batch * rows, 4 * config.entries)
         slices = slices_of(batch * rows, config, target_logits.device)

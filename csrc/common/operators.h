@@ -3,6 +3,7 @@
 // later.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -118,9 +119,19 @@ inline Verification verification(const Tensor& target_logits, const Tensor& draf
   };
 }
 
+// What a draw from rows gives back; `shape` of the tokens.
+struct Draws {
+  Tensor tokens, logprobs, stats;
+
+  Draws(const Tensor& logits, std::initializer_list<int64_t> shape)
+      : tokens(make(logits, shape, aoti_torch_dtype_int64())),
+        logprobs(make(logits, shape, aoti_torch_dtype_float32())),
+        stats(make(logits, {logits.size(0), 3}, aoti_torch_dtype_float32())) {}
+};
+
 inline Sample sample_of(const Tensor& logits, const Tensor& seed, const Tensor& position, const Tensor& row,
-                        const SamplingParameters& sampling, const Processing& processing, const Tensor& tokens,
-                        const Tensor& logprobs, const Tensor& stats) {
+                        const SamplingParameters& sampling, const Processing& processing, bool coupled,
+                        const Draws& draws) {
   return {
       .rows = logits.size(0),
       .vocab = logits.size(1),
@@ -130,10 +141,10 @@ inline Sample sample_of(const Tensor& logits, const Tensor& seed, const Tensor& 
       .row = data_of<int64_t>(row),
       .sampling = sampling,
       .processing = processing,
-      .coupled = false,
-      .out_tokens = out<int64_t>(tokens),
-      .out_logprobs = out<float>(logprobs),
-      .out_stats = out<float>(stats),
+      .coupled = coupled,
+      .out_tokens = out<int64_t>(draws.tokens),
+      .out_logprobs = out<float>(draws.logprobs),
+      .out_stats = out<float>(draws.stats),
   };
 }
 
@@ -169,15 +180,11 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
                                              double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
                                              OptionalTensor edit_counts, OptionalTensor edit_bias,
                                              OptionalTensor penalties, bool coupled) {
-  const int64_t rows = logits.size(0);
-  Tensor tokens = make(logits, {rows}, aoti_torch_dtype_int64());
-  Tensor logprobs = make(logits, {rows}, aoti_torch_dtype_float32());
-  Tensor stats = make(logits, {rows, 3}, aoti_torch_dtype_float32());
-  Sample op = sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
-                        processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats);
-  op.coupled = coupled;
+  const Draws draws(logits, {logits.size(0)});
+  const Sample op = sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
+                              processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), coupled, draws);
   run(op, logits);
-  return {tokens, logprobs, stats};
+  return {draws.tokens, draws.logprobs, draws.stats};
 }
 
 // `verify_tree`, likewise.
@@ -210,16 +217,13 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed
                                                       OptionalTensor edit_ids, OptionalTensor edit_counts,
                                                       OptionalTensor edit_bias, OptionalTensor penalties, int64_t count,
                                                       int64_t how) {
-  const int64_t rows = logits.size(0);
-  Tensor tokens = make(logits, {rows, count}, aoti_torch_dtype_int64());
-  Tensor logprobs = make(logits, {rows, count}, aoti_torch_dtype_float32());
-  Tensor stats = make(logits, {rows, 3}, aoti_torch_dtype_float32());
+  const Draws draws(logits, {logits.size(0), count});
   const SampleChildren op{
       sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
-                processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), tokens, logprobs, stats),
+                processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), false, draws),
       count, Children(how)};
   run(op, logits);
-  return {tokens, logprobs, stats};
+  return {draws.tokens, draws.logprobs, draws.stats};
 }
 
 // `noise_words`, likewise.
@@ -235,6 +239,16 @@ Tensor noise_words_of(Tensor seed, Tensor position, int64_t tag, int64_t first, 
                       .out = out<int64_t>(words)};
   run(op, seed);
   return words;
+}
+
+// All operators that take part in drafting and verifying, by run(op, a tensor beside which to work).
+template <auto run, class Library>
+void implement(Library& m) {
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run>));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run>));
+  m.impl("sample", TORCH_BOX(&sample_by<run>));
+  m.impl("sample_children", TORCH_BOX(&sample_children_by<run>));
+  m.impl("noise_words", TORCH_BOX(&noise_words_of<run>));
 }
 
 }  // namespace specdec

@@ -4,11 +4,12 @@
 #include <cmath>
 #include <cstdint>
 
-// Functions that run on the host and on a GPU alike.
+// Functions that run on the host and on a GPU alike. Those of no class have internal linkage: every unit compiles them
+// for its own instruction set.
 #ifdef __CUDACC__
-#define SPECDEC_SHARED __host__ __device__ inline
+#define SPECDEC_SHARED __host__ __device__
 #else
-#define SPECDEC_SHARED inline
+#define SPECDEC_SHARED
 #endif
 
 namespace specdec {
@@ -17,6 +18,7 @@ enum class DType { f32, bf16, f16 };
 
 // The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
 constexpr int64_t kTile = 128;
+SPECDEC_SHARED static inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
 constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
@@ -30,7 +32,7 @@ struct Noise {
 
 // Temperature 0, or too small for float32 scalars, is greedy: scale = inf marks a point mass.
 constexpr float kMinTemperature = 1e-5f;
-SPECDEC_SHARED float scale_of(float temperature) {
+SPECDEC_SHARED static inline float scale_of(float temperature) {
   return temperature < kMinTemperature ? INFINITY : 1.0f / temperature;
 }
 
@@ -60,6 +62,28 @@ struct Edits {
   float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
 };
 
+// The first edit whose id is not below `id`.
+SPECDEC_SHARED static inline int64_t first_edit(const Edits& edits, int64_t id) {
+  int64_t low = 0, high = edits.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (edits.ids[middle] < id)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A logit after bias and penalties, its id `drafted` times among the drafts before it.
+SPECDEC_SHARED static inline float edited(const Edits& edits, int64_t edit, int64_t drafted, float x) {
+  const int64_t output = edits.counts[2 * edit + 1] + drafted;
+  x += edits.bias[edit];
+  if (output > 0 || edits.counts[2 * edit] > 0) x = x > 0.0f ? x / edits.repetition : x * edits.repetition;
+  if (output > 0) x -= edits.frequency * float(output) + edits.presence;
+  return x;
+}
+
 struct Logits {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -67,12 +91,22 @@ struct Logits {
   int64_t row_stride = 0;
 };
 
+SPECDEC_SHARED static inline const void* address(const Logits& logits, int64_t elements) {
+  return static_cast<const char*>(logits.data) + elements * (logits.dtype == DType::f32 ? 4 : 2);
+}
+
 // Temperature and filters: [B, 4] (temperature, top_k, top_p, min_p), or one of each for all.
 struct SamplingParameters {
   const float* each = nullptr;
   float temperature = 1.0f;
   int64_t top_k = 0;
   float top_p = 1.0f, min_p = 0.0f;
+
+  SPECDEC_SHARED SamplingParameters of(int64_t request) const {
+    if (each == nullptr) return *this;
+    const float* own = each + 4 * request;
+    return {nullptr, own[0], int64_t(own[1]), own[2], own[3]};
+  }
 };
 
 // Mask and edits: see specdec_kernels/ops/processing.py. Null pointers where there are none.
@@ -84,6 +118,17 @@ struct Processing {
   const float* bias = nullptr;        // [B, M]
   const float* penalties = nullptr;   // [B, 3]: repetition, presence, frequency
 };
+
+SPECDEC_SHARED static inline Edits edits_of(const Processing& all, int64_t request) {
+  if (all.ids == nullptr) return {};
+  const int64_t first = request * all.edits;
+  const float* own = all.penalties + 3 * request;
+  return {all.edits, all.ids + first, all.counts + 2 * first, all.bias + first, own[0], own[1], own[2]};
+}
+
+SPECDEC_SHARED static inline const uint32_t* mask_of(const Processing& all, int64_t vocab, int64_t row) {
+  return all.bitmask ? all.bitmask + row * ((vocab + 31) / 32) : nullptr;
+}
 
 // What verifying a chain and a tree have in common: R rows of target logits a request, as many tokens out at most.
 struct Verification {
@@ -116,7 +161,25 @@ struct VerifyChain {
   int32_t* out_counters;  // [B, 2]: proposed, independent
 
   SPECDEC_SHARED int64_t longest() const { return common.rows - 1; }
+
+  // Drafts a request has room for.
+  SPECDEC_SHARED int64_t room(int64_t request) const {
+    int64_t limit = longest();
+    if (cu_rows != nullptr && cu_rows[request + 1] - cu_rows[request] - 1 < limit)
+      limit = cu_rows[request + 1] - cu_rows[request] - 1;
+    if (num_draft.data != nullptr && num_draft[request] < limit)
+      limit = num_draft[request] > 0 ? num_draft[request] : 0;
+    return limit;
+  }
 };
+
+// Nodes before the first one without a parent among the earlier.
+SPECDEC_SHARED static inline int64_t live_nodes(const int64_t* parents, int64_t nodes) {
+  if (nodes == 0 || parents[0] != -1) return 0;
+  int64_t live = 1;
+  while (live < nodes && parents[live] >= 0 && parents[live] < live) ++live;
+  return live;
+}
 
 struct VerifyTree {
   Verification common;     // R = N

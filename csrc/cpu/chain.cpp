@@ -11,21 +11,13 @@ namespace {
 
 int64_t first_row(const VerifyChain& op, int64_t request) { return op.cu_rows ? op.cu_rows[request] : 0; }
 
-// Drafts a request has room for.
-int64_t room(const VerifyChain& op, int64_t request) {
-  int64_t limit = op.longest();
-  if (op.cu_rows) limit = std::min(limit, op.cu_rows[request + 1] - op.cu_rows[request] - 1);
-  if (op.num_draft.data) limit = std::clamp<int64_t>(op.num_draft[request], 0, limit);
-  return limit;
-}
-
 class ChainRequest : Request {
  public:
   ChainRequest(const VerifyChain& op, const Kernels& kernels, int64_t threads, int64_t b, SharedPass& pass)
       : Request(op.common, kernels, threads, b, op.rule == Rule::block ? op.common.rows : 1, first_row(op, b),
                 op.cu_rows ? op.cu_rows[b] : b * op.common.rows, pass),
         chain_(op) {
-    for (int64_t i = 0; i < room(op, b) && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
+    for (int64_t i = 0; i < op.room(b) && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
   }
 
   void run() {
@@ -135,7 +127,7 @@ class ChainRequest : Request {
 std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain& op) {
   const Verification& all = op.common;
   for (int64_t b = 0; b < all.batch; ++b) {
-    const int64_t limit = room(op, b);
+    const int64_t limit = op.room(b);
     for (int64_t i = 0; i < limit; ++i) {
       const int64_t token = all.tokens[b * all.token_strides[0] + i * all.token_strides[1]];
       if (token == -1) break;

@@ -13,8 +13,6 @@
 
 namespace specdec {
 
-inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
-
 // A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
 // threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding.
 inline int64_t piece_tiles(int64_t tiles, int64_t threads) {

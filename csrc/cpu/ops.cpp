@@ -25,7 +25,7 @@ void on_threads(int64_t threads, void (*body)(void*), void* context) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
 }
 
-void run_chain(const VerifyChain& op, const Tensor&) {
+void run(const VerifyChain& op, const Tensor&) {
   require_kernels();
   if (const auto bad = find_bad_token(op)) {
     const auto [b, i] = *bad;
@@ -36,22 +36,22 @@ void run_chain(const VerifyChain& op, const Tensor&) {
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run_sample(const Sample& op, const Tensor&) {
+void run(const Sample& op, const Tensor&) {
   require_kernels();
   sample(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run_tree(const VerifyTree& op, const Tensor&) {
+void run(const VerifyTree& op, const Tensor&) {
   require_kernels();
   verify_tree(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run_children(const SampleChildren& op, const Tensor&) {
+void run(const SampleChildren& op, const Tensor&) {
   require_kernels();
   sample_children(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run_noise_words(const NoiseWords& op, const Tensor&) {
+void run(const NoiseWords& op, const Tensor&) {
   const Kernels& table = require_kernels();
   std::vector<uint32_t> buffer(size_t(4 * op.counters));
   for (int64_t r = 0; r < op.rows; ++r) {
@@ -64,11 +64,7 @@ void run_noise_words(const NoiseWords& op, const Tensor&) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run_chain>));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run_tree>));
-  m.impl("sample", TORCH_BOX(&sample_by<run_sample>));
-  m.impl("sample_children", TORCH_BOX(&sample_children_by<run_children>));
-  m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
+  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
 }
 
 }  // namespace specdec

@@ -12,26 +12,12 @@
 namespace specdec {
 
 inline Row row_at(const Logits& logits, int64_t vocab, int64_t offset) {
-  const int64_t size = logits.dtype == DType::f32 ? 4 : 2;
-  return {static_cast<const char*>(logits.data) + offset * size, logits.dtype, vocab};
+  return {address(logits, offset), logits.dtype, vocab};
 }
 
 inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {
-  if (all.each == nullptr) return {scale_of(all.temperature), {all.top_k, all.top_p, all.min_p}};
-  const float* own = all.each + 4 * request;
-  return {scale_of(own[0]), {int64_t(own[1]), own[2], own[3]}};
-}
-
-inline Edits edits_of(const Processing& all, int64_t request) {
-  if (all.ids == nullptr) return {};
-  const int64_t begin = request * all.edits;
-  const float* penalties = all.penalties + 3 * request;
-  return {all.edits,    all.ids + begin, all.counts + 2 * begin, all.bias + begin, penalties[0],
-          penalties[1], penalties[2]};
-}
-
-inline const uint32_t* mask_of(const Processing& all, int64_t vocab, int64_t row) {
-  return all.bitmask ? all.bitmask + row * ((vocab + 31) / 32) : nullptr;
+  const SamplingParameters own = all.of(request);
+  return {scale_of(own.temperature), {own.top_k, own.top_p, own.min_p}};
 }
 
 // The scratch of one thread, kept between calls.

@@ -38,7 +38,7 @@ class Source {
   bool touches(int64_t begin, int64_t end) const {
     if (plain()) return false;
     const int64_t first = begin * kTile, last = std::min(end * kTile, row_.vocab);
-    const int64_t edit = first_edit(first);
+    const int64_t edit = first_edit(edits_, first);
     if (edit < edits_.count && edits_.ids[edit] < last) return true;
     return mask_ && std::any_of(mask_ + first / 32, mask_ + (last + 31) / 32, [](uint32_t w) { return w != ~0u; });
   }
@@ -48,7 +48,7 @@ class Source {
     const int64_t first = tile * kTile, last = std::min(first + count * kTile, row_.vocab);
     for (int64_t v = first; v < last; ++v) out[v - first] = logit_of(row_, v);
     std::fill(out + (last - first), out + count * kTile, -INFINITY);
-    for (int64_t e = first_edit(first); e < edits_.count && edits_.ids[e] < last; ++e) {
+    for (int64_t e = first_edit(edits_, first); e < edits_.count && edits_.ids[e] < last; ++e) {
       float& x = out[edits_.ids[e] - first];
       x = edited(x, e);
     }
@@ -71,24 +71,14 @@ class Source {
   float logit(int64_t token) const {
     if (mask_ && !allows(token)) return -INFINITY;
     const float x = logit_of(row_, token);
-    const int64_t e = first_edit(token);
+    const int64_t e = first_edit(edits_, token);
     return e < edits_.count && edits_.ids[e] == token ? edited(x, e) : x;
   }
 
  private:
-  int64_t first_edit(int64_t id) const {
-    return std::lower_bound(edits_.ids, edits_.ids + edits_.count, id) - edits_.ids;
-  }
-
   bool allows(int64_t token) const { return mask_[token / 32] >> (token % 32) & 1; }
 
-  float edited(float x, int64_t e) const {
-    const int64_t output = edits_.counts[2 * e + 1] + prefix_.count(edits_.ids[e]);
-    x += edits_.bias[e];
-    if (output > 0 || edits_.counts[2 * e] > 0) x = x > 0.0f ? x / edits_.repetition : x * edits_.repetition;
-    if (output > 0) x -= edits_.frequency * float(output) + edits_.presence;
-    return x;
-  }
+  float edited(float x, int64_t e) const { return specdec::edited(edits_, e, prefix_.count(edits_.ids[e]), x); }
 
   Row row_;
   const uint32_t* mask_;

@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
-namespace specdec {
+#include "../common/ops.h"
 
-// Nodes before the first one without a parent among the earlier.
-inline int64_t live_nodes(const int64_t* parents, int64_t nodes) {
-  if (nodes == 0 || parents[0] != -1) return 0;
-  int64_t live = 1;
-  while (live < nodes && parents[live] >= 0 && parents[live] < live) ++live;
-  return live;
-}
+namespace specdec {
 
 // The numbers are those of specdec_kernels/contract.py.
 enum class MaskFormat { packed = 0, dense = 1, flat = 2, flat_bits = 3 };

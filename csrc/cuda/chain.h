@@ -3,7 +3,7 @@
 // request to be judged decides.
 #pragma once
 
-#include "workspace.h"
+#include "request.h"
 
 namespace specdec::cuda {
 
@@ -20,20 +20,15 @@ struct Judged {
 
 // One request of `verify_chain`. P: whether logits are processed.
 template <Rule kRule, bool P>
-class ChainProgram {
+class ChainProgram : RequestProgram<P> {
+  using Base = RequestProgram<P>;
+  using Base::all_, Base::b_, Base::draft_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
+  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::raw_logprob, Base::token, Base::work_;
+
  public:
   // program = (row * slices + slice) * requests + request: first rows first.
   SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t program)
-      : team_(team), op_(op), all_(op.common), work_(work), b_(program % op.common.batch) {
-    row_ = program / all_.batch / work.slices, part_ = program / all_.batch % work.slices;
-    sampling_ = sampling_of(all_.sampling, b_);
-    seed_ = uint64_t(all_.seed[b_]), position_ = uint64_t(all_.position[b_]);
-    const int64_t first = op.cu_rows ? op.cu_rows[b_] : b_ * all_.rows;  // of the rows of all requests
-    target_ =
-        target_rows<P>(all_, b_, op.cu_rows ? first * all_.target.row_stride : b_ * all_.target.request_stride, first);
-    if (dense()) draft_ = draft_rows(all_, b_);
-    drafted_ = count_drafts();
-  }
+      : ChainProgram(team, op, work, program % op.common.batch, program / op.common.batch) {}
 
   SPECDEC_DEVICE void run() {
     if (row_ > drafted_) return;
@@ -46,7 +41,8 @@ class ChainProgram {
     const bool needed = team_.reduce(fresh(stopped), Larger()) <= from_last;
     if (needed) {
       measure_slice<P>(team_, target_, row_, sampling_.finite_scale(), part_, work_.slices, target_table(row_));
-      if (dense() && all_.draft_stats == nullptr && row_ < drafted_ && !sampling_.greedy())
+      const bool needs_draft = kRule != Rule::coupled && dense() && all_.draft_stats == nullptr;
+      if (needs_draft && row_ < drafted_ && !sampling_.greedy())
         measure_slice<false>(team_, draft_, row_, 1.0f, part_, work_.slices, draft_table(row_));
     }
     if (!team_.last_to_arrive(arrived + row_, int32_t(work_.slices - 1))) return;
@@ -63,67 +59,58 @@ class ChainProgram {
   }
 
  private:
-  SPECDEC_DEVICE bool dense() const { return kRule != Rule::coupled && all_.draft.data != nullptr; }
+  SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t b, int64_t slot)
+      : ChainProgram(team, op, work, b, slot, op.cu_rows ? op.cu_rows[b] : b * op.common.rows) {}
+
+  // `first`: of the rows of all requests.
+  SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t b, int64_t slot,
+                              int64_t first)
+      : Base(team, op.common, work, b,
+             op.cu_rows ? first * op.common.target.row_stride : b * op.common.target.request_stride, first),
+        op_(op),
+        row_(slot / work.slices),
+        part_(slot % work.slices),
+        drafted_(count_drafts()) {}
+
   SPECDEC_DEVICE Table target_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i)); }
   SPECDEC_DEVICE Table draft_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i) + 1); }
   SPECDEC_DEVICE Judged& place(int64_t i) const { return static_cast<Judged*>(work_.places)[b_ * all_.rows + i]; }
-  SPECDEC_DEVICE int64_t draft_at(int64_t i) const {
-    return all_.tokens[target_.first_draft + i * target_.draft_stride];
-  }
-  SPECDEC_DEVICE Noise noise(int64_t i) const { return {seed_, position_, kTarget | uint32_t(i) << 16}; }
 
   // -1, or an id that is none, ends the drafts.
   SPECDEC_DEVICE int64_t count_drafts() const {
-    int64_t most = op_.longest();
-    if (op_.cu_rows) {
-      const int64_t room = op_.cu_rows[b_ + 1] - op_.cu_rows[b_] - 1;
-      most = room < most ? room : most;
-    }
-    if (op_.num_draft.data && op_.num_draft[b_] < most) most = op_.num_draft[b_];
+    const int64_t most = op_.room(b_);
     int64_t count = 0;
-    while (count < most && draft_at(count) >= 0 && draft_at(count) < all_.vocab) ++count;
+    while (count < most && token(count) >= 0 && token(count) < all_.vocab) ++count;
     return count;
   }
 
   // Looks at this row, whose tables are made, and remembers what a rule asks of it. Whether its draft passes on its
   // own, by coin or, coupled, by being what is drawn.
   SPECDEC_DEVICE bool judge() const {
-    const int64_t i = row_, token = i < drafted_ ? draft_at(i) : -1;
+    const int64_t i = row_, id = i < drafted_ ? token(i) : -1;
     const LawOfRow found = law_of<P>(team_, target_, i, sampling_, target_table(i), noise(i), kRule != Rule::coupled);
     Judged row;
     row.target = found.law;
     row.valid = found.valid;
-    row.tested = token >= 0 && found.valid;
+    row.tested = id >= 0 && found.valid;
     row.drawn = found.law.argmax;
     if constexpr (kRule == Rule::coupled) {
       if (row.drawn < 0) row.drawn = flat_race<P>(team_, target_, i, found.law, seed_, position_ + uint64_t(i));
-      row.passed = row.tested && token == row.drawn;
+      row.passed = row.tested && id == row.drawn;
     } else {
       // A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
-      row.draft.argmax = token;
-      if (dense() && row.tested && found.law.argmax < 0) row.tested = look_at_draft(i, token, row);
-      if (row.tested) row.prob = exp(log_prob<P>(target_, i, found.law, token));
+      row.draft.argmax = id;
+      if (dense() && row.tested && found.law.argmax < 0) {
+        row.tested = look_at_draft(i, draft_table(i), true, row.draft);
+        row.draft_prob = row.draft.argmax < 0 ? exp(log_prob<false>(draft_, i, row.draft, id)) : 1.0;
+        row.tested = row.tested && row.draft_prob < INFINITY;
+      }
+      if (row.tested) row.prob = exp(log_prob<P>(target_, i, found.law, id));
       // Strict: a token the target gives probability 0 is never accepted, even by coin 0.
       row.passed = row.tested && coin(seed_, position_, i) * row.draft_prob < row.prob;
     }
     if (team_.rank() == 0) place(i) = row;
     return row.passed;
-  }
-
-  // The law that draft i was drawn from: its own softmax, or the scalars handed over. Whether it is usable.
-  SPECDEC_DEVICE bool look_at_draft(int64_t i, int64_t token, Judged& row) const {
-    bool usable = true;
-    if (all_.draft_stats) {
-      const float* stats = all_.draft_stats + 3 * (b_ * all_.draft_rows + i);
-      if (stats[0] == INFINITY) return true;  // greedy: the point mass on the draft
-      row.draft = {stats[0], stats[1], double(stats[2]), -1, 0};
-    } else {
-      const Summary found = summary(team_, draft_, 1.0f, draft_table(i), {}, false);
-      row.draft = {1.0f, -INFINITY, found.logsumexp, -1, 0};
-      usable = found.valid;
-    }
-    row.draft_prob = exp(log_prob<false>(draft_, i, row.draft, token));
-    return usable && row.draft_prob < INFINITY;
   }
 
   SPECDEC_DEVICE void decide() {
@@ -133,9 +120,8 @@ class ChainProgram {
     int64_t emitted = last.drawn;
     if constexpr (kRule != Rule::coupled) emitted = emit(kept, last, rejected);
     if (team_.rank() == 0) {
-      bool valid = last.valid && (kept == drafted_ || last.tested);
       all_.out_accepted[b_] = int32_t(kept);
-      all_.out_valid[b_] = valid;
+      all_.out_valid[b_] = last.valid && (kept == drafted_ || last.tested);
       op_.out_counters[2 * b_] = int32_t(drafted_);
       op_.out_counters[2 * b_ + 1] = op_.independent ? count_independent() : -1;
     }
@@ -180,20 +166,15 @@ class ChainProgram {
     return kept;
   }
 
-  // What is left of the target's probabilities of this thread's ids, (target - draft / reach)+; the sum.
+  // The sum of what is left of the target's probabilities of this thread's ids, (target - draft / reach)+.
   SPECDEC_DEVICE float residuals(int64_t i, const Judged& row, const Probabilities& target, const Probabilities& draft,
-                                 int64_t first, float (&left)[kElements]) const {
-    float drafted[kElements], sum = 0.0f;
-    load<P>(target_, i, first, left);
+                                 int64_t first) const {
+    float x[kElements], y[kElements], sum = 0.0f;
+    load<P>(target_, i, first, x);
     const bool certain = row.draft.argmax >= 0;
-    if (!certain) load<false>(draft_, i, first, drafted);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int e = 0; e < kElements; ++e) {
-      left[e] = residual(row, target, draft, left[e], certain ? 0.0f : drafted[e], first + e);
-      sum += left[e];
-    }
+    if (!certain) load<false>(draft_, i, first, y);
+    SPECDEC_UNROLL
+    for (int e = 0; e < kElements; ++e) sum += residual(row, target, draft, x[e], certain ? 0.0f : y[e], first + e);
     return sum;
   }
 
@@ -205,18 +186,11 @@ class ChainProgram {
     return left > 0.0f ? left : 0.0f;  // nothing where the draft is not a number
   }
 
-  SPECDEC_DEVICE static Probabilities divided(const Judged& row) {
-    Law draft = row.draft;
-    draft.logsumexp += log(row.reach);
-    return Probabilities(draft);
-  }
-
   SPECDEC_PASS double residual_mass(int64_t i, const Judged& row) const {
-    const Probabilities target(row.target), draft = divided(row);
+    const Probabilities target(row.target), draft = divided(row.draft, row.reach);
     double mass = 0.0;
     for_tiles<P ? 1 : kAhead>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
-      float left[kElements];
-      if (there) mass += double(residuals(i, row, target, draft, own_ids(team_, tile), left));
+      if (there) mass += double(residuals(i, row, target, draft, own_ids(team_, tile)));
     });
     return team_.reduce(mass, Plus());
   }
@@ -230,11 +204,10 @@ class ChainProgram {
 
   // By the two-level race; kNobody where nothing is left.
   SPECDEC_PASS int64_t draw_residual(int64_t i, const Judged& row) const {
-    const Probabilities target(row.target), draft = divided(row);
+    const Probabilities target(row.target), draft = divided(row.draft, row.reach);
     Arrived first;
     for_tiles<P ? 1 : kAhead>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
-      float left[kElements];
-      const float sum = there ? residuals(i, row, target, draft, own_ids(team_, tile), left) : 0.0f;
+      const float sum = there ? residuals(i, row, target, draft, own_ids(team_, tile)) : 0.0f;
       const float weight = team_.in_group(sum, Plus());
       if (team_.rank() % kGroup == 0) take_part(first, exponential(noise(i), tile), weight, tile);
     });
@@ -248,31 +221,21 @@ class ChainProgram {
 
   // Place i of the results.
   SPECDEC_DEVICE void write(int64_t i, int64_t kept, int64_t emitted) const {
-    const int64_t at = b_ * all_.rows + i, token = i < kept ? draft_at(i) : i == kept ? emitted : -1;
+    const int64_t at = b_ * all_.rows + i, id = i < kept ? token(i) : i == kept ? emitted : -1;
     float score = NAN, raw_score = NAN;
     if (all_.out_logprobs && i <= kept) {
       const Judged& row = place(i);
-      if (row.valid) score = float(log_prob<P>(target_, i, row.target, token));
-      team_.sync();  // all have read what is overwritten now
-      tabulate<false>(team_, target_, i, 0, tiles_of(all_.vocab), 1.0f, -INFINITY, target_table(i));
-      team_.sync();
-      const Summary raw = summary(team_, target_, 1.0f, target_table(i), {}, false);
-      if (raw.valid) raw_score = float(double(logit<false>(target_, i, token)) - raw.logsumexp);
+      if (row.valid) score = float(log_prob<P>(target_, i, row.target, id));
+      raw_score = raw_logprob(i, id, target_table(i));
     }
     if (team_.rank() != 0) return;
-    all_.out_tokens[at] = token;
+    all_.out_tokens[at] = id;
     if (all_.out_logprobs) all_.out_logprobs[at] = score, all_.out_raw_logprobs[at] = raw_score;
   }
 
-  const Team& team_;
   const VerifyChain& op_;
-  const Verification& all_;
-  const Workspace& work_;
-  const int64_t b_;
-  int64_t row_, part_, drafted_, looked_at_ = 0;
-  Sampling sampling_;
-  uint64_t seed_, position_;
-  Rows target_, draft_;
+  const int64_t row_, part_, drafted_;
+  int64_t looked_at_ = 0;
 };
 
 }  // namespace specdec::cuda

@@ -7,7 +7,6 @@
 #include <numeric>
 #include <random>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "../common/elements.h"
@@ -87,26 +86,17 @@ void run_as(const SampleChildren& op, const Team& team, const Workspace& work, i
 
 template <class Op>
 void run(const Op& op, const Tensor& like) {
-  const Processing* processing;
-  if constexpr (std::is_same_v<Op, Sample>)
-    processing = &op.processing;
-  else
-    processing = &op.common.processing;
   run_programs(op, like.size(like.dim() - 1), [&](const Team& team, const Workspace& work, int64_t program) {
-    processes(*processing) ? run_as<true>(op, team, work, program) : run_as<false>(op, team, work, program);
+    processes(op) ? run_as<true>(op, team, work, program) : run_as<false>(op, team, work, program);
   });
 }
 
-void run_noise_words(const NoiseWords& op, const Tensor&) {
+void run(const NoiseWords& op, const Tensor&) {
   for (int64_t index = 0; index < op.rows * op.counters; ++index) noise_program(op, index);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_emulated, CPU, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run<VerifyChain>>));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run<VerifyTree>>));
-  m.impl("sample", TORCH_BOX(&sample_by<run<Sample>>));
-  m.impl("sample_children", TORCH_BOX(&sample_children_by<run<SampleChildren>>));
-  m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
+  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
 }
 
 }  // namespace

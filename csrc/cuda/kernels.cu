@@ -63,22 +63,20 @@ auto chain_kernel(Rule rule) {
 }  // namespace
 
 int launch(const VerifyChain& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const bool processed = processes(op.common.processing);
-  return start(processed ? chain_kernel<true>(op.rule) : chain_kernel<false>(op.rule), op, shape, scratch, stream);
+  return start(processes(op) ? chain_kernel<true>(op.rule) : chain_kernel<false>(op.rule), op, shape, scratch, stream);
 }
 
 int launch(const VerifyTree& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const bool processed = processes(op.common.processing);
-  return start(processed ? verify_tree_kernel<true> : verify_tree_kernel<false>, op, shape, scratch, stream);
+  return start(processes(op) ? verify_tree_kernel<true> : verify_tree_kernel<false>, op, shape, scratch, stream);
 }
 
 int launch(const Sample& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  return start(processes(op.processing) ? sample_kernel<true> : sample_kernel<false>, op, shape, scratch, stream);
+  return start(processes(op) ? sample_kernel<true> : sample_kernel<false>, op, shape, scratch, stream);
 }
 
 int launch(const SampleChildren& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const bool processed = processes(op.common.processing);
-  return start(processed ? sample_children_kernel<true> : sample_children_kernel<false>, op, shape, scratch, stream);
+  return start(processes(op) ? sample_children_kernel<true> : sample_children_kernel<false>, op, shape, scratch,
+               stream);
 }
 
 int launch(const NoiseWords& op, void* stream) {

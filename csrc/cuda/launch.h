@@ -51,11 +51,17 @@ inline Shape shape_of(const Needs& needs, int64_t vocab, int64_t processors) {
   constexpr int64_t kTeamsAProcessor = 4;
   const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
   const int64_t wanted = (kTeamsAProcessor * processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
-  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), (vocab + kTile - 1) / kTile};
+  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab)};
 }
 
 // Whether logits are changed on the way: kernels that do are compiled apart.
 inline bool processes(const Processing& p) { return p.bitmask != nullptr || p.ids != nullptr; }
+inline bool processes(const Sample& op) { return processes(op.processing); }
+inline bool processes(const Verification& op) { return processes(op.processing); }
+template <class Op>
+bool processes(const Op& op) {
+  return processes(op.common);
+}
 
 // `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
 int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);

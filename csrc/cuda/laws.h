@@ -15,14 +15,9 @@ struct Sampling {
   SPECDEC_DEVICE float finite_scale() const { return greedy() ? 1.0f : scale; }
 };
 
-SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& parameters, int64_t request) {
-  float temperature = parameters.temperature, top_p = parameters.top_p, min_p = parameters.min_p;
-  int64_t top_k = parameters.top_k;
-  if (parameters.each != nullptr) {
-    const float* own = parameters.each + 4 * request;
-    temperature = own[0], top_k = int64_t(own[1]), top_p = own[2], min_p = own[3];
-  }
-  return {temperature < kMinTemperature ? INFINITY : 1.0f / temperature, top_k, top_p, min_p};
+SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& all, int64_t request) {
+  const SamplingParameters own = all.of(request);
+  return {scale_of(own.temperature), own.top_k, own.top_p, own.min_p};
 }
 
 // Of the finite logits of a row that are not below a pivot: how many, the sum of exp(scale * (logit - top)), the
@@ -64,9 +59,7 @@ class CutoffSearch {
       }
       float x[kElements], sum = 0.0f;
       load<P>(rows_, i_, own_ids(team_, tile), x);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+      SPECDEC_UNROLL
       for (const float value : x) {
         if (value >= pivot && value > -INFINITY) {
           ++count;

@@ -15,9 +15,7 @@ struct Words {
 SPECDEC_DEVICE Words philox(const Noise& noise, uint32_t index) {
   uint32_t c0 = index, c1 = uint32_t(noise.position), c2 = uint32_t(noise.position >> 32), c3 = noise.tag;
   uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+  SPECDEC_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t even = uint64_t(0xD2511F53u) * c0, odd = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(odd >> 32) ^ c1 ^ k0;

@@ -84,18 +84,14 @@ void run(const Op& op, const Tensor& like) {
   check(cudaError_t(launch(op, shape, scratch, stream)));
 }
 
-void run_noise_words(const NoiseWords& op, const Tensor& like) {
+void run(const NoiseWords& op, const Tensor& like) {
   if (op.rows * op.counters == 0) return;
   const OnDevice guard(like);
   check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain_of<run<VerifyChain>>));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree_of<run<VerifyTree>>));
-  m.impl("sample", TORCH_BOX(&sample_by<run<Sample>>));
-  m.impl("sample_children", TORCH_BOX(&sample_children_by<run<SampleChildren>>));
-  m.impl("noise_words", TORCH_BOX(&noise_words_of<run_noise_words>));
+  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
 }
 
 }  // namespace

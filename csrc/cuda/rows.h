@@ -40,36 +40,20 @@ SPECDEC_DEVICE float float_of(const void* row, DType dtype, int64_t id) {
 }
 
 SPECDEC_DEVICE const void* row_of(const Rows& rows, int64_t i) {
-  return static_cast<const char*>(rows.logits) + i * rows.stride * (rows.dtype == DType::f32 ? 4 : 2);
+  return address({rows.logits, rows.dtype}, i * rows.stride);
 }
 
-// The first edit whose id is not below `id`.
-SPECDEC_DEVICE int64_t first_edit(const Edits& edits, int64_t id) {
-  int64_t low = 0, high = edits.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (edits.ids[middle] < id)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
+// A logit of row i whose id has an edit.
 SPECDEC_DEVICE float edited(const Rows& rows, int64_t i, int64_t edit, float x) {
-  const Edits& edits = rows.edits;
-  int64_t output = edits.counts[2 * edit + 1];
+  int64_t drafted = 0;
   const auto is_here = [&](int64_t draft) {
-    return rows.drafts[rows.first_draft + draft * rows.draft_stride] == edits.ids[edit];
+    return rows.drafts[rows.first_draft + draft * rows.draft_stride] == rows.edits.ids[edit];
   };
   if (rows.parents != nullptr)
-    for (int64_t node = i; node > 0; node = rows.parents[node]) output += is_here(node);
+    for (int64_t node = i; node > 0; node = rows.parents[node]) drafted += is_here(node);
   else
-    for (int64_t before = 0; before < i; ++before) output += is_here(before);
-  x += edits.bias[edit];
-  if (output > 0 || edits.counts[2 * edit] > 0) x = x > 0.0f ? x / edits.repetition : x * edits.repetition;
-  if (output > 0) x -= edits.frequency * float(output) + edits.presence;
-  return x;
+    for (int64_t before = 0; before < i; ++before) drafted += is_here(before);
+  return specdec::edited(rows.edits, edit, drafted, x);
 }
 
 SPECDEC_DEVICE bool allowed(const Rows& rows, int64_t i, int64_t id) {
@@ -115,9 +99,7 @@ SPECDEC_DEVICE void load(const Rows& rows, int64_t i, int64_t first, float (&x)[
   } else
 #endif
   {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+    SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e)
       x[e] = first + e < rows.vocab ? float_of(row, rows.dtype, first + e) : -INFINITY;
   }
@@ -126,21 +108,15 @@ SPECDEC_DEVICE void load(const Rows& rows, int64_t i, int64_t first, float (&x)[
     for (; edit < rows.edits.count && rows.edits.ids[edit] < first + kElements && rows.edits.ids[edit] < rows.vocab;
          ++edit) {
       const int64_t place = rows.edits.ids[edit] - first;
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+      SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e)  // an index known to the compiler keeps the logits in registers
         if (e == place) x[e] = edited(rows, i, edit, x[e]);
     }
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+    SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e)
       if (first + e < rows.vocab && !allowed(rows, i, first + e)) x[e] = -INFINITY;
   }
 }
-
-SPECDEC_DEVICE int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // Subtracting -inf from -inf would give nan where the sum is 0.
 SPECDEC_DEVICE float usable_base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
@@ -161,9 +137,7 @@ SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64
   for_tiles<P ? 1 : kAhead>(team, begin, end, [&](int64_t tile, bool there) {
     float x[kElements], top = -INFINITY, sum = 0.0f;
     load<P>(rows, i, there ? own_ids(team, tile) : rows.vocab, x);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+    SPECDEC_UNROLL
     for (float& value : x) {
       if (value < pivot) value = -INFINITY;
       if (value >= pivot) least = fminf(least, value);
@@ -171,9 +145,7 @@ SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64
     }
     top = team.in_group(top, Larger());
     const float base = usable_base(top);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+    SPECDEC_UNROLL
     for (const float value : x) sum += expf(scale * (value - base));
     sum = team.in_group(sum, Plus());
     if (there && team.rank() % kGroup == 0) table.maxima[tile] = top, table.sums[tile] = sum;
@@ -284,9 +256,7 @@ SPECDEC_PASS int64_t flat_race(const Team& team, const Rows& rows, int64_t i, co
     const int64_t ids = there ? own_ids(team, tile) : rows.vocab;
     float x[kElements];
     load<P>(rows, i, ids, x);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+    SPECDEC_UNROLL
     for (int counter = 0; counter < kElements / 4; ++counter) {
       const Words words = philox(noise, uint32_t(ids / 4 + counter));
       for (int word = 0; word < 4; ++word)

@@ -21,12 +21,10 @@ class RowProgram {
       : team_(team), op_(op), work_(work), r_(program / work.slices), part_(program % work.slices) {
     sampling_ = sampling_of(op.sampling, r_);
     seed_ = uint64_t(op.seed[r_]), position_ = uint64_t(op.position[r_]), row_ = uint64_t(op.row[r_]);
-    rows_.logits = offset(op.logits, r_ * op.logits.row_stride);
+    rows_.logits = address(op.logits, r_ * op.logits.row_stride);
     rows_.dtype = op.logits.dtype, rows_.vocab = op.vocab;
-    if constexpr (P) {
-      if (op.processing.bitmask) rows_.mask = op.processing.bitmask + r_ * ((op.vocab + 31) / 32);
-      rows_.edits = edits_of(op.processing, r_);
-    }
+    if constexpr (P) rows_.mask = mask_of(op.processing, op.vocab, r_);
+    if constexpr (P) rows_.edits = edits_of(op.processing, r_);
   }
 
   SPECDEC_DEVICE void sample() {

@@ -11,9 +11,11 @@
 #ifdef __CUDACC__
 #define SPECDEC_DEVICE __device__ __forceinline__
 #define SPECDEC_PASS __device__ __noinline__
+#define SPECDEC_UNROLL _Pragma("unroll")
 #else
 #define SPECDEC_DEVICE inline
 #define SPECDEC_PASS inline
+#define SPECDEC_UNROLL
 #endif
 
 namespace specdec::cuda {

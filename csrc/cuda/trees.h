@@ -1,7 +1,7 @@
 // `verify_tree`: a team a request. Semantics: specdec_kernels/ops/tree_rules.py.
 #pragma once
 
-#include "workspace.h"
+#include "request.h"
 
 namespace specdec::cuda {
 
@@ -20,18 +20,18 @@ struct Node {
 };
 
 template <bool P>
-class TreeProgram {
+class TreeProgram : RequestProgram<P> {
+  using Base = RequestProgram<P>;
+  using Base::all_, Base::b_, Base::draft_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
+  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::raw_logprob, Base::token, Base::work_;
+
  public:
   SPECDEC_DEVICE TreeProgram(const Team& team, const VerifyTree& op, const Workspace& work, int64_t request)
-      : team_(team), op_(op), all_(op.common), work_(work), b_(request) {
-    sampling_ = sampling_of(all_.sampling, b_);
-    seed_ = uint64_t(all_.seed[b_]), position_ = uint64_t(all_.position[b_]);
-    parents_ = op.parents + b_ * all_.rows;
-    while (live_ < all_.rows && (live_ == 0 ? parents_[0] == -1 : parents_[live_] >= 0 && parents_[live_] < live_))
-      ++live_;
-    target_ = target_rows<P>(all_, b_, b_ * all_.target.request_stride, b_ * all_.rows);
+      : Base(team, op.common, work, request, request * op.common.target.request_stride, request * op.common.rows),
+        op_(op),
+        parents_(op.parents + request * op.common.rows),
+        live_(live_nodes(parents_, op.common.rows)) {
     target_.parents = parents_;
-    if (dense()) draft_ = draft_rows(all_, b_);
   }
 
   SPECDEC_DEVICE void run() {
@@ -46,14 +46,9 @@ class TreeProgram {
     bool valid;
   };
 
-  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr; }
   SPECDEC_DEVICE Table target_table() const { return work_.table(2 * b_); }
   SPECDEC_DEVICE Table draft_table() const { return work_.table(2 * b_ + 1); }
   SPECDEC_DEVICE Node& at(int64_t node) const { return static_cast<Node*>(work_.places)[b_ * all_.rows + node]; }
-  SPECDEC_DEVICE int64_t token(int64_t node) const {
-    return all_.tokens[target_.first_draft + node * target_.draft_stride];
-  }
-  SPECDEC_DEVICE Noise noise(int64_t node) const { return {seed_, position_, kTarget | uint32_t(node) << 16}; }
 
   // The first child of a node behind `after`; the number of nodes if there is none. A node whose token is none is no
   // child.
@@ -70,9 +65,7 @@ class TreeProgram {
   }
 
   SPECDEC_PASS LawOfRow look(int64_t node, bool race) const {
-    team_.sync();  // all have read what is overwritten now
-    tabulate<P>(team_, target_, node, 0, tiles_of(all_.vocab), sampling_.finite_scale(), -INFINITY, target_table());
-    team_.sync();
+    measure_row<P>(team_, target_, node, sampling_.finite_scale(), target_table());
     return law_of<P>(team_, target_, node, sampling_, target_table(), noise(node), race);
   }
 
@@ -107,7 +100,7 @@ class TreeProgram {
     fresh.draft.argmax = child < live_ ? token(child) : 0;
     bool usable = found.valid;
     if (usable && child < live_ && found.law.argmax < 0 && dense()) {
-      usable = look_at_draft(node, fresh.draft);
+      usable = look_at_draft(node, draft_table(), false, fresh.draft);
       for (; child < live_ && usable; child = next_child(node, child))
         usable = drafted_prob(node, fresh.draft, token(child)) < INFINITY;
     }
@@ -116,20 +109,6 @@ class TreeProgram {
     if (team_.rank() == 0) at(node) = fresh;
     team_.sync();
     return usable;
-  }
-
-  SPECDEC_DEVICE bool look_at_draft(int64_t node, Law& draft) const {
-    if (all_.draft_stats) {
-      const float* stats = all_.draft_stats + 3 * (b_ * all_.draft_rows + node);
-      if (stats[0] != INFINITY) draft = {stats[0], stats[1], double(stats[2]), -1, 0};  // greedy: a point mass
-      return true;
-    }
-    team_.sync();
-    tabulate<false>(team_, draft_, node, 0, tiles_of(all_.vocab), 1.0f, -INFINITY, draft_table());
-    team_.sync();
-    const Summary found = summary(team_, draft_, 1.0f, draft_table(), {}, false);
-    draft = {1.0f, -INFINITY, found.logsumexp, -1, 0};
-    return found.valid;
   }
 
   // What the children up to `last` left of the draft's law: one minus what they took, summed anew where that would have
@@ -178,15 +157,9 @@ class TreeProgram {
     return left;
   }
 
-  SPECDEC_DEVICE static Probabilities divided(const Node& state) {
-    Law draft = state.draft;
-    draft.logsumexp += log(state.factor);
-    return Probabilities(draft);
-  }
-
   // Mass (`race` off) or a draw by the two-level race (on) of what the rejected children leave.
   SPECDEC_PASS double residual_mass(int64_t node, const Node& state, bool race, int64_t* drawn) const {
-    const Probabilities target(state.target), draft = divided(state);
+    const Probabilities target(state.target), draft = divided(state.draft, state.factor);
     const bool certain = !dense() || state.draft.argmax >= 0;
     Arrived first;
     double mass = 0.0;
@@ -313,11 +286,7 @@ class TreeProgram {
       if (all_.out_logprobs) {
         const LawOfRow found = look(node, false);
         if (found.valid) score = float(log_prob<P>(target_, node, found.law, id));
-        team_.sync();
-        tabulate<false>(team_, target_, node, 0, tiles_of(all_.vocab), 1.0f, -INFINITY, target_table());
-        team_.sync();
-        const Summary raw = summary(team_, target_, 1.0f, target_table(), {}, false);
-        if (raw.valid) raw_score = float(double(logit<false>(target_, node, id)) - raw.logsumexp);
+        raw_score = raw_logprob(node, id, target_table());
       }
       if (team_.rank() == 0) write_one(first + i, id, int32_t(node), score, raw_score);
       id = token(node), node = node > 0 ? parents_[node] : 0;
@@ -330,16 +299,9 @@ class TreeProgram {
     if (all_.out_logprobs) all_.out_logprobs[place] = score, all_.out_raw_logprobs[place] = raw_score;
   }
 
-  const Team& team_;
   const VerifyTree& op_;
-  const Verification& all_;
-  const Workspace& work_;
-  const int64_t b_;
-  const int64_t* parents_;
-  int64_t live_ = 0;
-  Sampling sampling_;
-  uint64_t seed_, position_;
-  Rows target_, draft_;
+  const int64_t* const parents_;
+  const int64_t live_;
 };
 
 }  // namespace specdec::cuda

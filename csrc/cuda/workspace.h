@@ -29,44 +29,12 @@ SPECDEC_DEVICE void measure_slice(const Team& team, const Rows& rows, int64_t i,
   tabulate<P>(team, rows, i, begin, end, scale, -INFINITY, table);
 }
 
-SPECDEC_DEVICE Edits edits_of(const Processing& processing, int64_t request) {
-  if (processing.ids == nullptr) return {};
-  const int64_t first = request * processing.edits;
-  const float* own = processing.penalties + 3 * request;
-  return {processing.edits,
-          processing.ids + first,
-          processing.counts + 2 * first,
-          processing.bias + first,
-          own[0],
-          own[1],
-          own[2]};
-}
-
-SPECDEC_DEVICE const void* offset(const Logits& logits, int64_t elements) {
-  return static_cast<const char*>(logits.data) + elements * (logits.dtype == DType::f32 ? 4 : 2);
-}
-
-// The rows of a request's drafts, whose laws take no processing.
-SPECDEC_DEVICE Rows draft_rows(const Verification& op, int64_t request) {
-  Rows rows;
-  rows.logits = offset(op.draft, request * op.draft.request_stride);
-  rows.dtype = op.draft.dtype, rows.stride = op.draft.row_stride, rows.vocab = op.vocab;
-  return rows;
-}
-
-// The rows of a request's target, the first of them `row` in the order of all masks, and its drafts from `draft`.
+// All of row i.
 template <bool P>
-SPECDEC_DEVICE Rows target_rows(const Verification& op, int64_t request, int64_t elements, int64_t row) {
-  Rows rows;
-  rows.logits = offset(op.target, elements);
-  rows.dtype = op.target.dtype, rows.stride = op.target.row_stride, rows.vocab = op.vocab;
-  rows.drafts = op.tokens;
-  rows.first_draft = request * op.token_strides[0], rows.draft_stride = op.token_strides[1];
-  if constexpr (P) {
-    if (op.processing.bitmask) rows.mask = op.processing.bitmask + row * ((op.vocab + 31) / 32);
-    rows.edits = edits_of(op.processing, request);
-  }
-  return rows;
+SPECDEC_DEVICE void measure_row(const Team& team, const Rows& rows, int64_t i, float scale, const Table& table) {
+  team.sync();  // all have read what is overwritten now
+  tabulate<P>(team, rows, i, 0, tiles_of(rows.vocab), scale, -INFINITY, table);
+  team.sync();
 }
 
 }  // namespace specdec::cuda

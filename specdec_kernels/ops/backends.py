@@ -27,6 +27,8 @@ OPS = (*_NATIVE_OPS, "tree_attention")
 #: What the CUDA C++ has so far; the rest is Triton's.
 _CUDA_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words")
 _CUDA_CAPABILITY = (8, 0)
+#: What has to outlive the operators it defines.
+_LIBRARIES: list[torch.library.Library] = []
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _cuda() -> Backend:
     if not library.is_file():
         return Backend("cuda", "cuda", f"{library.name} was not built (it takes nvcc)", "", {})
     if emulated:
-        schema.define("specdec_emulated", _CUDA_OPS)
+        _LIBRARIES.append(schema.define("specdec_emulated", _CUDA_OPS))
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

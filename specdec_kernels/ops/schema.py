@@ -13,8 +13,6 @@ from torch import Tensor
 
 from specdec_kernels import reference
 
-LIBRARY = torch.library.Library("specdec", "DEF")
-
 _SAMPLING = "Tensor? sampling, float temperature, int top_k, float top_p, float min_p"
 _PROCESSING = "Tensor? bitmask, Tensor? edit_ids, Tensor? edit_counts, Tensor? edit_bias, Tensor? penalties"
 
@@ -118,18 +116,16 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "noise_words": _fake_noise_words,
 }
 
-_LIBRARIES = {"specdec": LIBRARY}
 
-
-def define(namespace: str, ops: Iterable[str]) -> None:
-    """Operators of the same schemas in another namespace."""
-    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "DEF"))
+def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
+    """Operators with their fakes; they are there as long as what is returned."""
+    library = torch.library.Library(namespace, "DEF")
     for op in ops:
         library.define(op + _SCHEMAS[op])
         torch.library.register_fake(f"{namespace}::{op}", _FAKES[op], lib=library)
+    return library
 
 
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
+LIBRARY = define("specdec", _SCHEMAS)
+for _name in _SCHEMAS:
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"specdec::{_name}", _FAKES[_name], lib=LIBRARY)

@@ -1,0 +1,68 @@
+// What verifying one request takes, be it a chain or a tree.
+#pragma once
+
+#include "workspace.h"
+
+namespace specdec::cuda {
+
+template <bool P>
+class RequestProgram {
+ protected:
+  // `elements`: where the rows of the request begin; `first`: its first row among all masks.
+  SPECDEC_DEVICE RequestProgram(const Team& team, const Verification& all, const Workspace& work, int64_t request,
+                                int64_t elements, int64_t first)
+      : team_(team), all_(all), work_(work), b_(request), sampling_(sampling_of(all.sampling, request)) {
+    seed_ = uint64_t(all.seed[b_]), position_ = uint64_t(all.position[b_]);
+    target_.logits = address(all.target, elements);
+    target_.dtype = all.target.dtype, target_.stride = all.target.row_stride, target_.vocab = all.vocab;
+    target_.drafts = all.tokens;
+    target_.first_draft = b_ * all.token_strides[0], target_.draft_stride = all.token_strides[1];
+    if constexpr (P) target_.mask = mask_of(all.processing, all.vocab, first);
+    if constexpr (P) target_.edits = edits_of(all.processing, b_);
+    if (!dense()) return;
+    draft_.logits = address(all.draft, b_ * all.draft.request_stride);
+    draft_.dtype = all.draft.dtype, draft_.stride = all.draft.row_stride, draft_.vocab = all.vocab;
+  }
+
+  // Whether drafts have logits.
+  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr; }
+  SPECDEC_DEVICE int64_t token(int64_t i) const { return all_.tokens[target_.first_draft + i * target_.draft_stride]; }
+  SPECDEC_DEVICE Noise noise(int64_t i) const { return {seed_, position_, kTarget | uint32_t(i) << 16}; }
+
+  // The law that the drafts of row i were drawn from, and whether it is usable: the scalars handed over (a greedy
+  // drafter's leave `law`, a point mass, as it is), or the softmax of a row whose table is made.
+  SPECDEC_DEVICE bool look_at_draft(int64_t i, const Table& table, bool measured, Law& law) const {
+    if (all_.draft_stats) {
+      const float* stats = all_.draft_stats + 3 * (b_ * all_.draft_rows + i);
+      if (stats[0] != INFINITY) law = {stats[0], stats[1], double(stats[2]), -1, 0};
+      return true;
+    }
+    if (!measured) measure_row<false>(team_, draft_, i, 1.0f, table);
+    const Summary found = summary(team_, draft_, 1.0f, table, {}, false);
+    law = {1.0f, -INFINITY, found.logsumexp, -1, 0};
+    return found.valid;
+  }
+
+  // Of a token under the plain softmax of row i.
+  SPECDEC_DEVICE float raw_logprob(int64_t i, int64_t id, const Table& table) const {
+    measure_row<false>(team_, target_, i, 1.0f, table);
+    const Summary raw = summary(team_, target_, 1.0f, table, {}, false);
+    return raw.valid ? float(double(logit<false>(target_, i, id)) - raw.logsumexp) : NAN;
+  }
+
+  // The probabilities of a law, divided by `factor`.
+  SPECDEC_DEVICE static Probabilities divided(Law law, double factor) {
+    law.logsumexp += log(factor);
+    return Probabilities(law);
+  }
+
+  const Team& team_;
+  const Verification& all_;
+  const Workspace& work_;
+  const int64_t b_;
+  const Sampling sampling_;
+  uint64_t seed_, position_;
+  Rows target_, draft_;
+};
+
+}  // namespace specdec::cuda
