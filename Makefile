@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# ninja is found there.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 
 .PHONY: demo test bench lint format clean

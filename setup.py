@@ -31,9 +31,10 @@ class CMakeBuild(build_ext):
         if nvcc := cuda_compiler():
             # It looks for its libraries in lib64, where the package has none.
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"]
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", into], check=True)
+        cmake = [sys.executable, "-m", "cmake"]  # that of the build's requirements, whatever the system's
+        subprocess.run([*cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+        subprocess.run([*cmake, "--build", build], check=True)
+        subprocess.run([*cmake, "--install", build, "--prefix", into], check=True)
 
     def get_outputs(self) -> list[str]:
         """Nothing for setuptools to look for."""

@@ -68,8 +68,9 @@ def sanitized(sanitizers: str, *targets: str, source: Path = ROOT) -> Path:
         pytest.skip("needs g++")
     build = source / "build" / sanitizers.replace(",", "-")
     options = ["-G", "Ninja", f"-DSPECDEC_SANITIZE={sanitizers}", f"-DPython_EXECUTABLE={sys.executable}"]
-    subprocess.run(["cmake", "-S", source, "-B", build, *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "--target", *targets], check=True, capture_output=True)
+    cmake = [sys.executable, "-m", "cmake"]
+    subprocess.run([*cmake, "-S", source, "-B", build, *options], check=True, capture_output=True)
+    subprocess.run([*cmake, "--build", build, "--target", *targets], check=True, capture_output=True)
     return build
 
 
