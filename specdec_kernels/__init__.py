@@ -2,6 +2,7 @@
 
 from specdec_kernels.ops import LogitBias, Penalties, Sample, Verified, noise_words, sample, verify_chain
 from specdec_kernels.ops.attention import tree_attention
+from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.tree_rules import DrawnChildren, VerifiedTree, sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
@@ -27,5 +28,6 @@ __all__ = [
     "tree_paths",
     "tree_positions",
     "verify_chain",
+    "verify_chain_lm_head",
     "verify_tree",
 ]

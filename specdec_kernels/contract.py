@@ -14,6 +14,9 @@ TILE = 128
 #: float16) times the scale still fits the two floats of a logsumexp to 1e-5.
 MIN_TEMPERATURE = 1e-5
 
+#: What turns a filter off, where requests of a batch differ; None does for all of them.
+TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
+
 #: Rows of one step: the row has 16 bits of the Philox counter.
 MAX_ROWS = 1 << 16
 

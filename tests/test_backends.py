@@ -47,7 +47,7 @@ def test_what_the_suite_calls_on_a_gpu_runs():
     for name, call in selftest.gpu.calls("reference", torch.arange(3)):
         call()
         names.append(name)
-    assert len(set(names)) == 6 + 1 + 4 + 4
+    assert len(set(names)) == 6 + 1 + 4 + 4 + 1
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):

@@ -130,6 +130,39 @@ def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
     assert len(measured) == 30, "the counters of independent acceptance need every row"
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["point mass", "dense", "statistics"])
+def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind):
+    """What its row's own tiles bound, without a pass over the row; with one, the same tokens."""
+    import triton.language as tl
+
+    modules = [importlib.import_module(f"specdec_kernels.triton_kernels.{name}") for name in ("residuals", "rules")]
+    looked = []
+    real = modules[0].residuals
+
+    def counting(*given):
+        looked.append(given[6].shape)  # ids
+        return real(*given)
+
+    launched(1, False)
+    positional, keys = batch(kind)
+    keys["seed"] += 40 if kind == "statistics" else 0
+    given = {**keys, "temperature": 0.5, "rule": rule, "backend": "triton"}
+    monkeypatch.setattr(modules[0], "residuals", counting)
+    few = verify_chain(*positional, **given)
+    tiles = [shape for shape in looked if len(shape) == 1]
+    assert tiles
+    if rule == "token":
+        assert len(tiles) == len(looked), "no pass"
+        assert len(tiles) < 4 * 5  # of 12 tiles a request, and the winner again
+    monkeypatch.setattr(modules[0], "MOST_LOOKS", tl.constexpr(0))
+    looked.clear()
+    passed = verify_chain(*positional, **given)
+    assert any(len(shape) == 2 for shape in looked)
+    for one, other in zip(few, passed, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
 def test_counters_are_left_at_rest(launched, monkeypatch):
     verify = importlib.import_module("specdec_kernels.triton_kernels.verify")
     counters = torch.zeros(64, dtype=torch.int32)

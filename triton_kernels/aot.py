@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specdec_kernels.contract import Children, MaskFormat, Rule, TreeRule
-from specdec_kernels.triton_kernels import attention, kv, noise
+from specdec_kernels.triton_kernels import attention, head, kv, noise
 from specdec_kernels.triton_kernels.children import sample_children_kernel
-from specdec_kernels.triton_kernels.launch import launch_config
+from specdec_kernels.triton_kernels.launch import entries, launch_config
 from specdec_kernels.triton_kernels.sample import sample_kernel
 from specdec_kernels.triton_kernels.tree_rules import verify_tree_kernel
 from specdec_kernels.triton_kernels.trees import packed_kernel, tree_mask_kernel
@@ -81,6 +81,7 @@ def _verify_chain(dtype: str) -> dict[str, str]:
     strides = [f"{of}_{what}_stride" for of in ("target", "draft", "token") for what in ("request", "row")]
     return {
         **_IDS, **_SCALARS, **_PROCESSING, **dict.fromkeys(strides, "i64"), "target_ptr": f"*{dtype}",
+        "head_ptr": f"*{dtype}", "head_row_stride": "i64", "width": "i32",
         "draft_ptr": f"*{dtype}", "draft_stats_ptr": "*fp32", "tokens_ptr": "*i64", "num_draft_ptr": "*i32",
         "cu_rows_ptr": "*i64", "sampling_ptr": "*fp32", "longest": "i32", "tables_ptr": "*fp32",
         "memory_ptr": "*fp64", "counters_ptr": "*i32", "batch": "i32", "slices": "i32",
@@ -94,12 +95,14 @@ def _verify_tree(dtype: str) -> dict[str, str]:
     chain = _verify_chain(dtype)
     gone = (
         "num_draft_ptr", "cu_rows_ptr", "out_counters_ptr", "longest", "token_request_stride", "token_row_stride",
-        "counters_ptr", "batch", "slices",
+        "counters_ptr", "batch", "slices", *_HEAD, "head_row_stride", "width",
     )  # fmt: skip
     own = {"parents_ptr": "*i64", "out_nodes_ptr": "*i32", "nodes": "i32", "replacement": "i32"}
     return {name: kind for name, kind in chain.items() if name not in gone} | own
 
 
+#: What is given where logits are made of hidden states.
+_HEAD = ("head_ptr",)
 #: What the plain call of a serving loop leaves out.
 _EXTRAS = ("sampling_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
 #: What a call leaves out by the kind of its drafts.
@@ -133,6 +136,18 @@ def _attention_and_kv() -> Iterator[Variant]:
         **dict.fromkeys(("outer_stride", "token_stride", "head_stride"), "i64"),
     }  # fmt: skip
     yield Variant("compact_kv paged", kv.compact_kv_kernel, types, {"BLOCK": 128}, {"num_warps": 1})
+
+
+def _head_tables(vocab: int) -> Variant:
+    """The product with the weights, for as many rows as a program takes."""
+    rows, warps = head.rows_and_warps(head.MOST_ROWS)
+    types = {
+        **dict.fromkeys(("hidden_ptr", "weight_ptr"), "*bf16"), "sampling_ptr": "*fp32", "temperature": "fp32",
+        "tables_ptr": "*fp32", **dict.fromkeys([f"{x}_stride" for x in ("hidden_request", "hidden_row", "weight_row")],
+        "i64"), **dict.fromkeys(("rows", "rows_a_request", "vocab", "width"), "i32"),
+    }  # fmt: skip
+    constants = {"ENTRIES": entries(vocab), "ROWS": rows, "UPCAST": False}
+    return Variant("head_tables bf16", head.head_tables_kernel, types, constants, {"num_warps": warps})
 
 
 #: (rule, kind of drafts, whether everything else is given too).
@@ -169,11 +184,17 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
 
     def chain(dtype: str, rule: Rule, kind: str, full: bool) -> Variant:
         name = f"verify_chain {rule.name.lower()} {dtype} {kind} {'full' if full else 'plain'}"
-        without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
+        without = (*_HEAD, *_DRAFTS[kind]) if full else (*_HEAD, *_EXTRAS, *_DRAFTS[kind])
         independent = full and rule != Rule.BLOCK
         large = full or rule == Rule.BLOCK
         types = _verify_chain(dtype)
         return variant(name, verify_chain_kernel, types, without, large, RULE=int(rule), INDEPENDENT=independent)
+
+    for kind in ("point mass", "statistics"):
+        types, without = _verify_chain("bf16"), (*_EXTRAS, *_DRAFTS[kind])
+        constants = {"RULE": int(Rule.TOKEN), "INDEPENDENT": False}
+        yield variant(f"verify_chain_lm_head bf16 {kind}", verify_chain_kernel, types, without, False, **constants)
+    yield _head_tables(vocab)
 
     for dtype in ("fp32", "bf16", "fp16"):
         yield variant(f"sample {dtype} plain", sample_kernel, _sample(dtype), _EXTRAS, False, COUPLED_RULE=False)
@@ -200,7 +221,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
         for i, name in enumerate(names)
         if signature[name].startswith("*")
         or name.endswith(("stride", "_batch", "_head", "_token", "_node"))
-        or name == "vocab"
+        or name in ("vocab", "width")
     ]
     source = ASTSource(
         variant.kernel,

@@ -122,12 +122,14 @@ def tabled_law(
         logsumexp = tl.full([], 0.0, tl.float64)
         cutoff = top
         argmax = largest_token(rows, i, top, largest)
-    elif keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0):
-        pivot = filter_pivot(rows, i, sampling, top, TILES)
-        tl.debug_barrier()  # everybody has read what is overwritten now
-        cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
-        tl.debug_barrier()
-        logsumexp, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
+    else:
+        if rows.head is None:  # nothing is filtered out of rows that are not there to be searched
+            if keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0):
+                pivot = filter_pivot(rows, i, sampling, top, TILES)
+                tl.debug_barrier()  # everybody has read what is overwritten now
+                cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
+                tl.debug_barrier()
+                logsumexp, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
     return Law(scale, cutoff, logsumexp, argmax, tile), valid
 
 

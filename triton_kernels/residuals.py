@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import Purpose
+from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
     STAGES,
@@ -26,12 +27,16 @@ from specdec_kernels.triton_kernels.rows import (
     race_tag,
     race_tiles,
     summary,
+    tile_weights,
 )
 
 TARGET = tl.constexpr(int(Purpose.TARGET))
 
 # Where `remember` puts the reach of a row.
 REACH = tl.constexpr(8)
+
+# Tiles that are looked at one by one before a pass over the row is the quicker way.
+MOST_LOOKS = tl.constexpr(64)
 
 # Nodes that are looked through at a time.
 WINDOW = tl.constexpr(32)
@@ -191,14 +196,61 @@ def residual_mass(rows, draft_rows, i, law, draft, rejected, TILES: tl.constexpr
 
 
 @triton.jit
-def residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl.constexpr):
-    """A token from (target - draft)+ by the two-level race; ``NO_ID`` where nothing is left of it."""
+def race_below(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRIES: tl.constexpr):
+    """(the tile that wins the residual's race, ``NO_ID`` if none has weight; whether that is settled). The row's own
+    tiles bound the residual's: no tile can arrive before its bound does, so tiles are looked at in the order of their
+    bounds until none of the others can win. Exact, and about 1 / (what is left of the probability) tiles are looked at;
+    where that is next to nothing, a pass over the row will be quicker."""
+    tiles = tl.arange(0, ENTRIES)
+    weights = tile_weights(rows, law.scale, law.logsumexp, table, ENTRIES)
+    bounds = tl.where(
+        weights > 0, exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights, float("inf")
+    )
+    best = tl.full([], float("inf"), tl.float32)
+    winner = tl.full([], NO_ID, tl.int64)
+    looks = tl.full([], 0, tl.int32)
+    bound = tl.min(bounds)
+    # The bounds and the weights are rounded apart: leave room for that.
+    while (bound * 0.9999 < best) & (looks < MOST_LOOKS):
+        tile = tl.min(tl.where(bounds == bound, tiles, ENTRIES))
+        first = tile.to(tl.int64) * TILE
+        ids = first + tl.arange(0, TILE)
+        weight = tl.sum(residuals(rows, draft_rows, i, law, draft, rejected, ids, first, first + TILE))
+        time = exponentials(key.seed, key.position, tag, tile.to(tl.int64)) / weight
+        sooner = (weight > 0) & ((time < best) | ((time == best) & (tile < winner)))
+        best = tl.where(sooner, time, best)
+        winner = tl.where(sooner, tile.to(tl.int64), winner)
+        bounds = tl.where(tiles == tile, float("inf"), bounds)
+        bound = tl.min(bounds)
+        if rows.head is None:  # there is no quicker pass over a row that has to be made
+            looks += 1
+    return winner, bound * 0.9999 >= best
+
+
+@triton.jit
+def residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl.constexpr):
+    """The same by a pass over the row."""
     best = tl.full([TILES], float("inf"), tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
     for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
         sums = residual_sums(rows, draft_rows, i, law, draft, rejected, start, TILES)
         best, winner = race_tiles(best, winner, sums, start, key, tag, TILES)
-    drawn = first_arrival(best, winner)
+    return first_arrival(best, winner)
+
+
+@triton.jit
+def residual_draw(
+    rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """A token from (target - draft)+ by the two-level race; ``NO_ID`` where nothing is left of it. ``table``: of row i,
+    or None."""
+    if table is None:
+        drawn = residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
+    else:
+        drawn, settled = race_below(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRIES)
+        if rows.head is None:
+            if settled == 0:
+                drawn = residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
     if drawn < NO_ID:
         first = drawn * TILE
         ids = first + tl.arange(0, TILE)
@@ -208,14 +260,16 @@ def residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES: tl
 
 
 @triton.jit
-def emit(rows, draft_rows, i, law, draft, rejected, use_residual, key, TILES: tl.constexpr):
+def emit(
+    rows, draft_rows, i, law, draft, rejected, use_residual, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
     """The token that ends the step in row i."""
     tag = race_tag(TARGET, i)
     emitted = law.argmax
     if emitted < 0:
         emitted = tl.full([], NO_ID, tl.int64)
         if use_residual:
-            emitted = residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
+            emitted = residual_draw(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRIES, TILES)
         if emitted == NO_ID:
             emitted = draw_from_row(rows, i, law, key, tag)
     return emitted

@@ -18,8 +18,18 @@ TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
 COUPLED = tl.constexpr(int(Purpose.COUPLED))
 # Blocks of a row that are asked for before the first is there, and one.
 STAGES = tl.constexpr(4)
+# Entries of a hidden state that are multiplied at a time.
+DEPTH = tl.constexpr(64)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
+
+
+class Head(NamedTuple):
+    """A matrix [vocab, width] whose products with hidden states are the logits."""
+
+    weight: Any
+    stride: Any
+    width: Any
 
 
 class Rows(NamedTuple):
@@ -28,7 +38,7 @@ class Rows(NamedTuple):
     stands, since a function of Triton cannot return None."""
 
     logits: Any
-    """Pointer to the first row."""
+    """Pointer to the first row; where there is a ``head``, of hidden states."""
     stride: Any
     vocab: Any
     mask: Any
@@ -45,6 +55,7 @@ class Rows(NamedTuple):
     draft_stride: Any
     parents: Any
     """Of the nodes of a tree; None for a chain."""
+    head: Any = None
 
 
 class Law(NamedTuple):
@@ -101,10 +112,31 @@ def edited(logit, rows, i, edit, token):
 
 
 @triton.jit
+def head_logits(rows, i, ids):
+    """Logits of ``ids``, made of the hidden state of row i: float32, whatever the rows are."""
+    hidden = rows.logits + i * rows.stride
+    axis: tl.constexpr = len(ids.shape)
+    token = tl.expand_dims(ids, axis)
+    x = tl.zeros_like(ids).to(tl.float32)
+    for first in tl.range(0, rows.head.width, DEPTH, num_stages=STAGES):
+        entry = first + tl.arange(0, DEPTH)
+        inside = entry < rows.head.width
+        state = tl.load(hidden + entry, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(
+            rows.head.weight + token * rows.head.stride + entry, mask=(token < rows.vocab) & inside, other=0.0
+        )
+        x += tl.sum(weight.to(tl.float32) * state, axis=axis)
+    return tl.where(ids < rows.vocab, x, float("-inf"))
+
+
+@triton.jit
 def load_logits(rows, i, ids, first, last):
     """float32 logits of ``ids`` in row i, all of them in [first, last); -inf past the end of the row."""
     row = rows.logits + i * rows.stride
-    x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
+    if rows.head is not None:
+        x = head_logits(rows, i, ids)
+    else:
+        x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
     if rows.ids is not None:
         edit = first_edit(rows.ids, rows.num_edits, first)
         end = first_edit(rows.ids, rows.num_edits, tl.minimum(last, rows.vocab))
@@ -158,21 +190,27 @@ def first_arrival(times, ids):
 
 
 @triton.jit
+def tile_sums(logits, scale):
+    """Of tiles of logits [.., TILE] the largest, and the sum of exp(scale * (logit - that)). A nan or +inf shows in the
+    sum and not in the maximum."""
+    maxima = tl.max(tl.where(logits < float("inf"), logits, float("-inf")), axis=1)
+    return maxima, tl.sum(tl.exp(scale * (logits - usable_base(maxima)[:, None])), axis=1)
+
+
+@triton.jit
 def tabulate(rows, i, first, last, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Measure the tiles [first, last) of row i: of each the largest logit and the sum of exp(scale * (logit - that)),
     written to ``table [2, ENTRIES]``; what is below ``pivot`` counts for -inf. Returns the smallest logit that is not.
 
-    A nan or +inf shows in the sum and not in the maximum. All else that is asked about a row is read from its table, so
-    it does not matter which program measured which tile, nor in how large blocks.
+    All else that is asked about a row is read from its table, so it does not matter which program measured which tile,
+    nor in how large blocks.
     """
     least = tl.full([TILES], float("inf"), tl.float32)
     for start in tl.range(first, last, TILES, num_stages=STAGES):
         logits = load_block(rows, i, start, TILES)
         below = logits < pivot
         least = tl.minimum(least, tl.min(tl.where(below, float("inf"), logits), axis=1))
-        logits = tl.where(below, float("-inf"), logits)
-        maxima = tl.max(tl.where(logits < float("inf"), logits, float("-inf")), axis=1)
-        sums = tl.sum(tl.exp(scale * (logits - usable_base(maxima)[:, None])), axis=1)
+        maxima, sums = tile_sums(tl.where(below, float("-inf"), logits), scale)
         tiles = start + tl.arange(0, TILES)
         tl.store(table + tiles, maxima, mask=tiles < last)
         tl.store(table + ENTRIES + tiles, sums, mask=tiles < last)
@@ -186,6 +224,16 @@ def measure_row(rows, i, scale, table, ENTRIES: tl.constexpr, TILES: tl.constexp
     lowest = tl.full([], float("-inf"), tl.float32)
     tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, lowest, table, ENTRIES, TILES)
     tl.debug_barrier()
+
+
+@triton.jit
+def tile_weights(rows, scale, base, table, ENTRIES: tl.constexpr):
+    """What the tiles of a row weigh, from its table: the sums of exp(scale * logit - base), [ENTRIES]."""
+    tiles = tl.arange(0, ENTRIES)
+    there = tiles < tl.cdiv(rows.vocab, TILE)
+    maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
+    high, low = split(base)
+    return tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(tl.fma(maxima, scale, -high) - low)
 
 
 @triton.jit
@@ -209,10 +257,13 @@ def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.conste
 
 @triton.jit
 def largest_token(rows, i, top, tile):
-    """The first id in ``tile`` whose logit is ``top``; 0 where no logit is finite."""
+    """The first id in ``tile`` that has its largest logit, and that of the row; 0 where no logit is finite."""
+    logits = load_tile(rows, i, tile)
+    logits = tl.where(logits < float("inf"), logits, float("-inf"))
     ids = tile * TILE + tl.arange(0, TILE)
-    token = tl.min(tl.where(load_tile(rows, i, tile) == top, ids, NO_ID))
-    return tl.where((top > float("-inf")) & (token < NO_ID), token, 0)
+    # Not those equal to ``top``: what a head makes anew is rounded anew.
+    token = tl.min(tl.where(logits == tl.max(logits), ids, NO_ID))
+    return tl.where(top > float("-inf"), token, 0)
 
 
 @triton.jit

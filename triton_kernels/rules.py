@@ -79,7 +79,10 @@ def judge(
 
 
 @triton.jit
-def one_by_one(rows, draft_rows, drafted, sampling, key, memory, RULE: tl.constexpr, TILES: tl.constexpr):
+def one_by_one(
+    rows, draft_rows, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """Rules token and coupled, from what was judged: (drafts kept, emitted token, all rows valid?)."""
     kept = tl.full([], 0, tl.int64)
     while (kept < drafted) & (tl.load(memory + kept * MEMORY + PASSED) != 0):
@@ -91,7 +94,8 @@ def one_by_one(rows, draft_rows, drafted, sampling, key, memory, RULE: tl.conste
         emitted = tl.load(place + DRAWN).to(tl.int64)
     else:
         law, draft, _divided = recalled_laws(place, sampling[0], tl.full([], 1.0, tl.float64))
-        emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, TILES)
+        table = tables + kept * 4 * ENTRIES
+        emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid
 
 
@@ -105,7 +109,9 @@ def recall(place, scale):
 
 
 @triton.jit
-def all_together(rows, draft_rows, drafted, sampling, key, memory, TILES: tl.constexpr):
+def all_together(
+    rows, draft_rows, drafted, sampling, key, tables, memory, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
     """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow algorithms.md,
     2."""
     reach = tl.full([], 1.0, tl.float64)
@@ -146,5 +152,6 @@ def all_together(rows, draft_rows, drafted, sampling, key, memory, TILES: tl.con
     place = memory + kept * MEMORY
     all_valid = all_valid & ((kept < drafted) | (tl.load(place + VALID) != 0))
     law, draft, _here = recall(place, sampling[0])
-    emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, TILES)
+    table = tables + kept * 4 * ENTRIES
+    emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid

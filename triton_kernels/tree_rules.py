@@ -267,7 +267,7 @@ def top_down_or_bottom_up(
     law, _draft, divided = recalled_laws(place, sampling[0], factor)
     some = (last > node) & (last < tree.nodes)
     rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
-    emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, TILES)
+    emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, None, ENTRIES, TILES)
     return node, emitted, all_valid != 0
 
 

@@ -1,8 +1,9 @@
 """``verify_chain``: one launch. Semantics: :mod:`specdec_kernels.ops`.
 
 Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and the last row
-of a request to be judged decides. Rows come in the order of the drafts, so where programs start in that order, those of
-rows behind a draft that was not accepted find that out and read nothing. Nobody waits for anybody.
+of a request to be judged decides. (:mod:`.head` makes the tables otherwise; then this begins with judging.) Rows come
+in the order of the drafts, so where programs start in that order, those of rows behind a draft that was not accepted
+find that out and read nothing. Nobody waits for anybody.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +19,7 @@ from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
 from specdec_kernels.triton_kernels.laws import raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
-from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, own_edits
+from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits
 from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
 from specdec_kernels.triton_kernels.teams import arrive, measure, seen
 
@@ -39,10 +40,11 @@ def live_drafts(drafts, stride, most, vocab):
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "num_edits", "longest", "batch", "slices"]
+    do_not_specialize=["top_k", "num_edits", "width", "longest", "batch", "slices"]
 )  # 1 would become a constant, of another type
 def verify_chain_kernel(
     target_ptr,
+    head_ptr,
     tokens_ptr,
     draft_ptr,
     draft_stats_ptr,
@@ -72,10 +74,12 @@ def verify_chain_kernel(
     out_raw_logprobs_ptr,
     target_request_stride,
     target_row_stride,
+    head_row_stride,
     draft_request_stride,
     draft_row_stride,
     token_request_stride,
     token_row_stride,
+    width,
     longest,
     vocab,
     batch,
@@ -116,6 +120,11 @@ def verify_chain_kernel(
         )  # fmt: skip
     else:
         rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, drafts, token_row_stride, None)
+    if head_ptr is not None:
+        head = Head(head_ptr, head_row_stride, width)
+        rows = Rows(
+            logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None, head
+        )
     draft_rows = None
     stats = None
     if draft_ptr is not None:
@@ -126,7 +135,8 @@ def verify_chain_kernel(
 
     if i <= drafted:
         memory = memory_ptr + b * (longest + 1) * MEMORY
-        tables = tables_ptr + (b * (longest + 1) + i) * 4 * ENTRIES
+        tables = tables_ptr + b * (longest + 1) * 4 * ENTRIES
+        own = tables + i * 4 * ENTRIES
         # At rest all counters are 0: of every row its programs that came, rows that were judged, and how many rows from
         # the last there are behind the earliest known stop.
         arrived = counters_ptr + b * (longest + 3)
@@ -134,17 +144,18 @@ def verify_chain_kernel(
         stopped = judged + 1
         behind = longest + 1 - i.to(tl.int32)
         if seen(stopped) <= behind:
-            measure(rows, i, table_scale(sampling[0]), part, slices, tables, ENTRIES, TILES)
+            if head_ptr is None:
+                measure(rows, i, table_scale(sampling[0]), part, slices, own, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
                     if (i < drafted) & (sampling[0] < float("inf")):
                         one = tl.full([], 1.0, tl.float32)
-                        measure(draft_rows, i, one, part, slices, tables + 2 * ENTRIES, ENTRIES, TILES)
+                        measure(draft_rows, i, one, part, slices, own + 2 * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
             tl.store(arrived + i, 0)
             # Where a program of this row read nothing, the stop it saw can be seen here.
             if seen(stopped) <= behind:
-                passed = judge(rows, draft_rows, stats, i, drafted, sampling, key, tables, memory, RULE, ENTRIES, TILES)
+                passed = judge(rows, draft_rows, stats, i, drafted, sampling, key, own, memory, RULE, ENTRIES, TILES)
                 if RULE != BLOCK_RULE:
                     if not INDEPENDENT:
                         if passed == 0:
@@ -153,9 +164,13 @@ def verify_chain_kernel(
                 tl.store(judged, 0)
                 tl.store(stopped, 0)
                 if RULE == BLOCK_RULE:
-                    kept, emitted, valid = all_together(rows, draft_rows, drafted, sampling, key, memory, TILES)
+                    kept, emitted, valid = all_together(
+                        rows, draft_rows, drafted, sampling, key, tables, memory, ENTRIES, TILES
+                    )
                 else:
-                    kept, emitted, valid = one_by_one(rows, draft_rows, drafted, sampling, key, memory, RULE, TILES)
+                    kept, emitted, valid = one_by_one(
+                        rows, draft_rows, drafted, sampling, key, tables, memory, RULE, ENTRIES, TILES
+                    )
                 independent = tl.full([], -1, tl.int32)
                 if INDEPENDENT:
                     independent = tl.full([], 0, tl.int32)
@@ -181,7 +196,7 @@ def verify_chain_kernel(
                                 unit = tl.full([], 1.0, tl.float64)
                                 law, _draft, _divided = recalled_laws(place, sampling[0], unit)
                                 score = log_prob(rows, row, law, token)
-                            raw_score = raw_logprob(plain, row, token, key, tables, ENTRIES, TILES)
+                            raw_score = raw_logprob(plain, row, token, key, own, ENTRIES, TILES)
                         tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
                         tl.store(out_raw_logprobs_ptr + out + index, raw_score)
 
@@ -208,8 +223,12 @@ def verify_chain(
     rule: int,
     logprobs: bool,
     independent: bool,
+    weight: Tensor | None = None,
+    tables: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
+    """With the ``weight`` of a head, ``target_logits`` are hidden states and their ``tables`` are made."""
+    logits = target_logits if weight is None else weight.T  # as wide
+    batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, logits.shape[-1]
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return target_logits.new_empty(shape, dtype=dtype)
@@ -218,21 +237,23 @@ def verify_chain(
     valid, counters = empty(torch.bool, batch), empty(torch.int32, batch, 2)
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
-        config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
+        config = config_for(logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
         memory = empty(torch.float64, batch * rows * MEMORY.value)
-        tables = empty(torch.float32, batch * rows, 4 * config.entries)
+        if tables is None:
+            tables = empty(torch.float32, batch * rows, 4 * config.entries)
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
         verify_chain_kernel[(batch * rows * slices,)](
-            target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, sampling,
-            temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
+            target_logits, weight, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows,
+            sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
             0 if edit_ids is None else edit_ids.shape[1], tables, memory,
             counters_at_rest(batch * (rows + 2), target_logits.device), tokens, accepted, valid, counters,
-            scores if logprobs else None, raw_scores if logprobs else None, *target_strides, *draft_strides,
-            *draft_tokens.stride(), rows - 1, vocab, batch, slices, RULE=rule, INDEPENDENT=independent,
-            **config.constants, **config.options,
+            scores if logprobs else None, raw_scores if logprobs else None, *target_strides,
+            0 if weight is None else weight.stride(0), *draft_strides, *draft_tokens.stride(),
+            0 if weight is None else weight.shape[1], rows - 1, vocab, batch, slices, RULE=rule,
+            INDEPENDENT=independent, **config.constants, **config.options,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores

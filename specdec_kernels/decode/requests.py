@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.protocols import Draft, TreeDraft
 from specdec_kernels.ops import LogitBias, Penalties, validate
 
@@ -26,9 +27,9 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    top_k: int = validate.TOP_K_OFF
-    top_p: float = validate.TOP_P_OFF
-    min_p: float = validate.MIN_P_OFF
+    top_k: int = TOP_K_OFF
+    top_p: float = TOP_P_OFF
+    min_p: float = MIN_P_OFF
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
@@ -118,7 +119,7 @@ def filters(batch: Sequence[Request]) -> dict[str, Tensor | None]:
     """Temperature and filters, one of each a request; None for a filter that is off for all."""
     samplings = [request.sampling for request in batch]
     arguments: dict[str, Tensor | None] = {"temperature": torch.tensor([float(s.temperature) for s in samplings])}
-    for name, off in (("top_k", validate.TOP_K_OFF), ("top_p", validate.TOP_P_OFF), ("min_p", validate.MIN_P_OFF)):
+    for name, off in (("top_k", TOP_K_OFF), ("top_p", TOP_P_OFF), ("min_p", MIN_P_OFF)):
         values = [getattr(s, name) for s in samplings]
         arguments[name] = None if all(value == off for value in values) else torch.tensor(values)
     return arguments

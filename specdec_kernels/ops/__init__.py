@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS, Rule
+from specdec_kernels.contract import Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
@@ -248,23 +248,15 @@ def verify_chain(
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
     if independent and rule == "block":
         raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
-    draft_tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, K", (None, None))
+    draft_tokens = validate.draft_tokens(draft_tokens)
     batch, longest = draft_tokens.shape
-    if longest >= MAX_ROWS:
-        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {validate.describe(draft_tokens)}")
     if cu_rows is None:
         target_logits = validate.logits("target_logits", target_logits, "B, K+1, V", (batch, longest + 1, None))
     else:
         target_logits = validate.logits("target_logits", target_logits, "N, V", (None, None))
         cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
     vocab, device = target_logits.shape[-1], target_logits.device
-    if draft_logits is not None:
-        draft_logits = validate.logits("draft_logits", draft_logits, "B, K, V", (batch, longest, vocab))
-    draft_stats = validate.stats(draft_stats, draft_logits, "B, K, 3", (batch, longest, 3))
-    if num_draft is not None:
-        num_draft = validate.tensor("num_draft", num_draft, validate.ID_DTYPES, "B", (batch,)).contiguous()
-    seed = validate.integers("seed", seed, batch, "B", device)
-    position = validate.integers("position", position, batch, "B", device)
+    drafts = validate.drafts(draft_tokens, vocab, device, draft_logits, draft_stats, seed, position, num_draft)
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
     edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
@@ -272,17 +264,17 @@ def verify_chain(
         "target_logits",
         target_logits,
         draft_tokens=draft_tokens,
-        draft_logits=draft_logits,
-        draft_stats=draft_stats,
-        seed=seed,
-        position=position,
-        num_draft=num_draft,
+        draft_logits=drafts.logits,
+        draft_stats=drafts.stats,
+        seed=drafts.seed,
+        position=drafts.position,
+        num_draft=drafts.num_draft,
         cu_rows=cu_rows,
         sampling=sampling,
         bitmask=mask,
     )
     verify = function("verify_chain", backend, device)
-    arguments = (target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, sampling,
+    arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
                  *scalars, mask, *edits, _RULES[rule], logprobs, independent)  # fmt: skip
     if device.type != "cpu":
         return Verified(*verify(*arguments))

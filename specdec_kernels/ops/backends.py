@@ -23,7 +23,7 @@ NATIVE_LIBRARY = Path(
 BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, and what it leaves to PyTorch's own kernels.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
-OPS = (*_NATIVE_OPS, "tree_attention")
+OPS = (*_NATIVE_OPS, "tree_attention", "verify_chain_lm_head")
 #: What the CUDA C++ has so far; the rest is Triton's.
 _CUDA_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words")
 _CUDA_CAPABILITY = (8, 0)

@@ -22,6 +22,11 @@ _SCHEMAS = {
         f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
         "bool independent) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "verify_chain_lm_head": (
+        "(Tensor hidden, Tensor weight, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
+        "Tensor position, Tensor? num_draft, Tensor? sampling, float temperature) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     "verify_tree": (
         "(Tensor target_logits, Tensor draft_tokens, Tensor parents, Tensor? draft_logits, Tensor? draft_stats, "
         f"Tensor seed, Tensor position, {_SAMPLING}, {_PROCESSING}, int rule, bool replacement, bool logprobs) "
@@ -45,16 +50,24 @@ _SCHEMAS = {
 
 
 def _fake_verify_chain(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     _rule, logprobs, _independent = rest[-3:]
+    return _fake_verified(draft_tokens, logprobs)
+
+
+def _fake_verify_chain_lm_head(hidden: Tensor, weight: Tensor, draft_tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return _fake_verified(draft_tokens, False)
+
+
+def _fake_verified(draft_tokens: Tensor, logprobs: bool) -> tuple[Tensor, ...]:
+    batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     scores = (batch, rows) if logprobs else (0,)
     return (
-        target_logits.new_empty((batch, rows), dtype=torch.int64),
-        target_logits.new_empty((batch,), dtype=torch.int32),
-        target_logits.new_empty((batch,), dtype=torch.bool),
-        target_logits.new_empty((batch, 2), dtype=torch.int32),
-        target_logits.new_empty(scores, dtype=torch.float32),
-        target_logits.new_empty(scores, dtype=torch.float32),
+        draft_tokens.new_empty((batch, rows), dtype=torch.int64),
+        draft_tokens.new_empty((batch,), dtype=torch.int32),
+        draft_tokens.new_empty((batch,), dtype=torch.bool),
+        draft_tokens.new_empty((batch, 2), dtype=torch.int32),
+        draft_tokens.new_empty(scores, dtype=torch.float32),
+        draft_tokens.new_empty(scores, dtype=torch.float32),
     )
 
 
@@ -107,6 +120,7 @@ def _fake_tree_attention(query: Tensor, *_: object) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
+    "verify_chain_lm_head": _fake_verify_chain_lm_head,
     "sample": _fake_sample,
     "sample_children": _fake_sample_children,
     "verify_tree": _fake_verify_tree,

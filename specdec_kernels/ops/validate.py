@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
@@ -44,17 +47,60 @@ def _matches(actual: torch.Size, shape: tuple[int | None, ...]) -> bool:
     return True
 
 
+def rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Rows that are contiguous, a stride of any size apart."""
+    checked = tensor(name, value, dtypes, dims, shape)
+    if checked.stride(-1) != 1 and checked.shape[-1] > 1:
+        along = "the vocabulary" if dims.endswith("V") else dims[-1]
+        raise ValueError(f"{name} must be contiguous along {along} (stride 1), got strides {list(checked.stride())}")
+    return checked
+
+
 def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -> Tensor:
     """Logits: float, at least one column, the vocabulary contiguous; rows may have any stride."""
-    checked = tensor(name, value, LOGIT_DTYPES, dims, shape)
-    vocab = checked.shape[-1]
-    if vocab == 0:
-        raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(checked)}")
-    if checked.stride(-1) != 1 and vocab != 1:
-        raise ValueError(
-            f"{name} must be contiguous along the vocabulary (stride 1), got strides {list(checked.stride())}"
-        )
+    checked = rows(name, value, LOGIT_DTYPES, dims, shape)
+    some_tokens(name, checked, checked.shape[-1])
     return checked
+
+
+def some_tokens(name: str, value: Tensor, vocab: int) -> None:
+    """There is something to draw."""
+    if vocab == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(value)}")
+
+
+def draft_tokens(value: object) -> Tensor:
+    """The drafts of chains: int64 or int32 [B, K]."""
+    checked = tensor("draft_tokens", value, ID_DTYPES, "B, K", (None, None))
+    if checked.shape[1] >= MAX_ROWS:
+        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {describe(checked)}")
+    return checked
+
+
+class Drafts(NamedTuple):
+    """What is known of the drafts of chains, beside the tokens; and what noise is keyed on."""
+
+    logits: Tensor | None
+    stats: Tensor | None
+    seed: Tensor
+    position: Tensor
+    num_draft: Tensor | None
+
+
+def drafts(
+    tokens: Tensor, vocab: int, device: torch.device, logits_: object, stats_: object, seed: object, position: object,
+    num_draft: object,
+) -> Drafts:  # fmt: skip
+    """The same, checked; ``device`` is where ints are made tensors."""
+    batch, longest = tokens.shape
+    checked = None if logits_ is None else logits("draft_logits", logits_, "B, K, V", (batch, longest, vocab))
+    return Drafts(
+        checked,
+        stats(stats_, checked, "B, K, 3", (batch, longest, 3)),
+        integers("seed", seed, batch, "B", device),
+        integers("position", position, batch, "B", device),
+        None if num_draft is None else tensor("num_draft", num_draft, ID_DTYPES, "B", (batch,)).contiguous(),
+    )
 
 
 def stats(value: object, draft_logits: Tensor | None, dims: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -95,9 +141,6 @@ def integers(name: str, value: object, size: int, dim: str, device: torch.device
         return torch.full((size,), value, dtype=torch.int64, device=device)
     return tensor(name, value, (torch.int64,), dim, (size,)).contiguous()
 
-
-#: What turns a filter off, where requests of a batch differ; None does for all of them.
-TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: math.isfinite(x) and x >= 0, "finite and not negative"),

@@ -282,7 +282,7 @@ def verify_tree(
     out = torch.where(index < accepted[:, None], following, -1)
     out = torch.where(index == accepted[:, None], emitted[:, None], out)
     path = torch.where(path < nodes, path, -1)
-    scores = raw_scores = target_logits.new_empty((0,), dtype=torch.float32)
+    scores, raw_scores = (target_logits.new_empty((0,), dtype=torch.float32) for _ in range(2))  # no aliases
     if logprobs:
         rows = path.clamp(min=0)[..., None].expand(-1, -1, vocab)
         scores, raw_scores = (token_logprobs(x.probs.gather(1, rows), out) for x in (target, plain(target_logits)))

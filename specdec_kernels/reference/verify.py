@@ -265,7 +265,7 @@ def verify_chain(
         same = chains.live & (draws[:, :-1] == drafted) if draws is not None else chains.acceptable()
         alone = (same & target.valid[:, :-1]).sum(1)
     counters = torch.stack([lengths, alone], 1).int()
-    scores = raw_scores = target_logits.new_empty((0,), dtype=torch.float32)
+    scores, raw_scores = (target_logits.new_empty((0,), dtype=torch.float32) for _ in range(2))  # no aliases
     if logprobs:
         scores, raw_scores = (token_logprobs(x.probs, tokens) for x in (target, plain(target_logits)))
     return tokens, decision.accepted.int(), decision.read_valid & row_valid, counters, scores, raw_scores

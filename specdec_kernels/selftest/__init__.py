@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import torch
 
-from specdec_kernels.ops import BackendName
-from specdec_kernels.selftest import chains, gpu, trees
+from specdec_kernels.ops import BACKENDS, BackendName
+from specdec_kernels.selftest import chains, gpu, heads, trees
 from specdec_kernels.selftest.common import DRAFT_KINDS, EPSILON, KNOWN_ANSWERS, VOCABS, Report, known_answers
 
-__all__ = ["DRAFT_KINDS", "EPSILON", "KNOWN_ANSWERS", "Report", "chains", "gpu", "known_answers", "run", "trees"]
+__all__ = [
+    "DRAFT_KINDS",
+    "EPSILON",
+    "KNOWN_ANSWERS",
+    "Report",
+    "chains",
+    "gpu",
+    "heads",
+    "known_answers",
+    "run",
+    "trees",
+]
 
 #: What a GPU is tried with beside the small ones: here several programs work on a row.
 LARGE_VOCABS = (32_000, 128_256, 151_936)
 
 
 def run(backend: BackendName | None = None, device: str = "cpu", count: int = 120) -> Report:
-    """The coupled suite: ``count`` random batches of chains, half as many of trees; on a GPU a few large ones too, and
-    what only a GPU can show."""
+    """The coupled suite: ``count`` random batches of chains, half as many of trees and of hidden states; on a GPU a few large
+    ones too, and what only a GPU can show."""
     report = Report()
     if not known_answers(backend, device):
         report.wrong.append("the Philox known answers are wrong")
@@ -32,6 +43,9 @@ def run(backend: BackendName | None = None, device: str = "cpu", count: int = 12
         for index, tree in enumerate(trees.cases(batches // 2, vocabs)):
             trees.check_verified(report, tree, index, backend, device)
             trees.check_children(report, tree, index, backend, device)
+        if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
+            for index, head in enumerate(heads.cases(batches // 2, vocabs)):
+                heads.check(report, head, index, backend, device)
     if on_gpu and backend != "reference":  # PyTorch launches as it likes
         gpu.check(report, backend, device)
     return report

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no wait for the host, graphs that are replayed with other inputs, one launch a call."""
+"""What only a GPU can show: no wait for the host, graphs replayed with other inputs, the launches of a call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
+from specdec_kernels.ops import BACKENDS, BackendName, RuleName, sample, verify_chain
+from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
 from specdec_kernels.selftest.common import BATCH, Report
 
 #: As large as in use, with a last tile that is not full.
-VOCAB, DRAFTS = 32_003, 3
+VOCAB, DRAFTS, WIDTH = 32_003, 3, 576
+#: Kernels a call, where that is not one.
+LAUNCHES = {"verify_chain_lm_head": 2}
 
 
 def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
@@ -42,6 +45,10 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
         yield f"sample_children {how}", partial(sample_children, target[:, 0], 4, how, row=row, **keys)
     for tree_rule in get_args(TreeRuleName):
         yield f"verify_tree {tree_rule}", partial(verify_tree, target, nodes, parents, **keys, rule=tree_rule)
+    if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
+        hidden = torch.randn(BATCH, DRAFTS + 1, WIDTH, generator=generator).to(device, torch.bfloat16)
+        weight = (torch.randn(VOCAB, WIDTH, generator=generator) / 8).to(device, torch.bfloat16)
+        yield "verify_chain_lm_head", partial(verify_chain_lm_head, hidden, weight, tokens, **drafted, **keys)
 
 
 @contextmanager
@@ -70,7 +77,7 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 
 def check(report: Report, backend: BackendName | None, device: str) -> None:
-    """Every operation: no wait, one launch, and a graph that gives for other seeds what a call gives."""
+    """Every operation: no wait, its launches, and a graph that gives for other seeds what a call gives."""
     seed = torch.arange(BATCH, device=device)
     for name, call in calls(backend, seed):
         call()  # compiled, and its counters made
@@ -82,7 +89,7 @@ def check(report: Report, backend: BackendName | None, device: str) -> None:
             report.wrong.append(f"{name}: waits for the device: {error}")
             continue
         names = launches(call)
-        if len(names) != 1:
+        if len(names) != LAUNCHES.get(name, 1):
             report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
