@@ -1,6 +1,10 @@
-// `verify_chain`. Rows come in the order of the drafts, so where teams start in that order, those of rows behind a
-// draft that was not accepted find that out and read nothing. The last team of a row judges it, and the last row of a
+// `verify_chain`, in one of two ways.
+//
+// Many teams a request: rows come in the order of the drafts, so where teams start in that order, those of rows behind
+// a draft that was not accepted find that out and read nothing. The last team of a row judges it, and the last row of a
 // request to be judged decides.
+//
+// One team a request, which can hold a row: it is read once, and no row behind a rejection is.
 #pragma once
 
 #include "request.h"
@@ -30,6 +34,19 @@ class ChainProgram : RequestProgram<P> {
   SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t program)
       : ChainProgram(team, op, work, program % op.common.batch, program / op.common.batch) {}
 
+  SPECDEC_DEVICE void run_alone() {
+    target_.holder = &team_;
+    for (row_ = 0; row_ <= drafted_; ++row_) {
+      target_.held = -1, target_.keeps = true;
+      measure_row<P>(team_, target_, row_, sampling_.finite_scale(), target_table(row_));
+      target_.held = row_, target_.keeps = false;
+      if (needs_draft()) measure_row<false>(team_, draft_, row_, 1.0f, draft_table(row_));
+      if (!judge() && kRule != Rule::block && !op_.independent) break;
+    }
+    team_.sync();  // what was judged, all read
+    decide();
+  }
+
   SPECDEC_DEVICE void run() {
     if (row_ > drafted_) return;
     // Of every row the teams that came; rows that were judged; `stopped` is the number of rows from the last that are
@@ -41,9 +58,7 @@ class ChainProgram : RequestProgram<P> {
     const bool needed = team_.reduce(fresh(stopped), Larger()) <= from_last;
     if (needed) {
       measure_slice<P>(team_, target_, row_, sampling_.finite_scale(), part_, work_.slices, target_table(row_));
-      const bool needs_draft = kRule != Rule::coupled && dense() && all_.draft_stats == nullptr;
-      if (needs_draft && row_ < drafted_ && !sampling_.greedy())
-        measure_slice<false>(team_, draft_, row_, 1.0f, part_, work_.slices, draft_table(row_));
+      if (needs_draft()) measure_slice<false>(team_, draft_, row_, 1.0f, part_, work_.slices, draft_table(row_));
     }
     if (!team_.last_to_arrive(arrived + row_, int32_t(work_.slices - 1))) return;
     // Where a team of this row read nothing, the stop it saw can be seen here.
@@ -71,6 +86,11 @@ class ChainProgram : RequestProgram<P> {
         row_(slot / work.slices),
         part_(slot % work.slices),
         drafted_(count_drafts()) {}
+
+  // Whether the row of the draft has to be measured.
+  SPECDEC_DEVICE bool needs_draft() const {
+    return kRule != Rule::coupled && dense() && all_.draft_stats == nullptr && row_ < drafted_ && !sampling_.greedy();
+  }
 
   SPECDEC_DEVICE Table target_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i)); }
   SPECDEC_DEVICE Table draft_table(int64_t i) const { return work_.table(2 * (b_ * all_.rows + i) + 1); }
@@ -202,17 +222,43 @@ class ChainProgram : RequestProgram<P> {
     return emitted == kNobody ? draw_from_row<P>(team_, target_, i, row.target, noise(i)) : emitted;
   }
 
-  // By the two-level race; kNobody where nothing is left.
-  SPECDEC_PASS int64_t draw_residual(int64_t i, const Judged& row) const {
+  // The winner of the residual's tile race, kNobody where nothing is left. The target's own tiles, which are in its
+  // table, bound the residual's: none can arrive before its bound does. So each group looks at its tiles in the order
+  // of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability) of them.
+  SPECDEC_PASS int64_t residual_tile(int64_t i, const Judged& row) const {
     const Probabilities target(row.target), draft = divided(row.draft, row.reach);
+    const Table table = target_table(i);
+    float* const bounds = draft_table(i).maxima;  // no longer asked for
+    const int64_t groups = team_.size() / kGroup, tiles = tiles_of(all_.vocab);
+    const int64_t own = team_.rank() / kGroup + team_.rank() % kGroup * groups;  // of this thread, every size()-th
+    for (int64_t tile = own; tile < tiles; tile += team_.size()) {
+      Arrived bound;
+      const float share = float(double(row.target.scale) * double(fresh(table.maxima + tile)) - row.target.logsumexp);
+      take_part(bound, exponential(noise(i), tile), fresh(table.sums + tile) * expf(share), tile);
+      bounds[tile] = bound.time;
+    }
     Arrived first;
-    for_tiles<P ? 1 : kAhead>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
-      const float sum = there ? residuals(i, row, target, draft, own_ids(team_, tile)) : 0.0f;
+    for (;;) {
+      Arrived next;
+      for (int64_t tile = own; tile < tiles; tile += team_.size())
+        if (bounds[tile] < INFINITY) next = Earlier()(next, {bounds[tile], 0.0f, tile});
+      next = team_.in_group(next, Earlier());
+      // The bounds and the weights are rounded apart: leave room for that.
+      const bool looking = next.id != kNobody && next.time * 0.9999f < first.time;
+      if (!team_.any_in_warp(looking)) break;
+      if (looking && next.id % team_.size() == own % team_.size()) bounds[next.id] = INFINITY;
+      const float sum = looking ? residuals(i, row, target, draft, own_ids(team_, next.id)) : 0.0f;
       const float weight = team_.in_group(sum, Plus());
-      if (team_.rank() % kGroup == 0) take_part(first, exponential(noise(i), tile), weight, tile);
-    });
-    const int64_t tile = team_.reduce(first, Earlier()).id;
+      if (looking) take_part(first, exponential(noise(i), next.id), weight, next.id);
+    }
+    return team_.reduce(first, Earlier()).id;
+  }
+
+  // By the two-level race; kNobody where nothing is left.
+  SPECDEC_DEVICE int64_t draw_residual(int64_t i, const Judged& row) const {
+    const int64_t tile = residual_tile(i, row);
     if (tile == kNobody) return kNobody;
+    const Probabilities target(row.target), draft = divided(row.draft, row.reach);
     return draw_inside(team_, tile, all_.vocab, noise(i), [&](int64_t id) {
       const float draft_logit = row.draft.argmax >= 0 ? 0.0f : logit<false>(draft_, i, id);
       return residual(row, target, draft, logit<P>(target_, i, id), draft_logit, id);
@@ -234,7 +280,8 @@ class ChainProgram : RequestProgram<P> {
   }
 
   const VerifyChain& op_;
-  const int64_t row_, part_, drafted_;
+  int64_t row_;
+  const int64_t part_, drafted_;
   int64_t looked_at_ = 0;
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -19,7 +20,8 @@
 namespace specdec::cuda {
 namespace {
 
-// SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own.
+// SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own;
+// with SPECDEC_EMULATED_CLUSTERS teams that hold rows.
 int64_t setting(const char* name, int64_t otherwise) {
   const char* value = std::getenv(name);
   return value ? std::atoll(value) : otherwise;
@@ -34,61 +36,72 @@ void on_team(const F& body) {
     threads.emplace_back([&block, &body, rank] { body(Team(block, rank)); });
   for (std::thread& thread : threads) thread.join();
 #else
-  body(Team());
+  Block block(1);
+  body(Team(block, 0));
 #endif
 }
 
-// program(team, workspace, index) on all programs of an operation.
+// program(team, workspace, index, clusters) on all programs of an operation.
 template <class Op, class F>
 void run_programs(const Op& op, int64_t vocab, const F& program) {
   const Needs needs = needs_of(op);
-  const Shape shape = shape_of(needs, vocab, setting("SPECDEC_EMULATED_PROCESSORS", 1));
+  const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1), std::numeric_limits<int64_t>::max()};
+  const bool clusters = setting("SPECDEC_EMULATED_CLUSTERS", 0) != 0;
+  const Shape shape = shape_of(op, vocab, device, clusters ? Clusters::always : Clusters::never);
   std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
   std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
   std::vector<int32_t> counters(size_t(needs.counters), 0);
-  const Workspace work{tables.data(), places.data(), counters.data(), shape.slices, shape.entries};
+  const Workspace work = workspace_of(shape, {tables.data(), places.data(), counters.data()});
   std::vector<int64_t> order(size_t(shape.programs()));
   std::iota(order.begin(), order.end(), int64_t(0));
   if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
     std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
   on_team([&](const Team& team) {
+    if (shape.clusters) team.make_room(vocab);
     for (const int64_t index : order) {
-      program(team, work, index);
+      program(team, work, index, shape.clusters);
       team.sync();  // what one program wrote, the next reads
     }
   });
   for (const int32_t counter : counters) STD_TORCH_CHECK(counter == 0, "a counter was left at ", counter);
 }
 
+template <Rule kRule, bool P>
+void run_chain(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program, bool clusters) {
+  ChainProgram<kRule, P> chain(team, op, work, program);
+  clusters ? chain.run_alone() : chain.run();
+}
+
 template <bool P>
-void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
+void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program, bool clusters) {
   switch (op.rule) {
-    case Rule::token: return ChainProgram<Rule::token, P>(team, op, work, program).run();
-    case Rule::block: return ChainProgram<Rule::block, P>(team, op, work, program).run();
-    case Rule::coupled: return ChainProgram<Rule::coupled, P>(team, op, work, program).run();
+    case Rule::token: return run_chain<Rule::token, P>(op, team, work, program, clusters);
+    case Rule::block: return run_chain<Rule::block, P>(op, team, work, program, clusters);
+    case Rule::coupled: return run_chain<Rule::coupled, P>(op, team, work, program, clusters);
   }
 }
 
 template <bool P>
-void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program) {
+void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program, bool) {
   TreeProgram<P>(team, op, work, program).run();
 }
 
 template <bool P>
-void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program) {
+void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program, bool) {
   RowProgram<P>(team, op, work, program).sample();
 }
 
 template <bool P>
-void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program) {
+void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program, bool) {
   RowProgram<P>(team, op.common, work, program).sample_children(op.count, op.how);
 }
 
 template <class Op>
 void run(const Op& op, const Tensor& like) {
-  run_programs(op, like.size(like.dim() - 1), [&](const Team& team, const Workspace& work, int64_t program) {
-    processes(op) ? run_as<true>(op, team, work, program) : run_as<false>(op, team, work, program);
-  });
+  const auto program = [&](const Team& team, const Workspace& work, int64_t index, bool clusters) {
+    processes(op) ? run_as<true>(op, team, work, index, clusters) : run_as<false>(op, team, work, index, clusters);
+  };
+  run_programs(op, like.size(like.dim() - 1), program);
 }
 
 void run(const NoiseWords& op, const Tensor&) {

@@ -46,7 +46,7 @@ __global__ void noise_words_kernel(const NoiseWords op) {
 
 template <class Op>
 int start(void (*kernel)(Op, Workspace), const Op& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  const Workspace work{scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries};
+  const Workspace work = workspace_of(shape, scratch);
   kernel<<<unsigned(shape.programs()), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, work);
   return int(cudaGetLastError());
 }
@@ -63,6 +63,9 @@ auto chain_kernel(Rule rule) {
 }  // namespace
 
 int launch(const VerifyChain& op, const Shape& shape, const Scratch& scratch, void* stream) {
+#ifdef SPECDEC_CLUSTERS
+  if (shape.clusters) return launch_clusters(op, shape, scratch, stream);
+#endif
   return start(processes(op) ? chain_kernel<true>(op.rule) : chain_kernel<false>(op.rule), op, shape, scratch, stream);
 }
 

@@ -10,6 +10,14 @@ namespace specdec::cuda {
 
 // Ids that a block of threads takes at a time.
 constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
+// Blocks of a cluster: every GPU that has clusters has them of so many.
+constexpr int kClusterBlocks = 8;
+
+// A GPU, as far as launches depend on it.
+struct Device {
+  int64_t processors;
+  int64_t held_bytes;  // that a block of a cluster can hold; 0: no clusters
+};
 
 // Scratch of a launch; see workspace.h.
 struct Scratch {
@@ -40,18 +48,41 @@ inline Needs needs_of(const SampleChildren& op) { return needs_of(op.common); }
 // How the rows of a launch are cut. The results do not depend on it.
 struct Shape {
   int64_t rows;
-  int64_t slices;   // of a row, each measured by a team of its own
-  int64_t entries;  // of a row's table: its tiles
+  int64_t slices;         // of a row, each measured by a team of its own
+  int64_t entries;        // of a row's table: its tiles
+  bool clusters = false;  // each a team that takes a request, row after row
 
   int64_t programs() const { return rows * slices; }
 };
 
+// What each block of a cluster holds of a row, in float32.
+inline int64_t held_bytes(int64_t vocab) {
+  constexpr int64_t kWhole = kClusterBlocks * kIdsABlock;  // what all blocks take at a time
+  return (vocab + kWhole - 1) / kWhole * kIdsABlock * int64_t(sizeof(float));
+}
+
 // As many slices as it takes to give every multiprocessor four teams to choose from.
-inline Shape shape_of(const Needs& needs, int64_t vocab, int64_t processors) {
+template <class Op>
+Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
   constexpr int64_t kTeamsAProcessor = 4;
+  const Needs needs = needs_of(op);
   const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
-  const int64_t wanted = (kTeamsAProcessor * processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
+  const int64_t wanted = (kTeamsAProcessor * device.processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
   return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab)};
+}
+
+// Clusters, where a row fits them and there are requests for all multiprocessors; not where all rows are read anyway.
+enum class Clusters { where_they_pay, never, always };
+inline Shape shape_of(const VerifyChain& op, int64_t vocab, const Device& device, Clusters choice) {
+  const bool fits = held_bytes(vocab) <= device.held_bytes && op.rule != Rule::block;
+  const bool pay = op.common.batch * kClusterBlocks >= device.processors && !op.independent;
+  if (choice == Clusters::never || !fits || (choice == Clusters::where_they_pay && !pay))
+    return shape_of(op, vocab, device);
+  return {op.common.batch, 1, tiles_of(vocab), true};
+}
+template <class Op>
+Shape shape_of(const Op& op, int64_t vocab, const Device& device, Clusters) {
+  return shape_of(op, vocab, device);
 }
 
 // Whether logits are changed on the way: kernels that do are compiled apart.
@@ -65,6 +96,7 @@ bool processes(const Op& op) {
 
 // `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
 int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);
+int launch_clusters(const VerifyChain&, const Shape&, const Scratch&, void* stream);
 int launch(const VerifyTree&, const Shape&, const Scratch&, void* stream);
 int launch(const Sample&, const Shape&, const Scratch&, void* stream);
 int launch(const SampleChildren&, const Shape&, const Scratch&, void* stream);

@@ -45,9 +45,11 @@ class RequestProgram {
 
   // Of a token under the plain softmax of row i.
   SPECDEC_DEVICE float raw_logprob(int64_t i, int64_t id, const Table& table) const {
-    measure_row<false>(team_, target_, i, 1.0f, table);
-    const Summary raw = summary(team_, target_, 1.0f, table, {}, false);
-    return raw.valid ? float(double(logit<false>(target_, i, id)) - raw.logsumexp) : NAN;
+    Rows rows = target_;
+    rows.held = -1;  // what is held may be processed
+    measure_row<false>(team_, rows, i, 1.0f, table);
+    const Summary raw = summary(team_, rows, 1.0f, table, {}, false);
+    return raw.valid ? float(double(logit<false>(rows, i, id)) - raw.logsumexp) : NAN;
   }
 
   // The probabilities of a law, divided by `factor`.

@@ -1,5 +1,5 @@
-// The threads that run a program together: a block on a GPU; where tests run the same text on a CPU, see
-// team_emulated.h.
+// The threads that run a program together: a block on a GPU, or a cluster of blocks (team_cluster.h); where tests run
+// the same text on a CPU, see team_emulated.h.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,17 @@ struct Plus {
   }
 };
 
+// Where the blocks of a team hold an id of a row: in the memory of the block whose group comes to its tile in a pass
+// over the row.
+struct HeldPlace {
+  int64_t block, offset;
+};
+SPECDEC_DEVICE HeldPlace held_place(int64_t id, int64_t blocks, int64_t block_groups) {
+  const int64_t tile = id / kTile, round = tile / (blocks * block_groups);
+  const int64_t slot = round * block_groups + tile % block_groups;
+  return {tile / block_groups % blocks, slot * kTile + id % kTile};
+}
+
 }  // namespace specdec::cuda
 
 #ifdef __CUDACC__
@@ -62,19 +73,47 @@ __device__ __forceinline__ T shuffled(const T& x, int mask) {
   return result;
 }
 
-class Team {
+// The order does not depend on the thread, nor does the result.
+template <int kWidth, class T, class F>
+__device__ __forceinline__ T shuffle_reduce(T x, const F& combine) {
+#pragma unroll
+  for (int mask = kWidth / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
+  return x;
+}
+
+// What other blocks wrote: not from this multiprocessor's own cache.
+template <class T>
+__device__ __forceinline__ T fresh(const T* place) {
+  return __ldcg(place);
+}
+
+}  // namespace specdec::cuda
+
+#ifdef SPECDEC_CLUSTER
+#include "team_cluster.h"
+#else
+
+namespace specdec::cuda {
+
+class BlockTeam {
  public:
+  static constexpr bool kHolds = false;  // rows, in a memory that all threads read
+  __device__ void keep(int64_t, const float (&)[kElements]) const;
+  __device__ void recall(int64_t, float (&)[kElements]) const;
+  __device__ float recall(int64_t) const;
+
   __device__ int rank() const { return int(threadIdx.x); }
   __device__ int size() const { return int(blockDim.x); }
   __device__ void sync() const { __syncthreads(); }
 
-  // Over the threads of a tile, known to all of them. The order does not depend on the thread, nor does the result.
+  // Over the threads of a tile, known to all of them.
   template <class T, class F>
   __device__ T in_group(T x, const F& combine) const {
-#pragma unroll
-    for (int mask = kGroup / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
-    return x;
+    return shuffle_reduce<kGroup>(x, combine);
   }
+
+  // Whether it holds for a thread of the groups that shuffle together.
+  __device__ bool any_in_warp(bool x) const { return __any_sync(~0u, x) != 0; }
 
   // Over the whole team, known to all.
   template <class T, class F>
@@ -82,8 +121,7 @@ class Team {
     __shared__ alignas(16) unsigned char scratch[32 * 16];
     static_assert(sizeof(T) <= 16);
     T* shared = reinterpret_cast<T*>(scratch);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
+    x = shuffle_reduce<32>(x, combine);
     sync();  // an earlier result may still be read
     if (rank() % 32 == 0) shared[rank() / 32] = x;
     sync();
@@ -108,14 +146,10 @@ class Team {
     if (rank() == 0) atomicMax(value, least);
   }
 };
-
-// What other blocks wrote: not from this multiprocessor's own cache.
-template <class T>
-__device__ __forceinline__ T fresh(const T* place) {
-  return __ldcg(place);
-}
+using Team = BlockTeam;
 
 }  // namespace specdec::cuda
+#endif
 
 #else
 #include "team_emulated.h"

@@ -2,11 +2,11 @@
 // each other where those of a block do, so that a thread sanitizer can tell where one is missing to wait.
 #pragma once
 
+#include <vector>
 #ifdef SPECDEC_EMULATED_THREADS
 #include <array>
 #include <barrier>
 #include <memory>
-#include <vector>
 #endif
 
 namespace specdec::cuda {
@@ -15,12 +15,12 @@ namespace specdec::cuda {
 
 constexpr int kElements = 8;
 constexpr int kGroup = kTile / kElements;
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kBlockGroups = kWarp / kGroup;
 
-// What the threads of a team share.
+// What the threads of a team share: one block, or a cluster of blocks of one warp that hold rows.
 class Block {
  public:
-  explicit Block(int size) : size_(size), slots_(size_t(size)), all_(size) {
+  explicit Block(int size) : size_(size), slots_(size_t(size)), held_(size_t(size / kWarp)), all_(size) {
     for (int group = 0; group < size / kGroup; ++group) groups_.push_back(std::make_unique<std::barrier<>>(kGroup));
   }
 
@@ -31,6 +31,7 @@ class Block {
   };
   const int size_;
   std::vector<Slot> slots_;
+  std::vector<std::vector<float>> held_;
   std::barrier<> all_;
   std::vector<std::unique_ptr<std::barrier<>>> groups_;
 };
@@ -51,6 +52,8 @@ class Team {
     group.arrive_and_wait();  // all have read what the next call overwrites
     return x;
   }
+
+  bool any_in_warp(bool x) const { return x; }  // here groups go their own ways; a group's threads agree
 
   template <class T, class F>
   T reduce(T x, const F& combine) const {
@@ -73,7 +76,22 @@ class Team {
     if (rank_ == 0) *value = *value < least ? least : *value;
   }
 
+  static constexpr bool kHolds = true;
+  // Once, before a row is kept.
+  void make_room(int64_t vocab) const {
+    if (rank_ < int(block_.held_.size())) block_.held_[size_t(rank_)].assign(size_t(tiles_of(vocab) * kTile), NAN);
+    sync();
+  }
+  void keep(int64_t first, const float (&x)[kElements]) const { std::memcpy(held(first), x, sizeof x); }
+  void recall(int64_t first, float (&x)[kElements]) const { std::memcpy(x, held(first), sizeof x); }
+  float recall(int64_t id) const { return *held(id); }
+
  private:
+  float* held(int64_t id) const {
+    const HeldPlace place = held_place(id, int64_t(block_.held_.size()), kBlockGroups);
+    return &block_.held_[size_t(place.block)][size_t(place.offset)];
+  }
+
   template <class T>
   void put(const T& x) const {
     static_assert(sizeof(T) <= 16);
@@ -103,8 +121,18 @@ class Team {
 constexpr int kElements = kTile;
 constexpr int kGroup = 1;
 
+class Block {
+ public:
+  explicit Block(int) {}
+
+ private:
+  friend class Team;
+  std::vector<float> held_;
+};
+
 class Team {
  public:
+  explicit Team(Block& block, int) : block_(block) {}
   int rank() const { return 0; }
   int size() const { return 1; }
   void sync() const {}
@@ -112,12 +140,24 @@ class Team {
   T in_group(T x, const F&) const {
     return x;
   }
+  bool any_in_warp(bool x) const { return x; }
   template <class T, class F>
   T reduce(T x, const F&) const {
     return x;
   }
   bool last_to_arrive(int32_t* counter, int32_t others) const { return (*counter)++ == others; }
   void raise(int32_t* value, int32_t least) const { *value = *value < least ? least : *value; }
+
+  static constexpr bool kHolds = true;
+  void make_room(int64_t vocab) const { block_.held_.assign(size_t(tiles_of(vocab) * kTile), NAN); }
+  void keep(int64_t first, const float (&x)[kElements]) const { std::memcpy(&held(first), x, sizeof x); }
+  void recall(int64_t first, float (&x)[kElements]) const { std::memcpy(x, &held(first), sizeof x); }
+  float recall(int64_t id) const { return held(id); }
+
+ private:
+  float& held(int64_t id) const { return block_.held_[size_t(held_place(id, 1, 1).offset)]; }
+
+  Block& block_;
 };
 
 #endif

@@ -21,6 +21,10 @@ struct Workspace {
   }
 };
 
+inline Workspace workspace_of(const Shape& shape, const Scratch& scratch) {
+  return {scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries};
+}
+
 template <bool P>
 SPECDEC_DEVICE void measure_slice(const Team& team, const Rows& rows, int64_t i, float scale, int64_t part,
                                   int64_t slices, const Table& table) {
