@@ -84,32 +84,36 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(128_256, 4, 8, dtype, "statistics", rule="block")
 
 
-def inputs(case: Case, accepted: Callable[[Inputs], Tensor]) -> list[Inputs]:
+def inputs(
+    case: Case, accepted: Callable[[Inputs], Tensor], device: str = "cpu", cold_bytes: int = COLD_BYTES,
+    most_buffers: int = MOST_BUFFERS,
+) -> list[Inputs]:  # fmt: skip
     """Enough buffers to be cold; ``accepted(inputs)`` says how many drafts each request of them keeps."""
     dtype = getattr(torch, case.dtype)
     made: list[Inputs] = []
     read = 0
-    while read < COLD_BYTES and len(made) < MOST_BUFFERS:
+    while read < cold_bytes and len(made) < most_buffers:
         index = len(made)
-        generator = torch.Generator().manual_seed(index)
-        target = (torch.randn(case.batch, case.num_draft + 1, case.vocab, generator=generator) * 3).to(dtype)
-        noise = torch.randn(case.batch, case.num_draft, case.vocab, generator=generator) * DRAFT_NOISE
-        draft = (target[:, : case.num_draft] + noise).to(dtype)
-        seed = torch.randint(0, 2**60, (case.batch,), generator=generator)
-        position = torch.full((case.batch,), index)
+        generator = torch.Generator(device).manual_seed(index)
+        on: dict[str, Any] = {"generator": generator, "device": device}
+        target = torch.randn(case.batch, case.num_draft + 1, case.vocab, **on).mul_(3).to(dtype)
+        noise = torch.randn(case.batch, case.num_draft, case.vocab, **on).mul_(DRAFT_NOISE)
+        draft = noise.add_(target[:, : case.num_draft]).to(dtype)
+        seed = torch.randint(0, 2**60, (case.batch,), **on)
+        position = torch.full((case.batch,), index, device=device)
         drawn = sample(
             draft.flatten(0, 1),
             seed=seed.repeat_interleave(case.num_draft),
             position=position.repeat_interleave(case.num_draft),
-            row=torch.arange(case.num_draft).repeat(case.batch),
+            row=torch.arange(case.num_draft, device=device).repeat(case.batch),
             temperature=TEMPERATURE if case.kind == "statistics" else 1.0,
             **case.filters,
         )
         tokens = drawn.tokens.reshape(case.batch, case.num_draft)
         if case.kind == "greedy":
-            agree = torch.rand(tokens.shape, generator=generator) < 0.7
+            agree = torch.rand(tokens.shape, **on) < 0.7
             tokens = torch.where(agree, target[:, : case.num_draft].argmax(-1), tokens)
-        unread = torch.zeros(case.batch, dtype=torch.int64)
+        unread = torch.zeros_like(seed)
         stats = drawn.stats.reshape(case.batch, case.num_draft, 3)
         one = Inputs(target, tokens, draft, stats, seed, position, unread, unread)
         kept = accepted(one) if case.rule == "token" else torch.full_like(seed, case.num_draft)

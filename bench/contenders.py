@@ -39,7 +39,7 @@ def batched(case: Case, x: Inputs) -> Tensor:
     target_prob = target[:, :-1].gather(-1, x.tokens[..., None])[..., 0]
     draft_prob = draft.gather(-1, x.tokens[..., None])[..., 0]
     accepted = (torch.rand_like(draft_prob) * draft_prob < target_prob).long().cumprod(1).sum(1)
-    rows = torch.arange(case.batch)
+    rows = torch.arange(case.batch, device=x.target.device)
     residual = (target[rows, accepted] - draft[rows, accepted.clamp(max=case.num_draft - 1)]).clamp(min=0)
     weights = torch.where((accepted < case.num_draft)[:, None], residual, target[:, -1])
     emitted = torch.multinomial(weights, 1)
@@ -82,7 +82,7 @@ def lean_batch(case: Case, x: Inputs) -> Tensor:
     draft_logit = x.draft.gather(-1, x.tokens[..., None])[..., 0].float()
     draft_logprob = draft_logit * x.stats[..., 0] - x.stats[..., 2]
     accepted = (torch.rand_like(lse[:, 1:]).log() < target_logprob - draft_logprob).long().cumprod(1).sum(1)
-    rows, at = torch.arange(case.batch), accepted.clamp(max=case.num_draft - 1)
+    rows, at = torch.arange(case.batch, device=lse.device), accepted.clamp(max=case.num_draft - 1)
     weights = torch.exp(logits[rows, accepted] - lse[rows, accepted, None])
     draft = torch.exp(x.draft[rows, at].float() * x.stats[rows, at, :1] - x.stats[rows, at, 2:])
     weights.sub_(draft.mul_((accepted < case.num_draft)[:, None])).clamp_(min=0)
@@ -93,7 +93,7 @@ def lean_batch(case: Case, x: Inputs) -> Tensor:
 def lean_filtered(case: Case, x: Inputs) -> Tensor:
     """The leanest with top-k and top-p: after ``topk`` nothing is as wide as the vocabulary."""
     top_k, top_p = FILTERS["top_k"], FILTERS["top_p"]
-    rows, longest = torch.arange(case.batch), case.num_draft
+    rows, longest = torch.arange(case.batch, device=x.target.device), case.num_draft
     values, ids = x.target.topk(top_k)
     probs = torch.softmax(values.float() / TEMPERATURE, -1)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)

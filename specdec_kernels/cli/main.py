@@ -100,16 +100,34 @@ def generate(
         raise typer.Exit(2) from None
 
 
+class Device(StrEnum):
+    """Where tensors are."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
-    quick: Annotated[bool, typer.Option("--quick", help="One vocabulary, few repetitions, no files.")] = False,
+    device: Annotated[Device, typer.Option(help="cuda: time verification on the GPU.")] = Device.cpu,
+    quick: Annotated[bool, typer.Option("--quick", help="One vocabulary; on the CPU no files.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Time the decoding of text instead.")] = False,
     trees: Annotated[bool, typer.Option("--trees", help="Time trees instead: kernels, and text.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="With --text: texts a prompt at a temperature.")] = 3,
 ) -> None:
     """Time verification against PyTorch, transformers and reading the same rows; or trees; or decoding."""
-    if text:
+    if device == Device.cuda:
+        from specdec_kernels.bench.gpu import main as on_gpu
+
+        try:
+            if text or trees:
+                raise ValueError("device must be cpu with --text or --trees: they are timed there")
+            on_gpu(out, quick, console)
+        except (ValueError, RuntimeError) as error:
+            console.print(f"[red]error:[/red] {error}", highlight=False)
+            raise typer.Exit(2) from None
+    elif text:
         from specdec_kernels.bench.text import main as decode
 
         decode(out, seeds, console)
@@ -121,13 +139,6 @@ def bench(
         from specdec_kernels.bench.run import main
 
         main(out, quick, console)
-
-
-class Device(StrEnum):
-    """Where tensors are."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 @app.command()

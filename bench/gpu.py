@@ -1,0 +1,321 @@
+"""Time ``verify_chain`` on a GPU: in CUDA graphs over buffers that do not fit its cache, beside PyTorch and, where they
+are installed, FlashInfer and vLLM.
+
+Without a GPU the same code runs on the CPU for tests, by the clock and without graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from specdec_kernels import Verified
+from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
+from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
+from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.run import percentiles
+from specdec_kernels.ops.backends import BACKENDS
+from specdec_kernels.selftest.gpu import launches
+
+#: Ours, by backend; of `cuda` each way by itself beside the one it chooses. The environment variable chooses.
+OURS = ("cuda", "cuda, blocks", "cuda, clusters", "triton")
+CLUSTERS = {"cuda": "", "cuda, blocks": "0", "cuda, clusters": "1"}
+#: The shape that others are timed at.
+OTHERS_VOCAB, OTHERS_DRAFTS = 151_936, 4
+#: Between two uses of a buffer so many times the cache is read. A graph has at least so many calls.
+CACHES, LEAST_CALLS, MOST_BUFFERS = 3, 16, 2048
+#: Times a graph is replayed, and that PyTorch is called.
+REPLAYS, CALLS = 50, 20
+#: Requests whose tokens are compared with the reference's.
+CHECKED = 4
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """The grid: the token rule at a temperature, drafts with their statistics, with and without filters."""
+    for vocab in (OTHERS_VOCAB,) if quick else (32_000, 128_256, OTHERS_VOCAB, 262_144):
+        for num_draft in (OTHERS_DRAFTS,) if quick else (1, 4, 8, 16):
+            for batch in (1, 8, 64, 256):
+                for dtype in ("bfloat16", "float32"):
+                    for filtered in (False, True):
+                        yield Case(vocab, num_draft, batch, dtype, "statistics", filtered=filtered)
+
+
+def ours(name: str, case: Case, x: Inputs) -> Verified:
+    """The public function on one backend, and one way of its own."""
+    before = os.environ.get("SPECDEC_CUDA_CLUSTERS")
+    if name in CLUSTERS:
+        os.environ["SPECDEC_CUDA_CLUSTERS"] = CLUSTERS[name]
+    try:
+        return fused(case, x, name.split(",")[0])
+    finally:
+        if before is None:
+            os.environ.pop("SPECDEC_CUDA_CLUSTERS", None)
+        else:
+            os.environ["SPECDEC_CUDA_CLUSTERS"] = before
+
+
+def probabilities(case: Case, logits: Tensor) -> Tensor:
+    """What the others ask for: float32, normalised, filtered."""
+    probs = torch.softmax(logits.float() / TEMPERATURE, -1)
+    if not case.filtered:
+        return probs
+    from flashinfer.sampling import top_k_renorm_probs, top_p_renorm_probs
+
+    flat = top_p_renorm_probs(top_k_renorm_probs(probs.flatten(0, -2), FILTERS["top_k"]), FILTERS["top_p"])
+    result: Tensor = flat.view_as(probs)
+    return result
+
+
+def flashinfer(case: Case, x: Inputs) -> Any:
+    """Its chain kernel, and the softmax passes that it needs before it."""
+    from flashinfer.sampling import chain_speculative_sampling
+
+    return chain_speculative_sampling(probabilities(case, x.draft), x.tokens.int(), probabilities(case, x.target))
+
+
+def vllm(case: Case, x: Inputs) -> Any:
+    """Its rejection sampler, which takes probabilities and draws the bonus token apart."""
+    from vllm.v1.sample.rejection_sampler import rejection_sample
+
+    batch, drafts, device = case.batch, case.num_draft, x.target.device
+    target = torch.softmax(x.target.float() / TEMPERATURE, -1)
+    bonus = torch.multinomial(target[:, -1], 1).int()
+    sampling = SimpleNamespace(
+        all_greedy=False, all_random=True, generators={}, temperature=torch.full((batch,), TEMPERATURE, device=device)
+    )
+    return rejection_sample(
+        x.tokens.flatten().int(), [drafts] * batch, drafts,
+        torch.arange(drafts, batch * drafts + 1, drafts, device=device, dtype=torch.int32),
+        torch.softmax(x.draft.float() / TEMPERATURE, -1).flatten(0, 1), target[:, :-1].flatten(0, 1).contiguous(),
+        bonus, sampling,
+    )  # fmt: skip
+
+
+def compiled(contender: Contender, case: Case) -> Contender:
+    """The same by `torch.compile`, for one shape."""
+    function = torch.compile(lambda *tensors: contender(case, Inputs(*tensors)), dynamic=False)
+    return lambda _, x: function(*vars(x).values())
+
+
+def others(case: Case) -> dict[str, Contender]:
+    """PyTorch, eager and compiled; FlashInfer and vLLM where they are installed."""
+    if (case.vocab, case.num_draft) != (OTHERS_VOCAB, OTHERS_DRAFTS):
+        return {}
+    chosen = {"lean PyTorch": lean_filtered} if case.filtered else {"PyTorch": batched, "lean PyTorch": lean_batch}
+    chosen |= {f"{name}, compiled": compiled(contender, case) for name, contender in chosen.items()}
+    for name, contender in (("flashinfer", flashinfer), ("vllm", vllm)):
+        if importlib.util.find_spec(name) is not None and (name == "flashinfer" or not case.filtered):
+            chosen[name] = contender
+    return chosen
+
+
+class GraphClock:
+    """Events of a GPU."""
+
+    device = "cuda"
+
+    def replayed(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
+        """Seconds a call, from one graph with a call on every buffer."""
+        calls = buffers * -(-LEAST_CALLS // len(buffers))
+        contender(case, buffers[0])  # compiled
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for x in calls:
+                contender(case, x)
+        graph.replay()
+        return [seconds / len(calls) for seconds in self.events(graph.replay, REPLAYS)]
+
+    def called(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
+        """Seconds a call, launched as PyTorch launches."""
+        for _ in range(3):
+            contender(case, buffers[-1])
+        rotation = iter(buffers * -(-CALLS // len(buffers)))
+        return self.events(lambda: contender(case, next(rotation)), CALLS)
+
+    @staticmethod
+    def events(call: Callable[[], object], count: int) -> list[float]:
+        """Seconds of each of ``count`` calls, on the device."""
+        seconds = []
+        for _ in range(count):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        return seconds
+
+    def launches(self, call: Callable[[], object]) -> int:
+        """Kernels of a call, from the profiler."""
+        return len(launches(call))
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the last cache."""
+        size: int = torch.cuda.get_device_properties(0).L2_cache_size
+        return size
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that a copy reads and writes."""
+        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        to = torch.empty_like(source)
+        return 2 * source.numel() / sorted(self.events(lambda: to.copy_(source), REPLAYS))[REPLAYS // 2]
+
+
+class WallClock:
+    """Where there is no GPU: for tests of what is around the timing."""
+
+    device = "cpu"
+    cache = 1 << 10
+
+    def called(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
+        """Seconds a call."""
+        seconds = []
+        for x in buffers[:2]:
+            start = time.perf_counter()
+            contender(case, x)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    replayed = called
+
+    def launches(self, call: Callable[[], object]) -> int:
+        """None to count."""
+        call()
+        return 0
+
+    def copy_bandwidth(self) -> float:
+        """Not measured."""
+        return float("nan")
+
+
+def first(x: Inputs, requests: int) -> Inputs:
+    """Some of the requests of a batch."""
+    return Inputs(*(value[:requests] for value in vars(x).values()))
+
+
+def check(case: Case, x: Inputs, contender: Contender, name: str) -> None:
+    """Refuse to time a wrong answer: a request's tokens do not depend on the batch, so the reference looks at a few."""
+    got, want = contender(case, x).tokens[:CHECKED], fused(case, first(x, CHECKED), "reference").tokens
+    if not torch.equal(got, want):
+        raise RuntimeError(f"{case.name}, {name}: the reference disagrees: {got.tolist()} and {want.tolist()}")
+
+
+def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict[str, Any]:
+    """All contenders on the same buffers. A contender that fails says so in the results; ours must not."""
+    kept = partial(fused, case)
+    buffers = inputs(case, lambda x: kept(x).num_accepted.long(), clock.device, CACHES * clock.cache, MOST_BUFFERS)
+    times: dict[str, dict[str, float]] = {}
+    kernels: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for name in OURS:
+        backend = BACKENDS[name.split(",")[0]]
+        if backend.reason or backend.device != clock.device:
+            failed[name] = backend.reason or f"it runs on {backend.device}"
+            continue
+        contender = partial(ours, name)
+        check(case, buffers[0], contender, name)
+        times[name] = percentiles(clock.replayed(contender, case, buffers))
+        kernels[name] = clock.launches(partial(contender, case, buffers[0]))
+    for name, contender in others(case).items():
+        try:
+            times[name] = percentiles(clock.called(contender, case, buffers))
+        except Exception as error:  # whatever others raise is a result
+            failed[name] = f"{type(error).__name__}: {error}"
+    whole = sum(x.numel() * x.element_size() for x in (buffers[0].target, buffers[0].draft))
+    needed = sum(case.bytes_read(x) for x in buffers) / len(buffers)
+    rates = {name: needed / (1e-6 * time["p50"]) for name, time in times.items() if name in OURS}
+    return {
+        "case": case.name,
+        **vars(case),
+        "accepted": float(torch.cat([x.target_rows for x in buffers]).float().mean() - 1),
+        "bytes": needed,
+        "bytes_of_inputs": whole,
+        "microseconds": times,
+        "gigabytes_per_second": {name: rate / 1e9 for name, rate in rates.items()},
+        "of_copy_bandwidth": {name: rate / bandwidth for name, rate in rates.items()},
+        "microseconds_to_read_inputs_once": 1e6 * whole / bandwidth,
+        "kernels": kernels,
+        "failed": failed,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line a case; the percentage is of the copy bandwidth."""
+    names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
+    result = Table("case", "accepted", "MB", *(f"{name} us" for name in names))
+    for row in rows:
+        cells = []
+        for name in names:
+            share = row["of_copy_bandwidth"].get(name)
+            p50 = row["microseconds"].get(name, {}).get("p50")
+            cells.append("" if p50 is None else f"{p50:,.1f}" + ("" if share is None else f" ({share:.0%})"))
+        result.add_row(row["case"], f"{row['accepted']:.1f}", f"{row['bytes'] / 1e6:,.1f}", *cells)
+    return result
+
+
+def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
+    """Times by batch at the shape the others are timed at, beside reading the inputs once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [
+        row
+        for row in rows
+        if (row["vocab"], row["num_draft"], row["dtype"], row["filtered"])
+        == (OTHERS_VOCAB, OTHERS_DRAFTS, "bfloat16", False)
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for name in dict.fromkeys(name for row in shown for name in row["microseconds"]):
+        at = [(row["batch"], row["microseconds"][name]["p50"]) for row in shown if name in row["microseconds"]]
+        axes.plot(*zip(*at, strict=True), marker="o", label=name)
+    once = [(row["batch"], row["microseconds_to_read_inputs_once"]) for row in shown]
+    axes.plot(*zip(*once, strict=True), linestyle="--", color="grey", label="its inputs once, at copy bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel="requests", ylabel="microseconds a call, median")
+    axes.set_title(f"verify_chain, V={OTHERS_VOCAB:,}, K={OTHERS_DRAFTS}, bfloat16, T={TEMPERATURE} - {where['gpu']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(out: Path, quick: bool, console: Console, clock: GraphClock | WallClock | None = None) -> None:
+    """Run the grid. Results are written after every case, under the name of the machine."""
+    if clock is None:
+        if not torch.cuda.is_available():
+            raise RuntimeError("there is no GPU to time: torch sees none")
+        clock = GraphClock()
+    bandwidth = clock.copy_bandwidth()
+    where = machine() | {"gpu": torch.cuda.get_device_name() if clock.device == "cuda" else "none"}
+    where |= {"copy_gigabytes_per_second": bandwidth / 1e9, "cuda": torch.version.cuda}
+    path = out / (re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()) + ".json")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    grid = list(cases(quick))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=len(grid))
+        for case in grid:
+            progress.update(task, description=case.name)
+            rows.append(measure(case, clock, bandwidth))
+            path.write_text(json.dumps({"machine": where, "results": rows}, indent=1) + "\n")
+            progress.advance(task)
+    console.print(table(rows))
+    console.print(where)
+    plot(rows, where, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}")
