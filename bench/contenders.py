@@ -17,13 +17,13 @@ from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
 Contender = Callable[[Case, Inputs], Any]
 
 
-def fused(case: Case, x: Inputs, backend: Any = None) -> Verified:
+def fused(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | None = None) -> Verified:
     """The public function."""
     draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
     return verify_chain(
         x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, rule=case.rule,
-        **case.filters, backend=backend,
+        **case.filters, workspace=workspace, backend=backend,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from specdec_kernels import Verified
+from specdec_kernels import Verified, verify_chain_workspace
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
 from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
 from specdec_kernels.bench.machine import machine
@@ -54,13 +54,13 @@ def cases(quick: bool) -> Iterator[Case]:
                         yield Case(vocab, num_draft, batch, dtype, "statistics", filtered=filtered)
 
 
-def ours(name: str, case: Case, x: Inputs) -> Verified:
+def ours(name: str, workspace: Tensor, case: Case, x: Inputs) -> Verified:
     """The public function on one backend, and one way of its own."""
     before = os.environ.get("SPECDEC_CUDA_CLUSTERS")
     if name in CLUSTERS:
         os.environ["SPECDEC_CUDA_CLUSTERS"] = CLUSTERS[name]
     try:
-        return fused(case, x, name.split(",")[0])
+        return fused(case, x, name.split(",")[0], workspace)
     finally:
         if before is None:
             os.environ.pop("SPECDEC_CUDA_CLUSTERS", None)
@@ -220,6 +220,8 @@ def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict
     """All contenders on the same buffers. A contender that fails says so in the results; ours must not."""
     kept = partial(fused, case)
     buffers = inputs(case, lambda x: kept(x).num_accepted.long(), clock.device, CACHES * clock.cache, MOST_BUFFERS)
+    size = verify_chain_workspace(case.batch, case.num_draft, case.vocab)
+    workspace = torch.zeros(size, dtype=torch.uint8, device=clock.device)
     times: dict[str, dict[str, float]] = {}
     kernels: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -228,7 +230,7 @@ def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict
         if backend.reason or backend.device != clock.device:
             failed[name] = backend.reason or f"it runs on {backend.device}"
             continue
-        contender = partial(ours, name)
+        contender = partial(ours, name, workspace)
         check(case, buffers[0], contender, name)
         times[name] = percentiles(clock.replayed(contender, case, buffers))
         kernels[name] = clock.launches(partial(contender, case, buffers[0]))

@@ -6,6 +6,7 @@ from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.tree_rules import DrawnChildren, VerifiedTree, sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
+from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.version import __version__
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "tree_positions",
     "verify_chain",
     "verify_chain_lm_head",
+    "verify_chain_workspace",
     "verify_tree",
 ]

@@ -47,7 +47,7 @@ def test_what_the_suite_calls_on_a_gpu_runs():
     for name, call in selftest.gpu.calls("reference", torch.arange(3)):
         call()
         names.append(name)
-    assert len(set(names)) == 6 + 1 + 4 + 4 + 1
+    assert len(set(names)) == 9 + 1 + 4 + 4 + 1
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):
@@ -136,6 +136,7 @@ def arguments(kind, full, rule):
         int(rule),
         full,
         full and rule != Rule.BLOCK,
+        torch.zeros(ops.workspace.verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
     )
 
 

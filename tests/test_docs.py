@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from specdec_kernels import ops
-from specdec_kernels.ops import attention, head, kv, tree_rules, trees
+from specdec_kernels.ops import attention, head, kv, tree_rules, trees, workspace
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("module", "least"), [(ops, 4), (trees, 4), (tree_rules, 2), (kv, 1), (attention, 1), (head, 1)]
+    ("module", "least"), [(ops, 4), (trees, 4), (tree_rules, 2), (kv, 1), (attention, 1), (head, 1), (workspace, 2)]
 )
 def test_docstrings(module, least):
     results = doctest.testmod(module)

@@ -77,6 +77,18 @@ def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
     return slices(rows, triton.cdiv(config.entries, config.tiles), processors)
 
 
+def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(int32, float64 and float32 scratch) of so many elements in what was handed in: the counters at its begin, all
+    else at its end, so that calls of different sizes never write over each other's counters, which have to be 0."""
+    end = workspace.shape[0] // 16 * 16
+    middle = end - 4 * tables
+    return (
+        workspace[: 4 * counters].view(torch.int32),
+        workspace[middle - 8 * memory : middle].view(torch.float64),
+        workspace[middle:end].view(torch.float32),
+    )
+
+
 _COUNTERS: dict[tuple[int, int], Tensor] = {}
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import Rule
-from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
 from specdec_kernels.triton_kernels.laws import raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
 from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits
@@ -223,6 +223,7 @@ def verify_chain(
     rule: int,
     logprobs: bool,
     independent: bool,
+    workspace: Tensor | None = None,
     weight: Tensor | None = None,
     tables: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -238,9 +239,13 @@ def verify_chain(
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
         config = config_for(logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
-        memory = empty(torch.float64, batch * rows * MEMORY.value)
-        if tables is None:
-            tables = empty(torch.float32, batch * rows, 4 * config.entries)
+        sizes = batch * (rows + 2), batch * rows * MEMORY.value, batch * rows * 4 * config.entries
+        if workspace is not None:
+            at_rest, memory, tables = scratch_in(workspace, *sizes)
+        else:
+            at_rest = counters_at_rest(sizes[0], target_logits.device)
+            memory = empty(torch.float64, sizes[1])
+            tables = empty(torch.float32, sizes[2]) if tables is None else tables
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = None
@@ -250,7 +255,7 @@ def verify_chain(
             target_logits, weight, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows,
             sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
             0 if edit_ids is None else edit_ids.shape[1], tables, memory,
-            counters_at_rest(batch * (rows + 2), target_logits.device), tokens, accepted, valid, counters,
+            at_rest, tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides,
             0 if weight is None else weight.stride(0), *draft_strides, *draft_tokens.stride(),
             0 if weight is None else weight.shape[1], rows - 1, vocab, batch, slices, RULE=rule,

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
     Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
     int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
     OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
-    bool independent) {
+    bool independent, OptionalTensor workspace) {
   const int64_t batch = draft_tokens.size(0);
   const Outputs outputs(target_logits, batch, draft_tokens.size(1) + 1, logprobs);
   Tensor counters = make(target_logits, {batch, 2}, aoti_torch_dtype_int32());
@@ -168,6 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
       .rule = Rule(rule),
       .independent = independent,
       .out_counters = out<int32_t>(counters),
+      .workspace = workspace ? workspace->mutable_data_ptr() : nullptr,
+      .workspace_bytes = workspace ? workspace->size(0) : 0,
   };
   run(op, target_logits);
   return {outputs.tokens, outputs.accepted, outputs.valid, counters, outputs.scores, outputs.raw};

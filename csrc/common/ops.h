@@ -158,7 +158,9 @@ struct VerifyChain {
   Ids num_draft;           // [B], or null data
   Rule rule;
   bool independent;
-  int32_t* out_counters;  // [B, 2]: proposed, independent
+  int32_t* out_counters;      // [B, 2]: proposed, independent
+  void* workspace = nullptr;  // handed in, or null; what a CPU needs it has
+  int64_t workspace_bytes = 0;
 
   SPECDEC_SHARED int64_t longest() const { return common.rows - 1; }
 

@@ -51,7 +51,13 @@ void run_programs(const Op& op, int64_t vocab, const F& program) {
   std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
   std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
   std::vector<int32_t> counters(size_t(needs.counters), 0);
-  const Workspace work = workspace_of(shape, {tables.data(), places.data(), counters.data()});
+  Scratch scratch{tables.data(), places.data(), counters.data()};
+  if (const auto [memory, bytes] = handed(op); memory != nullptr) {
+    const Layout layout(needs, shape);
+    STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);
+    scratch = layout.in(memory, bytes);
+  }
+  const Workspace work = workspace_of(shape, scratch);
   std::vector<int64_t> order(size_t(shape.programs()));
   std::iota(order.begin(), order.end(), int64_t(0));
   if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
@@ -63,7 +69,8 @@ void run_programs(const Op& op, int64_t vocab, const F& program) {
       team.sync();  // what one program wrote, the next reads
     }
   });
-  for (const int32_t counter : counters) STD_TORCH_CHECK(counter == 0, "a counter was left at ", counter);
+  for (int64_t i = 0; i < needs.counters; ++i)
+    STD_TORCH_CHECK(scratch.counters[i] == 0, "a counter was left at ", scratch.counters[i]);
 }
 
 template <Rule kRule, bool P>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "../common/ops.h"
 
@@ -83,6 +84,36 @@ inline Shape shape_of(const VerifyChain& op, int64_t vocab, const Device& device
 template <class Op>
 Shape shape_of(const Op& op, int64_t vocab, const Device& device, Clusters) {
   return shape_of(op, vocab, device);
+}
+
+// Where scratch lies in memory that was handed in: the counters at its begin, all else at its end, so that calls of
+// different sizes never write over each other's counters, which have to be 0. The size that callers are told is at
+// least this (verify_chain_workspace in specdec_kernels/ops/workspace.py).
+struct Layout {
+  static constexpr int64_t kAlign = 256;
+  int64_t counters, places, tables;  // bytes
+
+  Layout(const Needs& needs, const Shape& shape)
+      : counters(aligned(needs.counters * int64_t(sizeof(int32_t)))),
+        places(aligned(needs.places * kPlaceBytes)),
+        tables(aligned(needs.tables * 2 * shape.entries * int64_t(sizeof(float)))) {}
+
+  int64_t bytes() const { return counters + places + tables; }
+  Scratch in(void* memory, int64_t size) const {
+    auto* const begin = static_cast<unsigned char*>(memory);
+    auto* const end = begin + size / kAlign * kAlign;
+    return {reinterpret_cast<float*>(end - tables), end - tables - places, reinterpret_cast<int32_t*>(begin)};
+  }
+
+ private:
+  static int64_t aligned(int64_t size) { return (size + kAlign - 1) / kAlign * kAlign; }
+};
+
+// What is handed in; only chains can be.
+inline std::pair<void*, int64_t> handed(const VerifyChain& op) { return {op.workspace, op.workspace_bytes}; }
+template <class Op>
+std::pair<void*, int64_t> handed(const Op&) {
+  return {nullptr, 0};
 }
 
 // Whether logits are changed on the way: kernels that do are compiled apart.

@@ -101,6 +101,11 @@ void run(const Op& op, const Tensor& like) {
   const cudaStream_t stream = current_stream(like.get_device_index());
   const int64_t vocab = like.size(like.dim() - 1);
   const Shape shape = shape_of(op, vocab, describe(like.get_device_index()), choice_of_clusters());
+  if (const auto [memory, bytes] = handed(op); memory != nullptr) {
+    const Layout layout(needs, shape);
+    STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);
+    return check(cudaError_t(launch(op, shape, layout.in(memory, bytes), stream)));
+  }
   const Tensor tables = make(like, {needs.tables, 2 * shape.entries}, aoti_torch_dtype_float32());
   const Tensor places = make(like, {needs.places, kPlaceBytes}, aoti_torch_dtype_uint8());
   const Tensor counters = counters_at_rest(like, needs.counters, stream);

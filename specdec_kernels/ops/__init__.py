@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec_kernels.contract import Rule
 from specdec_kernels.ops import processing, validate
+from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
 
@@ -179,6 +180,7 @@ def verify_chain(
     rule: RuleName = "token",
     logprobs: bool = False,
     independent: bool = False,
+    workspace: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Verified:
     """Decide how many drafts to keep and draw the next token: the text has exactly the target's distribution.
@@ -215,6 +217,8 @@ def verify_chain(
         logprobs: also return the log-probabilities of the tokens. The raw ones cost a pass over each emitted row.
         independent: also count the drafts that would be accepted each by itself; reads every row. Not with ``"block"``,
             where a draft is not judged by itself.
+        workspace: uint8 [bytes], zeroed once, of at least :func:`verify_chain_workspace` bytes: scratch, which is
+            allocated otherwise. It is left as the next call expects it.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -260,6 +264,7 @@ def verify_chain(
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
     edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
+    scratch = None if workspace is None else workspaces.checked(workspace, batch, longest, vocab)
     validate.same_device(
         "target_logits",
         target_logits,
@@ -272,10 +277,11 @@ def verify_chain(
         cu_rows=cu_rows,
         sampling=sampling,
         bitmask=mask,
+        workspace=scratch,
     )
     verify = function("verify_chain", backend, device)
     arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
-                 *scalars, mask, *edits, _RULES[rule], logprobs, independent)  # fmt: skip
+                 *scalars, mask, *edits, _RULES[rule], logprobs, independent, scratch)  # fmt: skip
     if device.type != "cpu":
         return Verified(*verify(*arguments))
     try:

@@ -20,7 +20,7 @@ _SCHEMAS = {
     "verify_chain": (
         "(Tensor target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
         f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
-        "bool independent) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool independent, Tensor(a!)? workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "verify_chain_lm_head": (
         "(Tensor hidden, Tensor weight, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
@@ -50,7 +50,7 @@ _SCHEMAS = {
 
 
 def _fake_verify_chain(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _rule, logprobs, _independent = rest[-3:]
+    _rule, logprobs, _independent, _workspace = rest[-4:]
     return _fake_verified(draft_tokens, logprobs)
 
 

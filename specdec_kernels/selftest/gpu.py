@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from specdec_kernels.ops import BACKENDS, BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
+from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.selftest.common import BATCH, Report
 
 #: As large as in use, with a last tile that is not full.
@@ -39,6 +40,8 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
         plain = partial(verify_chain, target, tokens, **laws, **keys, rule=rule, temperature=0.7)
         yield f"verify_chain {rule}", plain
         yield f"verify_chain {rule} filtered", partial(plain, **filters)
+        workspace = torch.zeros(verify_chain_workspace(BATCH, DRAFTS, VOCAB), dtype=torch.uint8, device=device)
+        yield f"verify_chain {rule} in a workspace", partial(plain, workspace=workspace)
     row = torch.zeros_like(seed)  # made of an int, it would be a launch
     yield "sample", partial(sample, target[:, 0], row=row, **keys)
     for how in get_args(ChildrenName):

@@ -1,0 +1,69 @@
+"""Scratch that callers hand in, so that verification allocates nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.contract import TILE
+from specdec_kernels.ops import validate
+
+#: What each part begins at a multiple of, and bytes that a backend keeps of a row, at most.
+ALIGNMENT, PLACE_BYTES = 256, 128
+#: Of each row the programs that came; of each request the rows that were judged, and where it stops.
+COUNTER_BYTES, COUNTERS_A_REQUEST = 4, 2
+#: Tables of a row: of target and draft, two numbers of every tile.
+NUMBERS_A_TILE, NUMBER_BYTES = 4, 4
+
+
+def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
+    """Bytes of scratch that :func:`specdec_kernels.verify_chain` needs for so many requests, drafts and tokens, on any
+    backend.
+
+    A workspace is zeroed once, before its first use. Calls that follow each other on one stream may share it, smaller
+    ones too; calls that may run side by side, such as graphs on different streams, need their own.
+
+    Args:
+        batch: requests, at most.
+        num_draft: drafts of a request, at most.
+        vocab: tokens of the vocabulary.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> size = verify_chain_workspace(64, 4, 151_936)
+        >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
+        >>> size
+        10528512
+    """
+    for name, value in (("batch", batch), ("num_draft", num_draft), ("vocab", vocab)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < (name == "vocab"):
+            raise ValueError(f"{name} must be at least {int(name == 'vocab')}, got {value}")
+    rows = batch * (num_draft + 1)
+    entries = 1 << (-(-vocab // TILE) - 1).bit_length()
+    parts = (
+        (rows + COUNTERS_A_REQUEST * batch) * COUNTER_BYTES,
+        rows * PLACE_BYTES,
+        rows * entries * NUMBERS_A_TILE * NUMBER_BYTES,
+    )
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
+
+
+def checked(workspace: Tensor | None, batch: int, num_draft: int, vocab: int) -> Tensor | None:
+    """A workspace that is large enough."""
+    if workspace is None:
+        return None
+    given = validate.tensor("workspace", workspace, (validate.BYTES,), "bytes", (None,))
+    size = verify_chain_workspace(batch, num_draft, vocab)
+    if given.shape[0] < size:
+        raise ValueError(f"workspace must have at least {size} bytes, got {validate.describe(given)}")
+    if not torch.compiler.is_compiling() and (not given.is_contiguous() or given.storage_offset() % ALIGNMENT):
+        raise ValueError(
+            f"workspace must be contiguous from a multiple of {ALIGNMENT} bytes on, got strides "
+            f"{list(given.stride())} from {given.storage_offset()} on"
+        )
+    return given
