@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from specdec_kernels import sample, sample_children, verify_chain
+from specdec_kernels import sample, sample_children, verify_chain, verify_tree
 from specdec_kernels.ops import BACKENDS
 
 pytestmark = pytest.mark.skipif(BACKENDS["triton"].device == "cuda", reason="the interpreter's order is set here")
@@ -23,7 +23,10 @@ def launched(monkeypatch):
 
     from specdec_kernels.triton_kernels import launch
 
-    modules = [importlib.import_module(f"{launch.__package__}.{name}") for name in ("sample", "children", "verify")]
+    modules = [
+        importlib.import_module(f"{launch.__package__}.{name}")
+        for name in ("sample", "children", "verify", "tree_rules")
+    ]
     builder = type(interpreter.interpreter_builder)
     in_order = builder.set_grid_idx
 
@@ -175,13 +178,42 @@ def test_counters_are_left_at_rest(launched, monkeypatch):
         assert not counters.any()
 
 
+@pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options):
+    """One program a request, or several that measure rows ahead, in any order."""
+    tree_rules = importlib.import_module("specdec_kernels.triton_kernels.tree_rules")
+    (target, tokens, draft, _), keys = batch("dense")
+    tokens = torch.cat([torch.zeros(4, 1, dtype=torch.int64), tokens], 1)
+    parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1]])
+    drafts = torch.cat([draft, draft[:, :1]], 1)
+    drafted = {} if rule in ("walk", "coupled") else {"draft_logits": drafts}
+    arguments = {**keys, **drafted, **OPTIONS[options], "rule": rule, "logprobs": True}
+    expected = verify_tree(target, tokens, parents, **arguments, backend="reference")
+    found = []
+    for ahead, slices, shuffled in ((False, 1, True), (True, 1, False), (True, 3, True), (True, 6, True)):
+        launched(slices, shuffled)
+        monkeypatch.setattr(tree_rules, "measures_ahead", lambda *_, ahead=ahead: ahead)
+        found.append(verify_tree(target, tokens, parents, **arguments, backend="triton"))
+    for each in found:
+        assert torch.equal(each.tokens, expected.tokens)
+        assert torch.equal(each.nodes, expected.nodes)
+        for of_first, of_this in zip(found[0], each, strict=True):
+            assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), "not the same bits"
+
+
 def test_launches_are_chosen_by_pure_functions():
-    from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, slices
+    from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, pays_ahead, slices
 
     assert launch_config(128_256, "cuda", large=True) == LaunchConfig(16, 1024, 8, 255)
     assert launch_config(100, "cuda", large=False) == LaunchConfig(1, 1, 8, 128)
     assert launch_config(128_256, "hip", large=True).options == {"num_warps": 8}
     assert launch_config(128_256, "interpreter", large=False).tiles == 1024
+    # All nodes come to?, requests, nodes, multiprocessors.
+    assert pays_ahead(True, 100, 64, 132)
+    assert not pays_ahead(True, 600, 64, 132)
+    assert pays_ahead(False, 8, 16, 132)
+    assert not pays_ahead(False, 64, 16, 132)
     # Rows, blocks of a row, multiprocessors.
     assert slices(5, 64, 132) == 64  # one request: as many as there are blocks
     assert slices(320, 64, 132) == 2

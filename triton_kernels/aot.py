@@ -95,7 +95,7 @@ def _verify_tree(dtype: str) -> dict[str, str]:
     chain = _verify_chain(dtype)
     gone = (
         "num_draft_ptr", "cu_rows_ptr", "out_counters_ptr", "longest", "token_request_stride", "token_row_stride",
-        "counters_ptr", "batch", "slices", *_HEAD, "head_row_stride", "width",
+        *_HEAD, "head_row_stride", "width",
     )  # fmt: skip
     own = {"parents_ptr": "*i64", "out_nodes_ptr": "*i32", "nodes": "i32", "replacement": "i32"}
     return {name: kind for name, kind in chain.items() if name not in gone} | own
@@ -205,7 +205,7 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
     for tree_rule, kind, full in _TREES:
         name = f"verify_tree {tree_rule.name.lower()} bf16 {kind} {'full' if full else 'plain'}"
         without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
-        constants = {"RULE": int(tree_rule), "BLOCK": 64}
+        constants = {"RULE": int(tree_rule), "BLOCK": 64, "AHEAD": tree_rule == TreeRule.TRAVERSAL or not full}
         yield variant(name, verify_tree_kernel, _verify_tree("bf16"), without, True, **constants)
     for how in (Children.WITHOUT_REPLACEMENT, Children.RACE):
         name, types = f"sample_children {how.name.lower()} bf16 full", _sample("bf16") | {"count": "i32"}

@@ -1,4 +1,8 @@
-"""``verify_tree``: one program a request. Semantics: :mod:`specdec_kernels.ops.tree_rules`."""
+"""``verify_tree``: one launch. Semantics: :mod:`specdec_kernels.ops.tree_rules`.
+
+Either several programs measure the rows of all nodes, and the last of a request to finish decides; or one program a
+request measures a row when it comes to it. The first is for few requests, and for the rule that comes to all nodes.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -12,8 +16,15 @@ from torch import Tensor
 from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import TreeRule
-from specdec_kernels.triton_kernels.launch import config_for
-from specdec_kernels.triton_kernels.laws import raw_logprob, row_law, sampling_of, token_logprob
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, measures_ahead, slices_of
+from specdec_kernels.triton_kernels.laws import (
+    raw_logprob,
+    row_law,
+    sampling_of,
+    table_scale,
+    tabled_law,
+    token_logprob,
+)
 from specdec_kernels.triton_kernels.noise import coin
 from specdec_kernels.triton_kernels.residuals import (
     REACH,
@@ -41,6 +52,7 @@ from specdec_kernels.triton_kernels.rows import (
     probs,
     race_tag,
 )
+from specdec_kernels.triton_kernels.teams import arrive, measure
 from specdec_kernels.triton_kernels.trees import live_count
 
 LEAST_DIFFERENCE = tl.constexpr(_LEAST_DIFFERENCE)
@@ -67,15 +79,33 @@ def depth_of(tree, node):
 
 
 @triton.jit
-def walk(rows, tree, sampling, key, tables, RULE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+def look(
+    rows, node, sampling, key, tables, RACE: tl.constexpr, AHEAD: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """(law of a node's row, whether it is valid). ``AHEAD``: all rows were measured, each into tables of its own; else
+    there is one table, which every row is measured into."""
+    tag = race_tag(TARGET, node)
+    if AHEAD:
+        table = tables + node * 4 * ENTRIES
+        law, valid = tabled_law(rows, node, sampling, key, tag, table, RACE, ENTRIES, TILES)
+    else:
+        law, valid = row_law(rows, node, sampling, key, tag, tables, RACE, ENTRIES, TILES)
+    return law, valid
+
+
+@triton.jit
+def walk(
+    rows, tree, sampling, key, tables, RULE: tl.constexpr, AHEAD: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """Rules walk and coupled: (last node of the path, emitted token, all rows valid?)."""
     node = tl.full([], 0, tl.int64)
     drawn = tl.full([], -1, tl.int64)
     all_valid = tl.full([], 1, tl.int1)
     walking = tl.full([], 1, tl.int32)
     while walking != 0:
-        tag = race_tag(TARGET, node)
-        law, valid = row_law(rows, node, sampling, key, tag, tables, RULE != COUPLED_RULE, ENTRIES, TILES)
+        law, valid = look(rows, node, sampling, key, tables, RULE != COUPLED_RULE, AHEAD, ENTRIES, TILES)
         all_valid = valid
         drawn = law.argmax
         if drawn < 0:
@@ -84,7 +114,7 @@ def walk(rows, tree, sampling, key, tables, RULE: tl.constexpr, ENTRIES: tl.cons
                 # The race is held at the absolute position, which row `node` of a chain would be at.
                 drawn = flat_race(rows, node, law, Key(key.seed, key.position + ahead - node), TILES)
             else:
-                drawn = draw_from_row(rows, node, law, key, tag)
+                drawn = draw_from_row(rows, node, law, key, race_tag(TARGET, node))
         walking = valid.to(tl.int32)
         child = next_child(tree, node, node)
         while (child < tree.nodes) & (tl.load(tree.tokens + child, mask=child < tree.nodes, other=-1) != drawn):
@@ -108,15 +138,18 @@ def drafted_prob(draft_rows, node, draft, token):
 
 @triton.jit
 def enter(
-    rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, tables, memory, ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
+    rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, tables, memory, AHEAD: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Look at a node: remember its laws and a fresh state. Whether its row and its children's laws are usable."""
-    law, valid = row_law(rows, node, sampling, key, race_tag(TARGET, node), tables, True, ENTRIES, TILES)
+    law, valid = look(rows, node, sampling, key, tables, True, AHEAD, ENTRIES, TILES)
     child = next_child(tree, node, node)
     token = tl.load(tree.tokens + child, mask=child < tree.nodes, other=0)
     needed = valid & (child < tree.nodes) & (law.argmax < 0)
-    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, tables, False, ENTRIES, TILES)
+    table = tables
+    if AHEAD:
+        table = tables + node * 4 * ENTRIES + 2 * ENTRIES
+    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, table, AHEAD, ENTRIES, TILES)
     if needed:
         while (child < tree.nodes) & usable:
             token = tl.load(tree.tokens + child)
@@ -177,8 +210,8 @@ def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.const
 
 @triton.jit
 def top_down_or_bottom_up(
-    rows, draft_rows, stats_ptr, tree, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
+    rows, draft_rows, stats_ptr, tree, sampling, key, tables, memory, RULE: tl.constexpr, AHEAD: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to
     the first child that passes; traversal goes down to any child that may be come to, and up again where a node
@@ -192,7 +225,7 @@ def top_down_or_bottom_up(
     while deciding != 0:
         if entering != 0:
             fits = enter(
-                rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, ENTRIES, TILES
+                rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, AHEAD, ENTRIES, TILES
             )  # fmt: skip
             all_valid = all_valid & fits.to(tl.int32)
             entering = tl.full([], 0, tl.int32)
@@ -267,12 +300,16 @@ def top_down_or_bottom_up(
     law, _draft, divided = recalled_laws(place, sampling[0], factor)
     some = (last > node) & (last < tree.nodes)
     rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
-    emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, None, ENTRIES, TILES)
+    if AHEAD:
+        table = tables + node * 4 * ENTRIES
+        emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, table, ENTRIES, TILES)
+    else:
+        emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, None, ENTRIES, TILES)
     return node, emitted, all_valid != 0
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "num_edits", "nodes", "replacement"]
+    do_not_specialize=["top_k", "num_edits", "nodes", "replacement", "batch", "slices"]
 )  # 1 would become a constant, of another type
 def verify_tree_kernel(
     target_ptr,
@@ -295,6 +332,7 @@ def verify_tree_kernel(
     num_edits,
     tables_ptr,
     memory_ptr,
+    counters_ptr,
     out_tokens_ptr,
     out_nodes_ptr,
     out_accepted_ptr,
@@ -308,12 +346,15 @@ def verify_tree_kernel(
     nodes,
     vocab,
     replacement,
+    batch,
+    slices,
     RULE: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(0) % batch).to(tl.int64)
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
     first = b * nodes
@@ -343,38 +384,57 @@ def verify_tree_kernel(
             stats = draft_stats_ptr + 3 * first
 
     tables = tables_ptr + b * 2 * ENTRIES
-    if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
-        memory = memory_ptr + first * MEMORY
-        node, emitted, valid = top_down_or_bottom_up(
-            rows, draft_rows, stats, tree, sampling, key, tables, memory, RULE, ENTRIES, TILES
-        )
-    else:
-        node, emitted, valid = walk(rows, tree, sampling, key, tables, RULE, ENTRIES, TILES)
+    decides = tl.full([], 1, tl.int1)
+    if AHEAD:
+        tables = tables_ptr + first * 4 * ENTRIES
+        there = tl.maximum(live, 1)  # the first row is asked for even where there is no tree
+        own = (tl.program_id(0) // batch // slices).to(tl.int64)
+        part = tl.program_id(0) // batch % slices
+        decides = own < there
+        if decides:
+            table = tables + own * 4 * ENTRIES
+            measure(rows, own, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+            if draft_ptr is not None:
+                if draft_stats_ptr is None:
+                    if (next_child(tree, own, own) < tree.nodes) & (sampling[0] < float("inf")):
+                        one = tl.full([], 1.0, tl.float32)
+                        measure(draft_rows, own, one, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
+            decides = arrive(counters_ptr + b, (there * slices - 1).to(tl.int32))
+            if decides:
+                tl.store(counters_ptr + b, 0)
+    if decides:
+        if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
+            memory = memory_ptr + first * MEMORY
+            node, emitted, valid = top_down_or_bottom_up(
+                rows, draft_rows, stats, tree, sampling, key, tables, memory, RULE, AHEAD, ENTRIES, TILES
+            )
+        else:
+            node, emitted, valid = walk(rows, tree, sampling, key, tables, RULE, AHEAD, ENTRIES, TILES)
 
-    depth = depth_of(tree, node)
-    index = tl.arange(0, BLOCK)
-    tl.store(out_tokens_ptr + first + index, tl.full([BLOCK], -1, tl.int64), mask=index < nodes)
-    tl.store(out_nodes_ptr + first + index, tl.full([BLOCK], -1, tl.int32), mask=index < nodes)
-    if out_logprobs_ptr is not None:
-        nan = tl.full([BLOCK], float("nan"), tl.float32)
-        tl.store(out_logprobs_ptr + first + index, nan, mask=index < nodes)
-        tl.store(out_raw_logprobs_ptr + first + index, nan, mask=index < nodes)
-    tl.debug_barrier()  # the path overwrites some of it
-    tl.store(out_accepted_ptr + b, depth.to(tl.int32))
-    tl.store(out_valid_ptr + b, valid)
-    token = emitted
-    place = first + depth
-    while place >= first:
-        tl.store(out_tokens_ptr + place, token)
-        tl.store(out_nodes_ptr + place, node.to(tl.int32))
+        depth = depth_of(tree, node)
+        index = tl.arange(0, BLOCK)
+        tl.store(out_tokens_ptr + first + index, tl.full([BLOCK], -1, tl.int64), mask=index < nodes)
+        tl.store(out_nodes_ptr + first + index, tl.full([BLOCK], -1, tl.int32), mask=index < nodes)
         if out_logprobs_ptr is not None:
-            score = token_logprob(rows, node, token, sampling, key, tables, ENTRIES, TILES)
-            raw_score = raw_logprob(plain, node, token, key, tables, ENTRIES, TILES)
-            tl.store(out_logprobs_ptr + place, score)
-            tl.store(out_raw_logprobs_ptr + place, raw_score)
-        token = tl.load(tokens + node)
-        node = tl.maximum(tl.load(parents + node), 0)
-        place -= 1
+            nan = tl.full([BLOCK], float("nan"), tl.float32)
+            tl.store(out_logprobs_ptr + first + index, nan, mask=index < nodes)
+            tl.store(out_raw_logprobs_ptr + first + index, nan, mask=index < nodes)
+        tl.debug_barrier()  # the path overwrites some of it
+        tl.store(out_accepted_ptr + b, depth.to(tl.int32))
+        tl.store(out_valid_ptr + b, valid)
+        token = emitted
+        place = first + depth
+        while place >= first:
+            tl.store(out_tokens_ptr + place, token)
+            tl.store(out_nodes_ptr + place, node.to(tl.int32))
+            if out_logprobs_ptr is not None:
+                score = token_logprob(rows, node, token, sampling, key, tables, ENTRIES, TILES)
+                raw_score = raw_logprob(plain, node, token, key, tables, ENTRIES, TILES)
+                tl.store(out_logprobs_ptr + place, score)
+                tl.store(out_raw_logprobs_ptr + place, raw_score)
+            token = tl.load(tokens + node)
+            node = tl.maximum(tl.load(parents + node), 0)
+            place -= 1
 
 
 def verify_tree(
@@ -413,16 +473,19 @@ def verify_tree(
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
         # A kernel wants pointers of one type, used or not.
         memory = empty(torch.float64, 0 if walks else batch * nodes * MEMORY.value)
-        tables = empty(torch.float32, batch, 2 * config.entries)
+        ahead = measures_ahead(rule == TreeRule.TRAVERSAL, batch, nodes, target_logits.device)
+        slices = slices_of(batch * nodes, config, target_logits.device) if ahead else 1
+        tables = empty(torch.float32, batch * nodes * 4 if ahead else batch * 2, config.entries)
         if walks:
             draft_logits = draft_stats = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
-        verify_tree_kernel[(batch,)](
+        verify_tree_kernel[(batch * nodes * slices if ahead else batch,)](
             target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, sampling, temperature,
             top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
-            0 if edit_ids is None else edit_ids.shape[1], tables, memory, tokens, path, accepted, valid,
+            0 if edit_ids is None else edit_ids.shape[1], tables, memory,
+            counters_at_rest(batch, target_logits.device), tokens, path, accepted, valid,
             scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],
-            *draft_strides, nodes, vocab, int(replacement), RULE=rule, BLOCK=triton.next_power_of_2(nodes),
-            **config.constants, **config.options,
+            *draft_strides, nodes, vocab, int(replacement), batch, slices, RULE=rule, AHEAD=ahead,
+            BLOCK=triton.next_power_of_2(nodes), **config.constants, **config.options,
         )  # fmt: skip
     return tokens, path, accepted, valid, scores, raw_scores
