@@ -13,7 +13,7 @@ import torch
 from test_backends import run_python
 from test_native import ROOT, sanitized
 
-from specdec_kernels import sample, verify_chain
+from specdec_kernels import sample, verify_chain, verify_tree
 from specdec_kernels.ops.backends import NATIVE_LIBRARY
 
 LIBRARY = NATIVE_LIBRARY.with_name("libspecdec_cuda.so")
@@ -140,3 +140,28 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
             for each in found[1:]:
                 for of_first, of_this in zip(found[0], each, strict=True):
                     assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), (rule, options)
+
+
+@pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
+def test_trees_do_not_depend_on_the_launch(monkeypatch, rule):
+    """Nor on whether rows are measured ahead, by how many teams."""
+    if torch.cuda.is_available():
+        pytest.skip("the order is the GPU's")
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(5, 4, 9001, generator=generator) * 2
+    draft = target + torch.randn(5, 4, 9001, generator=generator)
+    keys = {"seed": torch.arange(5), "position": torch.arange(5) + 7}
+    tokens = torch.stack([sample(draft[:, max(0, i - 1)], **keys, row=i).tokens for i in range(4)], 1)
+    parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1], [-1, 0, 0, 0]])
+    target[1, 1, 4] = torch.nan
+    drafted = {} if rule in ("walk", "coupled") else {"draft_logits": draft}
+    for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
+        found = []
+        for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (200, 2)):
+            monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
+            monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
+            named = {**keys, **drafted, **options, "rule": rule, "logprobs": True}
+            found.append(verify_tree(target, tokens, parents, **named, backend="cuda"))
+        for each in found[1:]:
+            for of_first, of_this in zip(found[0], each, strict=True):
+                assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), options

@@ -27,7 +27,8 @@ template <Rule kRule, bool P>
 class ChainProgram : RequestProgram<P> {
   using Base = RequestProgram<P>;
   using Base::all_, Base::b_, Base::draft_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
-  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::raw_logprob, Base::token, Base::work_;
+  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::race_below, Base::raw_logprob, Base::token,
+      Base::work_;
 
  public:
   // program = (row * slices + slice) * requests + request: first rows first.
@@ -222,43 +223,13 @@ class ChainProgram : RequestProgram<P> {
     return emitted == kNobody ? draw_from_row<P>(team_, target_, i, row.target, noise(i)) : emitted;
   }
 
-  // The winner of the residual's tile race, kNobody where nothing is left. The target's own tiles, which are in its
-  // table, bound the residual's: none can arrive before its bound does. So each group looks at its tiles in the order
-  // of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability) of them.
-  SPECDEC_PASS int64_t residual_tile(int64_t i, const Judged& row) const {
-    const Probabilities target(row.target), draft = divided(row.draft, row.reach);
-    const Table table = target_table(i);
-    float* const bounds = draft_table(i).maxima;  // no longer asked for
-    const int64_t groups = team_.size() / kGroup, tiles = tiles_of(all_.vocab);
-    const int64_t own = team_.rank() / kGroup + team_.rank() % kGroup * groups;  // of this thread, every size()-th
-    for (int64_t tile = own; tile < tiles; tile += team_.size()) {
-      Arrived bound;
-      const float share = float(double(row.target.scale) * double(fresh(table.maxima + tile)) - row.target.logsumexp);
-      take_part(bound, exponential(noise(i), tile), fresh(table.sums + tile) * expf(share), tile);
-      bounds[tile] = bound.time;
-    }
-    Arrived first;
-    for (;;) {
-      Arrived next;
-      for (int64_t tile = own; tile < tiles; tile += team_.size())
-        if (bounds[tile] < INFINITY) next = Earlier()(next, {bounds[tile], 0.0f, tile});
-      next = team_.in_group(next, Earlier());
-      // The bounds and the weights are rounded apart: leave room for that.
-      const bool looking = next.id != kNobody && next.time * 0.9999f < first.time;
-      if (!team_.any_in_warp(looking)) break;
-      if (looking && next.id % team_.size() == own % team_.size()) bounds[next.id] = INFINITY;
-      const float sum = looking ? residuals(i, row, target, draft, own_ids(team_, next.id)) : 0.0f;
-      const float weight = team_.in_group(sum, Plus());
-      if (looking) take_part(first, exponential(noise(i), next.id), weight, next.id);
-    }
-    return team_.reduce(first, Earlier()).id;
-  }
-
   // By the two-level race; kNobody where nothing is left.
-  SPECDEC_DEVICE int64_t draw_residual(int64_t i, const Judged& row) const {
-    const int64_t tile = residual_tile(i, row);
-    if (tile == kNobody) return kNobody;
+  SPECDEC_PASS int64_t draw_residual(int64_t i, const Judged& row) const {
     const Probabilities target(row.target), draft = divided(row.draft, row.reach);
+    float* const bounds = draft_table(i).maxima;  // no longer asked for
+    const int64_t tile = race_below(row.target, target_table(i), bounds, noise(i),
+                                    [&](int64_t first) { return residuals(i, row, target, draft, first); });
+    if (tile == kNobody) return kNobody;
     return draw_inside(team_, tile, all_.vocab, noise(i), [&](int64_t id) {
       const float draft_logit = row.draft.argmax >= 0 ? 0.0f : logit<false>(draft_, i, id);
       return residual(row, target, draft, logit<P>(target_, i, id), draft_logit, id);

@@ -44,8 +44,8 @@ void on_team(const F& body) {
 // program(team, workspace, index, clusters) on all programs of an operation.
 template <class Op, class F>
 void run_programs(const Op& op, int64_t vocab, const F& program) {
-  const Needs needs = needs_of(op);
   const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1), std::numeric_limits<int64_t>::max()};
+  const Needs needs = needs_of(op, device);
   const bool clusters = setting("SPECDEC_EMULATED_CLUSTERS", 0) != 0;
   const Shape shape = shape_of(op, vocab, device, clusters ? Clusters::always : Clusters::never);
   std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);

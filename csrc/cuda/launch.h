@@ -11,6 +11,8 @@ namespace specdec::cuda {
 
 // Ids that a block of threads takes at a time.
 constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
+// Teams that a multiprocessor should have to choose from.
+constexpr int64_t kTeamsAProcessor = 4;
 // Blocks of a cluster: every GPU that has clusters has them of so many.
 constexpr int kClusterBlocks = 8;
 
@@ -30,21 +32,29 @@ struct Scratch {
 constexpr int64_t kPlaceBytes = 128;
 
 // What an operation needs of it. A chain: two tables a row; of every row the teams that came, of every request the rows
-// that were judged and where it is known to stop. A tree: two tables a request, whose one team measures row after row.
+// that were judged and where it is known to stop. A tree: two tables a request, whose one team measures a row when it
+// comes to it; or `ahead`, two a row, and of every request the teams that came.
 struct Needs {
   int64_t rows;  // that are measured side by side
   int64_t tables, places, counters;
   bool sliced = true;  // several teams may measure a row
+  bool ahead = false;
 };
-inline Needs needs_of(const VerifyChain& op) {
+inline Needs needs_of(const VerifyChain& op, const Device&) {
   const int64_t rows = op.common.batch * op.common.rows;
   return {rows, 2 * rows, rows, rows + 2 * op.common.batch};
 }
-inline Needs needs_of(const VerifyTree& op) {
-  return {op.common.batch, 2 * op.common.batch, op.common.batch * op.common.rows, 0, false};
+inline Needs needs_of(const VerifyTree& op, const Device& device) {
+  const int64_t batch = op.common.batch, rows = batch * op.common.rows;
+  // Ahead where the rule comes to all nodes, unless requests alone keep the multiprocessors busy; else where there are
+  // no more rows than multiprocessors.
+  const bool pays =
+      op.rule == TreeRule::traversal ? batch < kTeamsAProcessor * device.processors : rows <= device.processors;
+  if (pays) return {rows, 2 * rows, rows, batch, true, true};
+  return {batch, 2 * batch, rows, 0, false};
 }
-inline Needs needs_of(const Sample& op) { return {op.rows, op.rows, 0, op.rows}; }
-inline Needs needs_of(const SampleChildren& op) { return needs_of(op.common); }
+inline Needs needs_of(const Sample& op, const Device&) { return {op.rows, op.rows, 0, op.rows}; }
+inline Needs needs_of(const SampleChildren& op, const Device& device) { return needs_of(op.common, device); }
 
 // How the rows of a launch are cut. The results do not depend on it.
 struct Shape {
@@ -52,6 +62,7 @@ struct Shape {
   int64_t slices;         // of a row, each measured by a team of its own
   int64_t entries;        // of a row's table: its tiles
   bool clusters = false;  // each a team that takes a request, row after row
+  bool ahead = false;     // see Needs
 
   int64_t programs() const { return rows * slices; }
 };
@@ -65,11 +76,11 @@ inline int64_t held_bytes(int64_t vocab) {
 // As many slices as it takes to give every multiprocessor four teams to choose from.
 template <class Op>
 Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
-  constexpr int64_t kTeamsAProcessor = 4;
-  const Needs needs = needs_of(op);
+  const Needs needs = needs_of(op, device);
   const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
   const int64_t wanted = (kTeamsAProcessor * device.processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
-  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab)};
+  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab), false,
+          needs.ahead};
 }
 
 // Clusters, where a row fits them and there are requests for all multiprocessors; not where all rows are read anyway.

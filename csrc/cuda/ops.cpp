@@ -95,12 +95,13 @@ class OnDevice {
 
 template <class Op>
 void run(const Op& op, const Tensor& like) {
-  const Needs needs = needs_of(op);
-  if (needs.rows == 0) return;
   const OnDevice guard(like);
+  const Device device = describe(like.get_device_index());
+  const Needs needs = needs_of(op, device);
+  if (needs.rows == 0) return;
   const cudaStream_t stream = current_stream(like.get_device_index());
   const int64_t vocab = like.size(like.dim() - 1);
-  const Shape shape = shape_of(op, vocab, describe(like.get_device_index()), choice_of_clusters());
+  const Shape shape = shape_of(op, vocab, device, choice_of_clusters());
   if (const auto [memory, bytes] = handed(op); memory != nullptr) {
     const Layout layout(needs, shape);
     STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);

@@ -52,6 +52,38 @@ class RequestProgram {
     return raw.valid ? float(double(logit<false>(rows, i, id)) - raw.logsumexp) : NAN;
   }
 
+  // The winner of the tile race of weights that are nowhere above a row's probabilities, such as a residual; kNobody
+  // where there are none. `sum(first)`: of this thread's ids of a tile. The row's own tiles, which are in its table,
+  // bound these: none can arrive before its bound does. So each group looks at its tiles in the order of their bounds
+  // until none of the others can win: exact, and about 1 / (what is left of the probability) of them. `bounds`:
+  // scratch.
+  template <class F>
+  SPECDEC_DEVICE int64_t race_below(const Law& law, const Table& table, float* bounds, const Noise& noise,
+                                    const F& sum) const {
+    const int64_t groups = team_.size() / kGroup, tiles = tiles_of(all_.vocab);
+    const int64_t own = team_.rank() / kGroup + team_.rank() % kGroup * groups;  // of this thread, every size()-th
+    for (int64_t tile = own; tile < tiles; tile += team_.size()) {
+      Arrived bound;
+      const float share = float(double(law.scale) * double(fresh(table.maxima + tile)) - law.logsumexp);
+      take_part(bound, exponential(noise, tile), fresh(table.sums + tile) * expf(share), tile);
+      bounds[tile] = bound.time;
+    }
+    Arrived first;
+    for (;;) {
+      Arrived next;
+      for (int64_t tile = own; tile < tiles; tile += team_.size())
+        if (bounds[tile] < INFINITY) next = Earlier()(next, {bounds[tile], 0.0f, tile});
+      next = team_.in_group(next, Earlier());
+      // The bounds and the weights are rounded apart: leave room for that.
+      const bool looking = next.id != kNobody && next.time * 0.9999f < first.time;
+      if (!team_.any_in_warp(looking)) break;
+      if (looking && next.id % team_.size() == own % team_.size()) bounds[next.id] = INFINITY;
+      const float weight = team_.in_group(looking ? sum(own_ids(team_, next.id)) : 0.0f, Plus());
+      if (looking) take_part(first, exponential(noise, next.id), weight, next.id);
+    }
+    return team_.reduce(first, Earlier()).id;
+  }
+
   // The probabilities of a law, divided by `factor`.
   SPECDEC_DEVICE static Probabilities divided(Law law, double factor) {
     law.logsumexp += log(factor);

@@ -1,4 +1,5 @@
-// `verify_tree`: a team a request. Semantics: specdec_kernels/ops/tree_rules.py.
+// `verify_tree`. Semantics: specdec_kernels/ops/tree_rules.py. Either several teams measure the rows of all nodes, and
+// the last of a request to finish decides; or one team a request measures a row when it comes to it.
 #pragma once
 
 #include "request.h"
@@ -23,21 +24,25 @@ template <bool P>
 class TreeProgram : RequestProgram<P> {
   using Base = RequestProgram<P>;
   using Base::all_, Base::b_, Base::draft_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
-  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::raw_logprob, Base::token, Base::work_;
+  using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::race_below, Base::raw_logprob, Base::token,
+      Base::work_;
 
  public:
-  SPECDEC_DEVICE TreeProgram(const Team& team, const VerifyTree& op, const Workspace& work, int64_t request)
-      : Base(team, op.common, work, request, request * op.common.target.request_stride, request * op.common.rows),
+  // program = (node * slices + slice) * requests + request; just the request where rows are not measured ahead.
+  SPECDEC_DEVICE TreeProgram(const Team& team, const VerifyTree& op, const Workspace& work, int64_t program)
+      : Base(team, op.common, work, program % op.common.batch,
+             program % op.common.batch * op.common.target.request_stride, program % op.common.batch * op.common.rows),
         op_(op),
-        parents_(op.parents + request * op.common.rows),
-        live_(live_nodes(parents_, op.common.rows)) {
+        parents_(op.parents + b_ * op.common.rows),
+        live_(live_nodes(parents_, op.common.rows)),
+        node_(program / op.common.batch / work.slices),
+        part_(program / op.common.batch % work.slices) {
     target_.parents = parents_;
   }
 
   SPECDEC_DEVICE void run() {
-    const bool walks = op_.rule == TreeRule::walk || op_.rule == TreeRule::coupled;
-    const Ended end = walks ? walk() : descend();
-    write(end);
+    if (work_.ahead && !measure_ahead()) return;
+    write(walks() ? walk() : descend());
   }
 
  private:
@@ -46,8 +51,24 @@ class TreeProgram : RequestProgram<P> {
     bool valid;
   };
 
-  SPECDEC_DEVICE Table target_table() const { return work_.table(2 * b_); }
-  SPECDEC_DEVICE Table draft_table() const { return work_.table(2 * b_ + 1); }
+  SPECDEC_DEVICE bool walks() const { return op_.rule == TreeRule::walk || op_.rule == TreeRule::coupled; }
+
+  // A slice of one node's rows. Whether this team is the last of its request.
+  SPECDEC_DEVICE bool measure_ahead() const {
+    const int64_t there = live_ > 0 ? live_ : 1;  // the first row is asked for even where there is no tree
+    if (node_ >= there) return false;
+    measure_slice<P>(team_, target_, node_, sampling_.finite_scale(), part_, work_.slices, target_table(node_));
+    const bool drafts = !walks() && dense() && all_.draft_stats == nullptr && next_child(node_, node_) < live_;
+    if (drafts && !sampling_.greedy())
+      measure_slice<false>(team_, draft_, node_, 1.0f, part_, work_.slices, draft_table(node_));
+    if (!team_.last_to_arrive(work_.counters + b_, int32_t(there * work_.slices - 1))) return false;
+    if (team_.rank() == 0) work_.counters[b_] = 0;
+    return true;
+  }
+
+  SPECDEC_DEVICE int64_t place(int64_t node) const { return 2 * (work_.ahead ? b_ * all_.rows + node : b_); }
+  SPECDEC_DEVICE Table target_table(int64_t node) const { return work_.table(place(node)); }
+  SPECDEC_DEVICE Table draft_table(int64_t node) const { return work_.table(place(node) + 1); }
   SPECDEC_DEVICE Node& at(int64_t node) const { return static_cast<Node*>(work_.places)[b_ * all_.rows + node]; }
 
   // The first child of a node behind `after`; the number of nodes if there is none. A node whose token is none is no
@@ -64,15 +85,15 @@ class TreeProgram : RequestProgram<P> {
     return depth;
   }
 
-  SPECDEC_PASS LawOfRow look(int64_t node, bool race) const {
-    measure_row<P>(team_, target_, node, sampling_.finite_scale(), target_table());
-    return law_of<P>(team_, target_, node, sampling_, target_table(), noise(node), race);
+  SPECDEC_PASS LawOfRow look(int64_t node, bool race, bool measured) const {
+    if (!measured) measure_row<P>(team_, target_, node, sampling_.finite_scale(), target_table(node));
+    return law_of<P>(team_, target_, node, sampling_, target_table(node), noise(node), race);
   }
 
   SPECDEC_DEVICE Ended walk() const {
     for (int64_t node = 0;;) {
       const bool coupled = op_.rule == TreeRule::coupled;
-      const LawOfRow found = look(node, !coupled);
+      const LawOfRow found = look(node, !coupled, work_.ahead);
       int64_t drawn = found.law.argmax;
       if (drawn < 0)
         drawn = coupled ? flat_race<P>(team_, target_, node, found.law, seed_, position_ + uint64_t(depth_of(node)))
@@ -91,7 +112,7 @@ class TreeProgram : RequestProgram<P> {
 
   // Looks at a node: its laws, and a fresh state. Whether its row and its children's laws are usable.
   SPECDEC_DEVICE bool enter(int64_t node, double reach) const {
-    const LawOfRow found = look(node, true);
+    const LawOfRow found = look(node, true, work_.ahead);
     int64_t child = next_child(node, node);
     Node fresh;
     fresh.target = found.law;
@@ -100,7 +121,7 @@ class TreeProgram : RequestProgram<P> {
     fresh.draft.argmax = child < live_ ? token(child) : 0;
     bool usable = found.valid;
     if (usable && child < live_ && found.law.argmax < 0 && dense()) {
-      usable = look_at_draft(node, draft_table(), false, fresh.draft);
+      usable = look_at_draft(node, draft_table(node), work_.ahead, fresh.draft);
       for (; child < live_ && usable; child = next_child(node, child))
         usable = drafted_prob(node, fresh.draft, token(child)) < INFINITY;
     }
@@ -157,32 +178,54 @@ class TreeProgram : RequestProgram<P> {
     return left;
   }
 
-  // Mass (`race` off) or a draw by the two-level race (on) of what the rejected children leave.
-  SPECDEC_PASS double residual_mass(int64_t node, const Node& state, bool race, int64_t* drawn) const {
-    const Probabilities target(state.target), draft = divided(state.draft, state.factor);
+  // The sum of what is left of this thread's ids of a tile.
+  SPECDEC_DEVICE float residuals(int64_t node, const Node& state, const Probabilities& target,
+                                 const Probabilities& draft, int64_t first) const {
     const bool certain = !dense() || state.draft.argmax >= 0;
+    float x[kElements], y[kElements], sum = 0.0f;
+    load<P>(target_, node, first, x);
+    if (!certain) load<false>(draft_, node, first, y);
+    for (int e = 0; e < kElements; ++e)
+      sum += residual(node, state, target, draft, x[e], certain ? 0.0f : y[e], first + e);
+    return sum;
+  }
+
+  // Of what the rejected children leave, the mass (`race` off), or the winner of the tile race (on).
+  struct Left {
+    double mass;
+    int64_t tile;
+  };
+  SPECDEC_PASS Left pass_over_residual(int64_t node, const Node& state, bool race) const {
+    const Probabilities target(state.target), draft = divided(state.draft, state.factor);
     Arrived first;
     double mass = 0.0;
     for_tiles<1>(team_, 0, tiles_of(all_.vocab), [&](int64_t tile, bool there) {
       const int64_t ids = there ? own_ids(team_, tile) : all_.vocab;
-      float x[kElements], y[kElements], sum = 0.0f;
-      load<P>(target_, node, ids, x);
-      if (!certain) load<false>(draft_, node, ids, y);
-      for (int e = 0; e < kElements; ++e)
-        sum += residual(node, state, target, draft, x[e], certain ? 0.0f : y[e], ids + e);
-      sum = team_.in_group(sum, Plus());
+      const float sum = team_.in_group(residuals(node, state, target, draft, ids), Plus());
       if (team_.rank() % kGroup != 0) return;
       mass += double(sum);
       if (race) take_part(first, exponential(noise(node), tile), sum, tile);
     });
-    mass = team_.reduce(mass, Plus());
-    if (!race) return mass;
-    const int64_t tile = team_.reduce(first, Earlier()).id;
-    *drawn = tile == kNobody ? kNobody : draw_inside(team_, tile, all_.vocab, noise(node), [&](int64_t id) {
+    return {team_.reduce(mass, Plus()), race ? team_.reduce(first, Earlier()).id : kNobody};
+  }
+
+  // A token of it by the two-level race; kNobody where nothing is left. Without a pass where the node's table is there.
+  SPECDEC_PASS int64_t draw_residual(int64_t node, const Node& state) const {
+    const Probabilities target(state.target), draft = divided(state.draft, state.factor);
+    const bool certain = !dense() || state.draft.argmax >= 0;
+    int64_t tile;
+    if (work_.ahead) {
+      float* const bounds = draft_table(node).maxima;  // no longer asked for
+      tile = race_below(state.target, target_table(node), bounds, noise(node),
+                        [&](int64_t first) { return residuals(node, state, target, draft, first); });
+    } else {
+      tile = pass_over_residual(node, state, true).tile;
+    }
+    if (tile == kNobody) return kNobody;
+    return draw_inside(team_, tile, all_.vocab, noise(node), [&](int64_t id) {
       const float draft_logit = certain ? 0.0f : logit<false>(draft_, node, id);
       return residual(node, state, target, draft, logit<P>(target_, node, id), draft_logit, id);
     });
-    return mass;
   }
 
   // Mass and reach of a node after its latest rejection.
@@ -190,7 +233,7 @@ class TreeProgram : RequestProgram<P> {
     const Node state = at(node);
     if (state.settled) return;
     // A point mass is accepted where it is a child, and not touched by other children.
-    const double mass = state.target.argmax >= 0 ? state.mass : residual_mass(node, state, false, nullptr);
+    const double mass = state.target.argmax >= 0 ? state.mass : pass_over_residual(node, state, false).mass;
     const double left = state.reach * mass / state.mass;
     team_.sync();  // all have read what is overwritten now
     if (team_.rank() == 0) {
@@ -269,7 +312,7 @@ class TreeProgram : RequestProgram<P> {
   SPECDEC_DEVICE int64_t emit(int64_t node, const Node& state) const {
     if (state.target.argmax >= 0) return state.target.argmax;
     int64_t drawn = kNobody;
-    if (state.last > node && state.last < live_) residual_mass(node, state, true, &drawn);
+    if (state.last > node && state.last < live_) drawn = draw_residual(node, state);
     return drawn == kNobody ? draw_from_row<P>(team_, target_, node, state.target, noise(node)) : drawn;
   }
 
@@ -284,9 +327,9 @@ class TreeProgram : RequestProgram<P> {
     for (int64_t i = depth; i >= 0; --i) {
       float score = NAN, raw_score = NAN;
       if (all_.out_logprobs) {
-        const LawOfRow found = look(node, false);
+        const LawOfRow found = look(node, false, false);  // its table may have been filtered
         if (found.valid) score = float(log_prob<P>(target_, node, found.law, id));
-        raw_score = raw_logprob(node, id, target_table());
+        raw_score = raw_logprob(node, id, target_table(node));
       }
       if (team_.rank() == 0) write_one(first + i, id, int32_t(node), score, raw_score);
       id = token(node), node = node > 0 ? parents_[node] : 0;
@@ -301,7 +344,7 @@ class TreeProgram : RequestProgram<P> {
 
   const VerifyTree& op_;
   const int64_t* const parents_;
-  const int64_t live_;
+  const int64_t live_, node_, part_;
 };
 
 }  // namespace specdec::cuda

@@ -15,6 +15,7 @@ struct Workspace {
   void* places;  // what is known of every row, as the program has it
   int32_t* counters;
   int64_t slices, entries;
+  bool ahead;  // a tree's rows are measured before any is asked for
 
   SPECDEC_DEVICE Table table(int64_t place) const {
     return {tables + 2 * place * entries, tables + (2 * place + 1) * entries};
@@ -22,7 +23,7 @@ struct Workspace {
 };
 
 inline Workspace workspace_of(const Shape& shape, const Scratch& scratch) {
-  return {scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries};
+  return {scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries, shape.ahead};
 }
 
 template <bool P>
