@@ -4,7 +4,8 @@
 // a draft that was not accepted find that out and read nothing. The last team of a row judges it, and the last row of a
 // request to be judged decides.
 //
-// One team a request, which can hold a row: it is read once, and no row behind a rejection is.
+// One team a request, which can hold a row of the target and one of the draft: what has to be measured is read once,
+// and no row behind a rejection is.
 #pragma once
 
 #include "request.h"
@@ -36,12 +37,11 @@ class ChainProgram : RequestProgram<P> {
       : ChainProgram(team, op, work, program % op.common.batch, program / op.common.batch) {}
 
   SPECDEC_DEVICE void run_alone() {
-    target_.holder = &team_;
+    target_.holder = draft_.holder = &team_;
+    draft_.room = Team::row_floats(all_.vocab);
     for (row_ = 0; row_ <= drafted_; ++row_) {
-      target_.held = -1, target_.keeps = true;
-      measure_row<P>(team_, target_, row_, sampling_.finite_scale(), target_table(row_));
-      target_.held = row_, target_.keeps = false;
-      if (needs_draft()) measure_row<false>(team_, draft_, row_, 1.0f, draft_table(row_));
+      measure_and_hold<P>(target_, sampling_.finite_scale(), target_table(row_));
+      if (needs_draft()) measure_and_hold<false>(draft_, 1.0f, draft_table(row_));
       if (!judge() && kRule != Rule::block && !op_.independent) break;
     }
     team_.sync();  // what was judged, all read
@@ -87,6 +87,13 @@ class ChainProgram : RequestProgram<P> {
         row_(slot / work.slices),
         part_(slot % work.slices),
         drafted_(count_drafts()) {}
+
+  template <bool kProcessed>
+  SPECDEC_DEVICE void measure_and_hold(Rows& rows, float scale, const Table& table) {
+    rows.held = -1, rows.keeps = true;
+    measure_row<kProcessed>(team_, rows, row_, scale, table);
+    rows.held = row_, rows.keeps = false;
+  }
 
   // Whether the row of the draft has to be measured.
   SPECDEC_DEVICE bool needs_draft() const {

@@ -28,7 +28,7 @@ auto kernel_for(Rule rule) {
 
 int launch_clusters(const VerifyChain& op, const Shape& shape, const Scratch& scratch, void* stream) {
   const auto kernel = processes(op) ? kernel_for<true>(op.rule) : kernel_for<false>(op.rule);
-  const auto bytes = int(held_bytes(op.common.vocab));
+  const auto bytes = int(held_bytes(op));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return int(error);
   const auto blocks = unsigned(shape.programs() * kClusterBlocks);

@@ -67,10 +67,16 @@ struct Shape {
   int64_t programs() const { return rows * slices; }
 };
 
-// What each block of a cluster holds of a row, in float32.
-inline int64_t held_bytes(int64_t vocab) {
+// What each block of a cluster holds of a row.
+SPECDEC_SHARED static inline int64_t held_floats(int64_t vocab) {
   constexpr int64_t kWhole = kClusterBlocks * kIdsABlock;  // what all blocks take at a time
-  return (vocab + kWhole - 1) / kWhole * kIdsABlock * int64_t(sizeof(float));
+  return (vocab + kWhole - 1) / kWhole * kIdsABlock;
+}
+
+// What it holds: a row of the target, and of the draft where that has to be measured.
+inline int64_t held_bytes(const VerifyChain& op) {
+  const bool draft = op.rule != Rule::coupled && op.common.draft.data != nullptr && op.common.draft_stats == nullptr;
+  return (draft ? 2 : 1) * held_floats(op.common.vocab) * int64_t(sizeof(float));
 }
 
 // As many slices as it takes to give every multiprocessor four teams to choose from.
@@ -86,7 +92,7 @@ Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
 // Clusters, where a row fits them and there are requests for all multiprocessors; not where all rows are read anyway.
 enum class Clusters { where_they_pay, never, always };
 inline Shape shape_of(const VerifyChain& op, int64_t vocab, const Device& device, Clusters choice) {
-  const bool fits = held_bytes(vocab) <= device.held_bytes && op.rule != Rule::block;
+  const bool fits = held_bytes(op) <= device.held_bytes && op.rule != Rule::block;
   const bool pay = op.common.batch * kClusterBlocks >= device.processors && !op.independent;
   if (choice == Clusters::never || !fits || (choice == Clusters::where_they_pay && !pay))
     return shape_of(op, vocab, device);

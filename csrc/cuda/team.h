@@ -98,9 +98,10 @@ namespace specdec::cuda {
 class BlockTeam {
  public:
   static constexpr bool kHolds = false;  // rows, in a memory that all threads read
-  __device__ void keep(int64_t, const float (&)[kElements]) const;
-  __device__ void recall(int64_t, float (&)[kElements]) const;
-  __device__ float recall(int64_t) const;
+  __device__ static int64_t row_floats(int64_t vocab);
+  __device__ void keep(int64_t, int64_t, const float (&)[kElements]) const;
+  __device__ void recall(int64_t, int64_t, float (&)[kElements]) const;
+  __device__ float recall(int64_t, int64_t) const;
 
   __device__ int rank() const { return int(threadIdx.x); }
   __device__ int size() const { return int(blockDim.x); }

@@ -49,25 +49,28 @@ class ClusterTeam {
     return x;
   }
 
+  // What a row takes of each block's memory.
+  __device__ static int64_t row_floats(int64_t vocab) { return held_floats(vocab); }
+
   // Puts logits of a row where all blocks can read them, once they have waited for each other: in the dynamic shared
-  // memory, which is at the same place in every block.
-  __device__ void keep(int64_t first, const float (&x)[kElements]) const {
+  // memory, which is at the same place in every block; `room` floats of it are another row's.
+  __device__ void keep(int64_t room, int64_t first, const float (&x)[kElements]) const {
     const HeldPlace place = held_place(first, kClusterBlocks, kBlockGroups);
-    float4* to = reinterpret_cast<float4*>(held_ + place.offset);
+    float4* to = reinterpret_cast<float4*>(held_ + room + place.offset);
     to[0] = {x[0], x[1], x[2], x[3]};
     to[1] = {x[4], x[5], x[6], x[7]};
   }
-  __device__ void recall(int64_t first, float (&x)[kElements]) const {
+  __device__ void recall(int64_t room, int64_t first, float (&x)[kElements]) const {
     const HeldPlace place = held_place(first, kClusterBlocks, kBlockGroups);
     const float4* from =
-        reinterpret_cast<const float4*>(cluster_.map_shared_rank(held_, unsigned(place.block)) + place.offset);
+        reinterpret_cast<const float4*>(cluster_.map_shared_rank(held_, unsigned(place.block)) + room + place.offset);
     const float4 low = from[0], high = from[1];
     x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
   }
-  __device__ float recall(int64_t id) const {
+  __device__ float recall(int64_t room, int64_t id) const {
     const HeldPlace place = held_place(id, kClusterBlocks, kBlockGroups);
-    return cluster_.map_shared_rank(held_, unsigned(place.block))[place.offset];
+    return cluster_.map_shared_rank(held_, unsigned(place.block))[room + place.offset];
   }
 
  private:

@@ -77,19 +77,22 @@ class Team {
   }
 
   static constexpr bool kHolds = true;
-  // Once, before a row is kept.
+  static int64_t row_floats(int64_t vocab) { return tiles_of(vocab) * kTile; }
+  // Once, before rows are kept.
   void make_room(int64_t vocab) const {
-    if (rank_ < int(block_.held_.size())) block_.held_[size_t(rank_)].assign(size_t(tiles_of(vocab) * kTile), NAN);
+    if (rank_ < int(block_.held_.size())) block_.held_[size_t(rank_)].assign(size_t(2 * row_floats(vocab)), NAN);
     sync();
   }
-  void keep(int64_t first, const float (&x)[kElements]) const { std::memcpy(held(first), x, sizeof x); }
-  void recall(int64_t first, float (&x)[kElements]) const { std::memcpy(x, held(first), sizeof x); }
-  float recall(int64_t id) const { return *held(id); }
+  void keep(int64_t room, int64_t first, const float (&x)[kElements]) const {
+    std::memcpy(held(room, first), x, sizeof x);
+  }
+  void recall(int64_t room, int64_t first, float (&x)[kElements]) const { std::memcpy(x, held(room, first), sizeof x); }
+  float recall(int64_t room, int64_t id) const { return *held(room, id); }
 
  private:
-  float* held(int64_t id) const {
+  float* held(int64_t room, int64_t id) const {
     const HeldPlace place = held_place(id, int64_t(block_.held_.size()), kBlockGroups);
-    return &block_.held_[size_t(place.block)][size_t(place.offset)];
+    return &block_.held_[size_t(place.block)][size_t(room + place.offset)];
   }
 
   template <class T>
@@ -149,13 +152,18 @@ class Team {
   void raise(int32_t* value, int32_t least) const { *value = *value < least ? least : *value; }
 
   static constexpr bool kHolds = true;
-  void make_room(int64_t vocab) const { block_.held_.assign(size_t(tiles_of(vocab) * kTile), NAN); }
-  void keep(int64_t first, const float (&x)[kElements]) const { std::memcpy(&held(first), x, sizeof x); }
-  void recall(int64_t first, float (&x)[kElements]) const { std::memcpy(x, &held(first), sizeof x); }
-  float recall(int64_t id) const { return held(id); }
+  static int64_t row_floats(int64_t vocab) { return tiles_of(vocab) * kTile; }
+  void make_room(int64_t vocab) const { block_.held_.assign(size_t(2 * row_floats(vocab)), NAN); }
+  void keep(int64_t room, int64_t first, const float (&x)[kElements]) const {
+    std::memcpy(&held(room, first), x, sizeof x);
+  }
+  void recall(int64_t room, int64_t first, float (&x)[kElements]) const {
+    std::memcpy(x, &held(room, first), sizeof x);
+  }
+  float recall(int64_t room, int64_t id) const { return held(room, id); }
 
  private:
-  float& held(int64_t id) const { return block_.held_[size_t(held_place(id, 1, 1).offset)]; }
+  float& held(int64_t room, int64_t id) const { return block_.held_[size_t(room + held_place(id, 1, 1).offset)]; }
 
   Block& block_;
 };
