@@ -89,15 +89,15 @@ class Drafts(NamedTuple):
 
 
 def drafts(
-    tokens: Tensor, vocab: int, device: torch.device, logits_: object, stats_: object, seed: object, position: object,
-    num_draft: object,
+    tokens: Tensor, vocab: int, device: torch.device, draft_logits: object, draft_stats: object, seed: object,
+    position: object, num_draft: object,
 ) -> Drafts:  # fmt: skip
     """The same, checked; ``device`` is where ints are made tensors."""
     batch, longest = tokens.shape
-    checked = None if logits_ is None else logits("draft_logits", logits_, "B, K, V", (batch, longest, vocab))
+    checked = None if draft_logits is None else logits("draft_logits", draft_logits, "B, K, V", (batch, longest, vocab))
     return Drafts(
         checked,
-        stats(stats_, checked, "B, K, 3", (batch, longest, 3)),
+        stats(draft_stats, checked, "B, K, 3", (batch, longest, 3)),
         integers("seed", seed, batch, "B", device),
         integers("position", position, batch, "B", device),
         None if num_draft is None else tensor("num_draft", num_draft, ID_DTYPES, "B", (batch,)).contiguous(),
