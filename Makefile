@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/specdec generate --compare
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/specdec bench

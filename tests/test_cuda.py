@@ -68,9 +68,9 @@ def test_by_many_threads(clusters):
     """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread; where it is a cluster
     of two blocks, they hold the rows between them."""
     environment = {"SPECDEC_EMULATE_CUDA": "threads", "SPECDEC_EMULATED_CLUSTERS": clusters}
-    result = run_python("-c", SELFTEST.format(count=60), **environment)
+    result = run_python("-c", SELFTEST.format(count=40), **environment)
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
-    assert int(result.stdout.split()[0]) > 300
+    assert int(result.stdout.split()[0]) > 200
 
 
 def changed(into: Path, file: str, old: str, new: str) -> Path:
@@ -104,11 +104,10 @@ def test_threads_wait_for_each_other(clusters, synchronised, tmp_path):
         assert "WARNING: ThreadSanitizer: data race" in result.stderr
 
 
-@pytest.mark.xdist_group("sanitizers")
 def test_what_clusters_hold_is_what_they_look_at(tmp_path):
     """A mutant: the tiles of both blocks in one block's memory, where they overwrite each other."""
     source = changed(tmp_path, "team.h", "tile / block_groups % blocks", "0 * blocks")
-    build = sanitized("undefined", "specdec_cuda_emulated_threads", "specdec_cpu", source=source)
+    build = sanitized("undefined", "specdec_cuda_emulated_threads", source=source)
     for clusters, right in (("0", True), ("1", False)):
         result = run_python(
             "-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads", SPECDEC_EMULATED_CLUSTERS=clusters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -69,9 +70,14 @@ def seeds_by_cell(streams):
     return chosen[first].tolist()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def grids():
     """rule, length -> seeds; the grid of the coins is as fine as the rule's chances."""
+    return all_grids()
+
+
+@cache
+def all_grids():
     seeds = torch.arange(1 << 21)
 
     def coin(row):

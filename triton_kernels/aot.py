@@ -158,7 +158,9 @@ _TREES = (
 
 
 def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
-    """The plain kernels for each dtype of logits; every rule, kind of draft and the largest kernels in bfloat16."""
+    """The plain kernels for each dtype of logits; every rule, kind of draft and the largest kernels in bfloat16. All of
+    it for sm_90; for the others bfloat16, and of the rules the largest kernels."""
+    everything = target == "sm_90"
     words = _IDS | {"scalars_ptr": "*i64", "out_ptr": "*i64", "counters": "i32"}
     yield Variant("noise_words", noise.noise_words_kernel, words, {"BLOCK": 128}, {"num_warps": 4})
 
@@ -196,12 +198,13 @@ def variants(target: str, vocab: int = 128256) -> Iterator[Variant]:
         yield variant(f"verify_chain_lm_head bf16 {kind}", verify_chain_kernel, types, without, False, **constants)
     yield _head_tables(vocab)
 
-    for dtype in ("fp32", "bf16", "fp16"):
+    for dtype in ("fp32", "bf16", "fp16") if everything else ("bf16",):
         yield variant(f"sample {dtype} plain", sample_kernel, _sample(dtype), _EXTRAS, False, COUPLED_RULE=False)
         yield chain(dtype, Rule.TOKEN, "statistics", full=False)
     yield variant("sample bf16 full", sample_kernel, _sample("bf16"), (), True, COUPLED_RULE=True)
     for rule, kind, full in _OTHERS:
-        yield chain("bf16", rule, kind, full)
+        if everything or full:
+            yield chain("bf16", rule, kind, full)
     for tree_rule, kind, full in _TREES:
         name = f"verify_tree {tree_rule.name.lower()} bf16 {kind} {'full' if full else 'plain'}"
         without = _DRAFTS[kind] if full else (*_EXTRAS, *_DRAFTS[kind])
