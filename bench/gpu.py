@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from specdec_kernels.bench.contenders import Contender, batched, fused, lean_bat
 from specdec_kernels.bench.machine import machine
 from specdec_kernels.bench.run import percentiles
 from specdec_kernels.ops.backends import BACKENDS
-from specdec_kernels.selftest.gpu import launches
+from specdec_kernels.selftest.gpu import clusters, launches
 
 #: Ours, by backend; of `cuda` each way by itself beside the one it chooses. The environment variable chooses.
 OURS = ("cuda", "cuda, blocks", "cuda, clusters", "triton")
@@ -56,16 +55,8 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def ours(name: str, workspace: Tensor, case: Case, x: Inputs) -> Verified:
     """The public function on one backend, and one way of its own."""
-    before = os.environ.get("SPECDEC_CUDA_CLUSTERS")
-    if name in CLUSTERS:
-        os.environ["SPECDEC_CUDA_CLUSTERS"] = CLUSTERS[name]
-    try:
+    with clusters(CLUSTERS.get(name, "")):
         return fused(case, x, name.split(",")[0], workspace)
-    finally:
-        if before is None:
-            os.environ.pop("SPECDEC_CUDA_CLUSTERS", None)
-        else:
-            os.environ["SPECDEC_CUDA_CLUSTERS"] = before
 
 
 def probabilities(case: Case, logits: Tensor) -> Tensor:
@@ -218,8 +209,8 @@ def check(case: Case, x: Inputs, contender: Contender, name: str) -> None:
 
 def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict[str, Any]:
     """All contenders on the same buffers. A contender that fails says so in the results; ours must not."""
-    kept = partial(fused, case)
-    buffers = inputs(case, lambda x: kept(x).num_accepted.long(), clock.device, CACHES * clock.cache, MOST_BUFFERS)
+    cold = CACHES * clock.cache
+    buffers = inputs(case, lambda x: fused(case, x).num_accepted.long(), clock.device, cold, MOST_BUFFERS)
     size = verify_chain_workspace(case.batch, case.num_draft, case.vocab)
     workspace = torch.zeros(size, dtype=torch.uint8, device=clock.device)
     times: dict[str, dict[str, float]] = {}

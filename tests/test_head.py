@@ -25,7 +25,7 @@ def example(vocab, width, dtype=torch.float32, longest=3, seed=0):
 
 
 def moved(device, *tensors):
-    return tuple(None if x is None else x.to(device) for x in tensors)
+    return tuple(selftest.common.moved(x, device) for x in tensors)
 
 
 def test_against_the_oracle(backend, device):

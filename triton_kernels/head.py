@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF, Rule
 from specdec_kernels.triton_kernels.launch import entries
 from specdec_kernels.triton_kernels.laws import sampling_of, table_scale
-from specdec_kernels.triton_kernels.rows import DEPTH, TILE, tile_sums
+from specdec_kernels.triton_kernels.rows import DEPTH, TILE, tables_of, tile_sums
 from specdec_kernels.triton_kernels.verify import verify_chain
 
 #: Rows a program multiplies with one tile of the weights, at least and at most.
@@ -53,7 +53,7 @@ def head_tables_kernel(
     scale, _top_k, _top_p, _min_p = sampling_of(sampling_ptr, temperature, 0, 1.0, 0.0, b)
     scales = table_scale(scale) + tl.zeros([ROWS], tl.float32)
     maxima, sums = tile_sums(tl.where((token < vocab)[None, :], logits, float("-inf")), scales[:, None])
-    table = tables_ptr + row.to(tl.int64) * 4 * ENTRIES + tile
+    table = tables_of(tables_ptr, row.to(tl.int64), ENTRIES) + tile
     tl.store(table, maxima, mask=there)
     tl.store(table + ENTRIES, sums, mask=there)
 

@@ -198,6 +198,12 @@ def tile_sums(logits, scale):
 
 
 @triton.jit
+def tables_of(tables, i, ENTRIES: tl.constexpr):
+    """Of row i where every row has its own: the target's table, and the draft's ``2 * ENTRIES`` behind it."""
+    return tables + i * 4 * ENTRIES
+
+
+@triton.jit
 def tabulate(rows, i, first, last, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Measure the tiles [first, last) of row i: of each the largest logit and the sum of exp(scale * (logit - that)),
     written to ``table [2, ENTRIES]``; what is below ``pivot`` counts for -inf. Returns the smallest logit that is not.

@@ -19,7 +19,7 @@ from specdec_kernels.triton_kernels.residuals import (
     remember,
     residual_mass,
 )
-from specdec_kernels.triton_kernels.rows import flat_race, log_prob, race_tag
+from specdec_kernels.triton_kernels.rows import flat_race, log_prob, race_tag, tables_of
 
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
@@ -94,7 +94,7 @@ def one_by_one(
         emitted = tl.load(place + DRAWN).to(tl.int64)
     else:
         law, draft, _divided = recalled_laws(place, sampling[0], tl.full([], 1.0, tl.float64))
-        table = tables + kept * 4 * ENTRIES
+        table = tables_of(tables, kept, ENTRIES)
         emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid
 
@@ -152,6 +152,6 @@ def all_together(
     place = memory + kept * MEMORY
     all_valid = all_valid & ((kept < drafted) | (tl.load(place + VALID) != 0))
     law, draft, _here = recall(place, sampling[0])
-    table = tables + kept * 4 * ENTRIES
+    table = tables_of(tables, kept, ENTRIES)
     emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid

@@ -51,6 +51,7 @@ from specdec_kernels.triton_kernels.rows import (
     own_edits,
     probs,
     race_tag,
+    tables_of,
 )
 from specdec_kernels.triton_kernels.teams import arrive, measure
 from specdec_kernels.triton_kernels.trees import live_count
@@ -87,7 +88,7 @@ def look(
     there is one table, which every row is measured into."""
     tag = race_tag(TARGET, node)
     if AHEAD:
-        table = tables + node * 4 * ENTRIES
+        table = tables_of(tables, node, ENTRIES)
         law, valid = tabled_law(rows, node, sampling, key, tag, table, RACE, ENTRIES, TILES)
     else:
         law, valid = row_law(rows, node, sampling, key, tag, tables, RACE, ENTRIES, TILES)
@@ -148,7 +149,7 @@ def enter(
     needed = valid & (child < tree.nodes) & (law.argmax < 0)
     table = tables
     if AHEAD:
-        table = tables + node * 4 * ENTRIES + 2 * ENTRIES
+        table = tables_of(tables, node, ENTRIES) + 2 * ENTRIES
     draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, table, AHEAD, ENTRIES, TILES)
     if needed:
         while (child < tree.nodes) & usable:
@@ -300,11 +301,10 @@ def top_down_or_bottom_up(
     law, _draft, divided = recalled_laws(place, sampling[0], factor)
     some = (last > node) & (last < tree.nodes)
     rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
+    table = None
     if AHEAD:
-        table = tables + node * 4 * ENTRIES
-        emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, table, ENTRIES, TILES)
-    else:
-        emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, None, ENTRIES, TILES)
+        table = tables_of(tables, node, ENTRIES)
+    emitted = emit(rows, draft_rows, node, law, divided, rejected, some, key, table, ENTRIES, TILES)
     return node, emitted, all_valid != 0
 
 
@@ -386,13 +386,13 @@ def verify_tree_kernel(
     tables = tables_ptr + b * 2 * ENTRIES
     decides = tl.full([], 1, tl.int1)
     if AHEAD:
-        tables = tables_ptr + first * 4 * ENTRIES
+        tables = tables_of(tables_ptr, first, ENTRIES)
         there = tl.maximum(live, 1)  # the first row is asked for even where there is no tree
         own = (tl.program_id(0) // batch // slices).to(tl.int64)
         part = tl.program_id(0) // batch % slices
         decides = own < there
         if decides:
-            table = tables + own * 4 * ENTRIES
+            table = tables_of(tables, own, ENTRIES)
             measure(rows, own, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
@@ -483,7 +483,7 @@ def verify_tree(
             target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, sampling, temperature,
             top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
             0 if edit_ids is None else edit_ids.shape[1], tables, memory,
-            counters_at_rest(batch, target_logits.device), tokens, path, accepted, valid,
+            counters_at_rest(batch, target_logits.device) if ahead else accepted, tokens, path, accepted, valid,
             scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],
             *draft_strides, nodes, vocab, int(replacement), batch, slices, RULE=rule, AHEAD=ahead,
             BLOCK=triton.next_power_of_2(nodes), **config.constants, **config.options,

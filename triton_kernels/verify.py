@@ -19,7 +19,7 @@ from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
 from specdec_kernels.triton_kernels.laws import raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
-from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits
+from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits, tables_of
 from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
 from specdec_kernels.triton_kernels.teams import arrive, measure, seen
 
@@ -135,8 +135,8 @@ def verify_chain_kernel(
 
     if i <= drafted:
         memory = memory_ptr + b * (longest + 1) * MEMORY
-        tables = tables_ptr + b * (longest + 1) * 4 * ENTRIES
-        own = tables + i * 4 * ENTRIES
+        tables = tables_of(tables_ptr, b * (longest + 1), ENTRIES)
+        own = tables_of(tables, i, ENTRIES)
         # At rest all counters are 0: of every row its programs that came, rows that were judged, and how many rows from
         # the last there are behind the earliest known stop.
         arrived = counters_ptr + b * (longest + 3)

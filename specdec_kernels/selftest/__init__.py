@@ -6,7 +6,6 @@ The oracle uses the same noise, so a backend must return its tokens wherever no 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -36,12 +35,8 @@ def ways(on_gpu: bool) -> Iterator[None]:
     """Once; on a GPU once more with the CUDA C++ on clusters of blocks, which small batches would not be given."""
     yield
     if on_gpu:
-        before = os.environ.get("SPECDEC_CUDA_CLUSTERS", "")
-        os.environ["SPECDEC_CUDA_CLUSTERS"] = "1"
-        try:
+        with gpu.clusters("1"):
             yield
-        finally:
-            os.environ["SPECDEC_CUDA_CLUSTERS"] = before
 
 
 def run(backend: BackendName | None = None, device: str = "cpu", count: int = 120) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,17 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def clusters(choice: str) -> Iterator[None]:
+    """The CUDA C++ on clusters of blocks: "1" wherever they can run, "0" nowhere, "" where it chooses them."""
+    before = os.environ.get("SPECDEC_CUDA_CLUSTERS", "")
+    os.environ["SPECDEC_CUDA_CLUSTERS"] = choice
+    try:
+        yield
+    finally:
+        os.environ["SPECDEC_CUDA_CLUSTERS"] = before
 
 
 def launches(call: Callable[[], object]) -> list[str]:
