@@ -1,6 +1,5 @@
 // From PyTorch's arguments to the structs of ops.h, for every backend in C++. The schemas are in
-// specdec_kernels/ops/schema.py, and so are shapes and dtypes checked. Stable ABI: one build serves torch 2.10 and
-// later.
+// specdec_kernels/ops/schema.py. Stable ABI: one build serves torch 2.10 and later.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +13,7 @@
 #include <tuple>
 
 #include "ops.h"
+#include "taken.h"
 
 namespace specdec {
 
@@ -156,7 +156,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
     int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
     OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
     bool independent, OptionalTensor workspace) {
-  const int64_t batch = draft_tokens.size(0);
+  const Taken taken(target_logits);
+  taken.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
+  const int64_t batch = draft_tokens.size(0), longest = draft_tokens.size(1);
+  const int64_t rows = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = (vocab + 31) / 32;
+  taken.require(cu_rows ? taken.logits(target_logits, {rows, vocab}) &&
+                              taken.array(bitmask, ScalarType::Int, {rows, words}) &&
+                              taken.offsets(*cu_rows, batch, longest, rows)
+                        : taken.logits(target_logits, {batch, longest + 1, vocab}) &&
+                              taken.array(bitmask, ScalarType::Int, {batch, longest + 1, words}));
+  taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, num_draft) && taken.keys(seed, batch) &&
+                taken.keys(position, batch));
+  taken.require(taken.sampling(sampling, batch, temperature, top_k, top_p, min_p) &&
+                taken.edits(batch, edit_ids, edit_counts, edit_bias, penalties) &&
+                (!workspace || taken.array(*workspace, ScalarType::Byte, {workspace->size(0)})));
   const Outputs outputs(target_logits, batch, draft_tokens.size(1) + 1, logprobs);
   Tensor counters = make(target_logits, {batch, 2}, aoti_torch_dtype_int32());
   const VerifyChain op{
@@ -182,7 +195,14 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
                                              double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
                                              OptionalTensor edit_counts, OptionalTensor edit_bias,
                                              OptionalTensor penalties, bool coupled) {
-  const Draws draws(logits, {logits.size(0)});
+  const Taken taken(logits);
+  taken.require(logits.dim() == 2);
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  taken.require(taken.logits(logits, {rows, vocab}) && taken.keys(seed, rows) && taken.keys(position, rows) &&
+                taken.keys(row, rows) && taken.sampling(sampling, rows, temperature, top_k, top_p, min_p) &&
+                taken.array(bitmask, ScalarType::Int, {rows, (vocab + 31) / 32}) &&
+                taken.edits(rows, edit_ids, edit_counts, edit_bias, penalties));
+  const Draws draws(logits, {rows});
   const Sample op = sample_of(logits, seed, position, row, sampling_of(sampling, temperature, top_k, top_p, min_p),
                               processing_of(bitmask, edit_ids, edit_counts, edit_bias, penalties), coupled, draws);
   run(op, logits);

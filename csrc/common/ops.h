@@ -23,6 +23,9 @@ SPECDEC_SHARED static inline int64_t tiles_of(int64_t vocab) { return (vocab + k
 constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
 constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
 
+// Rows of one step: the row has 16 bits of the Philox counter.
+constexpr int64_t kMaxRows = 1 << 16;
+
 // Everything of a Philox counter but the index: docs/noise.md.
 struct Noise {
   uint64_t seed;

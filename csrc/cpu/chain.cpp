@@ -37,11 +37,11 @@ class ChainRequest : Request {
   void token_rule() {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
-      const DraftLaw draft = score(target, i, i < drafted());
+      const int64_t token = i < drafted() ? drafts_[size_t(i)] : -1;
+      const DraftLaw draft = score(target, i, token);
       if (!target.valid()) return finish_unusable(target, i);
       Residual left(kernels_, target, draft, pass_, false);
-      if (i < drafted()) {
-        const int64_t token = drafts_[size_t(i)];
+      if (token >= 0) {
         if (!draft.usable(token)) {
           valid_ = false;  // the step ends here with a draw from the target
         } else if (left.accepts(token, coin(i))) {
@@ -61,17 +61,17 @@ class ChainRequest : Request {
     std::deque<RowView> targets;  // residuals hold on to them
     std::deque<Residual> left;
     double reach = 1.0;
-    const auto look = [&](bool draft_too) {
+    const auto look = [&](int64_t token) {
       const auto i = int64_t(left.size());
       targets.push_back(view_of(i, i));
-      const DraftLaw draft = score(targets.back(), i, draft_too);
+      const DraftLaw draft = score(targets.back(), i, token);
       left.emplace_back(kernels_, targets.back(), draft, pass_, false, reach);
       return draft;
     };
     int64_t looked_at = 0;
     for (; looked_at < drafted() && reach > 0.0; ++looked_at) {  // once 0, it stays 0
-      const DraftLaw draft = look(true);
       const int64_t token = drafts_[size_t(looked_at)];
+      const DraftLaw draft = look(token);
       if (!targets.back().valid() || !draft.usable(token)) {
         valid_ = false;
         break;
@@ -84,7 +84,7 @@ class ChainRequest : Request {
       const double u = coin(accepted - 1);
       if (accepted == looked_at ? u < reach : left[size_t(accepted)].reached(u)) break;
     }
-    if (accepted == int64_t(left.size())) look(false);
+    if (accepted == int64_t(left.size())) look(-1);
     for (int64_t i = 0; i < accepted; ++i) write(targets[size_t(i)], i, drafts_[size_t(i)]);
     const RowView& target = targets[size_t(accepted)];
     if (!target.valid()) return finish_unusable(target, accepted);
@@ -108,7 +108,7 @@ class ChainRequest : Request {
     for (int64_t i = 0; i < drafted(); ++i) {
       const int64_t token = drafts_[size_t(i)];
       RowView target = view_of(i, 0);
-      const DraftLaw draft = score(target, i, true);
+      const DraftLaw draft = score(target, i, token);
       if (!target.valid()) continue;
       if (chain_.rule == Rule::coupled)
         count += coupled_draw(target, i) == token;
@@ -124,17 +124,17 @@ class ChainRequest : Request {
 
 }  // namespace
 
-std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain& op) {
+bool ids_in_range(const VerifyChain& op) {
   const Verification& all = op.common;
   for (int64_t b = 0; b < all.batch; ++b) {
     const int64_t limit = op.room(b);
     for (int64_t i = 0; i < limit; ++i) {
       const int64_t token = all.tokens[b * all.token_strides[0] + i * all.token_strides[1]];
       if (token == -1) break;
-      if (token < -1 || token >= all.vocab) return std::pair{b, i};
+      if (token < -1 || token >= all.vocab) return false;
     }
   }
-  return std::nullopt;
+  return true;
 }
 
 void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {

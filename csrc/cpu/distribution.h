@@ -26,11 +26,12 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
 struct TileSpace {
   std::vector<float> level, weight, arrival, candidates;
 
+  // The pass fills it; only what is behind the last tile is made empty here.
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
-    level.assign(padded, -INFINITY);
-    weight.assign(padded, 0.0f);
-    arrival.resize(padded);
+    for (auto* tile : {&level, &weight, &arrival}) tile->resize(padded);
+    std::fill(level.begin() + tiles, level.end(), -INFINITY);
+    std::fill(weight.begin() + tiles, weight.end(), 0.0f);
   }
 };
 

@@ -16,30 +16,26 @@ void with_dtype(DType dtype, F&& body) {
 }
 
 // As many tiles as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
-// reducing them one by one, and does not wait for each. The tiles of a row, readable to 128 elements wherever they are;
-// the short last tile is copied and padded with -inf, and so is what a group has past the end.
+// reducing them one by one, and does not wait for each. They lie in the row; what of a group is behind the end of it is
+// -inf, in a copy.
 template <class T>
 class Group {
  public:
-  Group(const Row& row, int64_t first, int64_t end) {
-    const T* logits = static_cast<const T*>(row.logits) + first * kTile;
+  Group(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
     const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
-    const int64_t whole = left / kTile;
-    for (int64_t i = 0; i < V::width && i < whole; ++i) tiles_[i] = logits + i * kTile;
-    if (whole >= V::width) return;
-    for (int64_t j = 0; j < kTile; ++j) {
-      short_[j] = whole * kTile + j < left ? logits[whole * kTile + j] : negative_infinity(T{});
-      empty_[j] = negative_infinity(T{});
-    }
-    tiles_[whole] = short_;
-    for (int64_t i = whole + 1; i < V::width; ++i) tiles_[i] = empty_;
+    if (left >= kSize) return;
+    std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
+    for (int64_t i = left; i < kSize; ++i) copy_[i] = negative_infinity(T{});
+    logits_ = copy_;
   }
 
-  const T* operator[](int64_t i) const { return tiles_[i]; }
+  const T* operator[](int64_t i) const { return logits_ + i * kTile; }
 
  private:
-  const T* tiles_[V::width];
-  T short_[kTile], empty_[kTile];
+  static constexpr int64_t kSize = V::width * kTile;
+
+  const T* logits_;
+  T copy_[kSize];
 };
 
 // One tile, readable to 128 elements: where it is, or copied and padded with -inf.
@@ -101,33 +97,39 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
-// The sum over each tile of a group of exp(scale * (logit - base)). Fused: scale * logit - scale * base in one
-// operation, the rounding of the second product taken out at the end; not fused: no rounding, for low temperatures.
-template <bool kFused, class T>
-V::F group_sums(const Group<T>& group, V::F bases, V::F scale2) {
-  const V::F products = V::mul(bases, scale2);
-  float base[V::width], product[V::width];
-  V::store(base, bases);
-  V::store(product, products);
+// The sum over each tile of a group of 2^term(tile, logit).
+template <class T, class F>
+V::F group_sums(const Group<T>& group, const F& term) {
   V::F sums[V::width];
   for (int64_t g = 0; g < V::width; ++g) {
-    const V::F offset = V::set(kFused ? -product[g] : base[g]);
-    const auto term = [&](V::F logit) {
-      return V::exp2(kFused ? V::fma(logit, scale2, offset) : V::mul(V::sub(logit, offset), scale2));
-    };
     const T* logits = group[g];
     prefetch(logits);
     V::F a = V::set(0.0f), b = V::set(0.0f), x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
       V::load_two(logits + i, x, y);
-      a = V::add(a, term(x));
-      b = V::add(b, term(y));
+      a = V::add(a, V::exp2(term(g, x)));
+      b = V::add(b, V::exp2(term(g, y)));
     }
     sums[g] = V::add(a, b);
   }
-  if (!kFused) return V::fold_add(sums);
-  const V::F rounding = V::fma(bases, scale2, V::sub(V::set(0.0f), products));
-  return V::mul(V::fold_add(sums), V::exp2(V::sub(V::set(0.0f), rounding)));
+  return V::fold_add(sums);
+}
+
+// Of exp(scale * (logit - base)), `scale2` to base 2. In one operation, scale * logit - scale * base, the rounding of
+// the second product taken out at the end.
+template <class T>
+V::F sums_from(const Group<T>& group, V::F base, V::F scale2) {
+  const V::F offset = V::sub(V::set(0.0f), V::mul(base, scale2)), rounding = V::fma(base, scale2, offset);
+  const V::F sums = group_sums(group, [&](int64_t, V::F logit) { return V::fma(logit, scale2, offset); });
+  return V::mul(sums, V::exp2(V::sub(V::set(0.0f), rounding)));
+}
+
+// The same with a base for each tile, and in two operations that round nothing before they scale: for low temperatures.
+template <class T>
+V::F sums_from_own(const Group<T>& group, V::F bases, V::F scale2) {
+  float base[V::width];
+  V::store(base, bases);
+  return group_sums(group, [&](int64_t g, V::F logit) { return V::mul(V::sub(logit, V::set(base[g])), scale2); });
 }
 
 // Beyond it a sum has not lost anything yet, but the sum of a row of them might.
@@ -136,24 +138,34 @@ constexpr float kLargeSum = 0x1p60f;
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
 
+// The largest logit of each tile of a group.
+template <class T>
+V::F group_maxima(const Group<T>& group) {
+  V::F largest[V::width];
+  for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
+  return V::fold_max(largest);
+}
+
 void tile_stats(const Row& row, float scale, int64_t begin, int64_t end, float* base, float* sum) {
   const V::F scale2 = V::set(scale * kLog2e);
   with_dtype(row.dtype, [&](auto element) {
+    // Any logit of the row will do as a base that is not far below a tile's largest: what it makes vanish is nothing
+    // beside it. So a group takes that of the one before, and does not wait for its own.
+    float guess = -INFINITY;
     for (int64_t first = begin; first < end; first += V::width) {
       const Group<decltype(element)> group(row, first, end);
-      // Any base will do that is not far below the largest logit; looking for that one first would cost a third more.
-      const float guess = V::reduce_max(V::load(group[0]));
-      V::F bases = usable_base(V::set(guess)), sums = V::set(0.0f);
-      bool done = !(std::fabs(guess * scale) > kLargeSpread) || guess == -INFINITY;
+      if (guess == -INFINITY) guess = V::reduce_max(V::load(group[0]));
+      V::F bases = V::set(guess), sums = V::set(0.0f);
+      bool done = std::fabs(guess * scale) <= kLargeSpread;
       if (done) {
-        sums = group_sums<true>(group, bases, scale2);
+        sums = sums_from(group, bases, scale2);
         done = !V::any(V::exceeds(sums, kLargeSum));
       }
       if (!done) {
-        V::F largest[V::width];
-        for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
-        bases = usable_base(V::fold_max(largest));
-        sums = group_sums<false>(group, bases, scale2);
+        const V::F largest = group_maxima(group);
+        guess = std::fmax(guess, V::reduce_max(largest));
+        bases = usable_base(largest);
+        sums = sums_from_own(group, bases, scale2);
       }
       V::store(base + first, bases);
       V::store(sum + first, sums);
@@ -317,6 +329,7 @@ Arrival first_arrival(const float* times, int64_t count) {
   for (int64_t i = V::width; i < count; i += V::width) earliest = V::min(earliest, V::load(times + i));
   const float time = V::reduce_min(earliest);
   int64_t index = 0;
+  while (!V::any(V::at_least(V::set(time), V::load(times + index)))) index += V::width;
   while (times[index] != time) ++index;
   return {index, time};
 }

@@ -1,5 +1,6 @@
 #include "kernels.h"
 #include <cmath>
+#include <cstring>
 
 #include "vec_scalar.h"
 

@@ -1,5 +1,5 @@
-// Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/ops/schema.py, and so are shapes and
-// dtypes checked; here only what needs the data is. Stable ABI: one build serves torch 2.10 and later.
+// Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/ops/schema.py. Stable ABI: one build
+// serves torch 2.10 and later.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -27,12 +27,7 @@ void on_threads(int64_t threads, void (*body)(void*), void* context) {
 
 void run(const VerifyChain& op, const Tensor&) {
   require_kernels();
-  if (const auto bad = find_bad_token(op)) {
-    const auto [b, i] = *bad;
-    const Verification& all = op.common;
-    const int64_t token = all.tokens[b * all.token_strides[0] + i * all.token_strides[1]];
-    STD_TORCH_CHECK(false, "draft_tokens must be -1 or in [0, ", all.vocab, "), got ", token, " at [", b, ", ", i, "]");
-  }
+  Taken::require(ids_in_range(op));
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
 }
 

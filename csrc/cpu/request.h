@@ -85,11 +85,12 @@ class Request {
     row.finish();
   }
 
-  // Looks at target row i, and at the law of its drafts if there are any; both rows in one shared pass where both are
-  // needed. A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
-  DraftLaw score(RowView& target, int64_t i, bool drafted) {
+  // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
+  // in one shared pass where both are needed. A greedy target accepts its argmax and emits its argmax: there no law of
+  // the draft matters.
+  DraftLaw score(RowView& target, int64_t i, int64_t token) {
     DraftLaw law;
-    if (!drafted || op_.draft.data == nullptr || is_greedy(target.scale())) {
+    if (token < 0 || op_.draft.data == nullptr || is_greedy(target.scale())) {
       pass_over(target);
       law.point_mass = true;
       return law;
@@ -106,6 +107,7 @@ class Request {
       law.valid = draft.valid();
       return law;
     }
+    prefetch(law.row, token);  // here while the pass goes on
     pass_over(target);
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
     law.point_mass = is_greedy(stats[0]);

@@ -18,6 +18,11 @@ inline float logit_of(const Row& row, int64_t token) {
   }
 }
 
+// For `logit_of`, later.
+inline void prefetch(const Row& row, int64_t token) {
+  __builtin_prefetch(static_cast<const char*>(row.logits) + token * (row.dtype == DType::f32 ? 4 : 2));
+}
+
 // The drafts before a row, which its penalties count as output.
 struct Prefix {
   const int64_t* tokens = nullptr;

@@ -84,7 +84,7 @@ class TreeRequest : Request {
     for (int64_t node = 0;;) {
       RowView target = view_of(node, 0);
       int64_t child = child_of(node, node);
-      const DraftLaw draft = score(target, node, child >= 0);
+      const DraftLaw draft = score(target, node, child >= 0 ? token_at(child) : -1);
       if (!target.valid()) return finish_unusable(target, node);
       Residual left(kernels_, target, draft, pass_, tree_.replacement);
       if (!usable(draft, node)) {
@@ -139,7 +139,7 @@ class TreeRequest : Request {
   void enter(std::deque<Visit>& visits, int64_t node, double reach) {
     RowView target = view_of(node, int64_t(visits.size()));
     int64_t child = child_of(node, node);
-    const DraftLaw draft = score(target, node, child >= 0);
+    const DraftLaw draft = score(target, node, child >= 0 ? token_at(child) : -1);
     if (!target.valid() || !usable(draft, node)) {
       valid_ = false;
       child = -1;

@@ -73,7 +73,7 @@ struct V {
     // Below 2^-125 the result is 0; the operand order of max lets a nan through.
     const M vanishes = _mm256_cmp_ps(x, set(-125.0f), _CMP_LT_OQ);
     x = _mm256_min_ps(set(127.0f), _mm256_max_ps(set(-125.0f), x));
-    const F n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F n = _mm256_floor_ps(x);
     const F r = sub(x, n);
     F y = fma(set(kExp2[4]), r, set(kExp2[3]));
     y = fma(y, r, set(kExp2[2]));
@@ -88,8 +88,7 @@ struct V {
     // Subtracting the bits of 0.75 and keeping the high ones leaves the exponent of x / mantissa, mantissa in [3/4,
     // 3/2).
     const __m256i bits = _mm256_castps_si256(x), origin = _mm256_set1_epi32(0x3F400000);
-    const __m256i offset = _mm256_sub_epi32(bits, origin);
-    const __m256i exponent = _mm256_srai_epi32(offset, 23);
+    const __m256i exponent = _mm256_srai_epi32(_mm256_sub_epi32(bits, origin), 23);
     const F mantissa = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(exponent, 23)));
     const F f = sub(mantissa, set(1.0f));
     F y = set(kLog1p[7]);
@@ -109,7 +108,8 @@ struct V {
     const F lost = sub(sub(set(1.0f), complement), half);
     const M is_large = _mm256_castsi256_ps(large);
     const F y = _mm256_blendv_ps(complement, half, is_large);
-    const F correction = _mm256_andnot_ps(is_large, div(lost, y));
+    // lost / y: where y is not next to 1, what rounding lost is next to nothing.
+    const F correction = _mm256_andnot_ps(is_large, mul(lost, sub(set(2.0f), y)));
     return sub(set(0.0f), add(log(y), correction));
   }
 

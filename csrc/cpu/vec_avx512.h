@@ -66,24 +66,27 @@ struct V {
   static F either_of(M m, F x, float otherwise) { return _mm512_mask_mov_ps(set(otherwise), m, x); }
 
   static F exp2(F x) {
-    const F r = _mm512_reduce_ps(x, 0);  // x minus the nearest integer; 0 for infinities, nan for nan
+    const F r = _mm512_reduce_ps(x, 1);  // x minus the integer below it; 0 for infinities, nan for nan
     F y = fma(set(kExp2[4]), r, set(kExp2[3]));
     y = fma(y, r, set(kExp2[2]));
     y = fma(y, r, set(kExp2[1]));
     y = fma(y, r, set(kExp2[0]));
-    return _mm512_scalef_ps(y, sub(x, r));
+    return _mm512_scalef_ps(y, x);  // which takes the integer below x itself
   }
 
   // Natural logarithm of a positive normal number.
   static F log(F x) {
-    const F mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
-    const F exponent = _mm512_getexp_ps(div(x, mantissa));  // an exact power of two
+    // Subtracting the bits of 0.75 and keeping the high ones leaves the exponent of x / mantissa, mantissa in [3/4,
+    // 3/2).
+    const __m512i bits = _mm512_castps_si512(x), origin = _mm512_set1_epi32(0x3F400000);
+    const __m512i exponent = _mm512_srai_epi32(_mm512_sub_epi32(bits, origin), 23);
+    const F mantissa = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(exponent, 23)));
     const F f = sub(mantissa, set(1.0f));
     F y = set(kLog1p[7]);
     for (int i = 6; i >= 0; --i) y = fma(y, f, set(kLog1p[i]));
     const F square = mul(f, f);
     y = fma(mul(y, f), square, fma(square, set(-0.5f), f));
-    return fma(exponent, set(0.693147180559945f), y);
+    return fma(_mm512_cvtepi32_ps(exponent), set(0.693147180559945f), y);
   }
 
   // -log1p(-u), u = (word + 1/2) / 2^32, without losing the small u nor the small 1 - u (docs/noise.md).
@@ -95,7 +98,8 @@ struct V {
     const F complement = sub(set(1.0f), half);  // for small u: what the logarithm sees, and what rounding lost
     const F lost = sub(sub(set(1.0f), complement), half);
     const F y = _mm512_mask_mov_ps(half, small, complement);
-    const F correction = _mm512_maskz_div_ps(small, lost, y);
+    // lost / y: where y is not next to 1, what rounding lost is next to nothing.
+    const F correction = _mm512_maskz_mul_ps(small, lost, sub(set(2.0f), y));
     return sub(set(0.0f), add(log(y), correction));
   }
 

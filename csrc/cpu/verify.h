@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
-#include <utility>
 
 #include "../common/ops.h"
 
@@ -12,8 +10,8 @@ namespace specdec {
 // Runs body() once on each of up to `threads` threads.
 using RunOnThreads = void (*)(int64_t threads, void (*body)(void*), void* context);
 
-// The first draft token that is not in [-1, vocab), as (request, index); checked before anything is written.
-std::optional<std::pair<int64_t, int64_t>> find_bad_token(const VerifyChain&);
+// Whether every draft token is in [-1, vocab): asked before anything is written.
+bool ids_in_range(const VerifyChain&);
 
 void verify_chain(const VerifyChain&, int64_t threads, RunOnThreads);
 void verify_tree(const VerifyTree&, int64_t threads, RunOnThreads);

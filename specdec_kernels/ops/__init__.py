@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import Rule
+from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
-from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
-from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function, straight
+from specdec_kernels.ops.processing import NO_EDITS, LogitBias, Penalties
+from specdec_kernels.reference.verify import check_ids
 
 __all__ = [
     "BACKENDS",
@@ -154,6 +155,15 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
+    plain = penalties is None and logit_bias is None
+    numbers = validate.scalars(temperature, top_k, top_p, min_p) if plain else None
+    if numbers and type(seed) is type(position) is Tensor and (op := straight("sample", backend, logits)):
+        if type(row) is int and 0 <= row < MAX_ROWS:
+            row = torch.full_like(seed, row)
+        try:
+            return Sample(*op(logits, seed, position, row, None, *numbers, bitmask, *NO_EDITS, coupled))
+        except RuntimeError:
+            pass  # what follows says why, or brings it into shape
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
@@ -252,6 +262,16 @@ def verify_chain(
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
     if independent and rule == "block":
         raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
+    plain = penalties is None and logit_bias is None and workspace is None
+    numbers = validate.scalars(temperature, top_k, top_p, min_p) if plain else None
+    if numbers and type(seed) is type(position) is Tensor and (op := straight("verify_chain", backend, target_logits)):
+        try:
+            return Verified(*op(
+                target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, None,
+                *numbers, bitmask, *NO_EDITS, _RULES[rule], logprobs, independent, None,
+            ))  # fmt: skip
+        except RuntimeError:
+            pass  # what follows says why, or brings it into shape
     draft_tokens = validate.draft_tokens(draft_tokens)
     batch, longest = draft_tokens.shape
     if cu_rows is None:
@@ -282,13 +302,11 @@ def verify_chain(
     verify = function("verify_chain", backend, device)
     arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
                  *scalars, mask, *edits, _RULES[rule], logprobs, independent, scratch)  # fmt: skip
-    if device.type != "cpu":
-        return Verified(*verify(*arguments))
     try:
         return Verified(*verify(*arguments))
-    except RuntimeError as error:  # C++ cannot raise a ValueError across the stable ABI
-        if "draft_tokens must be" in str(error):
-            raise ValueError(next(line for line in str(error).splitlines() if "draft_tokens must be" in line)) from None
+    except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI
+        if device.type == "cpu":
+            check_ids(draft_tokens, drafts.num_draft, cu_rows, vocab)
         raise
 
 

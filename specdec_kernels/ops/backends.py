@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from specdec_kernels import reference
 from specdec_kernels.ops import schema
@@ -127,7 +128,25 @@ for _made in (_reference, _cpu, _cuda, _triton):  # Triton leaves CUDA tensors t
     _backend = _made()
     BACKENDS[_backend.name] = _backend
 
+#: Operators in C++ refuse what they do not take as it is, so they may be called before anything was looked at.
+_STRAIGHT = {
+    (name, device)
+    for device, backend in (("cpu", BACKENDS["cpu"]), ("cuda", BACKENDS["cuda"]))
+    if not backend.reason and backend.device == device
+    for name in (None, backend.name)
+}
+
 _DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op).default for op in OPS}
+
+
+def straight(op: str, backend: str | None, logits: object) -> Callable[..., Any] | None:
+    """The implementation of an op where that is in C++ and looks at its arguments itself; else None.
+
+    It raises a RuntimeError for what it does not take as it is, whatever that is.
+    """
+    if type(logits) is not Tensor or torch.compiler.is_compiling():
+        return None
+    return _DISPATCHED[op] if (backend, "cpu" if logits.is_cpu else logits.device.type) in _STRAIGHT else None
 
 
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:

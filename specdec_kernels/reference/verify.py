@@ -76,11 +76,12 @@ def _draft_lengths(draft_tokens: Tensor, num_draft: Tensor | None) -> Tensor:
     return lengths if num_draft is None else torch.minimum(lengths, num_draft.long().clamp(min=0))
 
 
-def _check_ids(draft_tokens: Tensor, num_draft: Tensor | None, vocab: int) -> None:
+def check_ids(draft_tokens: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None, vocab: int) -> None:
     """On the CPU, where looking is free, an id outside [-1, V) is an error; elsewhere it ends the draft."""
     live = (draft_tokens == -1).cumsum(1) == 0
-    if num_draft is not None:
-        live &= torch.arange(draft_tokens.shape[1]) < num_draft[:, None]
+    for limit in (num_draft, None if cu_rows is None else cu_rows.diff() - 1):
+        if limit is not None:
+            live &= torch.arange(draft_tokens.shape[1]) < limit[:, None]
     bad = (live & ((draft_tokens < -1) | (draft_tokens >= vocab))).nonzero()
     if len(bad):
         b, i = bad[0].tolist()
@@ -230,13 +231,13 @@ def verify_chain(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     device, vocab = target_logits.device, target_logits.shape[-1]
+    if draft_tokens.device.type == "cpu":
+        check_ids(draft_tokens, num_draft, cu_rows, vocab)
     if cu_rows is not None:
         target_logits, room = _padded(target_logits, cu_rows, rows)
         bitmask = None if bitmask is None else _padded(bitmask, cu_rows, rows)[0]
         num_draft = room if num_draft is None else torch.minimum(num_draft.long(), room)
     law = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
-    if draft_tokens.device.type == "cpu":
-        _check_ids(draft_tokens, num_draft, vocab)
     drafted_tokens = draft_tokens.long().masked_fill(draft_tokens >= vocab, -1)
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)

@@ -1,0 +1,100 @@
+// What the operators take as it is. They may be called before anything was looked at: whatever they could not read
+// safely they refuse, and Python (specdec_kernels/ops), whose checks are the normative ones, says what is wrong with it
+// or brings it into shape.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "ops.h"
+
+namespace specdec {
+
+class Taken {
+ public:
+  using Tensor = torch::stable::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+  using ScalarType = torch::headeronly::ScalarType;
+  using Sizes = std::initializer_list<int64_t>;
+
+  // Everything else has to be where `first` is.
+  explicit Taken(const Tensor& first) : on_cpu_(first.is_cpu()), device_(first.get_device_index()) {}
+
+  // Rows of logits any stride apart, with at least one token.
+  bool logits(const Tensor& t, Sizes sizes) const {
+    using enum ScalarType;
+    if (!tensor(t, sizes, Float, BFloat16, Half)) return false;
+    const auto last = t.dim() - 1;
+    return t.size(last) > 0 && (t.stride(last) == 1 || t.size(last) == 1);
+  }
+
+  // Token ids; of any strides.
+  bool ids(const Tensor& t, Sizes sizes) const { return tensor(t, sizes, ScalarType::Long, ScalarType::Int); }
+
+  bool array(const Tensor& t, ScalarType kind, Sizes sizes) const {
+    return tensor(t, sizes, kind) && t.is_contiguous();
+  }
+  bool array(const OptionalTensor& t, ScalarType kind, Sizes sizes) const { return !t || array(*t, kind, sizes); }
+
+  // What the noise is keyed on.
+  bool keys(const Tensor& t, int64_t count) const { return array(t, ScalarType::Long, {count}); }
+
+  bool drafts(const Tensor& tokens, int64_t vocab, const OptionalTensor& logits_of_drafts, const OptionalTensor& stats,
+              const OptionalTensor& num_draft) const {
+    const int64_t batch = tokens.size(0), longest = tokens.size(1);
+    return ids(tokens, {batch, longest}) && longest < kMaxRows &&
+           (!logits_of_drafts || logits(*logits_of_drafts, {batch, longest, vocab})) && (!stats || logits_of_drafts) &&
+           array(stats, ScalarType::Float, {batch, longest, 3}) &&
+           (!num_draft || (ids(*num_draft, {batch}) && num_draft->is_contiguous()));
+  }
+
+  // Where the rows of requests begin and end; on a GPU looking would synchronise.
+  bool offsets(const Tensor& t, int64_t batch, int64_t longest, int64_t rows) const {
+    if (!array(t, ScalarType::Long, {batch + 1})) return false;
+    if (!on_cpu_) return true;
+    const auto* at = static_cast<const int64_t*>(t.const_data_ptr());
+    for (int64_t b = 0; b < batch; ++b)
+      if (at[b + 1] <= at[b] || at[b + 1] - at[b] > longest + 1) return false;
+    return at[0] == 0 && at[batch] <= rows;
+  }
+
+  bool sampling(const OptionalTensor& each, int64_t count, double temperature, int64_t top_k, double top_p,
+                double min_p) const {
+    return array(each, ScalarType::Float, {count, 4}) && std::isfinite(temperature) && temperature >= 0.0 &&
+           top_k >= 0 && top_k < 1 << 24 && top_p > 0.0 && top_p <= 1.0 && min_p >= 0.0 && min_p <= 1.0;
+  }
+
+  // Of `count` requests; all four or none.
+  bool edits(int64_t count, const OptionalTensor& ids_of_edits, const OptionalTensor& counts,
+             const OptionalTensor& bias, const OptionalTensor& penalties) const {
+    if (!ids_of_edits) return true;
+    const int64_t most = ids_of_edits->dim() == 2 ? ids_of_edits->size(1) : 0;
+    return counts && bias && penalties && array(*ids_of_edits, ScalarType::Int, {count, most}) &&
+           array(*counts, ScalarType::Int, {count, most, 2}) && array(*bias, ScalarType::Float, {count, most}) &&
+           array(*penalties, ScalarType::Float, {count, 3});
+  }
+
+  static void require(bool fits) {
+    STD_TORCH_CHECK(fits, "an argument is not taken as it is: the functions of specdec_kernels say which one and why");
+  }
+
+ private:
+  template <class... Kinds>
+  bool tensor(const Tensor& t, Sizes sizes, Kinds... kinds) const {
+    const auto kind = t.scalar_type();
+    const auto actual = t.sizes();
+    return ((kind == kinds) || ...) && t.is_cpu() == on_cpu_ && t.get_device_index() == device_ &&
+           std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end());
+  }
+
+  bool on_cpu_;
+  int32_t device_;
+};
+
+}  // namespace specdec
