@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,21 +16,29 @@ from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs
 from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
 
 Contender = Callable[[Case, Inputs], Any]
+#: The same, made ready: what is timed is the call alone.
+Prepared = Callable[[Case, Inputs], Callable[[], Any]]
 
 
 def fused(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | None = None) -> Verified:
     """The public function."""
+    verified: Verified = fused_call(case, x, backend, workspace)()
+    return verified
+
+
+def fused_call(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | None = None) -> Callable[[], Verified]:
+    """A call of the public function."""
     draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
-    return verify_chain(
-        x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature, rule=case.rule,
-        **case.filters, workspace=workspace, backend=backend,
+    return partial(
+        verify_chain, x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature,
+        rule=case.rule, **case.filters, workspace=workspace, backend=backend,
     )  # fmt: skip
 
 
-def token_rule(case: Case, x: Inputs) -> Verified:
+def token_rule_call(case: Case, x: Inputs) -> Callable[[], Verified]:
     """The same inputs, under the token rule and without filters: what block rule and filters cost."""
-    return fused(replace(case, rule="token", filtered=False), x)
+    return fused_call(replace(case, rule="token", filtered=False), x)
 
 
 def batched(case: Case, x: Inputs) -> Tensor:
@@ -117,23 +126,27 @@ def transformers(case: Case, x: Inputs) -> Any:
     return _speculative_sampling(x.tokens, x.draft, case.num_draft, x.target, False)
 
 
-def stream(case: Case, x: Inputs) -> int:
+def stream_call(case: Case, x: Inputs) -> Callable[[], int]:
     """The floor: read the rows that had to be read, on all threads."""
-    result: int = torch.ops.specdec_bench.stream(x.target, x.target_rows, x.draft, x.draft_rows)
-    return result
+    return partial(torch.ops.specdec_bench.stream.default, x.target, x.target_rows, x.draft, x.draft_rows)
 
 
-def contenders(case: Case) -> dict[str, Contender]:
+def later(contender: Contender) -> Prepared:
+    """A call of a contender that takes all it needs from the inputs."""
+    return lambda case, x: partial(contender, case, x)
+
+
+def contenders(case: Case) -> dict[str, Prepared]:
     """Who takes part. PyTorch only where the drafts were handed over with their statistics, as it would want them."""
     BACKENDS["cpu"].require(torch.device("cpu"))
     torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
-    chosen: dict[str, Contender] = {"fused": fused, "stream": stream}
+    chosen: dict[str, Prepared] = {"fused": fused_call, "stream": stream_call}
     if not case.plain:
-        chosen["token rule"] = token_rule
+        chosen["token rule"] = token_rule_call
     if case.filtered:
-        chosen["lean filtered"] = lean_filtered
+        chosen["lean filtered"] = later(lean_filtered)
     if case.kind == "statistics" and case.plain:
-        chosen |= {"batched": batched, "lean rows": lean_rows, "lean batch": lean_batch}
+        chosen |= {"batched": later(batched), "lean rows": later(lean_rows), "lean batch": later(lean_batch)}
         if case.batch == 1:
-            chosen["transformers"] = transformers
+            chosen["transformers"] = later(transformers)
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
-from specdec_kernels.bench.contenders import Contender, contenders, fused
+from specdec_kernels.bench.contenders import contenders, fused
 from specdec_kernels.bench.machine import machine
 
 #: Hand-tuned PyTorch, of which the fastest counts.
@@ -42,7 +43,7 @@ def measure(case: Case) -> dict[str, Any]:
     """All contenders on the same buffers, in turn."""
     buffers = inputs(case, lambda x: fused(case, x).num_accepted.long())
     check(case, buffers)
-    chosen = contenders(case)
+    chosen = {name: [prepared(case, x) for x in buffers] for name, prepared in contenders(case).items()}
     times: dict[str, list[float]] = {name: [] for name in chosen}
     count = len(buffers)
     # Ours and the floor alternate on different buffers, so that all find theirs cold; then the slow ones.
@@ -52,12 +53,12 @@ def measure(case: Case) -> dict[str, Any]:
         time.perf_counter() - started < SECONDS and rounds < MOST_ROUNDS
     ):
         for offset, name in enumerate(fast):
-            times[name].append(timed(chosen[name], case, buffers[(rounds + offset * count // len(fast)) % count]))
+            times[name].append(timed(chosen[name][(rounds + offset * count // len(fast)) % count]))
         rounds += 1
-    for name, contender in chosen.items():
+    for name, calls in chosen.items():
         if name not in fast:
-            contender(case, buffers[-1])
-            times[name] = [timed(contender, case, buffers[i % count]) for i in range(SLOW_ROUNDS)]
+            calls[-1]()
+            times[name] = [timed(calls[i % count]) for i in range(SLOW_ROUNDS)]
     results = {name: percentiles(seconds) for name, seconds in times.items()}
     bytes_read = sum(case.bytes_read(x) for x in buffers) / len(buffers)
     lean = [results[name]["p50"] for name in LEAN if name in results]
@@ -74,10 +75,10 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def timed(contender: Contender, case: Case, x: Inputs) -> float:
+def timed(call: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
-    contender(case, x)
+    call()
     return time.perf_counter() - start
 
 

@@ -17,7 +17,9 @@ class ChainRequest : Request {
       : Request(op.common, kernels, threads, b, op.rule == Rule::block ? op.common.rows : 1, first_row(op, b),
                 op.cu_rows ? op.cu_rows[b] : b * op.common.rows, pass),
         chain_(op) {
-    for (int64_t i = 0; i < op.room(b) && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
+    const int64_t room = op.room(b);
+    drafts_.reserve(size_t(room));
+    for (int64_t i = 0; i < room && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
   }
 
   void run() {

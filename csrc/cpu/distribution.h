@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -21,15 +23,15 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
 }
 
-// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; and
-// what a search for a cutoff has to choose from.
+// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; the
+// weights of groups of tiles; and what a search for a cutoff has to choose from.
 struct TileSpace {
-  std::vector<float> level, weight, arrival, candidates;
+  std::vector<float> level, weight, arrival, group, candidates;
 
   // The pass fills it; only what is behind the last tile is made empty here.
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
-    for (auto* tile : {&level, &weight, &arrival}) tile->resize(padded);
+    for (auto* tile : {&level, &weight, &arrival, &group}) tile->resize(padded);
     std::fill(level.begin() + tiles, level.end(), -INFINITY);
     std::fill(weight.begin() + tiles, weight.end(), 0.0f);
   }
@@ -60,7 +62,9 @@ class RowView {
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
         piece_(piece_tiles(tiles_, threads)),
-        space_(space) {}
+        space_(space) {
+    if (!is_greedy(scale_) && source.plain()) base_ = kernels.some_large(source.row(), 0, tiles_);
+  }
 
   // Work on the tiles of one piece; `finish` once all pieces are done.
   void pass(uint32_t piece) {
@@ -233,25 +237,28 @@ class RowView {
 
   // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the
   // order of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability)
-  // tiles are ever looked at. -1 if no weight is positive.
-  template <class F>
-  int64_t draw_below(Noise noise, const F& token_weights) const {
+  // tiles are ever looked at. -1 if no weight is positive. `announce` is told of a tile one look before.
+  template <class F, class G>
+  int64_t draw_below(Noise noise, const F& token_weights, const G& announce) const {
     float* bounds = space_.arrival.data();
     float weights[2][kTile];
     float* candidate = weights[0];
     float* best = weights[1];
     int64_t winner = -1;
     float winning = INFINITY;
-    for (Arrival next = first_tile(noise); next.time < INFINITY; next = first_of(bounds)) {
-      // The bound and the weights are rounded apart: leave room for that.
-      if (next.time * 0.9999f >= winning) break;
-      bounds[next.index] = INFINITY;
-      token_weights(next.index, candidate);
+    Arrival next = first_tile(noise);
+    // The bound and the weights are rounded apart: leave room for that.
+    while (next.time < INFINITY && next.time * 0.9999f < winning) {
+      const Arrival here = next;
+      bounds[here.index] = INFINITY;
+      next = first_of(bounds);
+      announce(next.index);
+      token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
-      const float time = float(double(next.time) * double(space_.weight[size_t(next.index)]) / (sum * total_));
-      if (time < winning || (time == winning && next.index < winner)) {
+      const float time = float(double(here.time) * double(space_.weight[size_t(here.index)]) / (sum * total_));
+      if (time < winning || (time == winning && here.index < winner)) {
         winning = time;
-        winner = next.index;
+        winner = here.index;
         std::swap(candidate, best);
       }
     }
@@ -282,7 +289,11 @@ class RowView {
   void pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
     float* level = space_.level.data() + offset;
     if (is_greedy(scale_)) return kernels_.tile_max(row, begin, end, level);
-    kernels_.tile_stats(row, scale_, begin, end, level, space_.weight.data() + offset);
+    // Nothing but the law's own logits will do for a base: those of these tiles, where the row is not the law's.
+    const float base = source_.plain() ? base_ : kernels_.some_large(row, begin, end);
+    const bool shared = kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset,
+                                            space_.group.data() + offset / kernels_.lanes);
+    if (!shared || !source_.plain()) std::atomic_ref(shared_).store(false, std::memory_order_relaxed);
   }
 
   Arrival first_of(const float* arrivals) const {
@@ -303,12 +314,19 @@ class RowView {
   }
 
   void finish_sampled() {
-    const auto padded = int64_t(space_.weight.size());
-    const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
-    total_ = combined.total;
-    lse_ = double(scale_) * double(combined.base) + std::log(double(combined.total));
+    float base = base_;
+    if (shared_) {
+      const auto first = space_.group.begin();
+      total_ = std::accumulate(first, first + (tiles_ + kernels_.lanes - 1) / kernels_.lanes, 0.0);
+    } else {
+      const auto padded = int64_t(space_.weight.size());
+      const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
+      base = combined.base;
+      total_ = combined.total;
+    }
+    lse_ = double(scale_) * double(base) + std::log(total_);
     valid_ = std::isfinite(lse_);
-    if (valid_ && filters_.any()) filter(combined.base);
+    if (valid_ && filters_.any()) filter(base);
   }
 
   // Tiles lose the weight of what the filters take away.
@@ -355,6 +373,8 @@ class RowView {
   Filters filters_;
   int64_t tiles_, piece_;
   TileSpace& space_;
+  float base_ = -INFINITY;  // of the weights of tiles, if all share it
+  bool shared_ = true;
   float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;

@@ -50,14 +50,20 @@ struct Arrival {
 
 struct Kernels {
   const char* name;
+  int64_t lanes;
 
   // All passes take tiles [begin, end), begin a multiple of 16, and may write up to the next multiple of 16.
 
   // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
 
-  // Of each tile, the sum of exp(scale * (logit - base)) and that base; nan or inf where it holds a nan or +inf.
-  void (*tile_stats)(const Row&, float scale, int64_t begin, int64_t end, float* base, float* sum);
+  // A logit of these tiles that few are far above.
+  float (*some_large)(const Row&, int64_t begin, int64_t end);
+
+  // Of each tile, the sum of exp(scale * (logit - base)) and that base, which is the one given but for tiles that are
+  // far above it; whether there were none. nan or inf where a tile holds a nan or +inf. Of each `lanes` tiles, the sum.
+  bool (*tile_stats)(const Row&, float scale, float base, int64_t begin, int64_t end, float* tile_base, float* tile_sum,
+                     float* group_sum);
 
   // Brings the tiles' sums to a common base, in place: they become race weights.
   Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);

@@ -13,7 +13,9 @@ namespace {
 
 const Kernels kAvx2Kernels = {
     "avx2",
+    avx2::V::width,
     avx2::tile_max,
+    avx2::some_large,
     avx2::tile_stats,
     avx2::combine,
     avx2::tile_above,

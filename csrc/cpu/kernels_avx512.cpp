@@ -13,7 +13,9 @@ namespace {
 
 const Kernels kAvx512Kernels = {
     "avx512",
+    avx512::V::width,
     avx512::tile_max,
+    avx512::some_large,
     avx512::tile_stats,
     avx512::combine,
     avx512::tile_above,

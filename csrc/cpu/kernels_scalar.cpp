@@ -13,7 +13,9 @@ namespace {
 
 const Kernels kScalarKernels = {
     "scalar",
+    scalar::V::width,
     scalar::tile_max,
+    scalar::some_large,
     scalar::tile_stats,
     scalar::combine,
     scalar::tile_above,

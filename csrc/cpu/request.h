@@ -107,7 +107,7 @@ class Request {
       law.valid = draft.valid();
       return law;
     }
-    prefetch(law.row, token);  // here while the pass goes on
+    prefetch(law.row, token, 1);  // while the pass goes on
     pass_over(target);
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
     law.point_mass = is_greedy(stats[0]);
