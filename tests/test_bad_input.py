@@ -80,24 +80,90 @@ VERIFY = [
 ]
 
 
+#: One number for all, which Python makes a tensor of; or tensors, which the C++ looks at before Python does.
+KEYS = pytest.mark.parametrize("key", [1, torch.ones(2, dtype=torch.int64)], ids=["number", "tensor"])
+
+
+@KEYS
 @pytest.mark.parametrize(
     ("change", "error", "message"), VERIFY, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
 )
-def test_verify_chain(change, error, message):
+def test_verify_chain(change, error, message, key):
     named = {
         "target_logits": TARGET, "draft_tokens": TOKENS, "draft_logits": DRAFT, "draft_stats": None,
-        "seed": 1, "position": 1, **change,
+        "seed": key, "position": key, **change,
     }  # fmt: skip
     with pytest.raises(error, match=message):
         verify_chain(**named)
 
 
+@KEYS
 @pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_bad_ids_are_found_by_every_cpu_backend(name):
+def test_bad_ids_are_found_by_every_cpu_backend(name, key):
     tokens = torch.tensor([[0, -1, 99], [0, 1, 99]])
     with pytest.raises(ValueError, match=r"draft_tokens must be -1 or in \[0, 7\), got 99 at \[1, 2\]"):
-        verify_chain(TARGET, tokens, seed=1, position=1, backend=name)
-    verify_chain(TARGET, tokens, seed=1, position=1, num_draft=torch.tensor([3, 2]), backend=name)
+        verify_chain(TARGET, tokens, seed=key, position=key, backend=name)
+    verify_chain(TARGET, tokens, seed=key, position=key, num_draft=torch.tensor([3, 2]), backend=name)
+
+
+def apart(x):
+    """The same tensor, not contiguous."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def test_what_the_cpp_refuses_is_brought_into_shape():
+    """Strides and widths that the operators do not take as they are give what others give."""
+    target, draft = torch.randn(2, 4, 7), torch.randn(2, 3, 7)
+    key, stats = torch.tensor([5, 5]), sample(draft[0], seed=1, position=1).stats.repeat(2, 1, 1)
+    named = {"seed": key, "position": key, "num_draft": torch.tensor([3, 2]), "temperature": 0.7}
+    want = verify_chain(target, TOKENS, draft, stats, **named)
+    for change in (
+        {"seed": torch.tensor(5).expand(2)}, {"seed": 5}, {"num_draft": apart(named["num_draft"]).int()},
+        {"temperature": torch.tensor([0.7, 0.7])}, {"draft_stats": apart(stats)}, {"draft_tokens": apart(TOKENS)},
+    ):  # fmt: skip
+        given = {"target_logits": target, "draft_tokens": TOKENS, "draft_logits": draft, "draft_stats": stats}
+        assert torch.equal(verify_chain(**{**given, **named, **change}).tokens, want.tokens), change
+    ragged = {"cu_rows": torch.tensor([0, 4, 8]), "seed": key, "position": key}
+    rows = target.flatten(0, 1)
+    want = verify_chain(rows, TOKENS, **ragged)
+    assert torch.equal(verify_chain(rows, TOKENS, **{**ragged, "cu_rows": ragged["cu_rows"].int()}).tokens, want.tokens)
+    logits = torch.randn(2, 7)
+    want = sample(logits, seed=key, position=key, row=torch.tensor([3, 3]))
+    for change in ({"row": 3}, {"seed": 5, "row": 3}, {"seed": torch.tensor(5).expand(2), "row": 3}):
+        assert torch.equal(sample(logits, **{"seed": key, "position": key, **change}).tokens, want.tokens), change
+
+
+def test_operators_in_cpp_refuse_what_they_could_not_read():
+    """Called as they are, by whoever finds them: no crash, and who asks the functions is told what is wrong."""
+    key = torch.tensor([1, 1])
+    arguments = [
+        TARGET,
+        TOKENS,
+        DRAFT,
+        None,
+        key,
+        key,
+        None,
+        None,
+        None,
+        1.0,
+        0,
+        1.0,
+        0.0,
+        *[None] * 5,
+        0,
+        False,
+        False,
+    ]
+    op = torch.ops.specdec.verify_chain.default
+    op(*arguments, None)
+    wrong_ones = {
+        0: TARGET[:1], 1: TOKENS + 7, 2: DRAFT[..., :6], 3: STATS[:1], 4: key.int(), 5: key[:1], 6: key.float(), 7: key,
+        8: TARGET[0], 9: -1.0, 13: key, 14: key.int(),
+    }  # fmt: skip
+    for index, wrong in wrong_ones.items():
+        with pytest.raises(RuntimeError, match="an argument is not taken as it is"):
+            op(*arguments[:index], wrong, *arguments[index + 1 :], None)
 
 
 SAMPLE = [
@@ -110,12 +176,13 @@ SAMPLE = [
 ]
 
 
+@KEYS
 @pytest.mark.parametrize(
     ("change", "error", "message"), SAMPLE, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
 )
-def test_sample(change, error, message):
+def test_sample(change, error, message, key):
     with pytest.raises(error, match=message):
-        sample(**{"logits": torch.zeros(2, 7), "seed": 1, "position": 1, **change})
+        sample(**{"logits": torch.zeros(2, 7), "seed": key, "position": key, **change})
 
 
 @pytest.mark.parametrize(
@@ -157,8 +224,8 @@ def calls(draw):
         "draft_tokens": tokens,
         "draft_logits": logits(longest) if dense else None,
         "draft_stats": torch.full((batch, longest, 3), draw(values)) if dense and draw(st.booleans()) else None,
-        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
-        "position": draw(st.integers(0, 2**63 - 1)),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1) | st.just(torch.arange(batch))),
+        "position": draw(st.integers(0, 2**63 - 1) | st.just(torch.arange(batch))),
         "num_draft": draw(st.none() | st.just(torch.randint(-2, 6, (batch,)))),
         "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),
         "rule": draw(st.sampled_from(["token", "block", "coupled"])),
@@ -276,8 +343,8 @@ def trees(draw):
         "parents": torch.tensor(parents, dtype=torch.int64).reshape(batch, nodes),
         "draft_logits": logits() if dense else None,
         "draft_stats": torch.full((batch, nodes, 3), draw(values)) if dense and draw(st.booleans()) else None,
-        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
-        "position": draw(st.integers(0, 2**63 - 1)),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1) | st.just(torch.arange(batch))),
+        "position": draw(st.integers(0, 2**63 - 1) | st.just(torch.arange(batch))),
         "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),
         "rule": draw(st.sampled_from(["walk", "recursive", "traversal", "coupled"])),
         "siblings": draw(st.sampled_from(["iid", "without_replacement"])),

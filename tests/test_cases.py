@@ -163,6 +163,25 @@ def test_large_logits_at_extreme_temperatures(verify_chain, temperature):
         assert torch.equal(first, target[:, 0].amax(-1))
 
 
+@pytest.mark.parametrize(("vocab", "token"), [(128, 100), (700, 699), (5000, 3), (5000, 4100)])
+def test_a_mask_leaves_one_token_wherever_its_logit_lies(verify_chain, vocab, token):
+    """Case 17: what a grammar makes of a row, by -inf, by large numbers and by bits."""
+    values = torch.tensor([-1000.0, -300.0, -100.0, 0.0, 300.0])
+    masks = torch.tensor([float("-inf"), -1e30, -60_000.0])
+    target = masks.repeat_interleave(len(values))[:, None, None].repeat(1, 1, vocab)
+    target[:, 0, token] = values.repeat(len(masks))
+    behind = torch.full((len(values), 1, vocab), 50.0)
+    behind[:, 0, token] = values
+    words = torch.zeros(len(values), 1, -(-vocab // 32), dtype=torch.int32)
+    words[..., token // 32] = torch.tensor(1 << token % 32).int()
+    for logits, bitmask in ((target, None), (behind, words)):
+        nothing = torch.empty(len(logits), 0, dtype=torch.int64)
+        verified = verify_chain(logits, nothing, seed=1, position=1, bitmask=bitmask, logprobs=True)
+        assert verified.valid.all()
+        assert (verified.tokens == token).all()
+        torch.testing.assert_close(verified.logprobs, torch.zeros(len(logits), 1), rtol=0, atol=1e-5)
+
+
 def test_offsets_beyond_two_to_the_31(backend, verify_chain):
     """Case 18: rows that start beyond 2^31 elements; a view, so that no memory is needed."""
     if backend != "cpu":
