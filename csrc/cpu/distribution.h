@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "source.h"
 #include "team.h"
+#include "tile_space.h"
 
 namespace specdec {
 
@@ -22,20 +23,6 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   const int64_t share = (tiles + threads - 1) / threads;
   return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
 }
-
-// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; the
-// weights of groups of tiles; and what a search for a cutoff has to choose from.
-struct TileSpace {
-  std::vector<float> level, weight, arrival, group, candidates;
-
-  // The pass fills it; only what is behind the last tile is made empty here.
-  void resize(int64_t tiles) {
-    const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
-    for (auto* tile : {&level, &weight, &arrival, &group}) tile->resize(padded);
-    std::fill(level.begin() + tiles, level.end(), -INFINITY);
-    std::fill(weight.begin() + tiles, weight.end(), 0.0f);
-  }
-};
 
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
@@ -331,24 +318,20 @@ class RowView {
 
   // Tiles lose the weight of what the filters take away.
   void filter(float base) {
-    CutoffSearch search(kernels_, source_, scale_, base, total_, space_.weight.data(), tiles_, space_.candidates);
+    CutoffSearch search(kernels_, source_, scale_, base, total_, tiles_, space_);
     const float pivot = search.pivot(filters_);
     if (pivot == -INFINITY) return;
-    const float least = search.least_weight(pivot);
+    const auto kept = search.tiles_reaching(pivot);
+    std::fill_n(space_.weight.begin(), tiles_, 0.0f);
     cutoff_ = INFINITY;
     total_ = 0.0;
     float logits[kTile];
-    for (int64_t t = 0; t < tiles_; ++t) {
-      float& weight = space_.weight[size_t(t)];
-      if (weight < least) {
-        weight = 0.0f;
-        continue;
-      }
-      const Source::At at = source_.at(t, logits);
-      const Above kept = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
-      weight = kept.mass;
-      total_ += double(weight);
-      cutoff_ = std::min(cutoff_, kept.least);
+    for (const int32_t tile : kept) {
+      const Source::At at = source_.at(tile, logits);
+      const Above above = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
+      space_.weight[size_t(tile)] = above.mass;
+      total_ += double(above.mass);
+      cutoff_ = std::min(cutoff_, above.least);
     }
     lse_ = double(scale_) * double(base) + std::log(total_);
   }

@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kernels.h"
 #include "source.h"
+#include "tile_space.h"
 
 namespace specdec {
 
@@ -25,18 +27,20 @@ struct Filters {
 
 class CutoffSearch {
  public:
-  // `weights`: of each tile, the sum of exp(scale * (logit - base)); `total`: their sum. `candidates`: scratch.
-  CutoffSearch(const Kernels& kernels, const Source& source, float scale, float base, double total,
-               const float* weights, int64_t tiles, std::vector<float>& candidates)
+  // The weight of a tile: the sum of exp(scale * (logit - base)); `total`: their sum.
+  CutoffSearch(const Kernels& kernels, const Source& source, float scale, float base, double total, int64_t tiles,
+               TileSpace& space)
       : kernels_(kernels),
         source_(source),
         scale_(scale),
         base_(base),
         total_(total),
-        weights_(weights),
+        weights_(space.weight.data()),
         tiles_(tiles),
-        candidates_(candidates) {
+        candidates_(space.candidates),
+        found_(space.found) {
     candidates_.resize(size_t(tiles * kTile + kTileSlack));
+    found_.resize(size_t(tiles));
   }
 
   // What the filters keep is what is not below this.
@@ -63,24 +67,29 @@ class CutoffSearch {
     return pivot;
   }
 
+  // The tiles that may hold a logit of at least x.
+  std::span<const int32_t> tiles_reaching(float x) { return tiles_weighing(least_weight(x)); }
+
+ private:
+  // Below this a sort is quicker than another pass.
+  static constexpr int64_t kFew = 128;
+
   // The least that a tile with a logit of at least x weighs.
   float least_weight(float x) const {
     // The two are rounded apart: leave room for that.
     return float(0.999 * std::exp(double(scale_) * (double(x) - double(base_))));
   }
 
- private:
-  // Below this a sort is quicker than another pass.
-  static constexpr int64_t kFew = 128;
+  std::span<const int32_t> tiles_weighing(float least) {
+    return {found_.data(), size_t(kernels_.find_at_least(weights_, tiles_, least, found_.data()))};
+  }
 
   // The logits that are not below `low`, as the candidates.
   void collect(float low) {
     low = std::max(low, std::numeric_limits<float>::lowest());  // not what is masked out, nor what is past the end
-    const float least = least_weight(low);
     float buffer[kTile];
     count_ = 0;
-    for (int64_t t = 0; t < tiles_; ++t) {
-      if (weights_[t] < least) continue;
+    for (const int32_t t : tiles_reaching(low)) {
       const Source::At at = source_.at(t, buffer);
       count_ += kernels_.tile_between(at.row, low, INFINITY, at.tile, candidates_.data() + count_);
     }
@@ -132,8 +141,11 @@ class CutoffSearch {
   // The largest candidate such that what is not below it has at least the mass `goal`.
   float largest_reaching(double goal) {
     double done = 0.0;  // the mass of what is not below `high`
-    float low = *std::min_element(candidates_.begin(), candidates_.begin() + count_);
-    float high = std::nextafter(largest(), INFINITY);
+    float low = -INFINITY, high = INFINITY;
+    if (count_ > kFew) {
+      low = *std::min_element(candidates_.begin(), candidates_.begin() + count_);
+      high = std::nextafter(largest(), INFINITY);
+    }
     for (int step = 0; count_ > kFew; ++step) {
       float middle = 0.5f * low + 0.5f * high;
       if (step >= 40 || !(low < middle && middle < high)) middle = by_order(low, high);
@@ -162,12 +174,7 @@ class CutoffSearch {
     if (largest_ > -INFINITY) return largest_;
     const int64_t heaviest = std::max_element(weights_, weights_ + tiles_) - weights_;
     largest_ = peak(heaviest);
-    float least = least_weight(largest_);
-    for (int64_t t = 0; t < tiles_; ++t) {
-      if (weights_[t] < least) continue;
-      const float here = peak(t);
-      if (here > largest_) largest_ = here, least = least_weight(here);
-    }
+    for (const int32_t t : tiles_reaching(largest_)) largest_ = std::max(largest_, peak(t));
     return largest_;
   }
 
@@ -179,14 +186,13 @@ class CutoffSearch {
 
   // A logit that at least `count` logits are not below, and not many more: what the heaviest tiles all reach; -inf
   // where there are not so many tiles.
-  float reached_by(int64_t count) const {
+  float reached_by(int64_t count) {
     if (count > tiles_) return -INFINITY;
-    float light = 0.0f, heavy = *std::max_element(weights_, weights_ + tiles_);
+    float light = 0.0f, heavy = float(total_);
     for (int step = 0; step < 32; ++step) {
       const float middle = by_order(light, heavy);
       if (!(light < middle && middle < heavy)) break;
-      int32_t reached = 0;
-      for (int64_t t = 0; t < tiles_; ++t) reached += weights_[t] >= middle;
+      const int64_t reached = kernels_.count_at_least(weights_, tiles_, middle);
       if (reached < count) {
         heavy = middle;
       } else {
@@ -195,8 +201,7 @@ class CutoffSearch {
       }
     }
     float low = INFINITY;
-    for (int64_t t = 0; t < tiles_; ++t)
-      if (weights_[t] >= light) low = std::min(low, peak(t));
+    for (const int32_t t : tiles_weighing(light)) low = std::min(low, peak(t));
     return low;
   }
 
@@ -217,6 +222,7 @@ class CutoffSearch {
   const float* weights_;
   const int64_t tiles_;
   std::vector<float>& candidates_;
+  std::vector<int32_t>& found_;
   int64_t count_ = 0;  // of the candidates
   float largest_ = -INFINITY;
 };

@@ -68,6 +68,10 @@ struct Kernels {
   // Brings the tiles' sums to a common base, in place: they become race weights.
   Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);
 
+  // How many of `count` numbers, readable to the next multiple of 64, are at least x; and where, ascending, to `out`.
+  int64_t (*count_at_least)(const float* numbers, int64_t count, float x);
+  int64_t (*find_at_least)(const float* numbers, int64_t count, float x, int32_t* out);
+
   // What one tile holds at and above a pivot.
   Above (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);
 

@@ -18,6 +18,8 @@ const Kernels kAvx2Kernels = {
     avx2::some_large,
     avx2::tile_stats,
     avx2::combine,
+    avx2::count_at_least,
+    avx2::find_at_least,
     avx2::tile_above,
     avx2::tile_peak,
     avx2::tile_between,

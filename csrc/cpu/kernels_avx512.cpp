@@ -18,6 +18,8 @@ const Kernels kAvx512Kernels = {
     avx512::some_large,
     avx512::tile_stats,
     avx512::combine,
+    avx512::count_at_least,
+    avx512::find_at_least,
     avx512::tile_above,
     avx512::tile_peak,
     avx512::tile_between,

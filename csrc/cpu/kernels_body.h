@@ -214,6 +214,30 @@ Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, 
 
 // --- filters --------------------------------------------------------------------------------------------------------
 
+// The numbers that are at least x, as bits of one vector after the other.
+template <class F>
+void each_at_least(const float* numbers, int64_t count, float x, const F& visit) {
+  const V::F xs = V::set(x);
+  for (int64_t i = 0; i < count; i += V::width) {
+    const unsigned bits = V::bits(V::at_least(V::load(numbers + i), xs));
+    visit(i, count - i < V::width ? bits & ((1u << (count - i)) - 1) : bits);
+  }
+}
+
+int64_t count_at_least(const float* numbers, int64_t count, float x) {
+  int64_t found = 0;
+  each_at_least(numbers, count, x, [&](int64_t, unsigned bits) { found += __builtin_popcount(bits); });
+  return found;
+}
+
+int64_t find_at_least(const float* numbers, int64_t count, float x, int32_t* out) {
+  int64_t found = 0;
+  each_at_least(numbers, count, x, [&](int64_t first, unsigned bits) {
+    for (; bits; bits &= bits - 1) out[found++] = int32_t(first) + __builtin_ctz(bits);
+  });
+  return found;
+}
+
 Above tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
   const V::F scale2 = V::set(scale * kLog2e), bases = V::set(base), pivots = V::set(pivot);
   V::F mass = V::set(0.0f), least = V::set(INFINITY);
@@ -223,7 +247,7 @@ Above tile_above(const Row& row, float scale, float base, float pivot, int64_t t
     for (int64_t i = 0; i < kTile; i += V::width) {
       const V::F x = V::load(logits + i);
       const V::M above = V::at_least(x, pivots);
-      count += V::count(above);
+      count += __builtin_popcount(V::bits(above));
       mass = V::add(mass, V::keep(above, V::exp2(V::mul(V::sub(x, bases), scale2))));
       least = V::min(least, V::either_of(above, x, INFINITY));
     }

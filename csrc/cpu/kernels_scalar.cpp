@@ -18,6 +18,8 @@ const Kernels kScalarKernels = {
     scalar::some_large,
     scalar::tile_stats,
     scalar::combine,
+    scalar::count_at_least,
+    scalar::find_at_least,
     scalar::tile_above,
     scalar::tile_peak,
     scalar::tile_between,

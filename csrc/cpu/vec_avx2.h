@@ -56,14 +56,14 @@ struct V {
   static M positive(F x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ); }
   static M either(M a, M b) { return _mm256_or_ps(a, b); }
   static M except(M a, M b) { return _mm256_andnot_ps(b, a); }
-  static int64_t count(M m) { return __builtin_popcount(unsigned(_mm256_movemask_ps(m))); }
-  static bool any(M m) { return _mm256_movemask_ps(m) != 0; }
+  static unsigned bits(M m) { return unsigned(_mm256_movemask_ps(m)); }  // a lane each
+  static bool any(M m) { return bits(m) != 0; }
   // The lanes of the mask to `out`; how many they are.
   static int64_t compress(float* out, M m, F x) {
     float lanes[width];
     store(lanes, x);
     int64_t kept = 0;
-    for (int bits = _mm256_movemask_ps(m); bits; bits &= bits - 1) out[kept++] = lanes[__builtin_ctz(unsigned(bits))];
+    for (unsigned left = bits(m); left; left &= left - 1) out[kept++] = lanes[__builtin_ctz(left)];
     return kept;
   }
   static F keep(M m, F x) { return _mm256_and_ps(m, x); }

@@ -55,12 +55,12 @@ struct V {
   static M positive(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
   static M either(M a, M b) { return M(a | b); }
   static M except(M a, M b) { return M(a & ~b); }
-  static int64_t count(M m) { return __builtin_popcount(m); }
+  static unsigned bits(M m) { return m; }  // a lane each
   static bool any(M m) { return m != 0; }
   // The lanes of the mask to `out`, and anything behind them; how many they are.
   static int64_t compress(float* out, M m, F x) {
     store(out, _mm512_maskz_compress_ps(m, x));
-    return count(m);
+    return __builtin_popcount(m);
   }
   static F keep(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
   static F either_of(M m, F x, float otherwise) { return _mm512_mask_mov_ps(set(otherwise), m, x); }

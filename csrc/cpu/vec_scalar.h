@@ -45,11 +45,11 @@ struct V {
   static M positive(F x) { return x > 0.0f; }
   static M either(M a, M b) { return a || b; }
   static M except(M a, M b) { return a && !b; }
-  static int64_t count(M m) { return m ? 1 : 0; }
+  static unsigned bits(M m) { return m ? 1 : 0; }  // a lane each
   static bool any(M m) { return m; }
   static int64_t compress(float* out, M m, F x) {
     if (m) *out = x;
-    return count(m);
+    return m;
   }
   static F keep(M m, F x) { return m ? x : 0.0f; }
   static F either_of(M m, F x, float otherwise) { return m ? x : otherwise; }
