@@ -9,9 +9,6 @@ import torch
 
 from specdec_kernels import compact_kv, ops
 
-#: See conftest.py.
-WITHOUT = ("cuda",)
-
 
 @pytest.fixture
 def compact(backend, device):

@@ -12,9 +12,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from specdec_kernels import tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
 from specdec_kernels.ops.trees import FORMATS, live_nodes
 
-#: See conftest.py.
-WITHOUT = ("cuda",)
-
 #: Where words of 8, 16, 32 and 64 bits begin and end (case 30), and more nodes than any of them holds.
 SIZES = (1, 31, 32, 33, 64, 65, 257)
 

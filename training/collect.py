@@ -2,9 +2,9 @@
 
     python -m training.collect --out data --minutes 30
 
-Each shard holds, for a batch of conversations, the token ids and the target's last hidden state (after the final norm,
-that is, what the LM head reads), so training never runs the target again. A third of the chat prompts are sampled from
-the target itself, by letting it write the user's turn.
+Each shard holds, for a batch of conversations, the token ids and the target's hidden states at the layers that the
+drafter reads (the last of them after the final norm, that is, what the LM head reads), so training never runs the target
+again. Half of the prompts are sampled from the target itself, by letting it write the user's turn.
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ import torch
 import typer
 from transformers import DynamicCache
 
+from specdec_kernels import sample
 from specdec_kernels.cli.models import load_target
+from specdec_kernels.decode.drafters.feature_model import FEATURE_LAYERS
 from training import prompts
 
 BATCH = 128
 NEW_TOKENS = 192
 TEMPERATURES = (0.0, 0.5, 0.8, 0.8, 1.0)
+#: Of the conversations of a shard: how many of each kind from templates, and how many from the target's own prompts; the
+#: rest corrects the spelling of earlier answers.
+KINDS, OWN = {prompts.chat: 16, prompts.code: 24, prompts.story: 20}, 40
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, texts: list[str], temperatures: torch.Tensor, new_tokens: int, stop: int):
-    """Sample one continuation a text; return for each its ids (prompt and answer), hidden states and prompt length."""
+def generate(
+    model, tokenizer, texts: list[str], temperatures: torch.Tensor, new_tokens: int, stop: int, seed: int
+) -> list[tuple[list[int], torch.Tensor, int]]:
+    """Sample one continuation a text; return for each its ids (prompt and answer), the hidden states [T, layers * H]
+    before each but the first, and the length of its prompt."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     prompt_lengths = mask.sum(1).tolist()
@@ -39,24 +47,27 @@ def generate(model, tokenizer, texts: list[str], temperatures: torch.Tensor, new
     current = ids
     for _ in range(new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -current.shape[1] :]
-        states = model.model(
-            current, attention_mask=mask, position_ids=position_ids, past_key_values=cache
-        ).last_hidden_state
+        outputs = model.model(
+            current, attention_mask=mask, position_ids=position_ids, past_key_values=cache, output_hidden_states=True
+        )
+        states = torch.cat([outputs.hidden_states[layer] for layer in FEATURE_LAYERS], -1)
         for slot, row in enumerate(rows):
             hidden[row].append(states[slot, mask[slot, -current.shape[1] :].bool()].clone())
-        logits = model.lm_head(states[:, -1]).float()
-        scale = 1.0 / temperatures[rows].clamp(min=1e-3)
-        sampled = torch.multinomial(torch.softmax(logits * scale[:, None], -1), 1)[:, 0]
-        current = torch.where(temperatures[rows] == 0, logits.argmax(-1), sampled)[:, None]
+        drawn = sample(
+            model.lm_head(outputs.last_hidden_state[:, -1]),
+            seed=torch.tensor(rows) + seed,
+            position=mask.shape[1],
+            temperature=temperatures[rows],
+        )
+        current = drawn.tokens[:, None]
         for slot, row in enumerate(rows):
             tokens[row].append(int(current[slot]))
         mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], 1)
         alive = [slot for slot in range(len(rows)) if int(current[slot]) != stop]
         if not alive:
             break
-        if len(alive) <= 0.8 * len(
-            rows
-        ):  # finished conversations leave the batch, in groups: selecting copies the cache
+        # Finished conversations leave the batch, in groups: selecting copies the cache.
+        if len(alive) <= 0.8 * len(rows):
             keep = torch.tensor(alive)
             cache.batch_select_indices(keep)
             mask, current, rows = mask[keep], current[keep], [rows[slot] for slot in alive]
@@ -81,11 +92,10 @@ def main(
     start, shard, answers = time.time(), 0, []
     while time.time() - start < 60 * minutes:
         rng = random.Random(f"{seed}/{shard}")
-        torch.manual_seed(1000 * seed + shard)
-        kinds = [prompts.chat] * 22 + [prompts.code] * 32 + [prompts.story] * 32
-        requests = [kind(rng) for kind in kinds]
+        noise = 1_000_000 * seed + 2 * BATCH * shard
+        requests = [kind(rng) for kind, count in KINDS.items() for _ in range(count)]
         system = tokenizer.apply_chat_template([{"role": "user", "content": "@"}], tokenize=False).split("@")[0]
-        own = generate(model, tokenizer, [system] * 10, torch.ones(10), 48, stop)
+        own = generate(model, tokenizer, [system] * OWN, torch.ones(OWN), 48, stop, noise)
         requests += [text for ids, _, n in own if (text := tokenizer.decode(ids[n:], skip_special_tokens=True).strip())]
         while answers and len(requests) < BATCH:
             requests.append(prompts.edit(rng.choice(answers), rng))
@@ -94,8 +104,8 @@ def main(
             for r in requests
         ]
         temperatures = torch.tensor([rng.choice(TEMPERATURES) for _ in texts])
-        data = generate(model, tokenizer, texts, temperatures, NEW_TOKENS, stop)
-        answers = [tokenizer.decode(ids[n : n + 100], skip_special_tokens=True).strip() for ids, _, n in data[:86]]
+        data = generate(model, tokenizer, texts, temperatures, NEW_TOKENS, stop, noise + BATCH)
+        answers = [tokenizer.decode(ids[n : n + 100], skip_special_tokens=True).strip() for ids, _, n in data[:100]]
         torch.save(
             [(torch.tensor(ids, dtype=torch.int32), h, n) for ids, h, n in data], out / f"{seed:02}-{shard:04}.pt"
         )

@@ -1,6 +1,6 @@
-#include "kv.h"
-
 #include <cstring>
+
+#include "tree.h"
 
 namespace specdec {
 namespace {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/elements.h"
+#include "../common/ops.h"
 
 namespace specdec {
 namespace {

@@ -12,8 +12,10 @@
 
 #include "../common/elements.h"
 #include "../common/operators.h"
+#include "../common/tree_operators.h"
 #include "chain.h"
 #include "launch.h"
+#include "masks.h"
 #include "sample.h"
 #include "trees.h"
 
@@ -115,8 +117,36 @@ void run(const NoiseWords& op, const Tensor&) {
   for (int64_t index = 0; index < op.rows * op.counters; ++index) noise_program(op, index);
 }
 
+template <int kBytes>
+void run_mask(const TreeMask& op, const Team& team) {
+  const int64_t programs = programs_a_request(op, team.size());
+  for (int64_t p = 0; p < op.batch * programs; ++p) MaskProgram<kBytes>(team, op, p, programs).run();
+}
+
+void run(const TreeMask& op, const Tensor&) {
+  on_team([&](const Team& team) {
+    switch (element_bytes(op.element)) {
+      case 4: return run_mask<4>(op, team);
+      case 2: return run_mask<2>(op, team);
+      default: return run_mask<1>(op, team);
+    }
+  });
+}
+
+void run(const CompactKv& op, const std::vector<char*>& data, const Tensor&) {
+  Caches caches{};
+  const auto count = int64_t(data.size());
+  STD_TORCH_CHECK(count <= kCachesALaunch, "the emulation has one launch");
+  std::copy(data.begin(), data.end(), caches.data);
+  with_kv_unit(op, caches, count, [&](auto unit) {
+    const int64_t threads = op.row_bytes / int64_t(sizeof unit) * op.heads * op.batch * count;
+    for (int64_t i = 0; i < threads + 7; ++i) compact_kv_program<decltype(unit)>(op, caches, count, i);  // a few more
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(specdec_emulated, CPU, m) {
   implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
+  implement_trees<[](const auto&... arguments) { run(arguments...); }>(m);
 }
 
 }  // namespace

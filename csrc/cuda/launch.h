@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../common/ops.h"
+#include "../common/trees.h"
 
 namespace specdec::cuda {
 
@@ -149,5 +150,8 @@ int launch(const VerifyTree&, const Shape&, const Scratch&, void* stream);
 int launch(const Sample&, const Shape&, const Scratch&, void* stream);
 int launch(const SampleChildren&, const Shape&, const Scratch&, void* stream);
 int launch(const NoiseWords&, void* stream);
+int launch(const TreeMask&, void* stream);
+// Caches of any number go in several launches; their addresses travel with them.
+int launch(const CompactKv&, char* const* caches, int64_t count, void* stream);
 
 }  // namespace specdec::cuda

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../common/operators.h"
+#include "../common/tree_operators.h"
 #include "launch.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -120,8 +121,19 @@ void run(const NoiseWords& op, const Tensor& like) {
   check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
 }
 
+void run(const TreeMask& op, const Tensor& like) {
+  const OnDevice guard(like);
+  check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
+}
+
+void run(const CompactKv& op, const std::vector<char*>& caches, const Tensor& like) {
+  const OnDevice guard(like);
+  check(cudaError_t(launch(op, caches.data(), int64_t(caches.size()), current_stream(like.get_device_index()))));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) {
   implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
+  implement_trees<[](const auto&... arguments) { run(arguments...); }>(m);
 }
 
 }  // namespace

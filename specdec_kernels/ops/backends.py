@@ -22,11 +22,9 @@ NATIVE_LIBRARY = Path(
     os.environ.get("SPECDEC_LIBRARY", Path(__file__).resolve().parent.parent / "lib" / "libspecdec_cpu.so")
 )
 BackendName = Literal["reference", "cpu", "cuda", "triton"]
-#: What the C++ has, and what it leaves to PyTorch's own kernels.
+#: What the C++ has, on CPUs and on GPUs; matrix products it leaves to PyTorch's own kernels and to Triton.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 OPS = (*_NATIVE_OPS, "tree_attention", "verify_chain_lm_head")
-#: What the CUDA C++ has so far; the rest is Triton's.
-_CUDA_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words")
 _CUDA_CAPABILITY = (8, 0)
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []
@@ -90,13 +88,13 @@ def _cuda() -> Backend:
     if not library.is_file():
         return Backend("cuda", "cuda", f"{library.name} was not built (it takes nvcc)", "", {})
     if emulated:
-        _LIBRARIES.append(schema.define("specdec_emulated", _CUDA_OPS))
+        _LIBRARIES.append(schema.define("specdec_emulated", _NATIVE_OPS))
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return Backend("cuda", "cuda", f"{library.name} does not load: {error}", "", {})
     namespace = torch.ops.specdec_emulated if emulated else torch.ops.specdec
-    functions = {op: getattr(namespace, op).default for op in _CUDA_OPS}
+    functions = {op: getattr(namespace, op).default for op in _NATIVE_OPS}
     if emulated:
         return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions)
     reason = "" if torch.cuda.is_available() else "there is no GPU"
@@ -116,7 +114,7 @@ def _triton() -> Backend:
     functions: dict[str, Callable[..., Any]] = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
-    taken = _CUDA_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
+    taken = _NATIVE_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
     for op, function in functions.items():
         if op not in taken:
             schema.LIBRARY.impl(op, function, "CUDA")

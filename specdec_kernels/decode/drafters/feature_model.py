@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+#: Layers of SmolLM2's thirty whose outputs the trained drafter reads; the last one's after the final norm.
+FEATURE_LAYERS = (10, 20, 30)
+
 
 class FeatureModel(nn.Module):
     """A Llama decoder layer (grouped heads, rotary positions, gated MLP) behind a projection of two inputs.
