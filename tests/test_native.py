@@ -46,10 +46,12 @@ for nodes in (1, 9, 33, 65):
     for format in trees.FORMATS:
         if nodes <= 32 or format != "sglang_qlen_only_packed":
             flat = format in ("dense", "additive", "flashinfer", "sglang_full")
-            s.tree_mask(parents, format, context_lens=torch.tensor([0, 3, 8]) if flat else None)
+            for backend in ("cpu", "cuda"):
+                s.tree_mask(parents, format, context_lens=torch.tensor([0, 3, 8]) if flat else None, backend=backend)
     path = torch.tensor([[0, *range(2, nodes, 2)] + [-1] * ((nodes - 1) // 2)] * 3)
     caches = [torch.zeros(3, 2, nodes + 8, 5) for _ in range(2)]
-    s.compact_kv(caches, path, torch.tensor([0, 3, 8]))
+    for backend in ("cpu", "cuda"):
+        s.compact_kv(caches, path, torch.tensor([0, 3, 8]), backend=backend)
     rows = torch.randn(2, 300)
     for how in ("top", "iid", "without_replacement", "race"):
         s.sample_children(rows, nodes, how, seed=1, position=1)
