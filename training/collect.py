@@ -2,9 +2,9 @@
 
     python -m training.collect --out data --minutes 30
 
-Each shard holds, for a batch of conversations, the token ids and the target's hidden states at the layers that the
-drafter reads (the last of them after the final norm, that is, what the LM head reads), so training never runs the target
-again. Half of the prompts are sampled from the target itself, by letting it write the user's turn.
+Each shard holds, for a batch of conversations, the token ids and the target's hidden states at the layers that a
+drafter may read, the last of them after the final norm, that is, what the LM head reads; so training never runs the
+target again. A third of the prompts are sampled from the target itself, by letting it write the user's turn.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from transformers import DynamicCache
 
 from specdec_kernels import sample
 from specdec_kernels.cli.models import load_target
-from specdec_kernels.decode.drafters.feature_model import FEATURE_LAYERS
 from training import prompts
 
+#: Layers of the target whose outputs are kept, side by side, -1 the last.
+FEATURE_LAYERS = (10, 20, -1)
 BATCH = 128
 NEW_TOKENS = 192
 TEMPERATURES = (0.0, 0.5, 0.8, 0.8, 1.0)
-#: Of the conversations of a shard: how many of each kind from templates, and how many from the target's own prompts; the
+#: Of the conversations of a shard: how many of each kind from templates, how many from the target's own prompts; the
 #: rest corrects the spelling of earlier answers.
 KINDS, OWN = {prompts.chat: 16, prompts.code: 24, prompts.story: 20}, 40
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from specdec_kernels.cli.models import DRAFTER_WEIGHTS, load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel, best_paths
-from training.train import batches
+from training.train import batches, final
 
 HEADS, NODES, GUESSES, LOSS_SHARE = 4, 63, 32, 0.3
 
@@ -40,6 +40,7 @@ def loss_of(
 ) -> tuple[Tensor, list[float]]:
     """The loss, and how often each head's first guess is the target's."""
     ids, hidden, _mask = batch
+    hidden = final(hidden)
     request, token = examples(batch, LOSS_SHARE)
     guesses = model(hidden[request, token], functional.embedding(ids[request, token + 1], embed))
     total, agreements = torch.zeros(()), []
@@ -62,6 +63,7 @@ def true_ranks(
     place[model.shortlist] = torch.arange(len(model.shortlist))
     for batch in held_out:
         ids, hidden, _mask = batch
+        hidden = final(hidden)
         request, token = examples(batch, 1.0)
         guesses = model(hidden[request, token], functional.embedding(ids[request, token + 1], embed))
         logits = (guesses.to(head.dtype) @ head.T).float()

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from specdec_kernels.cli.models import load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from training.collect import FEATURE_LAYERS
 
 STEP_WEIGHTS = (1.0, 0.8, 0.7)
 #: Share of the time in which only the first draft is trained: three times as many batches, and most of the learning.
@@ -60,14 +61,24 @@ def batches(conversations: list[Conversation], rng: random.Random) -> Iterator[t
         yield ids, hidden, mask
 
 
-def unrolled(model: FeatureModel, embeddings: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
-    """The features after one draft, two, ...: at step j, position t has read its own outputs at t-j+1 .. t."""
-    length = hidden.shape[1]
+def final(hidden: Tensor) -> Tensor:
+    """The target's last layer, after the final norm."""
+    return hidden.unflatten(-1, (len(FEATURE_LAYERS), -1))[..., -1, :]
+
+
+def read_by(model: FeatureModel, hidden: Tensor) -> Tensor:
+    """The layers that a model reads, of those that were collected."""
+    layers = hidden.unflatten(-1, (len(FEATURE_LAYERS), -1))
+    return layers[..., [FEATURE_LAYERS.index(layer) for layer in model.layers], :].flatten(-2)
+
+
+def unrolled(model: FeatureModel, embeddings: Tensor, features: Tensor, steps: int) -> list[Tensor]:
+    """The outputs after one draft, two, ...: at step j, position t has read its own outputs at t-j+1 .. t."""
+    length = features.shape[1]
     positions = torch.arange(length)[None]
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs: list[Tensor] = []
-    features = hidden
     for step in range(steps):
         x = model.inputs(embeddings, features)
         query, key, value = model.project(x, positions)
@@ -84,7 +95,7 @@ def unrolled(model: FeatureModel, embeddings: Tensor, hidden: Tensor, steps: int
         for j in range(1, step + 1):
             mixed = mixed + weights[..., length + j - 1, None] * _shift(values[j], step - j)
         outputs.append(model.finish(x, mixed))
-        features = torch.cat([hidden[:, :1], outputs[-1][:, :-1]], 1)
+        features = torch.cat([torch.zeros_like(outputs[-1][:, :1]), outputs[-1][:, :-1]], 1)
     return outputs
 
 
@@ -106,13 +117,13 @@ def losses(
     temperature the loss is mostly the chance of a rejection there, and what is shown is that of an acceptance."""
     ids, hidden, mask = batch
     embeddings = torch.nn.functional.embedding(ids[:, 1:], embed)
-    outputs = unrolled(model, embeddings, hidden[:, :-1], steps)
+    outputs = unrolled(model, embeddings, read_by(model, hidden[:, :-1]), steps)
     total, agreements = torch.zeros(()), []
     for step, (weight, output) in enumerate(zip(STEP_WEIGHTS, outputs, strict=False)):
         keep = mask[:, 1:] & (torch.rand(mask[:, 1:].shape) < share)
         keep[:, :step] = False
         with torch.no_grad():
-            target_logits = (hidden[:, 1:][keep].to(head.dtype) @ head.T).float()
+            target_logits = (final(hidden[:, 1:][keep]).to(head.dtype) @ head.T).float()
             target = target_logits.softmax(-1)
         draft_logits = (output[keep].to(head.dtype) @ head.T).float()
         loss = -(target * draft_logits.log_softmax(-1)).sum(-1).mean()
@@ -141,6 +152,25 @@ def start_from_last_layer(model: FeatureModel, target: Any) -> None:
     model.norm.weight.copy_(target.norm.weight)
 
 
+@torch.no_grad()
+def widened(narrow: FeatureModel, layers: Sequence[int], mlp: int) -> FeatureModel:
+    """A model that reads more layers and begins by giving no weight to the others than the last; of the MLP, the
+    channels that weigh most."""
+    model = FeatureModel(narrow.config, narrow.shortlist, layers, mlp)
+    gate, up = narrow.gate_up.weight.chunk(2)
+    heaviest = (gate.norm(dim=1) * up.norm(dim=1) * narrow.down.weight.norm(dim=0)).topk(mlp).indices.sort().values
+    state = narrow.state_dict()
+    state["gate_up.weight"] = torch.cat([gate[heaviest], up[heaviest]])
+    state["down.weight"] = narrow.down.weight[:, heaviest]
+    if len(layers) > 1 and len(narrow.layers) == 1:
+        width = narrow.config.hidden_size
+        state["reduce.weight"] = torch.cat(
+            [torch.eye(width) if layer == -1 else torch.zeros(width, width) for layer in layers], 1
+        )
+    model.load_state_dict(state)
+    return model
+
+
 def main(
     data: Annotated[Path, typer.Option(help="What training.collect wrote.")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Where to write the drafter.")] = Path("drafter.safetensors"),
@@ -149,6 +179,10 @@ def main(
     peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, with all drafts at once.")] = None,
     acceptance: Annotated[bool, typer.Option("--acceptance", help="Train for acceptance at a temperature.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of the target to read from now on, such as 10,20,-1.")
+    ] = None,
+    mlp: Annotated[int | None, typer.Option(help="Width of the MLP from now on.")] = None,
 ) -> None:
     """Train for a fixed time, print the held-out agreement, write the weights."""
     torch.manual_seed(0)
@@ -161,7 +195,9 @@ def main(
         model = FeatureModel(target.config, torch.tensor(sorted(t for t, _ in counts.most_common(shortlist))))
         start_from_last_layer(model, target.model)
     else:
-        model = FeatureModel.load(start_from, target.config, torch.float32).train()
+        model = FeatureModel.load(start_from, target.config, torch.float32)
+        read = model.layers if layers is None else [int(layer) for layer in layers.split(",")]
+        model = widened(model, read, model.down.in_features if mlp is None else mlp).train()
     embed = target.get_input_embeddings().weight.detach().float()
     head = target.get_output_embeddings().weight.detach()[model.shortlist]
     first_only = FIRST_STEP_ONLY if start_from is None else 0.0

@@ -303,8 +303,8 @@ class RowView {
   void finish_sampled() {
     float base = base_;
     if (shared_) {
-      const auto first = space_.group.begin();
-      total_ = std::accumulate(first, first + (tiles_ + kernels_.lanes - 1) / kernels_.lanes, 0.0);
+      const int64_t groups = (tiles_ + kernels_.lanes - 1) / kernels_.lanes;
+      total_ = std::accumulate(space_.group.begin(), space_.group.begin() + groups, 0.0);
     } else {
       const auto padded = int64_t(space_.weight.size());
       const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
@@ -337,16 +337,11 @@ class RowView {
   }
 
   void finish_greedy() {
-    max_ = -INFINITY;
-    int64_t tile = 0;
-    for (int64_t t = 0; t < tiles_; ++t) {
-      const float m = space_.level[size_t(t)];
-      if (m > max_ || std::isnan(m)) max_ = m, tile = t;
-      if (std::isnan(m)) break;
-    }
+    const Largest top = kernels_.largest(space_.level.data(), int64_t(space_.level.size()));
+    max_ = top.value;
     valid_ = std::isfinite(max_);
     if (!valid_) return;
-    argmax_ = tile * kTile;
+    argmax_ = top.index * kTile;
     while (source_.logit(argmax_) != max_) ++argmax_;
   }
 

@@ -43,6 +43,11 @@ struct Above {
   float least;
 };
 
+struct Largest {
+  int64_t index;
+  float value;
+};
+
 struct Arrival {
   int64_t index;
   float time;
@@ -56,6 +61,9 @@ struct Kernels {
 
   // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
+
+  // The largest of `count` numbers, a multiple of 64 of them, and the first place it stands at; nan if one is.
+  Largest (*largest)(const float* numbers, int64_t count);
 
   // A logit of these tiles that few are far above.
   float (*some_large)(const Row&, int64_t begin, int64_t end);

@@ -15,6 +15,7 @@ const Kernels kAvx2Kernels = {
     "avx2",
     avx2::V::width,
     avx2::tile_max,
+    avx2::largest,
     avx2::some_large,
     avx2::tile_stats,
     avx2::combine,

@@ -15,6 +15,7 @@ const Kernels kAvx512Kernels = {
     "avx512",
     avx512::V::width,
     avx512::tile_max,
+    avx512::largest,
     avx512::some_large,
     avx512::tile_stats,
     avx512::combine,

@@ -102,6 +102,22 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
+Largest largest(const float* numbers, int64_t count) {
+  V::F top = V::set(-INFINITY);
+  V::M nan = V::is_nan(top);
+  for (int64_t i = 0; i < count; i += V::width) {
+    const V::F x = V::load(numbers + i);
+    nan = V::either(nan, V::is_nan(x));
+    top = V::max(top, x);
+  }
+  if (V::any(nan)) return {0, NAN};
+  const float value = V::reduce_max(top);
+  int64_t index = 0;
+  while (!V::any(V::at_least(V::load(numbers + index), V::set(value)))) index += V::width;
+  while (numbers[index] != value) ++index;
+  return {index, value};
+}
+
 // The sum over each tile of a group of 2^term(tile, logit).
 template <class T, class F>
 V::F group_sums(const Group<T>& group, const F& term) {

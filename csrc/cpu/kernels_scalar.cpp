@@ -15,6 +15,7 @@ const Kernels kScalarKernels = {
     "scalar",
     scalar::V::width,
     scalar::tile_max,
+    scalar::largest,
     scalar::some_large,
     scalar::tile_stats,
     scalar::combine,

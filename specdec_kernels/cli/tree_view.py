@@ -18,7 +18,7 @@ class Watched:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.wants_features = drafter.wants_features
+        self.feature_layers = drafter.feature_layers
         self.best: tuple[TreeDraft, Sequence[int]] | None = None
         """The tree, and the tokens that the text went on with."""
 

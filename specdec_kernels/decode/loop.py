@@ -90,7 +90,9 @@ def stream(
     if not active:
         return
     with statistics.timed("prompt"):
-        features = target.begin([request.prompt for request in active], drafter is not None and drafter.wants_features)
+        features = target.begin(
+            [request.prompt for request in active], () if drafter is None else drafter.feature_layers
+        )
         if drafter is not None:
             drafter.begin([request.prompt for request in active], features)
     while active:

@@ -99,8 +99,9 @@ class Step:
 class Target(Protocol):
     """A model that scores rows against a cache of keys and values, and takes rows back."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: bool) -> Tensor | None:
-        """Read all of each prompt but its last token; the features [B, R, H] of what was read, if wanted."""
+    def begin(self, prompts: Sequence[Sequence[int]], feature_layers: Sequence[int]) -> Tensor | None:
+        """Read all of each prompt but its last token; the features [B, R, H] of what was read, if any are wanted: the
+        outputs of these layers side by side, the last layer's after the final norm."""
 
     def room(self) -> int:
         """Rows a request can be given in the next step, at least one."""
@@ -124,7 +125,8 @@ class Target(Protocol):
 class Drafter(Protocol):
     """Something that proposes tokens."""
 
-    wants_features: bool
+    feature_layers: Sequence[int]
+    """Layers of the target whose outputs it reads, -1 the last; none of them if it reads tokens alone."""
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         """Start; ``features[b, t]`` is the target's feature at prompt token t, the last token not among them."""

@@ -43,13 +43,13 @@ class TransformersTarget:
             raise ValueError(f"fixed_rows must be None or at least 1, got {fixed_rows}")
         self.model = model
         self.fixed_rows = fixed_rows
-        self._features = False
+        self._feature_layers: Sequence[int] = ()
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Sequence[int]], features: bool) -> Tensor | None:
+    def begin(self, prompts: Sequence[Sequence[int]], feature_layers: Sequence[int]) -> Tensor | None:
         if self.fixed_rows is not None and len(prompts) != 1:
             raise ValueError(f"fixed_rows needs a batch of one prompt, got {len(prompts)}")
-        self._features = features
+        self._feature_layers = feature_layers
         self._cache = RaggedCache(self.model.config, len(prompts), self.model.device)
         self._window = torch.empty((1, 0), dtype=torch.int64, device=self.model.device)
         tokens, counts = padded([prompt[:-1] for prompt in prompts], self.model.device)
@@ -88,7 +88,7 @@ class TransformersTarget:
             raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self.fixed_rows}")
         depth = tree_positions(parents).clamp(min=0)
         outputs = self._cache.run_tree(
-            self.model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=self._features
+            self.model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
         )
         return self._scores(outputs)
 
@@ -100,9 +100,15 @@ class TransformersTarget:
 
     def _run(self, tokens: Tensor, counts: Tensor, **options: Any) -> Scores:
         outputs = self._cache.run(
-            self.model, counts, tokens.shape[1], input_ids=tokens, output_hidden_states=self._features, **options
+            self.model,
+            counts,
+            tokens.shape[1],
+            input_ids=tokens,
+            output_hidden_states=bool(self._feature_layers),
+            **options,
         )
         return self._scores(outputs)
 
     def _scores(self, outputs: Any) -> Scores:
-        return Scores(outputs.logits, outputs.hidden_states[-1] if self._features else None)
+        layers = [outputs.hidden_states[layer] for layer in self._feature_layers]
+        return Scores(outputs.logits, torch.cat(layers, -1) if layers else None)

@@ -131,7 +131,7 @@ class AdaptiveDrafter:
 
     def __init__(self, drafter: Drafter, costs: Costs | None = None) -> None:
         self.drafter, self.costs = drafter, Costs() if costs is None else costs
-        self.wants_features = drafter.wants_features
+        self.feature_layers = drafter.feature_layers
         self.drafting = LinearCost(slope=0.5, origin=1.0)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:

@@ -49,7 +49,7 @@ class AutoregressiveDrafter(ABC):
     take K passes; what was read of the drafts themselves is taken back.
     """
 
-    wants_features = False
+    feature_layers: Sequence[int] = ()
 
     def __init__(self, config: Any, device: torch.device, vocab_size: int, drafting: Drafting) -> None:
         self._config, self._device, self._vocab, self.drafting = config, device, vocab_size, drafting

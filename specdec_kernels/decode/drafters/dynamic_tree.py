@@ -73,7 +73,7 @@ class TreeDrafter:
 
     def __init__(self, drafter: AutoregressiveDrafter, growth: Growth = Growth()) -> None:
         self.drafter, self.growth = drafter, growth
-        self.wants_features = drafter.wants_features
+        self.feature_layers = drafter.feature_layers
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.drafter.begin(prompts, features)

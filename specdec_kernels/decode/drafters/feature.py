@@ -23,11 +23,9 @@ class FeatureDrafter(AutoregressiveDrafter):
         drafting: when to stop, how boldly to draw.
     """
 
-    wants_features = True
-
     def __init__(self, model: FeatureModel, target: Any, drafting: Drafting = Drafting()) -> None:
         super().__init__(model.config, target.device, target.config.vocab_size, drafting)
-        self.model = model
+        self.model, self.feature_layers = model, model.layers
         self._embed = target.get_input_embeddings()
         self._head = target.get_output_embeddings().weight.detach()[model.shortlist]
 

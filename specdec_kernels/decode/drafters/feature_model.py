@@ -1,8 +1,8 @@
 """The network of the feature drafter: one decoder layer over the target's hidden states (EAGLE, arXiv:2401.15077).
 
-At token t it reads the embedding of token t + 1 and the target's hidden state at t, and predicts the hidden state at
-t + 1; the target's own head, cut to a short list of frequent tokens, turns that into a draft distribution. Further
-drafts read the drafter's own output in place of the hidden state.
+At token t it reads the embedding of token t + 1 and the target's hidden states at t, of several layers (EAGLE-3,
+arXiv:2503.01840), and predicts what the target's own head, cut to a short list of frequent tokens, turns into a draft
+distribution. Further drafts read the drafter's own output in place of the hidden states.
 
 Written out rather than taken from transformers, whose generic layer takes twice as long for one row on a CPU.
 """
@@ -10,6 +10,7 @@ Written out rather than taken from transformers, whose generic layer takes twice
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Layers of SmolLM2's thirty whose outputs the trained drafter reads; the last one's after the final norm.
-FEATURE_LAYERS = (10, 20, 30)
-
 
 class FeatureModel(nn.Module):
     """A Llama decoder layer (grouped heads, rotary positions, gated MLP) behind a projection of two inputs.
@@ -28,25 +26,30 @@ class FeatureModel(nn.Module):
     Args:
         config: the target's transformers config; the layer takes its sizes.
         shortlist: int64 [S], the ids that can be drafted, ascending.
+        layers: of the target whose outputs are read, -1 the last.
+        mlp: width of the gated MLP; the target's if None.
     """
 
     shortlist: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Any, shortlist: Tensor) -> None:
+    def __init__(self, config: Any, shortlist: Tensor, layers: Sequence[int] = (-1,), mlp: int | None = None) -> None:
         super().__init__()
+        self.layers = tuple(layers)
         self.config = copy.deepcopy(config)
         self.config.num_hidden_layers = 1  # what its cache is made for
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head
+        self.reduce = nn.Linear(len(self.layers) * width, width, bias=False) if len(self.layers) > 1 else nn.Identity()
         self.fuse = nn.Linear(2 * width, width, bias=False)
         self.attention_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * head, bias=False)
         self.output = nn.Linear(self.heads * head, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, config.rms_norm_eps)
-        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, width, bias=False)
+        mlp = config.intermediate_size if mlp is None else mlp
+        self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
+        self.down = nn.Linear(mlp, width, bias=False)
         self.norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.register_buffer("shortlist", shortlist)
         inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2).float() / head)
@@ -55,7 +58,10 @@ class FeatureModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """What the layer reads: [..., H] from the next tokens' embeddings and the features before them."""
+        """What the layer reads: [..., H] from the next tokens' embeddings and the features before them, the target's
+        [..., layers * H] or this drafter's own [..., H]."""
+        if features.shape[-1] != embeddings.shape[-1]:
+            features = self.reduce(features)
         fused: Tensor = self.fuse(torch.cat([embeddings, features], -1))
         return fused
 
@@ -103,15 +109,17 @@ class FeatureModel(nn.Module):
         return self.finish(inputs_embeds, attended.reshape(batch, self.heads, rows, self.head_dim))
 
     def save(self, path: Path) -> None:
-        """Write the weights in bfloat16 and the short list in int32."""
+        """Write the weights in bfloat16, the short list and the layers in int32."""
         state = {name: tensor.to(torch.bfloat16) for name, tensor in self.state_dict().items() if name != "shortlist"}
-        save_file({**state, "shortlist": self.shortlist.to(torch.int32)}, path)
+        lists = {"shortlist": self.shortlist.to(torch.int32), "layers": torch.tensor(self.layers, dtype=torch.int32)}
+        save_file({**state, **lists}, path)
 
     @classmethod
     def load(cls, path: Path, config: Any, dtype: torch.dtype) -> FeatureModel:
         """Read what :meth:`save` wrote."""
         state = load_file(path)
         shortlist = state.pop("shortlist").long()
-        model = cls(config, shortlist)
+        layers = state.pop("layers", torch.tensor([-1])).tolist()
+        model = cls(config, shortlist, layers, state["down.weight"].shape[1])
         model.load_state_dict({**state, "shortlist": shortlist})
         return model.to(dtype).eval()

@@ -23,7 +23,11 @@ class FirstOf:
     def __init__(self, first: Drafter, second: Drafter) -> None:
         self.first, self.second = first, second
         self.drafts_trees: bool = getattr(second, "drafts_trees", False)
-        self.wants_features = first.wants_features or second.wants_features
+        if first.feature_layers and second.feature_layers and first.feature_layers != second.feature_layers:
+            raise ValueError(
+                f"second must read the layers that first reads, {first.feature_layers}, got {second.feature_layers}"
+            )
+        self.feature_layers = first.feature_layers or second.feature_layers
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.first.begin(prompts, features)

@@ -20,7 +20,7 @@ class LookupDrafter:
         RuntimeError: the native module was not built for this Python.
     """
 
-    wants_features = False
+    feature_layers: Sequence[int] = ()
 
     def __init__(self, min_match: int = 2) -> None:
         if min_match < 1:

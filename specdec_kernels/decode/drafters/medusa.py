@@ -23,7 +23,7 @@ class MedusaDrafter:
         target: the target's transformers model.
     """
 
-    wants_features = True
+    feature_layers: Sequence[int] = (-1,)
     #: See :class:`FirstOf`.
     drafts_trees = True
 

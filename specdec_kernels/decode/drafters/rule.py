@@ -18,7 +18,7 @@ class RuleDrafter:
     rule looks at nothing but its arguments.
     """
 
-    wants_features = False
+    feature_layers: Sequence[int] = ()
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
