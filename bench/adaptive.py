@@ -24,7 +24,7 @@ from specdec_kernels.ops import RuleName
 
 TOKENS = 96
 #: Drafts a step at most; 0 is plain decoding, None chooses step by step.
-LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, 8, None)
+LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, None)
 RULES: dict[float, RuleName] = {0.0: "token", 0.8: "coupled"}
 
 

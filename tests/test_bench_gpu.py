@@ -64,6 +64,6 @@ def test_without_a_gpu_the_command_says_so():
     result = run_python("-m", "specdec_kernels.cli.main", "bench", "--device", "cuda")
     assert result.returncode == 2
     assert "there is no GPU to time" in result.stdout
-    result = run_python("-m", "specdec_kernels.cli.main", "bench", "--device", "cuda", "--trees")
+    result = run_python("-m", "specdec_kernels.cli.main", "bench", "trees", "--device", "cuda")
     assert result.returncode == 2
-    assert "device must be cpu with --text or --trees" in result.stdout
+    assert "device must be cpu for 'trees'" in result.stdout

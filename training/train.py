@@ -153,21 +153,15 @@ def start_from_last_layer(model: FeatureModel, target: Any) -> None:
 
 
 @torch.no_grad()
-def widened(narrow: FeatureModel, layers: Sequence[int], mlp: int) -> FeatureModel:
-    """A model that reads more layers and begins by giving no weight to the others than the last; of the MLP, the
-    channels that weigh most."""
-    model = FeatureModel(narrow.config, narrow.shortlist, layers, mlp)
-    gate, up = narrow.gate_up.weight.chunk(2)
-    heaviest = (gate.norm(dim=1) * up.norm(dim=1) * narrow.down.weight.norm(dim=0)).topk(mlp).indices.sort().values
-    state = narrow.state_dict()
-    state["gate_up.weight"] = torch.cat([gate[heaviest], up[heaviest]])
-    state["down.weight"] = narrow.down.weight[:, heaviest]
-    if len(layers) > 1 and len(narrow.layers) == 1:
-        width = narrow.config.hidden_size
-        state["reduce.weight"] = torch.cat(
-            [torch.eye(width) if layer == -1 else torch.zeros(width, width) for layer in layers], 1
-        )
-    model.load_state_dict(state)
+def widened(narrow: FeatureModel, middle: Sequence[int], sample: Tensor) -> FeatureModel:
+    """A model that reads middle layers as well and begins by giving no weight to them; their channels are brought to
+    one scale, as they have it in a ``sample`` [T, layers * H] of hidden states."""
+    model = FeatureModel(narrow.config, narrow.shortlist, middle)
+    model.load_state_dict(narrow.state_dict(), strict=False)
+    states = read_by(model, sample).unflatten(-1, (len(model.layers), -1))[:, :-1].float()
+    rms = states.square().mean(-1, keepdim=True).sqrt()
+    model.middle_norm.copy_((states / rms).square().mean(0).rsqrt())
+    model.middle.weight.zero_()
     return model
 
 
@@ -179,10 +173,9 @@ def main(
     peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, with all drafts at once.")] = None,
     acceptance: Annotated[bool, typer.Option("--acceptance", help="Train for acceptance at a temperature.")] = False,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers of the target to read from now on, such as 10,20,-1.")
+    middle: Annotated[
+        str | None, typer.Option(help="Layers of the target to read from now on beside the last, such as 10,20.")
     ] = None,
-    mlp: Annotated[int | None, typer.Option(help="Width of the MLP from now on.")] = None,
 ) -> None:
     """Train for a fixed time, print the held-out agreement, write the weights."""
     torch.manual_seed(0)
@@ -196,8 +189,10 @@ def main(
         start_from_last_layer(model, target.model)
     else:
         model = FeatureModel.load(start_from, target.config, torch.float32)
-        read = model.layers if layers is None else [int(layer) for layer in layers.split(",")]
-        model = widened(model, read, model.down.in_features if mlp is None else mlp).train()
+        if middle is not None:
+            sample = torch.cat([hidden for _, hidden, _ in held_out])
+            model = widened(model, [int(layer) for layer in middle.split(",")], sample)
+        model.train()
     embed = target.get_input_embeddings().weight.detach().float()
     head = target.get_output_embeddings().weight.detach()[model.shortlist]
     first_only = FIRST_STEP_ONLY if start_from is None else 0.0

@@ -54,7 +54,7 @@ class Variant:
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
 
@@ -131,7 +131,7 @@ def _attention_and_kv() -> Iterator[Variant]:
     types = {**partial, **sizes, **dict.fromkeys(("o_batch", "o_head", "o_node"), "i64"), "out_ptr": "*bf16"}
     yield Variant("tree_attention combine", attention.combine_kernel, types, shape, {"num_warps": 1})
     types = {
-        **dict.fromkeys(("address_ptr", "path_ptr", "start_ptr", "page_table_ptr"), "*i64"), "like_ptr": "*i16",
+        "caches": ("*i16",) * 60, **dict.fromkeys(("path_ptr", "start_ptr", "page_table_ptr"), "*i64"),
         **dict.fromkeys(("nodes", "tokens", "pages", "page_size", "width"), "i32"),
         **dict.fromkeys(("outer_stride", "token_stride", "head_stride"), "i64"),
     }  # fmt: skip
@@ -219,18 +219,21 @@ def compile_variant(variant: Variant, target: str) -> Any:
     """Compile for ``target``, pointers, row strides and vocabulary multiples of 16 as they are in practice."""
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = [
-        i
-        for i, name in enumerate(names)
-        if signature[name].startswith("*")
-        or name.endswith(("stride", "_batch", "_head", "_token", "_node"))
-        or name in ("vocab", "width")
-    ]
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(names):
+        if isinstance(signature[name], tuple):
+            aligned += [(i, j) for j in range(len(signature[name]))]
+        elif (
+            signature[name].startswith("*")
+            or name.endswith(("stride", "_batch", "_head", "_token", "_node"))
+            or name in ("vocab", "width")
+        ):
+            aligned.append((i,))
     source = ASTSource(
         variant.kernel,
         signature,
         {(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     return triton.compile(source, target=TARGETS[target], options=variant.options)
 

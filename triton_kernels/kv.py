@@ -12,10 +12,12 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["nodes", "tokens", "pages"])
 def compact_kv_kernel(
-    address_ptr, like_ptr, path_ptr, start_ptr, page_table_ptr, nodes, tokens, pages, page_size, width, outer_stride,
-    token_stride, head_stride, BLOCK: tl.constexpr,
+    caches, path_ptr, start_ptr, page_table_ptr, nodes, tokens, pages, page_size, width, outer_stride, token_stride,
+    head_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    cache = tl.load(address_ptr + tl.program_id(0)).to(like_ptr.dtype)
+    cache = caches[0]
+    for index in tl.static_range(1, len(caches)):
+        cache = tl.where(tl.program_id(0) == index, caches[index], cache)
     b, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.load(start_ptr + b)
     entry = tl.arange(0, BLOCK)
@@ -40,12 +42,12 @@ def compact_kv_kernel(
 
 #: Elements are moved as what they are wide, whatever they are.
 _AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Caches a launch: they are arguments of it, which are copied with it, so that a graph can hold it.
+_A_LAUNCH = 64
 
 
 def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: Tensor | None) -> None:
     first = caches[0]
-    addresses = torch.tensor([cache.data_ptr() for cache in caches]).to(first.device, non_blocking=True)
-    like = first.new_empty(0, dtype=_AS[first.element_size()])  # for its type
     if page_table is None:
         (_, heads, tokens, width), strides = first.shape, (first.stride(0), first.stride(2), first.stride(1))
         pages, page_size = 0, 1
@@ -53,7 +55,9 @@ def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: T
         (_, page_size, heads, width), strides = first.shape, first.stride()[:3]
         pages = page_table.shape[1]
         tokens = pages * page_size
-    compact_kv_kernel[(len(caches), nodes.shape[0], heads)](
-        addresses, like, nodes, start, page_table, nodes.shape[1], tokens, pages, page_size, width, *strides,
-        BLOCK=triton.next_power_of_2(width), num_warps=1,
-    )  # fmt: skip
+    for begin in range(0, len(caches), _A_LAUNCH):
+        some = tuple(cache.view(_AS[first.element_size()]) for cache in caches[begin : begin + _A_LAUNCH])
+        compact_kv_kernel[(len(some), nodes.shape[0], heads)](
+            some, nodes, start, page_table, nodes.shape[1], tokens, pages, page_size, width, *strides,
+            BLOCK=triton.next_power_of_2(width), num_warps=1,
+        )  # fmt: skip

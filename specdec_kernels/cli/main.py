@@ -40,6 +40,15 @@ class RuleKind(StrEnum):
     coupled = "coupled"
 
 
+class Subject(StrEnum):
+    """What is timed."""
+
+    kernels = "kernels"
+    trees = "trees"
+    text = "text"
+    adaptive = "adaptive"
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")] = "",
@@ -109,29 +118,38 @@ class Device(StrEnum):
 
 @app.command()
 def bench(
+    subject: Annotated[
+        Subject,
+        typer.Argument(
+            help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. trees: their "
+            "kernels, and text. text: decoding by number of drafts and rule. adaptive: number of drafts, on equal texts."
+        ),
+    ] = Subject.kernels,
     out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
-    device: Annotated[Device, typer.Option(help="cuda: time verification on the GPU.")] = Device.cpu,
-    quick: Annotated[bool, typer.Option("--quick", help="One vocabulary; on the CPU no files.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Time the decoding of text instead.")] = False,
-    trees: Annotated[bool, typer.Option("--trees", help="Time trees instead: kernels, and text.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="With --text: texts a prompt at a temperature.")] = 3,
+    device: Annotated[Device, typer.Option(help="cuda: time the kernels on the GPU.")] = Device.cpu,
+    quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary; on the CPU no files.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive: texts a prompt at a temperature.")] = 3,
 ) -> None:
-    """Time verification against PyTorch, transformers and reading the same rows; or trees; or decoding."""
+    """Time this library beside what it replaces, in one run."""
     if device == Device.cuda:
         from specdec_kernels.bench.gpu import main as on_gpu
 
         try:
-            if text or trees:
-                raise ValueError("device must be cpu with --text or --trees: they are timed there")
+            if subject != Subject.kernels:
+                raise ValueError(f"device must be cpu for {subject.value!r}: it is timed there, got 'cuda'")
             on_gpu(out, quick, console)
         except (ValueError, RuntimeError) as error:
             console.print(f"[red]error:[/red] {error}", highlight=False)
             raise typer.Exit(2) from None
-    elif text:
+    elif subject == Subject.text:
         from specdec_kernels.bench.text import main as decode
 
         decode(out, seeds, console)
-    elif trees:
+    elif subject == Subject.adaptive:
+        from specdec_kernels.bench.adaptive import main as adapt
+
+        adapt(out, seeds, console)
+    elif subject == Subject.trees:
         from specdec_kernels.bench.trees import main as grow
 
         grow(out, console)

@@ -129,7 +129,9 @@ def load_drafter(
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
     elif ours:
-        model = FeatureDrafter(FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype), target, drafting)
+        eight_bits = target.dtype == torch.bfloat16 and target.device.type == "cpu"
+        features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
+        model = FeatureDrafter(features, target, drafting, eight_bits)
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
     if kind in ("tree", "static-tree"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
+from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, in_eight_bits
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.protocols import Step
 
@@ -21,13 +23,22 @@ class FeatureDrafter(AutoregressiveDrafter):
         model: trained for exactly this target.
         target: the target's transformers model.
         drafting: when to stop, how boldly to draw.
+        eight_bits: draft with weights of eight bits, which takes half the time; bfloat16 on a CPU only.
+
+    Raises:
+        ValueError: ``eight_bits`` of a model that cannot have them.
     """
 
-    def __init__(self, model: FeatureModel, target: Any, drafting: Drafting = Drafting()) -> None:
+    def __init__(
+        self, model: FeatureModel, target: Any, drafting: Drafting = Drafting(), eight_bits: bool = False
+    ) -> None:
         super().__init__(model.config, target.device, target.config.vocab_size, drafting)
         self.model, self.feature_layers = model, model.layers
         self._embed = target.get_input_embeddings()
-        self._head = target.get_output_embeddings().weight.detach()[model.shortlist]
+        head = target.get_output_embeddings().weight.detach()[model.shortlist]
+        self._head: Callable[[Tensor], Tensor] = partial(functional.linear, weight=head)
+        if eight_bits:
+            self.model, self._head = in_eight_bits(model), EightBitLinear(head)
 
     def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         # The feature at each token is read together with the token after it.
@@ -51,7 +62,7 @@ class FeatureDrafter(AutoregressiveDrafter):
         assert features is not None, "every node has a parent that was read"
         inputs = self.model.inputs(self._embed(tokens), features)
         outputs = self._cache.run_tree(self.model, ancestors, torch.full_like(tokens, depth), inputs_embeds=inputs)
-        return functional.linear(outputs, self._head), outputs
+        return self._head(outputs), outputs
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
         if features is None:
@@ -59,4 +70,4 @@ class FeatureDrafter(AutoregressiveDrafter):
         inputs = self.model.inputs(self._embed(tokens), features)
         outputs = self._cache.run(self.model, counts, tokens.shape[1], inputs_embeds=inputs)
         last = outputs[torch.arange(len(counts)), counts - 1]
-        return functional.linear(last, self._head), last
+        return self._head(last), last

@@ -26,30 +26,31 @@ class FeatureModel(nn.Module):
     Args:
         config: the target's transformers config; the layer takes its sizes.
         shortlist: int64 [S], the ids that can be drafted, ascending.
-        layers: of the target whose outputs are read, -1 the last.
-        mlp: width of the gated MLP; the target's if None.
+        middle: layers of the target whose outputs are read beside the last one's.
     """
 
     shortlist: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Any, shortlist: Tensor, layers: Sequence[int] = (-1,), mlp: int | None = None) -> None:
+    def __init__(self, config: Any, shortlist: Tensor, middle: Sequence[int] = ()) -> None:
         super().__init__()
-        self.layers = tuple(layers)
+        self.layers = (*middle, -1)
         self.config = copy.deepcopy(config)
         self.config.num_hidden_layers = 1  # what its cache is made for
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head
-        self.reduce = nn.Linear(len(self.layers) * width, width, bias=False) if len(self.layers) > 1 else nn.Identity()
+        self.eps = config.rms_norm_eps
+        if middle:
+            self.middle_norm = nn.Parameter(torch.ones(len(middle), width))
+            self.middle = nn.Linear(len(middle) * width, width, bias=False)
         self.fuse = nn.Linear(2 * width, width, bias=False)
         self.attention_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * head, bias=False)
         self.output = nn.Linear(self.heads * head, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, config.rms_norm_eps)
-        mlp = config.intermediate_size if mlp is None else mlp
-        self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
-        self.down = nn.Linear(mlp, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
         self.norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.register_buffer("shortlist", shortlist)
         inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2).float() / head)
@@ -60,8 +61,11 @@ class FeatureModel(nn.Module):
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """What the layer reads: [..., H] from the next tokens' embeddings and the features before them, the target's
         [..., layers * H] or this drafter's own [..., H]."""
-        if features.shape[-1] != embeddings.shape[-1]:
-            features = self.reduce(features)
+        width = embeddings.shape[-1]
+        if features.shape[-1] != width:
+            middle, features = features[..., :-width].unflatten(-1, (-1, width)), features[..., -width:]
+            normed = functional.rms_norm(middle, (width,), eps=self.eps) * self.middle_norm
+            features = features + self.middle(normed.flatten(-2))
         fused: Tensor = self.fuse(torch.cat([embeddings, features], -1))
         return fused
 
@@ -109,17 +113,16 @@ class FeatureModel(nn.Module):
         return self.finish(inputs_embeds, attended.reshape(batch, self.heads, rows, self.head_dim))
 
     def save(self, path: Path) -> None:
-        """Write the weights in bfloat16, the short list and the layers in int32."""
+        """Write the weights in bfloat16, the short list and the middle layers in int32."""
         state = {name: tensor.to(torch.bfloat16) for name, tensor in self.state_dict().items() if name != "shortlist"}
-        lists = {"shortlist": self.shortlist.to(torch.int32), "layers": torch.tensor(self.layers, dtype=torch.int32)}
-        save_file({**state, **lists}, path)
+        lists = {"shortlist": self.shortlist, "middle": torch.tensor(self.layers[:-1])}
+        save_file({**state, **{name: ids.to(torch.int32) for name, ids in lists.items()}}, path)
 
     @classmethod
     def load(cls, path: Path, config: Any, dtype: torch.dtype) -> FeatureModel:
         """Read what :meth:`save` wrote."""
         state = load_file(path)
         shortlist = state.pop("shortlist").long()
-        layers = state.pop("layers", torch.tensor([-1])).tolist()
-        model = cls(config, shortlist, layers, state["down.weight"].shape[1])
+        model = cls(config, shortlist, state.pop("middle", torch.empty(0)).tolist())
         model.load_state_dict({**state, "shortlist": shortlist})
         return model.to(dtype).eval()
