@@ -52,9 +52,9 @@ def target_model():
     return tiny(1, layers=2)
 
 
-def feature_drafter(model):
+def feature_drafter(model, middle=()):
     torch.manual_seed(5)
-    return FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2, 3, 5, 8])).eval(), model)
+    return FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2, 3, 5, 8]), middle).eval(), model)
 
 
 def medusa_drafter(model, shortlist=(0, 2, 3, 5, 8)):
@@ -70,6 +70,7 @@ def drafters(model):
         "small vocabulary": ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
         "self": ModelDrafter(model),
         "feature": feature_drafter(model),
+        "feature of two layers": feature_drafter(model, (1,)),
         "lookup": LookupDrafter(1),
         "rule": RuleDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
         "first of": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2))),

@@ -121,8 +121,9 @@ def bench(
     subject: Annotated[
         Subject,
         typer.Argument(
-            help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. trees: their "
-            "kernels, and text. text: decoding by number of drafts and rule. adaptive: number of drafts, on equal texts."
+            help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. "
+            "trees: their kernels, and text. text: decoding by number of drafts and rule. "
+            "adaptive: the choice of the number of drafts, on equal texts."
         ),
     ] = Subject.kernels,
     out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
