@@ -1,8 +1,7 @@
 """Time the choice of the number of drafts against fixed numbers of them, on the same texts.
 
-Greedy, and at a temperature by the rule ``coupled``: there a text does not depend on what is drafted, so that tokens a
-step and seconds compare like with like. In float32: in bfloat16 passes over different numbers of rows round so
-differently that texts part after some tens of tokens.
+Greedy, and at a temperature by the rule ``coupled``: there a text depends on the logits alone, not on what is drafted,
+and the logits are those of the first time the text was decoded. So tokens a second compare like with like.
 """
 
 from __future__ import annotations
@@ -10,16 +9,19 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from specdec_kernels.bench.machine import machine
 from specdec_kernels.cli.generate import Session, Settings
 from specdec_kernels.cli.prompts import PROMPTS
-from specdec_kernels.decode import Statistics
+from specdec_kernels.decode import Scores, Statistics, TransformersTarget
 from specdec_kernels.ops import RuleName
 
 TOKENS = 96
@@ -28,43 +30,70 @@ LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, None)
 RULES: dict[float, RuleName] = {0.0: "token", 0.8: "coupled"}
 
 
+class Replayed(TransformersTarget):
+    """A target that scores as ever, which takes the time it takes, and gives the logits that it gave the first time.
+
+    Passes over different numbers of rows round differently; texts would part, and with them what there is to accept.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._table: list[Tensor] = []
+        self._recorded = False
+
+    def begin(self, *arguments: Any) -> Tensor | None:
+        """From the start of the text."""
+        self._at, self._recorded = 0, bool(self._table)
+        return super().begin(*arguments)
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor, counts: Tensor) -> Scores:
+        """Of rows behind a wrong draft nothing is asked; the others are those of the text."""
+        scores = super().score(tokens, counts)
+        if self._recorded:
+            for row, logits in enumerate(self._table[self._at : self._at + tokens.shape[1]]):
+                scores.logits[0, row] = logits
+        else:
+            self._table.append(scores.logits[0, -1].clone())
+        return scores
+
+    def keep(self, rows: Tensor) -> None:
+        """Follow the text."""
+        self._at += int(rows)
+        super().keep(rows)
+
+
 def main(out: Path, seeds: int, console: Console) -> None:
     """Decode every prompt with every number of drafts, in turn, so that a slow minute of the machine hits them all."""
     sessions = {adaptive: Session(_settings("token", None if adaptive else 0), console) for adaptive in (True, False)}
-    ways = list(product(RULES, PROMPTS, LENGTHS))
-    results = {way: Statistics() for way in ways}
-    parted: list[dict[str, Any]] = []
+    results = {way: Statistics() for way in product(RULES, PROMPTS, LENGTHS)}
     work = [
         (temperature, kind, prompt, seed)
-        for seed, (temperature, rule), (kind, prompts) in product(range(seeds), RULES.items(), PROMPTS.items())
+        for seed, temperature, (kind, prompts) in product(range(seeds), RULES, PROMPTS.items())
         for prompt in prompts
         if seed == 0 or temperature > 0  # else nothing would change
     ]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("decoding", total=len(work) * len(LENGTHS))
+        task = progress.add_task("decoding", total=len(work) * (1 + len(LENGTHS)))
         for temperature, kind, prompt, seed in work:
-            texts: dict[int | None, list[int]] = {}
-            for length in LENGTHS:
-                progress.update(task, description=f"T={temperature:g} {kind} {_name(length)}", advance=1)
+            target, text = Replayed(sessions[True].model), None
+            for length in (0, *LENGTHS):  # the first time to know the text, and to warm up
                 session = sessions[length is None]
                 session.settings = _settings(RULES[temperature], length)
-                statistics = results[temperature, kind, length]
-                decoded = session.decode(prompt, temperature, length != 0, statistics, seed)
-                texts[length] = [token.token for token in decoded]
-                same = next((i for i, (a, b) in enumerate(zip(texts[length], texts[0], strict=False)) if a != b), None)
-                if same is not None:
-                    parted.append({"temperature": temperature, "prompt": prompt, "drafts": _name(length), "at": same})
+                statistics = Statistics() if text is None else results[temperature, kind, length]
+                tokens = list(session.decode(prompt, temperature, length != 0, statistics, seed, target))
+                if text not in (None, [token.token for token in tokens]):
+                    raise RuntimeError(f"{_name(length)} drafts changed the text of {prompt!r}")
+                text = [token.token for token in tokens]
+                progress.update(task, description=f"T={temperature:g} {kind} {_name(length)}", advance=1)
     console.print(_table(results))
-    console.print(f"texts that part from plain decoding's: {len(parted)} of {len(work) * (len(LENGTHS) - 1)}")
     out.mkdir(parents=True, exist_ok=True)
     rows = [
         {"temperature": temperature, "kind": kind, "drafts": _name(length), "tokens_per_second": s.tokens_per_second,
          "tokens_per_step": s.tokens_per_step}
         for (temperature, kind, length), s in results.items()
     ]  # fmt: skip
-    (out / "adaptive.json").write_text(
-        json.dumps({"machine": machine(), "results": rows, "parted": parted}, indent=1) + "\n"
-    )
+    (out / "adaptive.json").write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
     console.print(f"wrote {out / 'adaptive.json'}")
 
 
@@ -73,20 +102,20 @@ def _name(length: int | None) -> str:
 
 
 def _settings(rule: RuleName, num_draft: int | None) -> Settings:
-    return Settings("smollm2", None, "auto", num_draft, TOKENS, 0, None, "float32", rule)
+    return Settings("smollm2", None, "auto", num_draft, TOKENS, 0, None, "bfloat16", rule)
 
 
 def _table(results: dict[tuple[float, str, int | None], Statistics]) -> Table:
     """Tokens a second relative to plain decoding, and adaptive beside the best fixed number."""
-    table = Table("T", "kind", "plain tokens/s", *map(_name, LENGTHS[1:]), "adaptive / best")
-    for temperature, kind in product(RULES, PROMPTS):
-        rates = {length: results[temperature, kind, length].tokens_per_second for length in LENGTHS}
-        best = max(rate for length, rate in rates.items() if length)
-        table.add_row(
-            f"{temperature:g}",
-            kind,
-            f"{rates[0]:.1f}",
-            *(f"{rates[length] / rates[0]:.2f}" for length in LENGTHS[1:]),
-            f"{rates[None] / best:.2f}",
-        )
+    table = Table("T", "kind", "plain/s", *map(_name, LENGTHS[1:]), "to best")
+    for temperature in RULES:
+        speed_ups = []
+        for kind in PROMPTS:
+            rates = {length: results[temperature, kind, length].tokens_per_second for length in LENGTHS}
+            speed_ups.append([rates[length] / rates[0] for length in LENGTHS[1:]])
+            cells = [f"{x:.2f}" for x in (*speed_ups[-1], speed_ups[-1][-1] / max(speed_ups[-1][:-1]))]
+            table.add_row(f"{temperature:g}", kind, f"{rates[0]:.1f}", *cells)
+        means = [mean(column) for column in zip(*speed_ups, strict=True)]
+        cells = [f"{x:.2f}" for x in (*means, means[-1] / max(means[:-1]))]
+        table.add_row(f"{temperature:g}", "mean", "", *cells, end_section=True)
     return table

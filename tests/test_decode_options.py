@@ -10,7 +10,7 @@ from test_decode import NAMES, PROMPTS, VOCAB, drafters, tiny
 
 from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, RuleDrafter
-from specdec_kernels.decode.drafters.adaptive import Acceptance, LinearCost
+from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, LinearCost
 from specdec_kernels.decode.protocols import Step
 
 
@@ -140,6 +140,36 @@ def test_costs_are_a_line_through_the_measurements():
     assert cost.at(3) < 0.036
 
 
+def test_a_bent_cost_learns_what_is_no_line():
+    """As measured in float32 on two cores; a place where nothing was measured is on the line."""
+    seconds = {1: 0.070, 2: 0.115, 3: 0.145, 5: 0.105, 7: 0.110}
+    cost, line = BentCost(slope=0.02, origin=1.0), LinearCost(slope=0.02, origin=1.0)
+    for i in range(200):
+        rows = list(seconds)[i % 5]
+        for each in (cost, line):
+            each.add(rows, seconds[rows])
+    assert {rows: cost.at(rows) for rows in seconds} == pytest.approx(seconds, rel=0.1)
+    assert line.at(1) > 0.08  # the control
+    assert cost.at(4) == pytest.approx(line.at(4))
+    for _ in range(200):  # the machine is twice as slow, and only two places are seen to be
+        cost.add(5, 2 * seconds[5])
+        cost.add(7, 2 * seconds[7])
+    assert cost.at(1) == pytest.approx(2 * seconds[1], rel=0.25)
+
+
+def test_steps_without_drafts_are_timed_now_and_then():
+    """Else nothing tells whether drafting pays."""
+    drafter = AdaptiveDrafter(RuleDrafter(lambda text, count: [1] * count))
+    drafter.begin([[1]], None)
+    asked = []
+    for position in range(140):
+        step = Step(torch.tensor([4]), torch.tensor([1]), torch.tensor([position]), torch.tensor([1.0]))
+        asked.append(drafter.propose(step).tokens.shape[1])
+        drafter.costs._since -= 1.0  # every pass takes a second, so drafts that are all right pay
+        drafter.commit([[1] * (asked[-1] + 1)], None)
+    assert [i for i, count in enumerate(asked) if count == 0] == [0, 65, 130]
+
+
 def test_gains_follow_what_was_accepted():
     acceptance = Acceptance()
     hopes = acceptance.gains(3)
@@ -161,6 +191,7 @@ def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001)):
         for count in (1, 2, 4):
             drafter.drafting.add(count, drafting[0] + drafting[1] * (count - 1))
             drafter.costs.step.add(count, scoring[0] + scoring[1] * (count - 1))
+    drafter.costs._steps = 0
     return drafter
 
 

@@ -16,7 +16,7 @@ from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.contract import Level, Purpose, counter_tag
-from specdec_kernels.decode import Statistics, Token, TransformersTarget, stream
+from specdec_kernels.decode import Statistics, Target, Token, TransformersTarget, stream
 from specdec_kernels.ops import RuleName, noise_words
 
 #: Drafts a step at most where their number is chosen step by step, and of a tree.
@@ -77,11 +77,17 @@ class Session:
         return TREE_DRAFTS if self.settings.drafter in ("tree", "static-tree", "medusa") else MOST_DRAFTS
 
     def decode(
-        self, prompt: str, temperature: float, drafted: bool, statistics: Statistics, seed: int | None = None
+        self,
+        prompt: str,
+        temperature: float,
+        drafted: bool,
+        statistics: Statistics,
+        seed: int | None = None,
+        target: Target | None = None,
     ) -> Iterator[Token]:
-        """The tokens of the answer."""
+        """The tokens of the answer, by the session's model unless there is another ``target``."""
         return stream(
-            TransformersTarget(self.model, self.settings.fixed_rows),
+            target or TransformersTarget(self.model, self.settings.fixed_rows),
             [self.encode(prompt)],
             drafter=self.drafter if drafted else None,
             num_draft=self._most_drafts(),
