@@ -1,4 +1,4 @@
-"""Time the decoding of text on SmolLM2: fixed and adaptive numbers of drafts, and the rules, in one run."""
+"""Time the decoding of text on SmolLM2: what the command line does by default, and the rules, in one run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from specdec_kernels.decode import Statistics
 from specdec_kernels.ops import RuleName
 
 TOKENS = 96
-#: Drafts a step at most; None chooses step by step.
-LENGTHS: tuple[int | None, ...] = (1, 2, 4, 6, None)
-#: Of the comparison of rules.
+#: Drafts a step at most, of the comparison of rules.
 RULES_LENGTH = 4
 
 
@@ -45,7 +43,7 @@ class Way:
 def ways() -> Iterator[Way]:
     """Plain decoding first: the others are compared with it."""
     for temperature in (0.0, 0.8):
-        for num_draft in (0, *LENGTHS):
+        for num_draft in (0, RULES_LENGTH, None):
             yield Way(temperature, "token", num_draft)
     yield Way(0.8, "block", RULES_LENGTH)
     yield Way(0.8, "coupled", RULES_LENGTH)

@@ -122,7 +122,7 @@ def bench(
         Subject,
         typer.Argument(
             help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. "
-            "trees: their kernels, and text. text: decoding by number of drafts and rule. "
+            "trees: their kernels, and text. text: decoding, by rule. "
             "adaptive: the choice of the number of drafts, on equal texts."
         ),
     ] = Subject.kernels,
