@@ -18,8 +18,8 @@ class EightBitLinear(nn.Module):
 
     Products with more rows compute for longer than they read; they take the weight as it was.
 
-    Equivalent to ``functional.linear(x, layer.eight_bits * layer.scale[:, None])`` for few rows, by PyTorch's kernel for
-    weights of int8, ``torch._weight_int8pack_mm``.
+    Equivalent to ``functional.linear(x, layer.eight_bits * layer.scale[:, None])`` for few rows, by PyTorch's own
+    kernel for weights of int8, ``torch._weight_int8pack_mm``.
 
     Args:
         weight: bfloat16 [outputs, inputs] on a CPU, both multiples of :data:`BLOCK`.
