@@ -7,6 +7,7 @@ and the logits are those of the first time the text was decoded. So tokens a sec
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -18,13 +19,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from specdec_kernels.bench.decoding import Decoder, name_of
 from specdec_kernels.bench.machine import machine
-from specdec_kernels.cli.generate import Session, Settings
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Scores, Statistics, TransformersTarget
 from specdec_kernels.ops import RuleName
 
-TOKENS = 96
 #: Drafts a step at most; 0 is plain decoding, None chooses step by step.
 LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, None)
 RULES: dict[float, RuleName] = {0.0: "token", 0.8: "coupled"}
@@ -38,23 +38,21 @@ class Replayed(TransformersTarget):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._table: list[Tensor] = []
-        self._recorded = False
+        self._table: list[Tensor] = []  # of the text as far as it is known
 
     def begin(self, *arguments: Any) -> Tensor | None:
         """From the start of the text."""
-        self._at, self._recorded = 0, bool(self._table)
+        self._at = 0
         return super().begin(*arguments)
 
     @torch.inference_mode()
     def score(self, tokens: Tensor, counts: Tensor) -> Scores:
         """Of rows behind a wrong draft nothing is asked; the others are those of the text."""
         scores = super().score(tokens, counts)
-        if self._recorded:
-            for row, logits in enumerate(self._table[self._at : self._at + tokens.shape[1]]):
-                scores.logits[0, row] = logits
-        else:
+        if self._at == len(self._table):  # the first time, without drafts
             self._table.append(scores.logits[0, -1].clone())
+        for row, logits in enumerate(self._table[self._at : self._at + tokens.shape[1]]):
+            scores.logits[0, row] = logits
         return scores
 
     def keep(self, rows: Tensor) -> None:
@@ -65,7 +63,7 @@ class Replayed(TransformersTarget):
 
 def main(out: Path, seeds: int, console: Console) -> None:
     """Decode every prompt with every number of drafts, in turn, so that a slow minute of the machine hits them all."""
-    sessions = {adaptive: Session(_settings("token", None if adaptive else 0), console) for adaptive in (True, False)}
+    decoder = Decoder(console)
     results = {way: Statistics() for way in product(RULES, PROMPTS, LENGTHS)}
     # Greedy texts are the same with any seed; their times are not.
     work = [
@@ -74,22 +72,19 @@ def main(out: Path, seeds: int, console: Console) -> None:
         for prompt in prompts
     ]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("decoding", total=len(work) * (1 + len(LENGTHS)))
+        task = progress.add_task("decoding", total=len(work) * len(LENGTHS))
         for temperature, kind, prompt, seed in work:
-            target, text = Replayed(sessions[True].model), None
-            for length in (0, *LENGTHS):  # the first time to know the text, and to warm up
-                session = sessions[length is None]
-                session.settings = _settings(RULES[temperature], length)
-                statistics = Statistics() if text is None else results[temperature, kind, length]
-                tokens = list(session.decode(prompt, temperature, length != 0, statistics, seed, target))
-                if text not in (None, [token.token for token in tokens]):
-                    raise RuntimeError(f"{_name(length)} drafts changed the text of {prompt!r}")
-                text = [token.token for token in tokens]
-                progress.update(task, description=f"T={temperature:g} {kind} {_name(length)}", advance=1)
+            target = Replayed(decoder.model)
+            decode = partial(decoder.decode, prompt, temperature, RULES[temperature], seed=seed, target=target)
+            text = decode(num_draft=0, statistics=Statistics())  # to know it, and to warm up
+            for length in LENGTHS:
+                progress.update(task, description=f"T={temperature:g} {kind} {name_of(length)}", advance=1)
+                if decode(num_draft=length, statistics=results[temperature, kind, length]) != text:
+                    raise RuntimeError(f"{name_of(length)} drafts changed the text of {prompt!r}")
     console.print(_table(results))
     out.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"temperature": temperature, "kind": kind, "drafts": _name(length), "tokens_per_second": s.tokens_per_second,
+        {"temperature": temperature, "kind": kind, "drafts": name_of(length), "tokens_per_second": s.tokens_per_second,
          "tokens_per_step": s.tokens_per_step}
         for (temperature, kind, length), s in results.items()
     ]  # fmt: skip
@@ -97,17 +92,9 @@ def main(out: Path, seeds: int, console: Console) -> None:
     console.print(f"wrote {out / 'adaptive.json'}")
 
 
-def _name(length: int | None) -> str:
-    return "adaptive" if length is None else f"K={length}" if length else "plain"
-
-
-def _settings(rule: RuleName, num_draft: int | None) -> Settings:
-    return Settings("smollm2", None, "auto", num_draft, TOKENS, 0, None, "bfloat16", rule)
-
-
 def _table(results: dict[tuple[float, str, int | None], Statistics]) -> Table:
     """Tokens a second relative to plain decoding, and adaptive beside the best fixed number."""
-    table = Table("T", "kind", "plain/s", *map(_name, LENGTHS[1:]), "to best")
+    table = Table("T", "kind", "plain/s", *map(name_of, LENGTHS[1:]), "to best")
     for temperature in RULES:
         speed_ups = []
         for kind in PROMPTS:

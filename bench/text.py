@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from specdec_kernels.bench.decoding import Decoder, name_of
 from specdec_kernels.bench.machine import machine
-from specdec_kernels.cli.generate import Session, Settings
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics
 from specdec_kernels.ops import RuleName
 
-TOKENS = 96
 #: Drafts a step at most, of the comparison of rules.
 RULES_LENGTH = 4
 
@@ -36,8 +35,7 @@ class Way:
     @property
     def name(self) -> str:
         """A line of the table."""
-        length = "adaptive" if self.num_draft is None else f"K={self.num_draft}" if self.num_draft else "plain"
-        return f"T={self.temperature:g} {self.rule} {length}"
+        return f"T={self.temperature:g} {self.rule} {name_of(self.num_draft)}"
 
 
 def ways() -> Iterator[Way]:
@@ -51,8 +49,7 @@ def ways() -> Iterator[Way]:
 
 def main(out: Path, seeds: int, console: Console) -> None:
     """Decode every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
-    chosen = list(ways())
-    sessions = {adaptive: Session(_settings("token", None if adaptive else 0), console) for adaptive in (True, False)}
+    chosen, decoder = list(ways()), Decoder(console)
     results = {(way, kind): Statistics() for way in chosen for kind in PROMPTS}
     work = [(kind, prompt, seed) for seed in range(seeds) for kind, prompts in PROMPTS.items() for prompt in prompts]
     with Progress(console=console, transient=True) as progress:
@@ -61,21 +58,15 @@ def main(out: Path, seeds: int, console: Console) -> None:
             progress.update(task, description=way.name, advance=1)
             if way.temperature == 0 and seed:
                 continue  # nothing would change
-            session = sessions[way.num_draft is None]
-            session.settings = _settings(way.rule, way.num_draft)
-            drafted = way.num_draft != 0
-            if (kind, prompt, seed) == work[0]:  # warm up
-                list(session.decode(prompt, way.temperature, drafted, Statistics(), seed))
-            list(session.decode(prompt, way.temperature, drafted, results[way, kind], seed))
+            arguments = prompt, way.temperature, way.rule, way.num_draft, seed
+            if (kind, prompt, seed) == work[0]:
+                decoder.decode(*arguments, Statistics())  # warm up
+            decoder.decode(*arguments, results[way, kind])
     console.print(_table(chosen, results))
     out.mkdir(parents=True, exist_ok=True)
     rows = [{**asdict(way), "kind": kind, **asdict(statistics)} for (way, kind), statistics in results.items()]
     (out / "text.json").write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
     console.print(f"wrote {out / 'text.json'}")
-
-
-def _settings(rule: RuleName, num_draft: int | None) -> Settings:
-    return Settings("smollm2", None, "auto", num_draft, TOKENS, 0, None, "bfloat16", rule)
 
 
 def _table(chosen: list[Way], results: dict[tuple[Way, str], Statistics]) -> Table:

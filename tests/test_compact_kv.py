@@ -52,6 +52,15 @@ def test_dense(compact, nodes, dtype):
     assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
 
 
+def test_more_caches_than_one_launch_takes(compact):
+    """Triton takes 64 of them at once."""
+    path, start = torch.tensor([[0, 2, -1]]), torch.tensor([1])
+    caches = [torch.arange(5.0).reshape(1, 1, 5, 1) + 10 * index for index in range(130)]
+    want = [expected(cache, path, [1]) for cache in caches]
+    compact(caches, path, start)
+    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+
+
 @pytest.mark.parametrize("nodes", [torch.tensor([[0, 3, 5, -1, -1, -1]]), torch.tensor([[0, 1, 2, 3, 4, 5]])])
 def test_pages_of_64_and_a_path_over_their_edge(compact, nodes):
     """Case 31: page 64, accept [0, 3, 5], overlapping source and destination."""

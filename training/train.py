@@ -159,8 +159,8 @@ def widened(narrow: FeatureModel, middle: Sequence[int], sample: Tensor) -> Feat
     model = FeatureModel(narrow.config, narrow.shortlist, middle)
     model.load_state_dict(narrow.state_dict(), strict=False)
     states = read_by(model, sample).unflatten(-1, (len(model.layers), -1))[:, :-1].float()
-    rms = states.square().mean(-1, keepdim=True).sqrt()
-    model.middle_norm.copy_((states / rms).square().mean(0).rsqrt())
+    normed = torch.nn.functional.rms_norm(states, states.shape[-1:])
+    model.middle_norm.copy_(normed.square().mean(0).rsqrt())
     model.middle.weight.zero_()
     return model
 

@@ -131,7 +131,7 @@ def _attention_and_kv() -> Iterator[Variant]:
     types = {**partial, **sizes, **dict.fromkeys(("o_batch", "o_head", "o_node"), "i64"), "out_ptr": "*bf16"}
     yield Variant("tree_attention combine", attention.combine_kernel, types, shape, {"num_warps": 1})
     types = {
-        "caches": ("*i16",) * 60, **dict.fromkeys(("path_ptr", "start_ptr", "page_table_ptr"), "*i64"),
+        "caches": ("*i16",) * kv.CACHES_A_LAUNCH, **dict.fromkeys(("path_ptr", "start_ptr", "page_table_ptr"), "*i64"),
         **dict.fromkeys(("nodes", "tokens", "pages", "page_size", "width"), "i32"),
         **dict.fromkeys(("outer_stride", "token_stride", "head_stride"), "i64"),
     }  # fmt: skip

@@ -43,11 +43,12 @@ def compact_kv_kernel(
 #: Elements are moved as what they are wide, whatever they are.
 _AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Caches a launch: they are arguments of it, which are copied with it, so that a graph can hold it.
-_A_LAUNCH = 64
+CACHES_A_LAUNCH = 64
 
 
 def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: Tensor | None) -> None:
     first = caches[0]
+    element = _AS[first.element_size()]
     if page_table is None:
         (_, heads, tokens, width), strides = first.shape, (first.stride(0), first.stride(2), first.stride(1))
         pages, page_size = 0, 1
@@ -55,8 +56,8 @@ def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: T
         (_, page_size, heads, width), strides = first.shape, first.stride()[:3]
         pages = page_table.shape[1]
         tokens = pages * page_size
-    for begin in range(0, len(caches), _A_LAUNCH):
-        some = tuple(cache.view(_AS[first.element_size()]) for cache in caches[begin : begin + _A_LAUNCH])
+    for begin in range(0, len(caches), CACHES_A_LAUNCH):
+        some = tuple(cache.view(element) for cache in caches[begin : begin + CACHES_A_LAUNCH])
         compact_kv_kernel[(len(some), nodes.shape[0], heads)](
             some, nodes, start, page_table, nodes.shape[1], tokens, pages, page_size, width, *strides,
             BLOCK=triton.next_power_of_2(width), num_warps=1,

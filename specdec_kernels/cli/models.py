@@ -27,6 +27,7 @@ from specdec_kernels.decode.drafters import (
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
+from specdec_kernels.decode.drafters.eight_bits import EightBitLinear
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -129,7 +130,7 @@ def load_drafter(
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
     elif ours:
-        eight_bits = target.dtype == torch.bfloat16 and target.device.type == "cpu"
+        eight_bits = EightBitLinear.takes(target.get_output_embeddings().weight)
         features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
         model = FeatureDrafter(features, target, drafting, eight_bits)
     else:

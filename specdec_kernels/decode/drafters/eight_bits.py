@@ -35,7 +35,7 @@ class EightBitLinear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or any(n % self.BLOCK for n in weight.shape):
+        if not self.takes(weight):
             raise ValueError(
                 f"weight must be bfloat16 on the CPU with sizes that are multiples of {self.BLOCK}, "
                 f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
@@ -44,7 +44,13 @@ class EightBitLinear(nn.Module):
         wide = self.weight.float()
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / torch.iinfo(torch.int8).max
         self.scale = scale.to(torch.bfloat16)
-        self.eight_bits = (wide / self.scale[:, None].float()).round().clamp(-128, 127).to(torch.int8)
+        self.eight_bits = (wide / self.scale[:, None]).round().clamp(-128, 127).to(torch.int8)
+
+    @classmethod
+    def takes(cls, weight: Tensor) -> bool:
+        """Whether it is a weight that the kernel can read."""
+        whole = not any(size % cls.BLOCK for size in weight.shape)
+        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and whole
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., outputs] of bfloat16 [..., inputs]."""
@@ -52,7 +58,7 @@ class EightBitLinear(nn.Module):
         if len(rows) > self.FEW:
             return functional.linear(x, self.weight)
         product: Tensor = torch._weight_int8pack_mm(rows, self.eight_bits, self.scale)
-        return product.unflatten(0, x.shape[:-1]) if x.dim() != 2 else product
+        return product.view(*x.shape[:-1], len(self.weight))
 
 
 def in_eight_bits(model: Model) -> Model:

@@ -40,7 +40,6 @@ class FeatureModel(nn.Module):
         self.config.num_hidden_layers = 1  # what its cache is made for
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head
-        self.eps = config.rms_norm_eps
         if middle:
             self.middle_norm = nn.Parameter(torch.ones(len(middle), width))
             self.middle = nn.Linear(len(middle) * width, width, bias=False)
@@ -64,7 +63,7 @@ class FeatureModel(nn.Module):
         width = embeddings.shape[-1]
         if features.shape[-1] != width:
             middle, features = features[..., :-width].unflatten(-1, (-1, width)), features[..., -width:]
-            normed = functional.rms_norm(middle, (width,), eps=self.eps) * self.middle_norm
+            normed = functional.rms_norm(middle, (width,), eps=self.config.rms_norm_eps) * self.middle_norm
             features = features + self.middle(normed.flatten(-2))
         fused: Tensor = self.fuse(torch.cat([embeddings, features], -1))
         return fused
