@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from specdec_kernels.decode.drafters import (
     ModelDrafter,
     RuleDrafter,
     TreeDrafter,
+    adaptive,  # its clock
 )
 
 VOCAB = 11
@@ -151,16 +154,21 @@ def exact_law(model, prompt, temperature, length):
     [
         *(("model", rule) for rule in ("token", "block", "coupled")),
         *((kind, "token") for kind in ("confident", "lookup", "feature", "adaptive")),
+        *((kind, "block") for kind in ("confident", "adaptive")),
         ("feature", "coupled"),
         *(("tree", rule) for rule in ("token", "block", "coupled")),
         ("medusa", "token"),
     ],
 )
-def test_joint_law_over_three_steps(kind, rule):
+def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be
     the token rule): the joint law of the text is the target's."""
     model = tiny(7, vocab=3, sharp=2.0)
     small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
+    # What drafts and steps take is all the same to the law; here it lets the adaptive drafter change its mind.
+    spans = random.Random(0)
+    ticks = accumulate(iter(lambda: 10 ** spans.uniform(-2, 1), None))
+    monkeypatch.setattr(adaptive, "time", SimpleNamespace(perf_counter=ticks.__next__))
     drafter = {
         "model": lambda: ModelDrafter(small),
         "confident": lambda: ModelDrafter(small, drafting=drafting),

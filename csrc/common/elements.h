@@ -16,6 +16,7 @@ struct Half {
 };
 
 static inline float to_float(float x) { return x; }
+static inline float to_float(int8_t x) { return float(x); }
 static inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 static inline float to_float(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;

@@ -21,6 +21,13 @@ struct Row {
   int64_t vocab;
 };
 
+// Rows of `size` elements, `stride` of them apart.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t stride, size;
+};
+
 // prob(v) = [logit >= cutoff] * exp(scale * logit - logsumexp). The logsumexp is a sum of two floats: at a low
 // temperature scale * logit is in the hundreds, and one float would leave the probability an error of 1e-5.
 struct Distribution {
@@ -106,6 +113,17 @@ struct Kernels {
 
   // Words of the counters first, first + 1, ...: four each.
   void (*words)(const Noise&, uint32_t first, int64_t counters, uint32_t* out);
+
+  // What a drafter needs (feature_layer.h).
+
+  // The product of x with each of `count` rows of `size` elements, one behind the other.
+  void (*eight_bit_products)(const int8_t* rows, int64_t size, int64_t count, const float* x, float* out);
+
+  // The product of x with each of the first `count` rows.
+  void (*products)(const Rows&, int64_t count, const float* x, float* out);
+
+  // Adds the first `count` rows, each times its weight, to `out`.
+  void (*mix)(const Rows&, int64_t count, const float* weights, float* out);
 };
 
 // The best table this machine can run; SPECDEC_CPU_ISA=scalar|avx2|avx512 forces one (null if it cannot run).

@@ -29,6 +29,9 @@ const Kernels kAvx2Kernels = {
     avx2::arrivals,
     avx2::first_arrival,
     avx2::words,
+    avx2::eight_bit_products,
+    avx2::products,
+    avx2::mix,
 };
 
 }  // namespace specdec

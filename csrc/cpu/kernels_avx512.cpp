@@ -29,6 +29,9 @@ const Kernels kAvx512Kernels = {
     avx512::arrivals,
     avx512::first_arrival,
     avx512::words,
+    avx512::eight_bit_products,
+    avx512::products,
+    avx512::mix,
 };
 
 }  // namespace specdec

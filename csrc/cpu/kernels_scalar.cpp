@@ -29,6 +29,9 @@ const Kernels kScalarKernels = {
     scalar::arrivals,
     scalar::first_arrival,
     scalar::words,
+    scalar::eight_bit_products,
+    scalar::products,
+    scalar::mix,
 };
 
 }  // namespace specdec

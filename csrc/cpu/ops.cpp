@@ -2,28 +2,14 @@
 // serves torch 2.10 and later.
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-#include <tuple>
 #include <vector>
 
 #include "../common/operators.h"
-#include "kernels.h"
+#include "pool.h"
 #include "verify.h"
 
 namespace specdec {
 namespace {
-
-const Kernels& require_kernels() {
-  const Kernels* table = kernels();
-  STD_TORCH_CHECK(table != nullptr, "SPECDEC_CPU_ISA must be scalar, avx2 or avx512 and run on this machine, got ",
-                  std::getenv("SPECDEC_CPU_ISA"));
-  return *table;
-}
-
-void on_threads(int64_t threads, void (*body)(void*), void* context) {
-  // A range that the pool cuts into fewer pieces than threads is fine: a Team does not count on its members.
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
-}
 
 void run(const VerifyChain& op, const Tensor&) {
   require_kernels();

@@ -38,7 +38,7 @@ class Settings:
     seed: int
     fixed_rows: int | None
     precision: str
-    rule: RuleName = "token"
+    rule: RuleName = "block"
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

@@ -74,7 +74,7 @@ def generate(
         typer.Option(help="The text is a function of it and of what is drafted; with --rule coupled of it alone."),
     ] = 0,
     rule: Annotated[RuleKind, typer.Option(help="How drafts are verified. None changes the law of the text.")] = (
-        RuleKind.token
+        RuleKind.block
     ),
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the so many likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass; 1 is off.")] = 1.0,

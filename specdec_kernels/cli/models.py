@@ -27,7 +27,7 @@ from specdec_kernels.decode.drafters import (
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
-from specdec_kernels.decode.drafters.eight_bits import EightBitLinear
+from specdec_kernels.decode.drafters.eight_bits import eight_bits_run
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -130,9 +130,8 @@ def load_drafter(
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
     elif ours:
-        eight_bits = EightBitLinear.takes(target.get_output_embeddings().weight)
         features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
-        model = FeatureDrafter(features, target, drafting, eight_bits)
+        model = FeatureDrafter(features, target, drafting, eight_bits_run(target.device))
     else:
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
     if kind in ("tree", "static-tree"):

@@ -151,7 +151,7 @@ def _step(
         seed=torch.tensor([request.seed for request in active]),
         position=torch.tensor([request.position for request in active]),
         coupled=verification.rule == "coupled",
-        **law,  # type: ignore[arg-type]
+        **law,
     )
     with statistics.timed("draft"):
         draft = drafter.propose(step) if drafter is not None else Draft.nothing(len(active))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.ops.tree_rules import SiblingsName
 
 
@@ -86,12 +87,12 @@ class Step:
     """int64 [B]."""
     position: Tensor
     """int64 [B]: tokens of the request so far."""
-    temperature: Tensor
-    """float32 [B]."""
-    top_k: Tensor | None = None
-    top_p: Tensor | None = None
-    min_p: Tensor | None = None
-    """The target's filters, [B]; None where they are off."""
+    temperature: Tensor | float
+    """float32 [B], or one for all."""
+    top_k: Tensor | int = TOP_K_OFF
+    top_p: Tensor | float = TOP_P_OFF
+    min_p: Tensor | float = MIN_P_OFF
+    """The target's filters, as the temperature."""
     coupled: bool = False
     """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
 

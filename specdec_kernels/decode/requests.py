@@ -115,14 +115,13 @@ def requests(
 # --- as the operators take them ---------------------------------------------------------------------------------------
 
 
-def filters(batch: Sequence[Request]) -> dict[str, Tensor | None]:
-    """Temperature and filters, one of each a request; None for a filter that is off for all."""
+def filters(batch: Sequence[Request]) -> dict[str, Any]:
+    """Temperature and filters: one for all where they are equal, else one of each a request."""
     samplings = [request.sampling for request in batch]
-    arguments: dict[str, Tensor | None] = {"temperature": torch.tensor([float(s.temperature) for s in samplings])}
-    for name, off in (("top_k", TOP_K_OFF), ("top_p", TOP_P_OFF), ("min_p", MIN_P_OFF)):
-        values = [getattr(s, name) for s in samplings]
-        arguments[name] = None if all(value == off for value in values) else torch.tensor(values)
-    return arguments
+    columns: dict[str, list[Any]] = {"temperature": [float(s.temperature) for s in samplings]}
+    columns |= {name: [getattr(s, name) for s in samplings] for name in ("top_k", "top_p", "min_p")}
+    alike = {name: all(value == values[0] for value in values) for name, values in columns.items()}
+    return {name: values[0] if alike[name] else torch.tensor(values) for name, values in columns.items()}
 
 
 def processing(batch: Sequence[Request], draft: Draft | TreeDraft, vocab: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdec_kernels.decode.protocols import Draft, Step
 from specdec_kernels.decode.ragged_cache import RaggedCache
@@ -110,22 +112,21 @@ class AutoregressiveDrafter(ABC):
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft:
-        wanted = self.wanted(step)
-        longest = int(wanted.max())
-        batch = len(self._pending)
+        wanted = self.wanted(step).tolist()
+        batch, longest = len(wanted), max(wanted)
         if longest == 0:
             return Draft.nothing(batch)
         logits, features = self.read_pending()
         drafts, stats = [], []
         full = self._buffer(batch, longest, logits.dtype)
         one = torch.ones(batch, dtype=torch.int64, device=self._device)
-        index = torch.arange(longest, device=self._device)
-        confidence = torch.ones(batch, device=self._device)
+        confidence = [1.0] * batch
         for row in range(longest):
             self._scatter(full[:, row], logits)
             # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
+            rows = full[:, row] if step.coupled else logits
             drawn = sample(
-                full[:, row] if step.coupled else logits,
+                rows,
                 seed=step.seed,
                 position=step.position,
                 row=row,
@@ -138,16 +139,19 @@ class AutoregressiveDrafter(ABC):
             )
             drafts.append(drawn.tokens if step.coupled else self.ids(drawn.tokens))
             stats.append(drawn.stats)
-            confidence *= _probability(full[:, row], logits, drafts[-1])
-            wanted = torch.where(confidence < self.drafting.min_confidence, wanted.clamp(max=row + 1), wanted)
-            if row + 1 >= int(wanted.max()):
+            if self.drafting.min_confidence > 0:
+                surprise = functional.cross_entropy(rows.float(), drawn.tokens, reduction="none").tolist()
+                confidence = [before * math.exp(-s) for before, s in zip(confidence, surprise, strict=True)]
+                sure = [value >= self.drafting.min_confidence for value in confidence]
+                wanted = [most if goes_on else min(most, row + 1) for most, goes_on in zip(wanted, sure, strict=True)]
+            if row + 1 >= max(wanted):
                 break
             previous = None if features is None else features[:, None]
             logits, features = self._advance(drafts[-1][:, None], previous, one)
         drafted = len(drafts)
         self._cache.crop(drafted - 1)
-        proposed = torch.stack(drafts, 1).masked_fill(index[:drafted] >= wanted[:, None], -1)
-        return Draft(proposed, full[:, :drafted], torch.stack(stats, 1))
+        behind = torch.arange(drafted, device=self._device) >= torch.tensor(wanted, device=self._device)[:, None]
+        return Draft(torch.stack(drafts, 1).masked_fill(behind, -1), full[:, :drafted], torch.stack(stats, 1))
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         for pending, new in zip(self._pending, tokens, strict=True):
@@ -171,6 +175,8 @@ class AutoregressiveDrafter(ABC):
     def _padded_features(self) -> Tensor | None:
         if self._pending_features is None:
             return None
+        if len(self._pending_features) == 1:
+            return self._pending_features[0][None]
         return torch.nn.utils.rnn.pad_sequence(self._pending_features, batch_first=True)
 
     def _buffer(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -178,8 +184,3 @@ class AutoregressiveDrafter(ABC):
         if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
             self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self._device)
         return self._logits[:batch, :length]
-
-
-def _probability(row: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of tokens in rows [B, V] whose finite logits are ``logits`` [B, S]."""
-    return (row.gather(1, tokens[:, None])[:, 0].float() - logits.float().logsumexp(-1)).exp()

@@ -90,7 +90,7 @@ class TreeDrafter:
         wanted = int(each.max())
         if wanted == 0:
             return Draft.nothing(len(each))
-        sampled = bool((step.temperature > 0).any())
+        sampled = bool((torch.as_tensor(step.temperature) > 0).any())
         how: ChildrenName = "top" if not sampled else "race" if step.coupled else "without_replacement"
         likeliest = self.growth.dynamic and how != "without_replacement"
         plan = _Likeliest(each) if likeliest else _Revealed(each, self.growth.dynamic)
@@ -128,7 +128,9 @@ class TreeDrafter:
         elif how == "without_replacement":
             each["temperature"] = step.temperature * self.drafter.drafting.cooling
         count = min(self.growth.children, wanted)
-        spread: dict[str, Any] = {name: None if x is None else x.repeat_interleave(width) for name, x in each.items()}
+        spread: dict[str, Any] = {
+            name: x.repeat_interleave(width) if isinstance(x, Tensor) else x for name, x in each.items()
+        }
         first = depth * self.growth.width + torch.arange(width).repeat(len(step.seed))  # no two draws share a row
         return sample_children(
             rows,

@@ -1,70 +1,115 @@
-"""Weights in eight bits, for drafters on a CPU: a draft takes as long as its weights take to read, and nothing that is
-drafted can change the law of the text."""
+"""The feature drafter with weights of eight bits, for CPUs: a draft takes as long as its weights take to read and its
+operators to start, so the layer is one operator in C++, and nothing that is drafted can change the law of the text."""
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-Model = TypeVar("Model", bound=nn.Module)
+from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.ops.backends import BACKENDS
+
+#: Rows up to which reading eight bits a weight beats a product of matrices in bfloat16 (Zen 4, two cores).
+FEW = 8
 
 
-class EightBitLinear(nn.Module):
-    """A linear layer without bias whose products with few rows read eight bits a weight, one scale an output.
+def eight_bits_run(device: torch.device) -> bool:
+    """Whether this machine has what :class:`EightBitModel` and :class:`EightBitLinear` need."""
+    return device.type == "cpu" and not BACKENDS["cpu"].reason
 
-    Products with more rows compute for longer than they read; they take the weight as it was.
 
-    Equivalent to ``functional.linear(x, layer.eight_bits * layer.scale[:, None])`` for few rows, by PyTorch's own
-    kernel for weights of int8, ``torch._weight_int8pack_mm``.
+def _require(device: torch.device) -> None:
+    if not eight_bits_run(device):
+        raise ValueError(f"eight_bits needs the C++ for CPUs: {BACKENDS['cpu'].reason or f'got a model on {device}'}")
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [outputs, inputs] and float32 scales [outputs]: what a weight is, to half of its row's scale."""
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / torch.iinfo(torch.int8).max
+    return (weight / scale[:, None]).round().to(torch.int8).contiguous(), scale.contiguous()
+
+
+class EightBitLinear:
+    """A linear layer without bias: for few rows, of eight bits a weight and one scale an output.
+
+    Equivalent to ``functional.linear(x, eight_bits * scale[:, None])`` in float32 for up to :data:`FEW` rows; products
+    with more compute for longer than they read, and take the weight as it was.
 
     Args:
-        weight: bfloat16 [outputs, inputs] on a CPU, both multiples of :data:`BLOCK`.
+        weight: [outputs, inputs] on a CPU.
 
     Raises:
-        ValueError: it is another.
+        ValueError: it is elsewhere, or the C++ was not built.
     """
 
-    #: What PyTorch's kernel reads at a time; it does not look whether it may.
-    BLOCK = 32
-    #: Rows up to which the kernel was the faster one (8,192 x 576 and 3,072 x 576 on two Zen 4 cores).
-    FEW = 6
-
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        if not self.takes(weight):
-            raise ValueError(
-                f"weight must be bfloat16 on the CPU with sizes that are multiples of {self.BLOCK}, "
-                f"got {weight.dtype} {list(weight.shape)} on {weight.device}"
-            )
+        _require(weight.device)
         self.weight = weight.detach()
-        wide = self.weight.float()
-        scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / torch.iinfo(torch.int8).max
-        self.scale = scale.to(torch.bfloat16)
-        self.eight_bits = (wide / self.scale[:, None]).round().clamp(-128, 127).to(torch.int8)
+        self.eight_bits, self.scale = rounded(self.weight.float())
 
-    @classmethod
-    def takes(cls, weight: Tensor) -> bool:
-        """Whether it is a weight that the kernel can read."""
-        whole = not any(size % cls.BLOCK for size in weight.shape)
-        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and whole
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., outputs] of bfloat16 [..., inputs]."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., outputs] of x [..., inputs]."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > self.FEW:
-            return functional.linear(x, self.weight)
-        product: Tensor = torch._weight_int8pack_mm(rows, self.eight_bits, self.scale)
-        return product.view(*x.shape[:-1], len(self.weight))
+        if len(rows) > FEW:
+            return functional.linear(x.to(self.weight.dtype), self.weight).float()
+        product: Tensor = torch.ops.specdec.eight_bit_product(rows.float().contiguous(), self.eight_bits, self.scale)
+        return product.view(*x.shape[:-1], len(self.scale))
 
 
-def in_eight_bits(model: Model) -> Model:
-    """A copy of a model whose linear layers are :class:`EightBitLinear`."""
-    model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.set_submodule(name, EightBitLinear(layer.weight))
-    return model
+class EightBitModel:
+    """A :class:`FeatureModel` that reads few rows by the operator ``feature_layer`` (csrc/cpu/feature_layer.h).
+
+    Equivalent to ``model(...)`` with its weights rounded, in float32.
+
+    Args:
+        model: on a CPU; it reads what is more than a few rows.
+
+    Raises:
+        ValueError: it is elsewhere, or the C++ was not built.
+    """
+
+    def __init__(self, model: FeatureModel) -> None:
+        _require(model.shortlist.device)
+        self.model = model
+        wide = {name: weight.detach().float() for name, weight in model.named_parameters()}
+        # A norm's weight goes into the matrix behind it.
+        norms = {"qkv": "attention_norm.weight", "gate_up": "mlp_norm.weight", "middle": "middle_norm"}
+        names = ("fuse", "qkv", "output", "gate_up", "down", "middle")[: 5 + (len(model.layers) > 1)]
+        folded = [
+            wide[f"{name}.weight"] * (wide[norms[name]].flatten() if name in norms else 1.0) for name in names
+        ]
+        self._weights, self._scales = map(list, zip(*(rounded(matrix) for matrix in folded), strict=True))
+        self._norm = wide["norm.weight"]
+        half = model.head_dim // 2
+        self._cos, self._sin = (table[:, :half].float().contiguous() for table in (model.cos, model.sin))
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """float32 features [B, R, H]; arguments as of :meth:`FeatureModel.forward`."""
+        batch, rows, width = embeddings.shape
+        cache = past_key_values.layers[0]
+        if batch * rows > FEW or not cache.is_initialized:
+            features = features.to(embeddings.dtype)
+            wide: Tensor = self.model(embeddings, features, attention_mask, position_ids, past_key_values)
+            return wide.float()
+        mask = None
+        if attention_mask is not None:
+            mask = self.model.mask(attention_mask, rows, cache.keys.shape[2] + rows).contiguous()
+        outputs, keys, values = torch.ops.specdec.feature_layer(
+            embeddings.float(), features.float(), self._weights, self._scales, self._norm, self._cos, self._sin,
+            position_ids.flatten(), cache.keys, cache.values, mask, self.model.config.rms_norm_eps,
+        )  # fmt: skip
+        shape = (batch, self.model.kv_heads, rows, self.model.head_dim)
+        past_key_values.update(*(new.view(shape).to(cache.keys.dtype) for new in (keys, values)), 0)
+        read: Tensor = outputs.view(batch, rows, width)
+        return read

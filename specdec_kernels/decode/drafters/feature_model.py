@@ -88,28 +88,34 @@ class FeatureModel(nn.Module):
 
     def forward(
         self,
-        inputs_embeds: Tensor,
+        embeddings: Tensor,
+        features: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
         past_key_values: Any,
         use_cache: bool = True,
     ) -> Tensor:
-        """Features [B, R, H] of R new rows; arguments as of a transformers decoder."""
-        queries, keys, values = self.project(inputs_embeds, position_ids)
+        """Features [B, R, H] of R new rows: of :meth:`inputs`' arguments, and those of a transformers decoder."""
+        x = self.inputs(embeddings, features)
+        queries, keys, values = self.project(x, position_ids)
         keys, values = past_key_values.update(keys, values, 0)
         batch, rows, length = len(keys), queries.shape[2], keys.shape[2]
         mask = None
-        if attention_mask is not None and attention_mask.dim() == 4:  # [B, 1, R, L]: of a tree
-            mask = attention_mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-        elif rows > 1 or attention_mask is not None:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=keys.device).tril(length - rows)
-            if attention_mask is not None:
-                mask = mask & attention_mask[:, None].bool()
-            mask = mask.expand(batch, rows, length)[:, None].repeat(1, 1, self.heads // self.kv_heads, 1)
+        if rows > 1 or attention_mask is not None:
+            mask = self.mask(attention_mask, rows, length).expand(batch, rows, length)[:, None]
+            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
         # The query heads that share keys become rows of one head, so that no key is copied.
         grouped = queries.reshape(batch, self.kv_heads, -1, self.head_dim)
         attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return self.finish(inputs_embeds, attended.reshape(batch, self.heads, rows, self.head_dim))
+        return self.finish(x, attended.reshape(batch, self.heads, rows, self.head_dim))
+
+    def mask(self, attention_mask: Tensor | None, rows: int, length: int) -> Tensor:
+        """bool [1 or B, R, L]: which keys each of the last rows attends to, by the mask [B, L] of a text, or [B, 1, R,
+        L] of a tree."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask[:, 0]
+        causal = torch.ones(1, rows, length, dtype=torch.bool, device=self.shortlist.device).tril(length - rows)
+        return causal if attention_mask is None else causal & attention_mask[:, None].bool()
 
     def save(self, path: Path) -> None:
         """Write the weights in bfloat16, the short list and the middle layers in int32."""
