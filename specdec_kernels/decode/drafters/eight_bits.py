@@ -78,9 +78,7 @@ class EightBitModel:
         # A norm's weight goes into the matrix behind it.
         norms = {"qkv": "attention_norm.weight", "gate_up": "mlp_norm.weight", "middle": "middle_norm"}
         names = ("fuse", "qkv", "output", "gate_up", "down", "middle")[: 5 + (len(model.layers) > 1)]
-        folded = [
-            wide[f"{name}.weight"] * (wide[norms[name]].flatten() if name in norms else 1.0) for name in names
-        ]
+        folded = [wide[f"{name}.weight"] * (wide[norms[name]].flatten() if name in norms else 1.0) for name in names]
         self._weights, self._scales = map(list, zip(*(rounded(matrix) for matrix in folded), strict=True))
         self._norm = wide["norm.weight"]
         half = model.head_dim // 2

@@ -62,9 +62,7 @@ class FeatureDrafter(AutoregressiveDrafter):
     ) -> tuple[Tensor, Tensor | None]:
         assert features is not None, "every node has a parent that was read"
         depths = torch.full_like(tokens, depth)
-        outputs = self._cache.run_tree(
-            self.model, ancestors, depths, embeddings=self._embed(tokens), features=features
-        )
+        outputs = self._cache.run_tree(self.model, ancestors, depths, embeddings=self._embed(tokens), features=features)
         return self._head(outputs), outputs
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
