@@ -21,6 +21,7 @@ from specdec_kernels.decode import Statistics
 from specdec_kernels.ops import RuleName
 
 #: Drafts a step at most, of the comparison of rules.
+RULES: tuple[RuleName, ...] = ("token", "block", "coupled")
 RULES_LENGTH = 4
 
 
@@ -40,11 +41,12 @@ class Way:
 
 def ways() -> Iterator[Way]:
     """Plain decoding first: the others are compared with it."""
-    for temperature in (0.0, 0.8):
-        for num_draft in (0, RULES_LENGTH, None):
-            yield Way(temperature, "token", num_draft)
-    yield Way(0.8, "block", RULES_LENGTH)
-    yield Way(0.8, "coupled", RULES_LENGTH)
+    for num_draft in (0, RULES_LENGTH, None):  # greedy, the rules are one
+        yield Way(0.0, "token", num_draft)
+    yield Way(0.8, "token", 0)
+    for rule in RULES:
+        yield Way(0.8, rule, RULES_LENGTH)
+    yield Way(0.8, "block", None)
 
 
 def main(out: Path, seeds: int, console: Console) -> None:

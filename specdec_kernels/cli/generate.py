@@ -20,7 +20,7 @@ from specdec_kernels.decode import Statistics, Target, Token, TransformersTarget
 from specdec_kernels.ops import RuleName, noise_words
 
 #: Drafts a step at most where their number is chosen step by step, and of a tree.
-MOST_DRAFTS, TREE_DRAFTS = 8, 15
+MOST_DRAFTS, TREE_DRAFTS = 16, 15
 #: Texts a prompt where the built-in prompts are measured at a temperature: one differs from the next by a fifth.
 TEXTS = 3
 

@@ -113,7 +113,7 @@ class Acceptance:
 
     FADING = 0.95
     #: Weight of :data:`HOPE`, in drafts.
-    TRUST = 2.0
+    TRUST = 4.0
     #: Acceptance assumed before anything is known: high enough to try.
     HOPE = 0.6
 
