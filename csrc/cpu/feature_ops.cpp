@@ -40,8 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> feature_layer_of(Tensor embeddings, Tensor fe
     return taken.logits(t, {batch, kv_heads, length, size}) && t.scalar_type() == keys.scalar_type();
   };
   const bool middle = features_width > width;
-  taken.require((!middle || weights.size() == 6) && taken.keys(position, batch * rows) && size % 2 == 0 &&
-                features_width % width == 0 && (length == 0 || (like_keys(keys) && like_keys(values))) &&
+  taken.require((!middle || weights.size() == 6) && taken.keys(position, batch * rows) && kv_heads > 0 && size > 0 &&
+                size % 2 == 0 && width > 0 && features_width % width == 0 &&
+                (length == 0 || (like_keys(keys) && like_keys(values))) &&
                 taken.array(mask, ScalarType::Bool, {batch, rows, length + rows}));
   const auto* at = static_cast<const int64_t*>(position.const_data_ptr());
   taken.require(std::all_of(at, at + batch * rows, [&](int64_t place) { return place >= 0 && place < places; }));
