@@ -112,21 +112,25 @@ class Acceptance:
     """How often the drafts of one request were accepted, by their place in the step; older steps fade."""
 
     FADING = 0.95
-    #: Weight of :data:`HOPE`, in drafts.
+    #: Weight of :data:`HOPE`, in drafts; it fades as they do.
     TRUST = 4.0
     #: Acceptance assumed before anything is known: high enough to try.
     HOPE = 0.6
 
     def __init__(self) -> None:
+        self._hoped: list[float] = []
         self._tried: list[float] = []
         self._accepted: list[float] = []
 
     def add(self, proposed: int, accepted: int) -> None:
         """One step. Drafts behind the first rejected one say nothing."""
         judged = min(proposed, accepted + 1)
-        self._tried += [0.0] * (judged - len(self._tried))
-        self._accepted += [0.0] * (judged - len(self._accepted))
+        missing = judged - len(self._tried)
+        self._hoped += [self.TRUST] * missing
+        self._tried += [0.0] * missing
+        self._accepted += [0.0] * missing
         for place in range(judged):
+            self._hoped[place] *= self.FADING
             self._tried[place] = self.FADING * self._tried[place] + 1
             self._accepted[place] = self.FADING * self._accepted[place] + (place < accepted)
 
@@ -134,10 +138,10 @@ class Acceptance:
         """Expected accepted drafts that the first, second, ... draft adds."""
         gains, reach, before = [], 1.0, self.HOPE
         for place in range(most):
-            tried = self._tried[place] if place < len(self._tried) else 0.0
-            accepted = self._accepted[place] if place < len(self._accepted) else 0.0
             # What is known of one place is what is hoped of the next.
-            before = (accepted + self.TRUST * before) / (tried + self.TRUST)
+            if place < len(self._tried):
+                hoped, tried = self._hoped[place], self._tried[place]
+                before = (self._accepted[place] + hoped * before) / (tried + hoped)
             reach *= before
             gains.append(reach)
         return gains
