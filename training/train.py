@@ -165,11 +165,16 @@ def widened(narrow: FeatureModel, middle: Sequence[int], sample: Tensor) -> Feat
     return model
 
 
+def frequent(counts: Counter[int], most: int) -> Tensor:
+    """int64 [S]: the most frequent tokens, ascending."""
+    return torch.tensor(sorted(token for token, _ in counts.most_common(most)))
+
+
 def main(
     data: Annotated[Path, typer.Option(help="What training.collect wrote.")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Where to write the drafter.")] = Path("drafter.safetensors"),
     minutes: Annotated[float, typer.Option(help="Length of the learning-rate schedule.")] = 30.0,
-    shortlist: Annotated[int, typer.Option(help="Tokens that can be drafted.")] = 8192,
+    shortlist: Annotated[int, typer.Option(help="Tokens that can be drafted; a longer list is cut.")] = 4096,
     peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     start_from: Annotated[Path | None, typer.Option(help="Weights to go on from, with all drafts at once.")] = None,
     acceptance: Annotated[bool, typer.Option("--acceptance", help="Train for acceptance at a temperature.")] = False,
@@ -183,12 +188,15 @@ def main(
     target, _ = load_target()
     shards = [torch.load(path) for path in sorted(data.glob("*.pt"))]
     held_out, train = shards[-1], [conversation for shard in shards[:-1] for conversation in shard]
+    counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
     if start_from is None:
-        counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
-        model = FeatureModel(target.config, torch.tensor(sorted(t for t, _ in counts.most_common(shortlist))))
+        model = FeatureModel(target.config, frequent(counts, shortlist))
         start_from_last_layer(model, target.model)
     else:
         model = FeatureModel.load(start_from, target.config, torch.float32)
+        if shortlist < len(model.shortlist):
+            listed = Counter({token: counts[token] for token in model.shortlist.tolist()})
+            model.shortlist = frequent(listed, shortlist)
         if middle is not None:
             sample = torch.cat([hidden for _, hidden, _ in held_out])
             model = widened(model, [int(layer) for layer in middle.split(",")], sample)
