@@ -38,8 +38,8 @@ MEDUSA_WEIGHTS = _ASSETS / "smollm2-medusa.safetensors"
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
 
-#: Measured on SmolLM2: another draft costs a fiftieth of a target's pass, and from 0.1 to 0.4 the first makes a hundredth
-#: of a difference; at 0.85 times the temperature drafts are accepted half a point more often than at 1.
+#: Measured on SmolLM2: another draft costs a fiftieth of a target's pass, and from 0.1 to 0.4 the first makes a
+#: hundredth of a difference; at 0.85 times the temperature drafts are accepted half a point more often than at 1.
 DRAFTING = Drafting(min_confidence=0.3, cooling=0.85)
 
 
