@@ -103,9 +103,10 @@ class EightBitModel:
         mask = None
         if attention_mask is not None:
             mask = self.model.mask(attention_mask, rows, cache.keys.shape[2] + rows).contiguous()
+        inputs = (x.float().contiguous() for x in (embeddings, features))
         outputs, keys, values = torch.ops.specdec.feature_layer(
-            embeddings.float(), features.float(), self._weights, self._scales, self._norm, self._cos, self._sin,
-            position_ids.flatten(), cache.keys, cache.values, mask, self.model.config.rms_norm_eps,
+            *inputs, self._weights, self._scales, self._norm, self._cos, self._sin, position_ids.flatten(),
+            cache.keys, cache.values, mask, self.model.config.rms_norm_eps,
         )  # fmt: skip
         shape = (batch, self.model.kv_heads, rows, self.model.head_dim)
         past_key_values.update(*(new.view(shape).to(cache.keys.dtype) for new in (keys, values)), 0)
