@@ -1,12 +1,10 @@
 """The feature drafter with weights of eight bits, in C++."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from test_backends import run_python
 from transformers import DynamicCache, LlamaConfig
 
 from specdec_kernels.decode.drafters import FeatureModel
@@ -145,9 +143,8 @@ def test_a_model_elsewhere_is_refused():
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])
 def test_other_instruction_sets(isa):
     """The tests above, in a process of their own: the instruction set is chosen once."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "rounded_weights"]
-    environment = {**os.environ, "SPECDEC_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = ("-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "rounded_weights")
+    result = run_python(*command, SPECDEC_CPU_ISA=isa)
     if "run on this machine" in result.stdout:
         pytest.skip(f"this machine has no {isa}")
     assert result.returncode == 0, result.stdout[-3000:]

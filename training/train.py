@@ -165,8 +165,11 @@ def widened(narrow: FeatureModel, middle: Sequence[int], sample: Tensor) -> Feat
     return model
 
 
-def frequent(counts: Counter[int], most: int) -> Tensor:
-    """int64 [S]: the most frequent tokens, ascending."""
+def frequent(conversations: list[Conversation], most: int, among: Tensor | None = None) -> Tensor:
+    """int64 [S]: the most frequent tokens of the answers, or of those ``among`` them, ascending."""
+    counts = Counter(int(t) for ids, _, prompt in conversations for t in ids[prompt:])
+    if among is not None:
+        counts = Counter({token: counts[token] for token in among.tolist()})
     return torch.tensor(sorted(token for token, _ in counts.most_common(most)))
 
 
@@ -188,15 +191,13 @@ def main(
     target, _ = load_target()
     shards = [torch.load(path) for path in sorted(data.glob("*.pt"))]
     held_out, train = shards[-1], [conversation for shard in shards[:-1] for conversation in shard]
-    counts = Counter(int(t) for ids, _, prompt in train for t in ids[prompt:])
     if start_from is None:
-        model = FeatureModel(target.config, frequent(counts, shortlist))
+        model = FeatureModel(target.config, frequent(train, shortlist))
         start_from_last_layer(model, target.model)
     else:
         model = FeatureModel.load(start_from, target.config, torch.float32)
         if shortlist < len(model.shortlist):
-            listed = Counter({token: counts[token] for token in model.shortlist.tolist()})
-            model.shortlist = frequent(listed, shortlist)
+            model.shortlist = frequent(train, shortlist, among=model.shortlist)
         if middle is not None:
             sample = torch.cat([hidden for _, hidden, _ in held_out])
             model = widened(model, [int(layer) for layer in middle.split(",")], sample)

@@ -139,8 +139,7 @@ class Layer {
     const int64_t fresh = (request * op_.kv_heads + kv) * op_.rows * size;
     const auto old = [&](const Cached& from) {
       const int64_t at = request * from.request_stride + kv * from.head_stride;
-      const int64_t bytes = op_.dtype == DType::f32 ? 4 : 2;
-      return Rows{static_cast<const char*>(from.data) + at * bytes, op_.dtype, from.token_stride, size};
+      return Rows{address({.data = from.data, .dtype = op_.dtype}, at), op_.dtype, from.token_stride, size};
     };
     const Rows new_keys{op_.new_keys + fresh, DType::f32, size, size};
     const Rows new_values{op_.new_values + fresh, DType::f32, size, size};
