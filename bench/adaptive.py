@@ -1,16 +1,21 @@
 """Time the choice of the number of drafts against fixed numbers of them, on the same texts.
 
 Greedy, and at a temperature by the rule ``coupled``: there a text depends on the logits alone, not on what is drafted,
-and the logits are those of the first time the text was decoded. So tokens a second compare like with like.
+and the logits are those of the first time the text was decoded. So all ways take the same text apart into steps, and a
+step over as many rows is the same work in each of them: it is given the time that such steps took in the median of the
+whole run. What else the machine did while one way had its turn falls on all of them, and choices pay as they were made.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -63,14 +68,31 @@ class Replayed(TransformersTarget):
         super().keep(rows)
 
 
+@dataclass
+class Timed(Statistics):
+    """Statistics that keep the steps of a batch of one apart."""
+
+    passes: list[tuple[int, float]] = field(default_factory=list)
+    """Of every step the rows it scored, and the seconds of all but the drafting."""
+    _before: float = 0.0
+
+    def count(self, proposed: int, accepted: int, depth: int | None = None) -> None:
+        """And note what the step took."""
+        super().count(proposed, accepted, depth)
+        so_far = self.seconds["target"] + self.seconds["verify"]
+        self.passes.append((1 + proposed, so_far - self._before))
+        self._before = so_far
+
+
 Cell = tuple[float, str, int | None]
+#: Of every text the times it was decoded.
+Texts = list[list[Timed]]
 
 
 def main(out: Path, seeds: int, console: Console) -> None:
-    """Decode every prompt with every number of drafts, in turn. Of each the fastest of several times counts, since they
-    do the same and what takes longer is other work of the machine; their order differs, since caches remember."""
+    """Decode every prompt with every number of drafts, in turn, several times and in another order each time."""
     decoder = Decoder(console)
-    results: dict[Cell, list[Statistics]] = {cell: [] for cell in product(RULES, PROMPTS, LENGTHS)}
+    results: dict[Cell, Texts] = {cell: [] for cell in product(RULES, PROMPTS, LENGTHS)}
     work = [
         (temperature, kind, prompt, seed)
         for temperature, (kind, prompts), seed in product(RULES, PROMPTS.items(), range(seeds))
@@ -83,45 +105,62 @@ def main(out: Path, seeds: int, console: Console) -> None:
             target = Replayed(decoder.model)
             decode = partial(decoder.decode, prompt, temperature, RULES[temperature], seed=seed, target=target)
             text = decode(num_draft=0, statistics=Statistics())  # to know it, and to warm up
-            runs: dict[int | None, list[Statistics]] = {length: [] for length in LENGTHS}
+            for length in LENGTHS:
+                results[temperature, kind, length].append([])
             for repeat in range(REPEATS):
                 first = repeat * len(LENGTHS) // REPEATS
                 for length in LENGTHS[first:] + LENGTHS[:first]:
                     progress.update(task, description=f"T={temperature:g} {kind} {name_of(length)}", advance=1)
-                    runs[length].append(Statistics())
-                    if decode(num_draft=length, statistics=runs[length][-1]) != text:
+                    statistics = Timed()
+                    if decode(num_draft=length, statistics=statistics) != text:
                         raise RuntimeError(f"{name_of(length)} drafts changed the text of {prompt!r}")
-            for length, times in runs.items():
-                results[temperature, kind, length].append(min(times, key=lambda s: s.decode_seconds))
-    console.print(_table(results))
+                    results[temperature, kind, length][-1].append(statistics)
+    costs = _seconds_by_rows(run for texts in results.values() for text in texts for run in text)
+    rates = {cell: _rates(texts, costs) for cell, texts in results.items()}
+    console.print(_table({cell: rate["tokens_per_second"] for cell, rate in rates.items()}))
     out.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"temperature": temperature, "kind": kind, "drafts": name_of(length), **_rates(texts)}
-        for (temperature, kind, length), texts in results.items()
+        {"temperature": temperature, "kind": kind, "drafts": name_of(length), **rate}
+        for (temperature, kind, length), rate in rates.items()
     ]
-    (out / "adaptive.json").write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+    found = {"machine": machine(), "seconds_by_rows": costs, "results": rows}
+    (out / "adaptive.json").write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"wrote {out / 'adaptive.json'}")
 
 
-def _rates(texts: list[Statistics]) -> dict[str, float]:
-    emitted, steps = sum(s.emitted for s in texts), sum(s.request_steps for s in texts)
+def _seconds_by_rows(runs: Iterable[Timed]) -> dict[int, float]:
+    """The median time of a step over so many rows, whoever asked for it."""
+    seconds = defaultdict(list)
+    for run in runs:
+        for rows, taken in run.passes:
+            seconds[rows].append(taken)
+    return {rows: median(seconds[rows]) for rows in sorted(seconds)}
+
+
+def _rates(texts: Texts, costs: dict[int, float]) -> dict[str, float]:
+    """Tokens a second with steps at what they cost, and as they were timed; drafting is the median of a text's."""
+    runs = [run for text in texts for run in text]
+    emitted, steps = sum(run.emitted for run in runs), sum(run.request_steps for run in runs)
+    passes = sum(costs[rows] for run in runs for rows, _ in run.passes)
+    drafting = sum(len(text) * median(run.seconds["draft"] for run in text) for text in texts)
     return {
-        "tokens_per_second": emitted / sum(s.decode_seconds for s in texts),
+        "tokens_per_second": emitted / (passes + drafting),
+        "timed_tokens_per_second": emitted / sum(run.decode_seconds for run in runs),
         "tokens_per_step": emitted / steps,
-        "drafts_per_step": sum(s.proposed for s in texts) / steps,
+        "drafts_per_step": sum(run.proposed for run in runs) / steps,
     }
 
 
-def _table(results: dict[Cell, list[Statistics]]) -> Table:
+def _table(tokens_per_second: dict[Cell, float]) -> Table:
     """Tokens a second relative to plain decoding, and adaptive beside the best fixed number."""
     table = Table("T", "kind", "plain/s", *map(name_of, LENGTHS[1:]), "to best")
     for temperature in RULES:
         speed_ups = []
         for kind in PROMPTS:
-            rates = {length: _rates(results[temperature, kind, length])["tokens_per_second"] for length in LENGTHS}
-            speed_ups.append([rates[length] / rates[0] for length in LENGTHS[1:]])
+            plain, *others = (tokens_per_second[temperature, kind, length] for length in LENGTHS)
+            speed_ups.append([rate / plain for rate in others])
             cells = [f"{x:.2f}" for x in (*speed_ups[-1], speed_ups[-1][-1] / max(speed_ups[-1][:-1]))]
-            table.add_row(f"{temperature:g}", kind, f"{rates[0]:.1f}", *cells)
+            table.add_row(f"{temperature:g}", kind, f"{plain:.1f}", *cells)
         means = [mean(column) for column in zip(*speed_ups, strict=True)]
         cells = [f"{x:.2f}" for x in (*means, means[-1] / max(means[:-1]))]
         table.add_row(f"{temperature:g}", "mean", "", *cells, end_section=True)

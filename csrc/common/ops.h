@@ -15,6 +15,7 @@
 namespace specdec {
 
 enum class DType { f32, bf16, f16 };
+SPECDEC_SHARED static inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
 constexpr int64_t kTile = 128;
@@ -95,7 +96,7 @@ struct Logits {
 };
 
 SPECDEC_SHARED static inline const void* address(const Logits& logits, int64_t elements) {
-  return static_cast<const char*>(logits.data) + elements * (logits.dtype == DType::f32 ? 4 : 2);
+  return static_cast<const char*>(logits.data) + elements * bytes_of(logits.dtype);
 }
 
 // Temperature and filters: [B, 4] (temperature, top_k, top_p, min_p), or one of each for all.

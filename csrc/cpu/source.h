@@ -20,7 +20,7 @@ inline float logit_of(const Row& row, int64_t token) {
 
 // Fetches logits that will be asked for.
 inline void prefetch(const Row& row, int64_t first, int64_t count) {
-  const int64_t bytes = row.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(row.dtype);
   const char* const begin = static_cast<const char*>(row.logits) + first * bytes;
   for (int64_t at = 0; at < count * bytes; at += 64) __builtin_prefetch(begin + at);
 }

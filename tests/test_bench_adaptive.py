@@ -1,0 +1,40 @@
+"""What `specdec bench adaptive` makes of the times it took."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdec_kernels.bench.adaptive import Timed, _rates, _seconds_by_rows
+
+#: Seconds a step by its rows, and of drafting a draft.
+STEP, DRAFT = {1: 1.0, 2: 1.1, 3: 1.3}, 0.05
+
+
+def run(proposed: list[int], slowness: float = 1.0) -> Timed:
+    """A text of steps with so many drafts, all of them accepted, on a machine that was so slow."""
+    statistics = Timed()
+    for drafts in proposed:
+        statistics.seconds["draft"] += slowness * DRAFT * drafts
+        statistics.seconds["target"] += 0.75 * slowness * STEP[1 + drafts]
+        statistics.seconds["verify"] += 0.25 * slowness * STEP[1 + drafts]
+        statistics.count(drafts, drafts)
+        statistics.emitted += 1 + drafts
+    return statistics
+
+
+def test_a_slow_minute_falls_on_no_way_alone() -> None:
+    plain, drafting = [run([0] * 6), run([0] * 6), run([0] * 6, 2.0)], [run([1, 2, 0]), run([1, 2, 0]), run([1, 2, 0])]
+    costs = _seconds_by_rows([*plain, *drafting])
+    assert costs == pytest.approx(STEP)
+    assert _rates([plain], costs)["tokens_per_second"] == pytest.approx(1.0)
+    assert _rates([plain], costs)["timed_tokens_per_second"] == pytest.approx(18 / 24)
+    assert _rates([drafting], costs)["tokens_per_second"] == pytest.approx(6 / (1.0 + 1.1 + 1.3 + 3 * DRAFT))
+
+
+def test_each_time_of_a_text_counts_by_its_own_steps() -> None:
+    chosen = [run([2, 0, 2]), run([1, 1, 1, 1]), run([2, 2, 1])]
+    rates = _rates([chosen], STEP)
+    seconds = (1.3 + 1.0 + 1.3) + 4 * 1.1 + (1.3 + 1.3 + 1.1) + 3 * 4 * DRAFT
+    assert rates["tokens_per_second"] == pytest.approx((7 + 8 + 8) / seconds)
+    assert rates["tokens_per_step"] == pytest.approx(23 / 10)
+    assert rates["drafts_per_step"] == pytest.approx(13 / 10)
