@@ -34,7 +34,7 @@ from specdec_kernels.ops import RuleName
 LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, None)
 RULES: dict[float, RuleName] = {0.0: "token", 0.8: "coupled"}
 #: Times each text is decoded each way.
-REPEATS = 3
+REPEATS = 2
 
 
 class Replayed(TransformersTarget):

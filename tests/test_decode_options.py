@@ -10,7 +10,7 @@ from test_decode import NAMES, PROMPTS, VOCAB, drafters, tiny
 
 from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, RuleDrafter
-from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, LinearCost
+from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost
 from specdec_kernels.decode.protocols import Step
 
 
@@ -162,18 +162,19 @@ def test_steps_without_drafts_are_timed_now_and_then():
     drafter = AdaptiveDrafter(RuleDrafter(lambda text, count: [1] * count))
     drafter.begin([[1]], None)
     asked = []
-    for position in range(140):
+    every = Costs.PLAIN_EVERY + 1
+    for position in range(2 * every + 10):
         step = Step(torch.tensor([4]), torch.tensor([1]), torch.tensor([position]), torch.tensor([1.0]))
         asked.append(drafter.propose(step).tokens.shape[1])
         drafter.costs._since -= 1.0  # every pass takes a second, so drafts that are all right pay
         drafter.commit([[1] * (asked[-1] + 1)], None)
-    assert [i for i, count in enumerate(asked) if count == 0] == [0, 65, 130]
+    assert [i for i, count in enumerate(asked) if count == 0] == [0, every, 2 * every]
 
 
 def test_gains_follow_what_was_accepted():
     acceptance = Acceptance()
     hopes = acceptance.gains(3)
-    assert hopes == pytest.approx([0.6, 0.36, 0.216])
+    assert hopes == pytest.approx([Acceptance.HOPE**place for place in (1, 2, 3)])
     for _ in range(60):
         acceptance.add(4, 2)  # the first two always, the third never; of the fourth nothing is known
     gains = acceptance.gains(4)

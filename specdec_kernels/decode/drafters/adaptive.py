@@ -84,7 +84,7 @@ class Costs:
     since each of them sees only some of the steps."""
 
     #: Steps with drafts before one without is timed again: it is what all others are compared with.
-    PLAIN_EVERY = 64
+    PLAIN_EVERY = 128
 
     def __init__(self) -> None:
         self.step = BentCost(slope=0.02, origin=1.0)
@@ -111,11 +111,11 @@ class Costs:
 class Acceptance:
     """How often the drafts of one request were accepted, by their place in the step; older steps fade."""
 
-    FADING = 0.95
+    FADING = 0.97
     #: Weight of :data:`HOPE`, in drafts; it fades as they do.
     TRUST = 4.0
     #: Acceptance assumed before anything is known: high enough to try.
-    HOPE = 0.6
+    HOPE = 0.7
 
     def __init__(self) -> None:
         self._hoped: list[float] = []
