@@ -74,14 +74,12 @@ class Timed(Statistics):
 
     passes: list[tuple[int, float]] = field(default_factory=list)
     """Of every step the rows it scored, and the seconds of all but the drafting."""
-    _before: float = 0.0
 
     def count(self, proposed: int, accepted: int, depth: int | None = None) -> None:
         """And note what the step took."""
         super().count(proposed, accepted, depth)
-        so_far = self.seconds["target"] + self.seconds["verify"]
-        self.passes.append((1 + proposed, so_far - self._before))
-        self._before = so_far
+        before = sum(taken for _, taken in self.passes)
+        self.passes.append((1 + proposed, self.decode_seconds - self.seconds["draft"] - before))
 
 
 Cell = tuple[float, str, int | None]
