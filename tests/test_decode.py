@@ -32,6 +32,7 @@ from specdec_kernels.decode.drafters import (
     TreeDrafter,
     adaptive,  # its clock
 )
+from specdec_kernels.decode.drafters.feature_model import REPEATS
 
 VOCAB = 11
 
@@ -55,9 +56,19 @@ def target_model():
     return tiny(1, layers=2)
 
 
-def feature_drafter(model, middle=()):
+SHORTLIST = [0, 2, 3, 5, 8]
+
+
+def feature_drafter(model, middle=(), repeats=0.0, kind=FeatureDrafter):
     torch.manual_seed(5)
-    return FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2, 3, 5, 8]), middle).eval(), model)
+    network = FeatureModel(model.config, torch.tensor(SHORTLIST), middle).eval()
+    return kind(with_repeats(network, repeats), model)
+
+
+@torch.no_grad()
+def with_repeats(network, each):
+    network.repeats.copy_(each * torch.arange(1.0, REPEATS + 1))
+    return network
 
 
 def medusa_drafter(model, shortlist=(0, 2, 3, 5, 8)):
@@ -74,6 +85,7 @@ def drafters(model):
         "self": ModelDrafter(model),
         "feature": feature_drafter(model),
         "feature of two layers": feature_drafter(model, (1,)),
+        "feature with repeats": feature_drafter(model, repeats=0.5),
         "lookup": LookupDrafter(1),
         "rule": RuleDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
         "first of": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2))),
@@ -83,7 +95,7 @@ def drafters(model):
         "confident": ModelDrafter(tiny(2), drafting=Drafting(min_confidence=0.3, cooling=0.7)),
         "tree": TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
         "tree of self": TreeDrafter(ModelDrafter(model), Growth(depth=2, width=3, children=4)),
-        "feature tree": TreeDrafter(feature_drafter(model), Growth(depth=3, width=2, children=2)),
+        "feature tree": TreeDrafter(feature_drafter(model, repeats=0.5), Growth(depth=3, width=2, children=2)),
         "medusa": medusa_drafter(model),
         "first of trees": FirstOf(LookupDrafter(2), medusa_drafter(model)),
         "adaptive": FirstOf(AdaptiveDrafter(LookupDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)),
@@ -153,9 +165,9 @@ def exact_law(model, prompt, temperature, length):
     ("kind", "rule"),
     [
         *(("model", rule) for rule in ("token", "block", "coupled")),
-        *((kind, "token") for kind in ("confident", "lookup", "feature", "adaptive")),
+        *((kind, "token") for kind in ("confident", "lookup", "feature", "repeats", "adaptive")),
         *((kind, "block") for kind in ("confident", "adaptive")),
-        ("feature", "coupled"),
+        ("repeats", "coupled"),
         *(("tree", rule) for rule in ("token", "block", "coupled")),
         ("medusa", "token"),
     ],
@@ -174,6 +186,7 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         "confident": lambda: ModelDrafter(small, drafting=drafting),
         "lookup": lambda: LookupDrafter(1),
         "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2])).eval(), model),
+        "repeats": lambda: FeatureDrafter(with_repeats(FeatureModel(model.config, torch.tensor([0, 2])).eval(), 1.0), model),
         "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
         "tree": lambda: TreeDrafter(ModelDrafter(small, drafting=Drafting(cooling=0.8)), Growth(2, 2, 2)),
         "medusa": lambda: medusa_drafter(model, (0, 2)),
@@ -355,6 +368,73 @@ def test_suffix_index_against_a_slow_search():
             if longest:
                 assert text[after - longest : after] == text[-longest:]
                 assert after < len(text)
+
+
+def followers(text, ahead):
+    """What followed a suffix of text and tokens ahead, with the longest such suffix: by trying all."""
+    whole, longest = [*text, *ahead], {}
+    for n in range(1, len(whole) + 1):
+        for i in range(len(text) - n):
+            if text[i : i + n] == whole[-n:]:
+                longest[text[i + n]] = n
+    return longest
+
+
+def test_followers_against_a_slow_search():
+    rng = np.random.default_rng(1)
+    for alphabet in (2, 3, 20):
+        index, text = SuffixIndex(), []
+        for token in rng.integers(0, alphabet, 40).tolist():
+            for count in range(4):
+                ahead = rng.integers(0, alphabet, count).tolist()
+                tokens, lengths = index.followers(ahead)
+                assert dict(zip(tokens, lengths, strict=True)) == followers(text, ahead)
+                assert len(set(tokens)) == len(tokens)
+                assert lengths == sorted(lengths, reverse=True)
+            index.append(token)
+            text.append(token)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_what_followed_the_longest_repetition_is_drafted(target_model, tree):
+    """By a drafter that favours repetitions above all that its network says, of every request of a batch."""
+    checked = 0
+
+    class Watched(FeatureDrafter):
+        def recalled(self, logits, paths):
+            nonlocal checked
+            favoured = super().recalled(logits, paths)
+            rows = len(logits) // len(self.texts)
+            for row, best in enumerate(favoured.argmax(1).tolist()):
+                found = followers(self.texts[row // rows], [int(tokens[row]) for tokens in paths])
+                lengths = {token: min(n, REPEATS) for token, n in found.items() if token in SHORTLIST}
+                expected = [token for token, n in lengths.items() if n == max(lengths.values())]
+                if expected:
+                    assert SHORTLIST[best] in expected
+                    checked += 1
+                else:
+                    assert torch.equal(favoured[row], logits[row])
+            return favoured
+
+        def begin(self, prompts, features):
+            self.texts = [list(prompt) for prompt in prompts]
+            super().begin(prompts, features)
+
+        def commit(self, tokens, features):
+            super().commit(tokens, features)
+            for text, new in zip(self.texts, tokens, strict=True):
+                text.extend(new)
+
+        def select(self, requests):
+            super().select(requests)
+            self.texts = [self.texts[slot] for slot in requests.tolist()]
+
+    drafter = feature_drafter(target_model, repeats=1e4, kind=Watched)
+    generate(
+        TransformersTarget(target_model), PROMPTS, num_draft=5, max_new_tokens=[12, 20, 9, 16], seed=1, temperature=0.9,
+        drafter=TreeDrafter(drafter, Growth(depth=3, width=2, children=2)) if tree else drafter,
+    )  # fmt: skip
+    assert checked > 50
 
 
 def test_lookup_continues_a_repetition():

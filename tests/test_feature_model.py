@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from specdec_kernels.decode.drafters import FeatureModel
+from specdec_kernels.decode.drafters.feature_model import REPEATS
 
 
 def model(middle=()):
@@ -21,10 +22,12 @@ def model(middle=()):
 @pytest.mark.parametrize("middle", [(), (1,), (1, 3)])
 def test_what_is_saved_is_what_is_read(tmp_path, middle):
     made, config = model(middle)
+    made.repeats.uniform_()
     made.save(tmp_path / "model.safetensors")
     read = FeatureModel.load(tmp_path / "model.safetensors", config, torch.bfloat16)
     assert read.layers == made.layers == (*middle, -1)
     assert torch.equal(read.shortlist, made.shortlist)
+    assert torch.equal(read.repeats, made.repeats)
     embeddings, features = torch.randn(1, 5, 32).bfloat16(), torch.randn(1, 5, 32 * len(made.layers)).bfloat16()
     assert torch.equal(read.inputs(embeddings, features), made.inputs(embeddings, features))
 
@@ -41,3 +44,15 @@ def test_middle_layers_add_to_the_last():
     assert not torch.allclose(both, alone, atol=1e-2, rtol=1e-2)
     made.middle.weight.zero_()
     assert torch.equal(made.inputs(inputs[0], inputs[1]), alone)
+
+
+@torch.no_grad()
+def test_what_followed_before_is_favoured():
+    """By how much of the text it followed; at most as many tokens as are told apart."""
+    made, _ = model()
+    made.repeats.copy_(torch.arange(1.0, REPEATS + 1))
+    row, token, length = torch.tensor([[0, 4, 1], [2, 0, 3], [2, 1, REPEATS + 9]]).T
+    logits = torch.zeros(3, 5).bfloat16()
+    expected = torch.zeros(3, 5)
+    expected[0, 4], expected[2, 0], expected[2, 1] = 1, 3, REPEATS
+    assert torch.equal(made.recall(logits, row, token, length), expected.bfloat16())

@@ -69,7 +69,7 @@ for batch, rows, cached, layers in ((1, 1, 0, 1), (1, 3, 7, 3), (2, 2, 65, 1)):
     assert all(x.isfinite().all() for x in read)
 index = _native.SuffixIndex()
 index.extend([i % 7 for i in range(500)])
-assert index.continuation(9) and len(index) == 500
+assert index.continuation(9) and index.followers([3, 9]) and len(index) == 500
 try:
     s.verify_chain(torch.zeros(1, 2, 5), torch.tensor([[5]]), seed=1, position=1)
 except ValueError:

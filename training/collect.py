@@ -26,7 +26,6 @@ from training import prompts
 FEATURE_LAYERS = (10, 20, -1)
 BATCH = 128
 NEW_TOKENS = 192
-TEMPERATURES = (0.0, 0.5, 0.8, 0.8, 1.0)
 #: Of the conversations of a shard: how many of each kind from templates, how many from the target's own prompts; the
 #: rest corrects the spelling of earlier answers.
 KINDS, OWN = {prompts.chat: 16, prompts.code: 24, prompts.story: 20}, 40
@@ -85,10 +84,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory for the shards.")] = Path("data"),
     minutes: Annotated[float, typer.Option(help="Stop after the batch that passes this time.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
+    temperatures: Annotated[
+        str, typer.Option(help="What an answer's temperature is drawn from, each as often as it is named.")
+    ] = "0,0.5,0.8,0.8,1",
 ) -> None:
     """Generate until the time is up, one shard a batch."""
     model, tokenizer = load_target()
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    choices = [float(temperature) for temperature in temperatures.split(",")]
     out.mkdir(parents=True, exist_ok=True)
     start, shard, answers = time.time(), 0, []
     while time.time() - start < 60 * minutes:
@@ -104,8 +107,8 @@ def main(
             tokenizer.apply_chat_template([{"role": "user", "content": r}], tokenize=False, add_generation_prompt=True)
             for r in requests
         ]
-        temperatures = torch.tensor([rng.choice(TEMPERATURES) for _ in texts])
-        data = generate(model, tokenizer, texts, temperatures, NEW_TOKENS, stop, noise + BATCH)
+        drawn_at = torch.tensor([rng.choice(choices) for _ in texts])
+        data = generate(model, tokenizer, texts, drawn_at, NEW_TOKENS, stop, noise + BATCH)
         answers = [tokenizer.decode(ids[n : n + 100], skip_special_tokens=True).strip() for ids, _, n in data[:100]]
         torch.save(
             [(torch.tensor(ids, dtype=torch.int32), h, n) for ids, h, n in data], out / f"{seed:02}-{shard:04}.pt"

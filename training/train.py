@@ -22,6 +22,7 @@ import torch
 import typer
 from torch import Tensor
 
+from specdec_kernels._native import SuffixIndex
 from specdec_kernels.cli.models import load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from training.collect import FEATURE_LAYERS
@@ -32,6 +33,8 @@ FIRST_STEP_ONLY = 0.45
 TOKENS_A_BATCH = 2048
 #: Share of positions that enter the loss: neighbours say much the same, and the head is what costs.
 LOSS_SHARE = 0.5
+#: Times the learning rate: what repetitions add to a logit is of another size than weights.
+REPEATS_RATE = 30.0
 #: Temperatures at which rejections count, and the share of the cross-entropy that stays beside them.
 TEMPERATURES, CROSS_ENTROPY_SHARE = (0.4, 0.6, 0.8, 0.8, 1.0), 0.1
 
@@ -104,6 +107,22 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return x if by == 0 else torch.cat([torch.zeros_like(x[:, :, :by]), x[:, :, :-by]], 2)
 
 
+def repetitions(model: FeatureModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.recall` favours: the slot, the output that drafts,
+    the draft's place in the short list, and how many tokens it followed before."""
+    places = {token: place for place, token in enumerate(model.shortlist.tolist())}
+    found = []
+    for slot, (tokens, wanted) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+        index = SuffixIndex()
+        for position, token in enumerate(tokens):
+            index.append(token)
+            if wanted[position]:
+                followers = zip(*index.followers([]), strict=True)
+                # An output has read the token after it.
+                found += [(slot, position - 1, places[t], length) for t, length in followers if t in places]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 4).T
+
+
 def losses(
     model: FeatureModel,
     embed: Tensor,
@@ -119,6 +138,7 @@ def losses(
     embeddings = torch.nn.functional.embedding(ids[:, 1:], embed)
     outputs = unrolled(model, embeddings, read_by(model, hidden[:, :-1]), steps)
     total, agreements = torch.zeros(()), []
+    slot, position, *favoured = repetitions(model, ids, mask)
     for step, (weight, output) in enumerate(zip(STEP_WEIGHTS, outputs, strict=False)):
         keep = mask[:, 1:] & (torch.rand(mask[:, 1:].shape) < share)
         keep[:, :step] = False
@@ -126,6 +146,8 @@ def losses(
             target_logits = (final(hidden[:, 1:][keep]).to(head.dtype) @ head.T).float()
             target = target_logits.softmax(-1)
         draft_logits = (output[keep].to(head.dtype) @ head.T).float()
+        row = torch.full(keep.shape, -1).masked_scatter(keep, torch.arange(len(draft_logits)))[slot, position]
+        draft_logits = model.recall(draft_logits, row[row >= 0], *(x[row >= 0] for x in favoured))
         loss = -(target * draft_logits.log_softmax(-1)).sum(-1).mean()
         if temperature is None:
             agreements.append((target.argmax(-1) == draft_logits.argmax(-1)).float().mean())
@@ -207,7 +229,9 @@ def main(
     first_only = FIRST_STEP_ONLY if start_from is None else 0.0
     if start_from is not None:
         report(model, embed, head, list(batches(held_out, rng)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    network = [parameter for parameter in model.parameters() if parameter is not model.repeats]
+    groups = [{"params": network, "times": 1.0}, {"params": [model.repeats], "times": REPEATS_RATE}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
     start, step, epoch = time.time(), 0, 0
     while time.time() - start < 60 * minutes:
         for batch in batches(train, rng):
@@ -215,7 +239,8 @@ def main(
             if progress >= 1:
                 break
             rate = peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-            optimizer.param_groups[0]["lr"] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["times"]
             with torch.autocast("cpu", torch.bfloat16):
                 steps = 1 if progress < first_only else len(STEP_WEIGHTS)
                 temperature = rng.choice(TEMPERATURES) if acceptance else None
@@ -227,8 +252,9 @@ def main(
             step += 1
             if step % 20 == 0:
                 shown = " ".join(f"{a:.3f}" for a in agreements)
+                favours = " ".join(f"{favour:.2f}" for favour in model.repeats.tolist())
                 print(
-                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown}",
+                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown} repeats {favours}",
                     flush=True,
                 )
         epoch += 1

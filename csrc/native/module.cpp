@@ -1,4 +1,4 @@
-// What is native but no operator on tensors, for Python: the suffix index of the lookup drafter, and facts of the
+// What is native but no operator on tensors, for Python: the suffix index of drafters that look back, and facts of the
 // build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,5 +33,8 @@ PYBIND11_MODULE(_native, m) {
            "(length of the longest suffix that occurred before, index just after its first occurrence).")
       .def("continuation", &SuffixIndex::continuation, py::arg("count"),
            "What followed that occurrence: `count` tokens, a repetition going on past the end of the text.")
+      .def("followers", &SuffixIndex::followers, py::arg("ahead"),
+           "(tokens, lengths): what followed a suffix of the text and of tokens `ahead` of it wherever it occurred in the "
+           "text, each token once, and the length of the longest such suffix.")
       .def("__len__", &SuffixIndex::size);
 }

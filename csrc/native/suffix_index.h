@@ -1,6 +1,7 @@
 // The longest suffix of a text that occurred in it before, as the text grows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
 #include <utility>
@@ -39,6 +40,30 @@ class SuffixIndex {
     std::vector<Token> tokens;
     for (int64_t i = 0; i < count && period > 0; ++i) tokens.push_back(text_[size_t(start + i % period)]);
     return tokens;
+  }
+
+  // What followed a suffix of the text and of tokens `ahead` of it, wherever it occurred in the text: each token once,
+  // with the length of the longest such suffix, longer ones first.
+  std::pair<std::vector<Token>, std::vector<int64_t>> followers(const std::vector<Token>& ahead) const {
+    int32_t state = last_;
+    int64_t length = size();
+    for (const Token token : ahead) {
+      while (state != -1 && follow(state, token) == -1) {
+        state = states_[size_t(state)].link;
+        length = state == -1 ? -1 : states_[size_t(state)].length;
+      }
+      state = state == -1 ? 0 : follow(state, token);
+      ++length;
+    }
+    std::vector<Token> tokens;
+    std::vector<int64_t> lengths;
+    for (; state > 0; state = states_[size_t(state)].link, length = states_[size_t(state)].length)
+      for (const Token token : states_[size_t(state)].tokens)
+        if (std::find(tokens.begin(), tokens.end(), token) == tokens.end()) {
+          tokens.push_back(token);
+          lengths.push_back(length);
+        }
+    return {std::move(tokens), std::move(lengths)};
   }
 
   int64_t size() const { return int64_t(text_.size()); }

@@ -87,6 +87,11 @@ class AutoregressiveDrafter(ABC):
         self._pending_features = None
         return read
 
+    def recalled(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
+        """Logits [R, S] with what the drafter remembers of the texts themselves: of row r behind the drafts
+        ``paths[0][r], paths[1][r], ...``; each request has as many rows, one after the other."""
+        return logits
+
     def full_rows(self, logits: Tensor) -> Tensor:
         """Rows [R, S] as rows of the vocabulary's width."""
         rows = logits.new_full((len(logits), self._vocab), -torch.inf)
@@ -122,6 +127,7 @@ class AutoregressiveDrafter(ABC):
         one = torch.ones(batch, dtype=torch.int64, device=self._device)
         confidence = [1.0] * batch
         for row in range(longest):
+            logits = self.recalled(logits, drafts)
             self._scatter(full[:, row], logits)
             # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
             rows = full[:, row] if step.coupled else logits

@@ -100,10 +100,12 @@ class TreeDrafter:
         ancestors = torch.empty((len(logits), 1, 0), dtype=torch.bool)
         index = torch.zeros((len(logits), 1), dtype=torch.int64)  # of the nodes among all candidates, the root first
         value = torch.zeros((len(logits), 1))  # logarithm of a path's worth
+        paths: list[Tensor] = []  # to the nodes, [B, width] each
         levels: list[_Level] = []
         deepest = min(self.growth.depth, wanted)
         for depth in range(deepest):
-            rows = self.drafter.full_rows(logits.flatten(0, 1))
+            logits = self.drafter.recalled(logits.flatten(0, 1), [tokens.flatten() for tokens in paths])
+            rows = self.drafter.full_rows(logits)
             levels.append(_Level.of(rows, self._draw(rows, how, step, depth, wanted), value, index))
             plan.look(levels[-1], depth)
             if depth + 1 == deepest or not plan.goes_on:
@@ -113,6 +115,7 @@ class TreeDrafter:
             slot = levels[-1].slot.gather(1, chosen)
             ancestors = _extended(ancestors, slot)
             tokens = levels[-1].tokens.gather(1, chosen).clamp(min=0)
+            paths = [*(before.gather(1, slot) for before in paths), tokens]
             above = None if features is None else _rows_at(features, slot)
             logits, features = self.drafter.advance_tree(tokens, above, ancestors, depth)
         self.drafter.drop_tree()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitModel
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.drafters.texts import Texts
 from specdec_kernels.decode.protocols import Step
 
 
@@ -27,6 +28,7 @@ class FeatureDrafter(AutoregressiveDrafter):
 
     Raises:
         ValueError: ``eight_bits`` where that cannot run.
+        RuntimeError: the model favours repetitions, and the native module was not built for this Python.
     """
 
     def __init__(
@@ -40,6 +42,37 @@ class FeatureDrafter(AutoregressiveDrafter):
         self._head: Callable[[Tensor], Tensor] = (
             EightBitLinear(head) if eight_bits else partial(functional.linear, weight=head)
         )
+        self._recall = model.recall
+        self._place = {token: place for place, token in enumerate(model.shortlist.tolist())}
+        self._texts = Texts("FeatureDrafter") if bool(model.repeats.any()) else None
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        super().begin(prompts, features)
+        if self._texts is not None:
+            self._texts.begin(prompts)
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        super().commit(tokens, features)
+        if self._texts is not None:
+            self._texts.extend(tokens)
+
+    def select(self, requests: Tensor) -> None:
+        super().select(requests)
+        if self._texts is not None:
+            self._texts.select(requests)
+
+    def recalled(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
+        if self._texts is None:
+            return logits
+        ahead: list[list[int]] = torch.stack(list(paths), 1).tolist() if paths else [[]] * len(logits)
+        rows = len(ahead) // len(self._texts.indices)
+        found = [
+            (row, self._place[token], length)
+            for row, path in enumerate(ahead)
+            for token, length in zip(*self._texts.indices[row // rows].followers(path), strict=True)
+            if token in self._place
+        ]
+        return self._recall(logits, *torch.tensor(found, device=logits.device).unbind(1)) if found else logits
 
     def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         # The feature at each token is read together with the token after it.

@@ -4,6 +4,10 @@ At token t it reads the embedding of token t + 1 and the target's hidden states 
 arXiv:2503.01840), and predicts what the target's own head, cut to a short list of frequent tokens, turns into a draft
 distribution. Further drafts read the drafter's own output in place of the hidden states.
 
+One layer copies from the text before it badly, which is what texts do most, so copying has weights of its own: what
+followed the last n tokens wherever they occurred before is drafted more, by how large n is (a cache, as Grave et al.,
+arXiv:1612.04426, with exact matches in place of similar hidden states).
+
 Written out rather than taken from transformers, whose generic layer takes twice as long for one row on a CPU.
 """
 
@@ -18,6 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+#: Lengths of a repetition that are told apart; longer ones count as the last.
+REPEATS = 8
 
 
 class FeatureModel(nn.Module):
@@ -51,6 +59,7 @@ class FeatureModel(nn.Module):
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, width, bias=False)
         self.norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.repeats = nn.Parameter(torch.zeros(REPEATS))
         self.register_buffer("shortlist", shortlist)
         inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2).float() / head)
         angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse).repeat(1, 2)
@@ -109,6 +118,12 @@ class FeatureModel(nn.Module):
         attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return self.finish(x, attended.reshape(batch, self.heads, rows, self.head_dim))
 
+    def recall(self, logits: Tensor, row: Tensor, token: Tensor, length: Tensor) -> Tensor:
+        """Logits [R, S] of which ``logits[row[i], token[i]]`` is higher, for a token that followed ``length[i]`` tokens
+        before as it would follow the last of row ``row[i]``'s; int64 [N] each."""
+        favour = self.repeats[length.clamp(max=REPEATS) - 1].to(logits.dtype)
+        return logits.index_put((row, token), favour, accumulate=True)
+
     def mask(self, attention_mask: Tensor | None, rows: int, length: int) -> Tensor:
         """bool [1 or B, R, L]: which keys each of the last rows attends to, by the mask [B, L] of a text, or [B, 1, R,
         L] of a tree."""
@@ -129,5 +144,5 @@ class FeatureModel(nn.Module):
         state = load_file(path)
         shortlist = state.pop("shortlist").long()
         model = cls(config, shortlist, state.pop("middle", torch.empty(0)).tolist())
-        model.load_state_dict({**state, "shortlist": shortlist})
+        model.load_state_dict({"repeats": model.repeats, **state, "shortlist": shortlist})
         return model.to(dtype).eval()
