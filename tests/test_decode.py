@@ -177,6 +177,7 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     the token rule): the joint law of the text is the target's."""
     model = tiny(7, vocab=3, sharp=2.0)
     small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
+    network = FeatureModel(model.config, torch.tensor([0, 2]))
     # What drafts and steps take is all the same to the law; here it lets the adaptive drafter change its mind.
     spans = random.Random(0)
     ticks = accumulate(iter(lambda: 10 ** spans.uniform(-2, 1), None))
@@ -185,8 +186,8 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         "model": lambda: ModelDrafter(small),
         "confident": lambda: ModelDrafter(small, drafting=drafting),
         "lookup": lambda: LookupDrafter(1),
-        "feature": lambda: FeatureDrafter(FeatureModel(model.config, torch.tensor([0, 2])).eval(), model),
-        "repeats": lambda: FeatureDrafter(with_repeats(FeatureModel(model.config, torch.tensor([0, 2])).eval(), 1.0), model),
+        "feature": lambda: FeatureDrafter(network.eval(), model),
+        "repeats": lambda: FeatureDrafter(with_repeats(network.eval(), 1.0), model),
         "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
         "tree": lambda: TreeDrafter(ModelDrafter(small, drafting=Drafting(cooling=0.8)), Growth(2, 2, 2)),
         "medusa": lambda: medusa_drafter(model, (0, 2)),

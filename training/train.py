@@ -108,8 +108,8 @@ def _shift(x: Tensor, by: int) -> Tensor:
 
 
 def repetitions(model: FeatureModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.recall` favours: the slot, the output that drafts,
-    the draft's place in the short list, and how many tokens it followed before."""
+    """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.recall` favours: the slot, the output that
+    drafts, the draft's place in the short list, and how many tokens it followed before."""
     places = {token: place for place, token in enumerate(model.shortlist.tolist())}
     found = []
     for slot, (tokens, wanted) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
@@ -254,7 +254,8 @@ def main(
                 shown = " ".join(f"{a:.3f}" for a in agreements)
                 favours = " ".join(f"{favour:.2f}" for favour in model.repeats.tolist())
                 print(
-                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown} repeats {favours}",
+                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown} "
+                    f"repeats {favours}",
                     flush=True,
                 )
         epoch += 1

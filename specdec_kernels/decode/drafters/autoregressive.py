@@ -122,7 +122,8 @@ class AutoregressiveDrafter(ABC):
         if longest == 0:
             return Draft.nothing(batch)
         logits, features = self.read_pending()
-        drafts, stats = [], []
+        drafts: list[Tensor] = []
+        stats: list[Tensor] = []
         full = self._buffer(batch, longest, logits.dtype)
         one = torch.ones(batch, dtype=torch.int64, device=self._device)
         confidence = [1.0] * batch

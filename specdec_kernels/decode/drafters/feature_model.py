@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 #: Lengths of a repetition that are told apart; longer ones count as the last.
 REPEATS = 8
 
