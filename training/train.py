@@ -88,12 +88,13 @@ def unrolled(model: FeatureModel, embeddings: Tensor, features: Tensor, steps: i
         keys.append(key.repeat_interleave(model.heads // model.kv_heads, 1))
         values.append(value.repeat_interleave(model.heads // model.kv_heads, 1))
         # True features up to t - step, then this drafter's own at t - step + 1 .. t.
-        scores = (query @ keys[0].transpose(2, 3)).float()
-        seen = torch.ones(length, length, dtype=torch.bool).tril(-step)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        own = [(query * _shift(keys[j], step - j)).sum(-1, keepdim=True).float() for j in range(1, step + 1)]
-        weights = torch.cat([scores, *own], -1) * model.head_dim**-0.5
-        weights = weights.softmax(-1).nan_to_num(0.0).to(value.dtype)
+        query = query * model.head_dim**-0.5
+        unseen = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1 - step)
+        scores = torch.baddbmm(unseen, query.flatten(0, 1), keys[0].flatten(0, 1).transpose(1, 2)).view(
+            *query.shape[:2], length, length
+        )
+        own = [(query * _shift(keys[j], step - j)).sum(-1, keepdim=True) for j in range(1, step + 1)]
+        weights = torch.cat([scores, *own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
         mixed = weights[..., :length] @ values[0]
         for j in range(1, step + 1):
             mixed = mixed + weights[..., length + j - 1, None] * _shift(values[j], step - j)
