@@ -21,7 +21,7 @@ class SuffixIndex:
         """What followed that occurrence: ``count`` tokens, a repetition going on past the end of the text."""
 
     def followers(self, ahead: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(tokens, lengths): what followed a suffix of the text and of tokens ``ahead`` of it wherever it occurred in
-        the text, each token once, and the length of the longest such suffix."""
+        """(tokens, lengths): what followed a suffix of the text and of tokens ``ahead`` of it, wherever it occurred in
+        the text; each token once, with the length of the longest such suffix."""
 
     def __len__(self) -> int: ...

@@ -34,8 +34,7 @@ PYBIND11_MODULE(_native, m) {
       .def("continuation", &SuffixIndex::continuation, py::arg("count"),
            "What followed that occurrence: `count` tokens, a repetition going on past the end of the text.")
       .def("followers", &SuffixIndex::followers, py::arg("ahead"),
-           "(tokens, lengths): what followed a suffix of the text and of tokens `ahead` of it wherever it occurred in "
-           "the "
-           "text, each token once, and the length of the longest such suffix.")
+           "(tokens, lengths): what followed a suffix of the text and of tokens `ahead` of it, wherever it occurred in "
+           "the text; each token once, with the length of the longest such suffix.")
       .def("__len__", &SuffixIndex::size);
 }

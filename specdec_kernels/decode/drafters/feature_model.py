@@ -4,9 +4,9 @@ At token t it reads the embedding of token t + 1 and the target's hidden states 
 arXiv:2503.01840), and predicts what the target's own head, cut to a short list of frequent tokens, turns into a draft
 distribution. Further drafts read the drafter's own output in place of the hidden states.
 
-One layer copies from the text before it badly, which is what texts do most, so copying has weights of its own: what
-followed the last n tokens wherever they occurred before is drafted more, by how large n is (a cache, as Grave et al.,
-arXiv:1612.04426, with exact matches in place of similar hidden states).
+Texts repeat themselves, and one layer is not enough to copy well. So what followed the same tokens before has its logit
+raised, by how many tokens these were: a cache (Grave et al., arXiv:1612.04426) with exact matches in place of similar
+hidden states.
 
 Written out rather than taken from transformers, whose generic layer takes twice as long for one row on a CPU.
 """
