@@ -38,9 +38,9 @@ MEDUSA_WEIGHTS = _ASSETS / "smollm2-medusa.safetensors"
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
 
-#: Measured on SmolLM2: another draft costs a fiftieth of a target's pass; over recorded texts, drawn at 0.8, stopping at
-#: 0.3 is expected to give 2.5% fewer tokens a second, at 0.03 or 0.1 less than 1% fewer. At 0.9 times the temperature
-#: 0.530 of first drafts are accepted, at 1 it is 0.526.
+#: Measured on SmolLM2: another draft costs a fiftieth of a target's pass; over recorded texts, drawn at 0.8, stopping
+#: at 0.3 is expected to give 2.5% fewer tokens a second, at 0.03 or 0.1 less than 1% fewer. At 0.9 times the
+#: temperature 0.530 of first drafts are accepted, at 1 it is 0.526.
 DRAFTING = Drafting(min_confidence=0.06, cooling=0.9)
 
 
