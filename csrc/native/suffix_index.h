@@ -48,12 +48,14 @@ class SuffixIndex {
     int32_t state = last_;
     int64_t length = size();
     for (const Token token : ahead) {
-      while (state != -1 && follow(state, token) == -1) {
+      while (state > 0 && follow(state, token) == -1) {
         state = states_[size_t(state)].link;
-        length = state == -1 ? -1 : states_[size_t(state)].length;
+        length = states_[size_t(state)].length;
       }
-      state = state == -1 ? 0 : follow(state, token);
-      ++length;
+      if (const int32_t next = follow(state, token); next != -1) {
+        state = next;
+        ++length;
+      }
     }
     std::vector<Token> tokens;
     std::vector<int64_t> lengths;
