@@ -25,6 +25,7 @@ from torch import Tensor
 from specdec_kernels._native import SuffixIndex
 from specdec_kernels.cli.models import load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.drafters.texts import placed_followers
 from training.collect import FEATURE_LAYERS
 
 STEP_WEIGHTS = (1.0, 0.8, 0.7)
@@ -111,16 +112,14 @@ def _shift(x: Tensor, by: int) -> Tensor:
 def repetitions(model: FeatureModel, ids: Tensor, mask: Tensor) -> Tensor:
     """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.recall` favours: the slot, the output that
     drafts, the draft's place in the short list, and how many tokens it followed before."""
-    places = {token: place for place, token in enumerate(model.shortlist.tolist())}
-    found = []
+    places, found = model.places(), []
     for slot, (tokens, wanted) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
         index = SuffixIndex()
         for position, token in enumerate(tokens):
             index.append(token)
             if wanted[position]:
-                followers = zip(*index.followers([]), strict=True)
                 # An output has read the token after it.
-                found += [(slot, position - 1, places[t], length) for t, length in followers if t in places]
+                found += [(slot, position - 1, *follower) for follower in placed_followers(index, [], places)]
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 4).T
 
 
@@ -147,8 +146,9 @@ def losses(
             target_logits = (final(hidden[:, 1:][keep]).to(head.dtype) @ head.T).float()
             target = target_logits.softmax(-1)
         draft_logits = (output[keep].to(head.dtype) @ head.T).float()
-        row = torch.full(keep.shape, -1).masked_scatter(keep, torch.arange(len(draft_logits)))[slot, position]
-        draft_logits = model.recall(draft_logits, row[row >= 0], *(x[row >= 0] for x in favoured))
+        kept = keep[slot, position]
+        row = keep.flatten().cumsum(0).view_as(keep)[slot, position] - 1
+        draft_logits = model.recall(draft_logits, *(x[kept] for x in (row, *favoured)))
         loss = -(target * draft_logits.log_softmax(-1)).sum(-1).mean()
         if temperature is None:
             agreements.append((target.argmax(-1) == draft_logits.argmax(-1)).float().mean())

@@ -13,7 +13,7 @@ from torch.nn import functional
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitModel
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
-from specdec_kernels.decode.drafters.texts import Texts
+from specdec_kernels.decode.drafters.texts import Texts, placed_followers
 from specdec_kernels.decode.protocols import Step
 
 
@@ -43,7 +43,7 @@ class FeatureDrafter(AutoregressiveDrafter):
             EightBitLinear(head) if eight_bits else partial(functional.linear, weight=head)
         )
         self._recall = model.recall
-        self._place = {token: place for place, token in enumerate(model.shortlist.tolist())}
+        self._places = model.places()
         self._texts = Texts("FeatureDrafter") if bool(model.repeats.any()) else None
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -67,10 +67,9 @@ class FeatureDrafter(AutoregressiveDrafter):
         ahead: list[list[int]] = torch.stack(list(paths), 1).tolist() if paths else [[]] * len(logits)
         rows = len(ahead) // len(self._texts.indices)
         found = [
-            (row, self._place[token], length)
+            (row, place, length)
             for row, path in enumerate(ahead)
-            for token, length in zip(*self._texts.indices[row // rows].followers(path), strict=True)
-            if token in self._place
+            for place, length in placed_followers(self._texts.indices[row // rows], path, self._places)
         ]
         return self._recall(logits, *torch.tensor(found, device=logits.device).unbind(1)) if found else logits
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -42,3 +42,9 @@ class Texts:
     def select(self, requests: Tensor) -> None:
         """Go on with these requests only."""
         self.indices = [self.indices[slot] for slot in requests.tolist()]
+
+
+def placed_followers(index: SuffixIndex, ahead: Sequence[int], places: Mapping[int, int]) -> list[tuple[int, int]]:
+    """(place, length) of what followed a suffix of a text and of tokens ``ahead`` of it, where it has a place."""
+    followers = zip(*index.followers(ahead), strict=True)
+    return [(places[token], length) for token, length in followers if token in places]
