@@ -71,7 +71,7 @@ def with_repeats(network, each):
     return network
 
 
-def medusa_drafter(model, shortlist=(0, 2, 3, 5, 8)):
+def medusa_drafter(model, shortlist=SHORTLIST):
     torch.manual_seed(6)
     paths = torch.tensor([[0, -1], [1, -1], [0, 0], [0, 1], [1, 0]])
     return MedusaDrafter(MedusaModel(model.config.hidden_size, torch.tensor(shortlist), paths).eval(), model)
