@@ -8,17 +8,17 @@
 #include <initializer_list>
 #include <optional>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "ops.h"
 
 namespace specdec {
 
+// Of any class with the accessors of torch::stable::Tensor.
+template <class Tensor>
 class Taken {
  public:
-  using Tensor = torch::stable::Tensor;
   using OptionalTensor = std::optional<Tensor>;
   using ScalarType = torch::headeronly::ScalarType;
   using Sizes = std::initializer_list<int64_t>;

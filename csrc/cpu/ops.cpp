@@ -5,34 +5,35 @@
 #include <vector>
 
 #include "../common/operators.h"
+#include "entries.h"
 #include "pool.h"
 #include "verify.h"
 
 namespace specdec {
 namespace {
 
-void run(const VerifyChain& op, const Tensor&) {
+void run(const VerifyChain& op) {
   require_kernels();
-  Taken::require(ids_in_range(op));
+  Taken<Tensor>::require(ids_in_range(op));
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const Sample& op, const Tensor&) {
+void run(const Sample& op) {
   require_kernels();
   sample(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const VerifyTree& op, const Tensor&) {
+void run(const VerifyTree& op) {
   require_kernels();
   verify_tree(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const SampleChildren& op, const Tensor&) {
+void run(const SampleChildren& op) {
   require_kernels();
   sample_children(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const NoiseWords& op, const Tensor&) {
+void run(const NoiseWords& op) {
   const Kernels& table = require_kernels();
   std::vector<uint32_t> buffer(size_t(4 * op.counters));
   for (int64_t r = 0; r < op.rows; ++r) {
@@ -45,10 +46,16 @@ void run(const NoiseWords& op, const Tensor&) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
-  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
+  implement<[](const auto& op, const Tensor&) { run(op); }>(m);
 }
 
 }  // namespace specdec
+
+// For who calls without the dispatcher.
+extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_cpu_entries() {
+  static const specdec::Entries entries{.verify_chain = specdec::run, .sample = specdec::run};
+  return &entries;
+}
 
 // For `specdec doctor`, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* specdec_cpu_isa() {

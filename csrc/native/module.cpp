@@ -1,14 +1,15 @@
-// What is native but no operator on tensors, for Python: the suffix index of drafters that look back, and facts of the
-// build.
+// What is native and made for Python: the suffix index of drafters that look back, facts of the build, and operators
+// called without PyTorch's dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "direct.h"
 #include "suffix_index.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native code that is no tensor operator.";
+  m.doc() = "Native code made for Python.";
   m.def(
       "build_facts",
       [] {
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_native, m) {
            "(tokens, lengths): what followed a suffix of the text and of tokens `ahead` of it, wherever it occurred in "
            "the text; each token once, with the length of the longest such suffix.")
       .def("__len__", &SuffixIndex::size);
+  specdec::add_direct(m);
 }

@@ -1,0 +1,277 @@
+#include "direct.h"
+
+#include <ATen/dlpack.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <span>
+#include <stdexcept>
+
+#include "../common/arguments.h"
+#include "../cpu/entries.h"
+
+namespace py = pybind11;
+
+namespace specdec {
+namespace {
+
+const Entries* entries = nullptr;
+const DLPackExchangeAPI* exchange = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyObject* empty = nullptr;  // what stands for log-probabilities that nobody asked for
+
+// An error that Python has been told of.
+struct Raised {};
+
+// A tensor on a CPU, with the accessors of torch::stable::Tensor.
+class View {
+ public:
+  explicit View(PyObject* object) {
+    // Others, such as parameters and the tensors of tracers, may mean more than their data.
+    if (Py_TYPE(object) != tensor_type) throw std::runtime_error("an argument is no plain tensor");
+    if (exchange->dltensor_from_py_object_no_sync(object, &tensor_) != 0) throw Raised{};
+    if (!is_cpu()) throw std::runtime_error("an argument is not on a CPU");
+  }
+
+  static std::optional<View> unless_none(PyObject* object) {
+    return object == Py_None ? std::nullopt : std::optional<View>(object);
+  }
+
+  bool is_cpu() const { return tensor_.device.device_type == kDLCPU; }
+  int32_t get_device_index() const { return tensor_.device.device_id; }
+  int64_t dim() const { return tensor_.ndim; }
+  std::span<const int64_t> sizes() const { return {tensor_.shape, size_t(tensor_.ndim)}; }
+  int64_t size(int64_t i) const { return i < dim() ? tensor_.shape[i] : -1; }
+  int64_t stride(int64_t i) const { return tensor_.strides[i]; }
+  void* mutable_data_ptr() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
+  const void* const_data_ptr() const { return mutable_data_ptr(); }
+
+  bool is_contiguous() const {
+    if (std::ranges::count(sizes(), 0) > 0) return true;
+    int64_t expected = 1;
+    for (int64_t i = dim(); i-- > 0; expected *= size(i))
+      if (size(i) != 1 && stride(i) != expected) return false;
+    return true;
+  }
+
+  torch::headeronly::ScalarType scalar_type() const {
+    using enum torch::headeronly::ScalarType;
+    const auto is = [&](uint8_t code, uint8_t bits) { return tensor_.dtype.code == code && tensor_.dtype.bits == bits; };
+    if (is(kDLFloat, 32)) return Float;
+    if (is(kDLBfloat, 16)) return BFloat16;
+    if (is(kDLFloat, 16)) return Half;
+    if (is(kDLInt, 64)) return Long;
+    if (is(kDLInt, 32)) return Int;
+    if (is(kDLUInt, 8)) return Byte;
+    return Undefined;  // nothing that is taken
+  }
+
+ private:
+  DLTensor tensor_{};
+};
+
+// The memory of a call's results, freed with the last tensor in it.
+class Block {
+ public:
+  // Room for tensors of `bytes` in all.
+  static Block* make(size_t bytes) {
+    void* memory = std::aligned_alloc(kAlign, aligned(sizeof(Block)) + aligned(bytes + kMost * kAlign));
+    if (memory == nullptr) throw std::bad_alloc();
+    return new (memory) Block;
+  }
+
+  // A tensor of one or two sizes, its memory not set.
+  template <class T>
+  T* add(DLDataTypeCode code, int64_t rows, int64_t columns = -1) {
+    Slot& slot = slots_[used_++];
+    slot.shape[0] = rows, slot.shape[1] = columns;
+    slot.strides[0] = columns < 0 ? 1 : columns, slot.strides[1] = 1;
+    slot.managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+    slot.managed.manager_ctx = this;
+    slot.managed.deleter = [](DLManagedTensorVersioned* tensor) { static_cast<Block*>(tensor->manager_ctx)->release(); };
+    const auto bits = uint8_t(8 * sizeof(T));
+    slot.managed.dl_tensor = {end_, {kDLCPU, 0}, columns < 0 ? 1 : 2, {uint8_t(code), bits, 1}, slot.shape, slot.strides, 0};
+    auto* data = reinterpret_cast<T*>(end_);
+    const size_t bytes = size_t(rows * (columns < 0 ? 1 : columns)) * sizeof(T);
+    end_ += aligned(bytes);
+    return data;
+  }
+
+  // The tensors as they were added, in the first places of a tuple of `count`.
+  PyObject* tuple(Py_ssize_t count) {
+    PyObject* result = PyTuple_New(count);
+    if (result == nullptr) throw Raised{};
+    for (int i = 0; i < used_; ++i) {
+      void* object = nullptr;
+      owners_.fetch_add(1, std::memory_order_relaxed);  // whose tensor it is after a failure is not said: it stays
+      if (exchange->managed_tensor_to_py_object_no_sync(&slots_[i].managed, &object) != 0) {
+        Py_DECREF(result);
+        throw Raised{};
+      }
+      PyTuple_SET_ITEM(result, i, static_cast<PyObject*>(object));
+    }
+    return result;
+  }
+
+  void release() {
+    if (owners_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    this->~Block();
+    std::free(this);
+  }
+
+ private:
+  static constexpr size_t kAlign = 64, kMost = 6;
+  static constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+  struct Slot {
+    DLManagedTensorVersioned managed{};
+    int64_t shape[2], strides[2];
+  };
+
+  Block() : end_(reinterpret_cast<char*>(this) + aligned(sizeof(Block))) {}
+
+  Slot slots_[kMost];
+  int used_ = 0;
+  std::atomic<int> owners_{1};  // whoever made it
+  char* end_;
+};
+
+// Holds a block for as long as it is filled.
+struct Filling {
+  Block* block;
+  explicit Filling(size_t bytes) : block(Block::make(bytes)) {}
+  ~Filling() { block->release(); }
+  Filling(const Filling&) = delete;
+  Filling& operator=(const Filling&) = delete;
+};
+
+// Positional arguments, one after the other.
+class Arguments {
+ public:
+  explicit Arguments(PyObject* const* at) : at_(at) {}
+  View tensor() { return View(*at_++); }
+  std::optional<View> optional() { return View::unless_none(*at_++); }
+  double real() { return checked(PyFloat_AsDouble(*at_++)); }
+  int64_t integer() { return checked(PyLong_AsLongLong(*at_++)); }
+
+  LawArguments<View> law() {
+    return {optional(), real(),     integer(),  real(),     real(),
+            optional(), optional(), optional(), optional(), optional()};
+  }
+
+ private:
+  template <class T>
+  static T checked(T value) {
+    if (value == T(-1) && PyErr_Occurred()) throw Raised{};
+    return value;
+  }
+
+  PyObject* const* at_;
+};
+
+// What `body` returns, or its exception as Python's: whatever it is, a RuntimeError, as of an operator.
+template <class F>
+PyObject* translated(const F& body) {
+  try {
+    return body();
+  } catch (const Raised&) {
+    PyErr_Clear();
+    PyErr_SetString(PyExc_RuntimeError, "an argument cannot be looked at without the dispatcher");
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <class Op>
+void run(void (*entry)(const Op&), const Op& op) {
+  const py::gil_scoped_release others_may_run;
+  entry(op);
+}
+
+PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return translated([&] {
+    if (entries == nullptr || count != 22) throw std::runtime_error("verify_chain takes 22 arguments, once connected");
+    Arguments next(objects);
+    const ChainArguments<View> arguments{next.tensor(),   next.tensor(),   next.optional(), next.optional(),
+                                         next.tensor(),   next.tensor(),   next.optional(), next.optional(),
+                                         next.law(),      Rule(next.integer()),
+                                         next.integer() != 0, next.integer() != 0, next.optional()};
+    arguments.require();
+    const int64_t batch = arguments.batch(), rows = arguments.rows();
+    const Filling filling(size_t(batch) * (size_t(rows) * (sizeof(int64_t) + 2 * sizeof(float)) + 4 * sizeof(int32_t)));
+    Block& block = *filling.block;
+    Results results{};
+    results.tokens = block.add<int64_t>(kDLInt, batch, rows);
+    results.accepted = block.add<int32_t>(kDLInt, batch);
+    results.valid = block.add<bool>(kDLBool, batch);
+    auto* counters = block.add<int32_t>(kDLInt, batch, 2);
+    if (arguments.logprobs) {
+      results.logprobs = block.add<float>(kDLFloat, batch, rows);
+      results.raw_logprobs = block.add<float>(kDLFloat, batch, rows);
+    }
+    run(entries->verify_chain, arguments.op(results, counters));
+    PyObject* tuple = block.tuple(6);
+    if (!arguments.logprobs)
+      for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
+    return tuple;
+  });
+}
+
+PyObject* sample_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return translated([&] {
+    if (entries == nullptr || count != 15) throw std::runtime_error("sample takes 15 arguments, once connected");
+    Arguments next(objects);
+    const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
+                                          next.tensor(), next.law(),    next.integer() != 0};
+    arguments.require();
+    const int64_t rows = arguments.logits.size(0);
+    const Filling filling(size_t(rows) * (sizeof(int64_t) + 4 * sizeof(float)));
+    Block& block = *filling.block;
+    DrawResults results{};
+    results.tokens = block.add<int64_t>(kDLInt, rows);
+    results.logprobs = block.add<float>(kDLFloat, rows);
+    results.stats = block.add<float>(kDLFloat, rows, 3);
+    run(entries->sample, arguments.op(results));
+    return block.tuple(3);
+  });
+}
+
+void connect(const py::object& tensor, const py::capsule& api, uintptr_t address) {
+  const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) throw py::error_already_set();
+  while (table != nullptr && table->header.version.major != DLPACK_MAJOR_VERSION)
+    table = reinterpret_cast<const DLPackExchangeAPI*>(table->header.prev_api);
+  if (table == nullptr || table->dltensor_from_py_object_no_sync == nullptr)
+    throw std::runtime_error("this PyTorch speaks another DLPack");
+  const auto* found = reinterpret_cast<const Entries*>(address);
+  const Entries ours{};
+  if (!std::equal(found->sizes, std::end(found->sizes), ours.sizes))
+    throw std::runtime_error("the library is of another build");
+  exchange = table;
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  const Filling filling(0);
+  filling.block->add<float>(kDLFloat, 0);
+  PyObject* one = filling.block->tuple(1);
+  empty = Py_NewRef(PyTuple_GET_ITEM(one, 0));
+  Py_DECREF(one);
+  entries = found;
+}
+
+PyMethodDef functions[] = {
+    {"verify_chain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(verify_chain_directly)), METH_FASTCALL,
+     "As the operator of that name, on CPUs; RuntimeError for what it does not take as it is."},
+    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(sample_directly)), METH_FASTCALL,
+     "As the operator of that name, on CPUs; RuntimeError for what it does not take as it is."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_direct(py::module_& m) {
+  m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"),
+        "Makes `verify_chain` and `sample` run: by torch.Tensor, its DLPack interface, and the library's entries.");
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+}
+
+}  // namespace specdec
