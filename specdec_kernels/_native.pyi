@@ -1,6 +1,9 @@
-"""Native code that is no tensor operator (csrc/native)."""
+"""Native code made for Python (csrc/native)."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 def build_facts() -> dict[str, str | bool]:
     """What the native libraries were built with: compiler, torch, whether with sanitizers."""
@@ -25,3 +28,13 @@ class SuffixIndex:
         the text; each token once, with the length of the longest such suffix."""
 
     def __len__(self) -> int: ...
+
+def connect(tensor: type, exchange: object, entries: int, off: tuple[float, int, float, float] | None) -> None:
+    """Make :func:`verify_chain` and :func:`sample` run: by ``torch.Tensor``, its DLPack interface, the library's
+    entries, and a temperature with filters that are off."""
+
+def verify_chain(*arguments: Any) -> tuple[Tensor, ...] | None:
+    """See ``specdec_kernels.ops.straight.Straight``."""
+
+def sample(*arguments: Any) -> tuple[Tensor, ...] | None:
+    """See ``specdec_kernels.ops.straight.Straight``."""

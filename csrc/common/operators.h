@@ -78,9 +78,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
     OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
     bool independent, OptionalTensor workspace) {
   const ChainArguments<Tensor> arguments{
-      target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows,
+      target_logits,
+      draft_tokens,
+      draft_logits,
+      draft_stats,
+      seed,
+      position,
+      num_draft,
+      cu_rows,
       {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
-      Rule(rule), logprobs, independent, workspace};
+      Rule(rule),
+      logprobs,
+      independent,
+      workspace};
   arguments.require();
   const Outputs outputs(target_logits, arguments.batch(), arguments.rows(), logprobs);
   Tensor counters = make(target_logits, {arguments.batch(), 2}, aoti_torch_dtype_int32());
@@ -97,7 +107,10 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
                                              OptionalTensor edit_counts, OptionalTensor edit_bias,
                                              OptionalTensor penalties, bool coupled) {
   const SampleArguments<Tensor> arguments{
-      logits, seed, position, row,
+      logits,
+      seed,
+      position,
+      row,
       {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
       coupled};
   arguments.require();
@@ -117,10 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
   const Outputs outputs(target_logits, parents.size(0), parents.size(1), logprobs);
   Tensor nodes = make(target_logits, {parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
   const VerifyTree op{
-      .common = verification<Tensor>(target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
-                                     {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
-                                      edit_bias, penalties},
-                                     parents.size(1), outputs.results(), logprobs),
+      .common = verification<Tensor>(
+          target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
+          {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
+          parents.size(1), outputs.results(), logprobs),
       .parents = data_of<int64_t>(parents),
       .rule = TreeRule(rule),
       .replacement = replacement,
@@ -140,7 +153,10 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed
                                                       int64_t how) {
   const Draws draws(logits, {logits.size(0), count});
   const SampleArguments<Tensor> arguments{
-      logits, seed, position, row,
+      logits,
+      seed,
+      position,
+      row,
       {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
       false};
   const SampleChildren op{arguments.op(draws.results()), count, Children(how)};

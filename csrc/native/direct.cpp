@@ -1,6 +1,7 @@
 #include "direct.h"
 
 #include <ATen/dlpack.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +21,10 @@ const Entries* entries = nullptr;
 const DLPackExchangeAPI* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyObject* empty = nullptr;  // what stands for log-probabilities that nobody asked for
+struct {
+  int64_t top_k;
+  double top_p, min_p;
+} off;  // what None means
 
 // An error that Python has been told of.
 struct Raised {};
@@ -28,11 +33,13 @@ struct Raised {};
 class View {
  public:
   explicit View(PyObject* object) {
-    // Others, such as parameters and the tensors of tracers, may mean more than their data.
-    if (Py_TYPE(object) != tensor_type) throw std::runtime_error("an argument is no plain tensor");
+    if (!is_plain(object)) throw std::runtime_error("an argument is no plain tensor");
     if (exchange->dltensor_from_py_object_no_sync(object, &tensor_) != 0) throw Raised{};
     if (!is_cpu()) throw std::runtime_error("an argument is not on a CPU");
   }
+
+  // Others, such as parameters and the tensors of tracers, may mean more than their data.
+  static bool is_plain(PyObject* object) { return Py_TYPE(object) == tensor_type; }
 
   static std::optional<View> unless_none(PyObject* object) {
     return object == Py_None ? std::nullopt : std::optional<View>(object);
@@ -57,7 +64,9 @@ class View {
 
   torch::headeronly::ScalarType scalar_type() const {
     using enum torch::headeronly::ScalarType;
-    const auto is = [&](uint8_t code, uint8_t bits) { return tensor_.dtype.code == code && tensor_.dtype.bits == bits; };
+    const auto is = [&](uint8_t code, uint8_t bits) {
+      return tensor_.dtype.code == code && tensor_.dtype.bits == bits;
+    };
     if (is(kDLFloat, 32)) return Float;
     if (is(kDLBfloat, 16)) return BFloat16;
     if (is(kDLFloat, 16)) return Half;
@@ -89,9 +98,12 @@ class Block {
     slot.strides[0] = columns < 0 ? 1 : columns, slot.strides[1] = 1;
     slot.managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
     slot.managed.manager_ctx = this;
-    slot.managed.deleter = [](DLManagedTensorVersioned* tensor) { static_cast<Block*>(tensor->manager_ctx)->release(); };
+    slot.managed.deleter = [](DLManagedTensorVersioned* tensor) {
+      static_cast<Block*>(tensor->manager_ctx)->release();
+    };
     const auto bits = uint8_t(8 * sizeof(T));
-    slot.managed.dl_tensor = {end_, {kDLCPU, 0}, columns < 0 ? 1 : 2, {uint8_t(code), bits, 1}, slot.shape, slot.strides, 0};
+    slot.managed.dl_tensor = {
+        end_, {kDLCPU, 0}, columns < 0 ? 1 : 2, {uint8_t(code), bits, 1}, slot.shape, slot.strides, 0};
     auto* data = reinterpret_cast<T*>(end_);
     const size_t bytes = size_t(rows * (columns < 0 ? 1 : columns)) * sizeof(T);
     end_ += aligned(bytes);
@@ -152,18 +164,29 @@ class Arguments {
   explicit Arguments(PyObject* const* at) : at_(at) {}
   View tensor() { return View(*at_++); }
   std::optional<View> optional() { return View::unless_none(*at_++); }
-  double real() { return checked(PyFloat_AsDouble(*at_++)); }
   int64_t integer() { return checked(PyLong_AsLongLong(*at_++)); }
 
+  // Of what has no edits, temperature and filters one for all.
   LawArguments<View> law() {
-    return {optional(), real(),     integer(),  real(),     real(),
-            optional(), optional(), optional(), optional(), optional()};
+    LawArguments<View> law{};
+    law.temperature = PyFloat_AS_DOUBLE(*at_++);
+    law.top_k = *at_ == Py_None ? off.top_k : checked(PyLong_AsLongLong(*at_)), ++at_;
+    law.top_p = *at_ == Py_None ? off.top_p : PyFloat_AS_DOUBLE(*at_), ++at_;
+    law.min_p = *at_ == Py_None ? off.min_p : PyFloat_AS_DOUBLE(*at_), ++at_;
+    law.bitmask = optional();
+    return law;
+  }
+
+  // Whether `law` may be asked for the four numbers from `at` on.
+  static bool are_numbers(PyObject* const* at) {
+    const auto real_or_none = [](PyObject* x) { return x == Py_None || PyFloat_CheckExact(x); };
+    return PyFloat_CheckExact(at[0]) && (at[1] == Py_None || PyLong_CheckExact(at[1])) && real_or_none(at[2]) &&
+           real_or_none(at[3]);
   }
 
  private:
-  template <class T>
-  static T checked(T value) {
-    if (value == T(-1) && PyErr_Occurred()) throw Raised{};
+  static int64_t checked(int64_t value) {
+    if (value == -1 && PyErr_Occurred()) throw Raised{};
     return value;
   }
 
@@ -186,18 +209,33 @@ PyObject* translated(const F& body) {
 
 template <class Op>
 void run(void (*entry)(const Op&), const Op& op) {
-  const py::gil_scoped_release others_may_run;
+  struct OthersRun {
+    PyThreadState* state = PyEval_SaveThread();
+    ~OthersRun() { PyEval_RestoreThread(state); }
+  } others_run;
   entry(op);
 }
 
 PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return translated([&] {
-    if (entries == nullptr || count != 22) throw std::runtime_error("verify_chain takes 22 arguments, once connected");
+    if (entries == nullptr || count != 16) throw std::runtime_error("verify_chain takes 16 arguments, once connected");
+    // Common enough to be told without an exception: what Python spreads over the requests.
+    if (!View::is_plain(objects[4]) || !View::is_plain(objects[5]) || !Arguments::are_numbers(objects + 8))
+      return Py_NewRef(Py_None);
     Arguments next(objects);
-    const ChainArguments<View> arguments{next.tensor(),   next.tensor(),   next.optional(), next.optional(),
-                                         next.tensor(),   next.tensor(),   next.optional(), next.optional(),
-                                         next.law(),      Rule(next.integer()),
-                                         next.integer() != 0, next.integer() != 0, next.optional()};
+    const ChainArguments<View> arguments{next.tensor(),
+                                         next.tensor(),
+                                         next.optional(),
+                                         next.optional(),
+                                         next.tensor(),
+                                         next.tensor(),
+                                         next.optional(),
+                                         next.optional(),
+                                         next.law(),
+                                         Rule(next.integer()),
+                                         next.integer() != 0,
+                                         next.integer() != 0,
+                                         {}};
     arguments.require();
     const int64_t batch = arguments.batch(), rows = arguments.rows();
     const Filling filling(size_t(batch) * (size_t(rows) * (sizeof(int64_t) + 2 * sizeof(float)) + 4 * sizeof(int32_t)));
@@ -221,7 +259,10 @@ PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t 
 
 PyObject* sample_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return translated([&] {
-    if (entries == nullptr || count != 15) throw std::runtime_error("sample takes 15 arguments, once connected");
+    if (entries == nullptr || count != 10) throw std::runtime_error("sample takes 10 arguments, once connected");
+    if (!View::is_plain(objects[1]) || !View::is_plain(objects[2]) || !View::is_plain(objects[3]) ||
+        !Arguments::are_numbers(objects + 4))
+      return Py_NewRef(Py_None);
     Arguments next(objects);
     const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
                                           next.tensor(), next.law(),    next.integer() != 0};
@@ -238,7 +279,8 @@ PyObject* sample_directly(PyObject*, PyObject* const* objects, Py_ssize_t count)
   });
 }
 
-void connect(const py::object& tensor, const py::capsule& api, uintptr_t address) {
+void connect(const py::object& tensor, const py::capsule& api, uintptr_t address,
+             const std::tuple<double, int64_t, double, double>& neutral) {
   const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) throw py::error_already_set();
   while (table != nullptr && table->header.version.major != DLPACK_MAJOR_VERSION)
@@ -250,6 +292,7 @@ void connect(const py::object& tensor, const py::capsule& api, uintptr_t address
   if (!std::equal(found->sizes, std::end(found->sizes), ours.sizes))
     throw std::runtime_error("the library is of another build");
   exchange = table;
+  off = {std::get<1>(neutral), std::get<2>(neutral), std::get<3>(neutral)};
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   const Filling filling(0);
   filling.block->add<float>(kDLFloat, 0);
@@ -261,16 +304,17 @@ void connect(const py::object& tensor, const py::capsule& api, uintptr_t address
 
 PyMethodDef functions[] = {
     {"verify_chain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(verify_chain_directly)), METH_FASTCALL,
-     "As the operator of that name, on CPUs; RuntimeError for what it does not take as it is."},
+     "See specdec_kernels/ops/straight.py. None or a RuntimeError for what it does not take as it is."},
     {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(sample_directly)), METH_FASTCALL,
-     "As the operator of that name, on CPUs; RuntimeError for what it does not take as it is."},
+     "See specdec_kernels/ops/straight.py. None or a RuntimeError for what it does not take as it is."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void add_direct(py::module_& m) {
-  m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"),
-        "Makes `verify_chain` and `sample` run: by torch.Tensor, its DLPack interface, and the library's entries.");
+  m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("off"),
+        "Makes `verify_chain` and `sample` run: by torch.Tensor, its DLPack interface, the library's entries, and a"
+        " temperature with filters that are off.");
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
-from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function, straight
-from specdec_kernels.ops.processing import NO_EDITS, LogitBias, Penalties
+from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
+from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.reference.verify import check_ids
 
 __all__ = [
@@ -155,13 +156,13 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    plain = penalties is None and logit_bias is None
-    numbers = validate.scalars(temperature, top_k, top_p, min_p) if plain else None
-    if numbers and type(seed) is type(position) is Tensor and (op := straight("sample", backend, logits)):
-        if type(row) is int and 0 <= row < MAX_ROWS:
+    if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
+        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         try:
-            return Sample(*op(logits, seed, position, row, None, *numbers, bitmask, *NO_EDITS, coupled))
+            made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
+            if made is not None:
+                return Sample._make(made)
         except RuntimeError:
             pass  # what follows says why, or brings it into shape
     given = processing.row_arguments(
@@ -263,13 +264,14 @@ def verify_chain(
     if independent and rule == "block":
         raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
     plain = penalties is None and logit_bias is None and workspace is None
-    numbers = validate.scalars(temperature, top_k, top_p, min_p) if plain else None
-    if numbers and type(seed) is type(position) is Tensor and (op := straight("verify_chain", backend, target_logits)):
+    if plain and (call := straight_to(backend, target_logits)) is not None:
         try:
-            return Verified(*op(
-                target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, None,
-                *numbers, bitmask, *NO_EDITS, _RULES[rule], logprobs, independent, None,
-            ))  # fmt: skip
+            made = call.verify_chain(
+                target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature,
+                top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
+            )  # fmt: skip
+            if made is not None:
+                return Verified._make(made)
         except RuntimeError:
             pass  # what follows says why, or brings it into shape
     draft_tokens = validate.draft_tokens(draft_tokens)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from specdec_kernels import reference
 from specdec_kernels.ops import schema
@@ -60,25 +59,9 @@ def _cpu() -> Backend:
         torch.ops.load_library(str(NATIVE_LIBRARY))
     except OSError as error:
         return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} does not load: {error}", "", functions)
-    library = ctypes.CDLL(str(NATIVE_LIBRARY))
-    library.specdec_cpu_isa.restype = ctypes.c_char_p
-    _connect(library)
-    return Backend("cpu", "cpu", "", f"C++, {library.specdec_cpu_isa().decode()}", functions)
-
-
-#: The operators in C++ for CPUs without PyTorch's dispatcher, as far as this Python and this PyTorch have what it takes.
-_DIRECT: dict[str, Callable[..., Any]] = {}
-
-
-def _connect(library: ctypes.CDLL) -> None:
-    library.specdec_cpu_entries.restype = ctypes.c_void_p
-    try:
-        from specdec_kernels import _native
-
-        _native.connect(Tensor, Tensor.__dlpack_c_exchange_api__, library.specdec_cpu_entries())
-    except (ImportError, AttributeError, TypeError, RuntimeError):
-        return  # another Python or an older PyTorch: the dispatcher reaches the same code
-    _DIRECT.update(verify_chain=_native.verify_chain, sample=_native.sample)
+    isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
+    isa.restype = ctypes.c_char_p
+    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions)
 
 
 def _no_cuda() -> str:
@@ -142,31 +125,7 @@ for _made in (_reference, _cpu, _cuda, _triton):  # Triton leaves CUDA tensors t
     _backend = _made()
     BACKENDS[_backend.name] = _backend
 
-#: Operators in C++ refuse what they do not take as it is, so they may be called before anything was looked at.
-_STRAIGHT = {
-    (name, device)
-    for device, backend in (("cpu", BACKENDS["cpu"]), ("cuda", BACKENDS["cuda"]))
-    if not backend.reason and backend.device == device
-    for name in (None, backend.name)
-}
-
 _DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op).default for op in OPS}
-
-
-def straight(op: str, backend: str | None, logits: object) -> Callable[..., Any] | None:
-    """The implementation of an op where that is in C++ and looks at its arguments itself; else None.
-
-    It raises a RuntimeError for what it does not take as it is, whatever that is. On a CPU it is called without the
-    dispatcher, unless somebody watches what is dispatched.
-    """
-    if type(logits) is not Tensor or torch.compiler.is_compiling():
-        return None
-    if not logits.is_cpu:
-        return _DISPATCHED[op] if (backend, logits.device.type) in _STRAIGHT else None
-    if (backend, "cpu") not in _STRAIGHT:
-        return None
-    watched = torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled
-    return _DISPATCHED[op] if watched else _DIRECT.get(op, _DISPATCHED[op])
 
 
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:

@@ -1,0 +1,197 @@
+"""Calls without the dispatcher: the same results, refusals that change nothing, memory that lives as its tensors do."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specdec_kernels import _native, sample, verify_chain
+from specdec_kernels.ops import BACKENDS, straight
+
+pytestmark = pytest.mark.skipif(bool(BACKENDS["cpu"].reason), reason=BACKENDS["cpu"].reason)
+
+
+def chain(dtype: torch.dtype = torch.float32, batch: int = 3, drafts: int = 4, vocab: int = 300) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(batch, drafts + 1, vocab, generator=generator).mul_(3).to(dtype)
+    draft = target[:, :drafts] + torch.randn(batch, drafts, vocab, generator=generator).to(dtype) / 4
+    tokens = draft.argmax(-1)
+    return {
+        "target_logits": target, "draft_tokens": tokens, "draft_logits": draft,
+        "seed": torch.arange(batch), "position": torch.arange(batch) + 7,
+    }  # fmt: skip
+
+
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(straight, "_DIRECT", straight._DISPATCHED)
+
+
+def assert_equal(ours: Any, others: Any) -> None:
+    for mine, other in zip(ours, others, strict=True):
+        assert (mine.dtype, mine.shape, mine.stride()) == (other.dtype, other.shape, other.stride())
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+
+
+def test_the_direct_way_is_taken_here():
+    assert straight.straight_to(None, torch.zeros(1)).verify_chain is _native.verify_chain
+    assert straight.straight_to("reference", torch.zeros(1)) is None
+
+
+CHAINS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scores": {"logprobs": True, "independent": True},
+    "block, filtered": {"rule": "block", "top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
+    "coupled": {"rule": "coupled", "temperature": 0.5},
+    "greedy": {"temperature": 0.0},
+    "masked": {"bitmask": torch.full((3, 5, 10), 0x0F0F0F0F, dtype=torch.int32)},
+    "fewer drafts": {"num_draft": torch.tensor([0, 2, 4], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+def test_chains_are_those_of_the_dispatcher(monkeypatch, options, dtype):
+    directly = verify_chain(**chain(dtype), **options)
+    dispatched(monkeypatch)
+    assert_equal(directly, verify_chain(**chain(dtype), **options))
+
+
+def test_ragged_and_strided_chains(monkeypatch):
+    given = chain()
+    wide = torch.randn(3, 7, 311)[:, 1:6, 5:305].copy_(given["target_logits"])
+    rows = {
+        **given,
+        "target_logits": given["target_logits"].reshape(15, 300)[:11],
+        "cu_rows": torch.tensor([0, 2, 7, 11]),
+    }
+    cases = (
+        {**given, "target_logits": wide},
+        rows,
+        {**given, "draft_tokens": given["draft_tokens"].int().t().contiguous().t()},
+    )
+    directly = [verify_chain(**case) for case in cases]
+    dispatched(monkeypatch)
+    for mine, case in zip(directly, cases, strict=True):
+        assert_equal(mine, verify_chain(**case))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_draws_are_those_of_the_dispatcher(monkeypatch, coupled):
+    given = {"seed": torch.arange(5), "position": torch.arange(5), "row": torch.arange(5), "coupled": coupled}
+    logits = torch.randn(5, 200)
+    directly = sample(logits, **given, temperature=0.8, top_p=0.9)
+    dispatched(monkeypatch)
+    assert_equal(directly, sample(logits, **given, temperature=0.8, top_p=0.9))
+
+
+def test_empty_batches():
+    given = chain(batch=0)
+    assert verify_chain(**given).tokens.shape == (0, 5)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert sample(torch.empty(0, 9), seed=nothing, position=nothing, row=nothing).stats.shape == (0, 3)
+
+
+def _grad(x: torch.Tensor) -> torch.Tensor:
+    return x.clone().requires_grad_()
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "numbers as seeds": {"seed": 5, "position": 7},
+    "a temperature each": {"temperature": torch.tensor([0.0, 0.5, 1.0])},
+    "int as a temperature": {"temperature": 1},
+    "a parameter": {"target_logits": torch.nn.Parameter(chain()["target_logits"], requires_grad=False)},
+    "a tensor with gradients": {"target_logits": _grad(chain()["target_logits"])},
+    "offsets in int32": {
+        "target_logits": chain()["target_logits"].reshape(15, 300),
+        "cu_rows": torch.tensor([0, 5, 10, 15]).int(),
+    },
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
+    given = {**chain(), **options}
+    with torch.no_grad():
+        tokens = verify_chain(**given).tokens
+        dispatched(monkeypatch)
+        assert torch.equal(tokens, verify_chain(**given).tokens)
+
+
+def test_refusals_write_nothing_and_leave_no_error_behind():
+    given = chain()
+    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, given["seed"]]
+    arguments += [given["position"], None, None, 1.0, None, None, None, None, 0, False, False]
+    call = _native.verify_chain
+    assert len(call(*arguments)) == 6
+    for place, wrong in ((0, given["seed"]), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"][:2])):
+        with pytest.raises(RuntimeError, match="not taken as it is"):
+            call(*(wrong if at == place else x for at, x in enumerate(arguments)))
+    with pytest.raises(RuntimeError, match="no plain tensor"):
+        call("logits", *arguments[1:])
+    with pytest.raises(RuntimeError, match="without the dispatcher"):
+        call(*arguments[:9], 1 << 70, *arguments[10:])
+    with pytest.raises(RuntimeError, match="16 arguments"):
+        call(*arguments[1:])
+    assert call(*arguments[:4], 5, *arguments[5:]) is None
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_what_is_dispatched_sees_it():
+    with Seen() as seen:
+        verify_chain(**chain())
+    assert "specdec.verify_chain.default" in seen.names
+    with torch.profiler.profile() as profile:
+        verify_chain(**chain())
+    assert "specdec::verify_chain" in {event.key for event in profile.key_averages()}
+
+
+def test_a_library_of_another_build_is_not_connected(monkeypatch):
+    library = straight.ctypes.CDLL(str(straight.NATIVE_LIBRARY))
+    library.specdec_cpu_entries.restype = straight.ctypes.c_void_p
+    entries = library.specdec_cpu_entries()
+    other = (straight.ctypes.c_size_t * 4)(1, 1, 0, 0)
+    connect = partial(_native.connect, torch.Tensor, torch.Tensor.__dlpack_c_exchange_api__, off=(1.0, 0, 1.0, 0.0))
+    with pytest.raises(RuntimeError, match="another build"):
+        connect(straight.ctypes.addressof(other))
+    connect(entries)
+    monkeypatch.delattr(_native, "connect")
+    assert straight._directly() is straight._DISPATCHED
+
+
+def test_results_keep_their_memory_as_long_as_one_of_them_lives():
+    kept = [verify_chain(**chain()).num_accepted for _ in range(50)]  # the others go
+    gc.collect()
+    torch.randn(1000).sum()
+    assert all(torch.equal(x, kept[0]) for x in kept)
+
+
+def test_memory_is_given_back():
+    rows = 200_000
+    logits, ids = torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.int64)
+
+    def draw() -> None:
+        sample(logits, seed=ids, position=ids, row=ids)  # 4.8 MB of results
+
+    for _ in range(3):
+        draw()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(60):
+        draw()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 * 4800 / 3  # kilobytes
