@@ -15,7 +15,7 @@ from test_law import g_test, limit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_kernels._native import SuffixIndex
-from specdec_kernels.decode import Draft, Statistics, TransformersTarget, generate, stream
+from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
@@ -32,9 +32,13 @@ from specdec_kernels.decode.drafters import (
     TreeDrafter,
     adaptive,  # its clock
 )
+from specdec_kernels.decode.drafters.autoregressive import _with_siblings
 from specdec_kernels.decode.drafters.feature_model import REPEATS
 
 VOCAB = 11
+
+#: Two of a request's drafts lie beside each other; where it is unsure, drafting stops.
+SIBLINGS = Drafting(min_confidence=0.3, cooling=0.7, siblings=1)
 
 
 def tiny(seed, vocab=VOCAB, layers=1, sharp=3.0):
@@ -59,10 +63,10 @@ def target_model():
 SHORTLIST = [0, 2, 3, 5, 8]
 
 
-def feature_drafter(model, middle=(), repeats=0.0, kind=FeatureDrafter):
+def feature_drafter(model, middle=(), repeats=0.0, kind=FeatureDrafter, drafting=Drafting()):
     torch.manual_seed(5)
     network = FeatureModel(model.config, torch.tensor(SHORTLIST), middle).eval()
-    return kind(with_repeats(network, repeats), model)
+    return kind(with_repeats(network, repeats), model, drafting)
 
 
 @torch.no_grad()
@@ -98,12 +102,16 @@ def drafters(model):
         "feature tree": TreeDrafter(feature_drafter(model, repeats=0.5), Growth(depth=3, width=2, children=2)),
         "medusa": medusa_drafter(model),
         "first of trees": FirstOf(LookupDrafter(2), medusa_drafter(model)),
+        "siblings": ModelDrafter(tiny(2), drafting=SIBLINGS),
+        "siblings of features": feature_drafter(model, repeats=0.5, drafting=Drafting(siblings=2)),
+        "first of siblings": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2), drafting=SIBLINGS)),
         "adaptive": FirstOf(AdaptiveDrafter(LookupDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)),
+        "adaptive siblings": AdaptiveDrafter(FirstOf(LookupDrafter(2), ModelDrafter(model, drafting=SIBLINGS))),
     }
 
 
 NAMES = list(drafters(tiny(1, layers=2)))
-TREES = [name for name in NAMES if "tree" in name or name == "medusa"]
+TREES = [name for name in NAMES if "tree" in name or "siblings" in name or name == "medusa"]
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
 
 
@@ -136,7 +144,7 @@ def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
         assert windows[0].tokens == plain[0].tokens
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaptive"])  # which depends on the clock
+@pytest.mark.parametrize("name", [name for name in NAMES if "adaptive" not in name])  # which depends on the clock
 def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
     """Case 22 through the loop, at a temperature."""
     options = {"num_draft": 3, "max_new_tokens": 15, "temperature": 0.9}
@@ -169,6 +177,8 @@ def exact_law(model, prompt, temperature, length):
         *((kind, "block") for kind in ("confident", "adaptive")),
         ("feature", "coupled"),
         *(("tree", rule) for rule in ("token", "block", "coupled")),
+        *(("siblings", rule) for rule in ("token", "block", "coupled")),
+        *(("adaptive siblings", rule) for rule in ("token", "block")),
         ("medusa", "token"),
     ],
 )
@@ -189,6 +199,8 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         "feature": lambda: FeatureDrafter(with_repeats(network.eval(), 1.0), model),
         "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
         "tree": lambda: TreeDrafter(ModelDrafter(small, drafting=Drafting(cooling=0.8)), Growth(2, 2, 2)),
+        "siblings": lambda: ModelDrafter(small, drafting=replace(drafting, siblings=1)),
+        "adaptive siblings": lambda: AdaptiveDrafter(ModelDrafter(small, drafting=Drafting(siblings=1))),
         "medusa": lambda: medusa_drafter(model, (0, 2)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
@@ -197,8 +209,8 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     steps = Statistics()
     for start in range(0, count, batch):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=3 if kind == "tree" else 2 if rule
-            == "block" else 1, max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start +
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft={"tree": 3, "siblings": 4, "adaptive siblings": 4}.get(kind, 2 if rule
+            == "block" else 1), max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start +
             batch)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
@@ -243,6 +255,30 @@ def test_trees_have_branches_and_are_accepted(target_model):
     generate(TransformersTarget(target_model), PROMPTS, drafter=drafters(target_model)["tree of self"], **options)
     assert statistics.accepted_at[0] == statistics.proposed_at[0]  # a draft of the target's own law
     assert statistics.proposed > 2 * sum(statistics.proposed_at)
+
+
+def test_siblings_are_met_where_the_chain_is_not():
+    """Beside each draft lies another one: more is accepted than by the chain, of as many levels."""
+    model, means = tiny(7, vocab=9, sharp=2.0), {}
+    for siblings in (0, 1, 2):
+        drafter = ModelDrafter(tiny(8, vocab=9, sharp=2.0), drafting=Drafting(siblings=siblings))
+        statistics = Statistics()
+        generate(
+            TransformersTarget(model), [[1, 2]] * 400, drafter=drafter, num_draft=2 * (1 + siblings),
+            max_new_tokens=12, temperature=0.8, seed=list(range(400)), statistics=statistics,
+        )  # fmt: skip
+        means[siblings] = statistics.tokens_per_step
+        assert len(statistics.proposed_at) == 2
+    assert means[0] + 0.05 < means[1] < means[2]
+
+
+def test_a_chain_with_siblings_is_cut_to_the_nodes_that_are_wanted():
+    wanted, most = [3, 1, 0, 2], [5, 1, 0, 9]
+    chains, beside = [[5, 6, 7]] * 4, [[[8, -1], [9, 1], [2, 3]]] * 4
+    tokens, parents = _with_siblings(chains, beside, wanted, most)
+    assert tokens.tolist() == [[0, 5, 6, 7, 8, 9], [0, 5, 0, 0, 0, 0], [0] * 6, [0, 5, 6, 8, 9, 1]]
+    assert parents.tolist() == [[-1, 0, 1, 2, 0, 1], [-1, 0, -1, -1, -1, -1], [-1] * 6, [-1, 0, 1, 0, 1, 1]]
+    assert TreeDraft(tokens, parents).chains() == [[5, 6, 7], [5], [], [5, 6]]
 
 
 def test_windows_take_chains_alone(target_model):

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from specdec_kernels.cli.models import load_drafter, load_target
+from specdec_kernels.cli.models import DRAFTING, WITH_SIBLINGS, load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.contract import Level, Purpose, counter_tag
@@ -52,7 +52,9 @@ class Session:
         with console.status("loading the models"):
             self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
             adaptive = settings.num_draft is None
-            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive)
+            # Windows of fixed rows take chains alone.
+            drafting = WITH_SIBLINGS if adaptive and settings.fixed_rows is None else DRAFTING
+            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, drafting)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:

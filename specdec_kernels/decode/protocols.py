@@ -59,7 +59,7 @@ class TreeDraft:
     logits: Tensor | None = None
     """[B, N, V], what the children of each node were drawn from; None where every draft is a point mass."""
     stats: Tensor | None = None
-    """float32 [B, N, 3]."""
+    """float32 [B, N, 3]; scale inf marks a node whose children are point masses."""
     siblings: SiblingsName = "without_replacement"
     """How the children of a node were drawn."""
 
@@ -70,6 +70,12 @@ class TreeDraft:
         parents = torch.where(live, torch.arange(live.shape[1], device=live.device), -1)
         tokens = functional.pad(draft.tokens.clamp(min=0), (1, 0))
         return TreeDraft(tokens, functional.pad(parents, (1, 0), value=-1))
+
+    def chains(self) -> list[list[int]]:
+        """Of each request the tokens of its first nodes, as far as each hangs from the one before."""
+        index = torch.arange(self.parents.shape[1] - 1, device=self.parents.device)
+        lengths = (self.parents[:, 1:] == index).long().cumprod(1).sum(1).tolist()
+        return [tokens[1 : 1 + length] for tokens, length in zip(self.tokens.tolist(), lengths, strict=True)]
 
     @property
     def live(self) -> Tensor:

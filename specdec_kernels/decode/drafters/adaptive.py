@@ -109,41 +109,51 @@ class Costs:
 
 
 class Acceptance:
-    """How often the drafts of one request were accepted, by their place in the step; older steps fade."""
+    """How often the drafts of one request were accepted, by their place in the chain, and those beside them where they
+    were not; older steps fade.
+
+    Args:
+        siblings: whether any lie beside the drafts.
+    """
 
     FADING = 0.97
-    #: Weight of :data:`HOPE`, in drafts; it fades as they do.
+    #: Weight of what is hoped, in drafts; it fades as they do.
     TRUST = 4.0
-    #: Acceptance assumed before anything is known: high enough to try.
-    HOPE = 0.7
+    #: Acceptance assumed before anything is known: of a draft high enough to try, and of what lies beside it.
+    HOPE, HOPE_BESIDE = 0.7, 0.1
 
-    def __init__(self) -> None:
+    def __init__(self, siblings: bool = False) -> None:
+        self._hope_beside = self.HOPE_BESIDE if siblings else 0.0
         self._hoped: list[float] = []
         self._tried: list[float] = []
         self._accepted: list[float] = []
+        self._beside: list[float] = []
 
-    def add(self, proposed: int, accepted: int) -> None:
-        """One step. Drafts behind the first rejected one say nothing."""
+    def add(self, proposed: int, accepted: int, beside: bool = False) -> None:
+        """One step: drafts of the chain, and whether one beside the first rejected was accepted. Drafts behind that say
+        nothing."""
         judged = min(proposed, accepted + 1)
         missing = judged - len(self._tried)
         self._hoped += [self.TRUST] * missing
-        self._tried += [0.0] * missing
-        self._accepted += [0.0] * missing
+        for counts in (self._tried, self._accepted, self._beside):
+            counts += [0.0] * missing
         for place in range(judged):
             self._hoped[place] *= self.FADING
             self._tried[place] = self.FADING * self._tried[place] + 1
             self._accepted[place] = self.FADING * self._accepted[place] + (place < accepted)
+            self._beside[place] = self.FADING * self._beside[place] + (beside and place == accepted)
 
     def gains(self, most: int) -> list[float]:
-        """Expected accepted drafts that the first, second, ... draft adds."""
-        gains, reach, before = [], 1.0, self.HOPE
+        """Expected accepted drafts that the first, second, ... place adds."""
+        gains, reach, before, beside = [], 1.0, self.HOPE, self._hope_beside
         for place in range(most):
             # What is known of one place is what is hoped of the next.
             if place < len(self._tried):
                 hoped, tried = self._hoped[place], self._tried[place]
                 before = (self._accepted[place] + hoped * before) / (tried + hoped)
+                beside = (self._beside[place] + hoped * beside) / (tried + hoped)
+            gains.append(reach * (before + beside))
             reach *= before
-            gains.append(reach)
         return gains
 
 
@@ -157,8 +167,10 @@ class AdaptiveDrafter:
     on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may give
     another text.
 
+    Where siblings lie beside the drafts of a chain, it chooses the length of the chain, knowing that they come with it.
+
     Args:
-        drafter: what drafts.
+        drafter: what drafts chains, with or without siblings.
         costs: shared by all drafters of one target; ``None`` for a drafter that is alone.
     """
 
@@ -169,37 +181,46 @@ class AdaptiveDrafter:
         self.drafter, self.costs = drafter, Costs() if costs is None else costs
         self.feature_layers = drafter.feature_layers
         self.drafting = LinearCost(slope=0.5, origin=1.0)
+        self._siblings: int = getattr(drafter, "siblings", 0)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.drafter.begin(prompts, features)
-        self._acceptance = [Acceptance() for _ in prompts]
-        self._proposed = [0] * len(prompts)
+        self._acceptance = [Acceptance(self._siblings > 0) for _ in prompts]
+        self._chains: list[list[int]] = [[] for _ in prompts]
         self._asked = False
         self._idle, self._patience = 0, self.PATIENCE[0]
 
-    def propose(self, step: Step) -> Draft:
+    def propose(self, step: Step) -> Draft | TreeDraft:
         start = time.perf_counter()
-        wanted = self._choose(step.num_draft.tolist())
-        draft = Draft.nothing(len(wanted))
-        if any(wanted):
-            proposed = self.drafter.propose(replace(step, num_draft=torch.tensor(wanted)))
-            if isinstance(proposed, TreeDraft):
+        width = 1 + self._siblings
+        most = step.num_draft
+        wanted = torch.tensor(self._choose((most + self._siblings).div(width, rounding_mode="floor").tolist()))
+        draft: Draft | TreeDraft = Draft.nothing(len(most))
+        if bool(wanted.any()):
+            draft = self.drafter.propose(replace(step, num_draft=torch.minimum(wanted * width, most)))
+        if isinstance(draft, TreeDraft):
+            if not self._siblings:
                 raise TypeError("drafter must draft chains, got a drafter of trees")
-            draft = proposed
-        self._proposed = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
+            rows, self._chains = int(draft.live.sum()), draft.chains()
+        else:
+            lengths = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
+            self._chains = [tokens[:length] for tokens, length in zip(draft.tokens.tolist(), lengths, strict=True)]
+            rows = len(lengths) + sum(lengths)
         self._asked = True
-        if any(self._proposed):
-            self.drafting.add(max(self._proposed), time.perf_counter() - start)
-        self.costs.proposed(1 + sum(self._proposed) / len(self._proposed))
+        if longest := max(map(len, self._chains)):
+            self.drafting.add(longest, time.perf_counter() - start)
+        self.costs.proposed(rows / len(self._chains))
         return draft
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.costs.scored()
         if self._asked:
-            for acceptance, proposed, new in zip(self._acceptance, self._proposed, tokens, strict=True):
-                if proposed:
-                    acceptance.add(proposed, len(new) - 1)
-            self._idle = 0 if any(self._proposed) else self._idle + 1
+            for acceptance, chain, new in zip(self._acceptance, self._chains, tokens, strict=True):
+                if chain:
+                    accepted = len(new) - 1
+                    beside = accepted > 0 and list(new[:accepted]) != chain[:accepted]
+                    acceptance.add(len(chain), accepted - beside, beside)
+            self._idle = 0 if any(self._chains) else self._idle + 1
         self._asked = False
         self.drafter.commit(tokens, features)
 
@@ -208,7 +229,7 @@ class AdaptiveDrafter:
         self._acceptance = [self._acceptance[slot] for slot in requests.tolist()]
 
     def _choose(self, most: list[int]) -> list[int]:
-        """Drafts to ask for of each request, at most so many."""
+        """Lengths of the chains to ask for, at most so long."""
         if self.costs.plain_is_due:
             return [0] * len(most)
         if not self.drafting.known:
@@ -224,7 +245,7 @@ class AdaptiveDrafter:
         return [min(1, limit) for limit in most]
 
     def best(self, most: Sequence[int]) -> list[int]:
-        """The drafts with the most expected tokens a second: gains in falling order, as many as pay."""
+        """The lengths with the most expected tokens a second: gains in falling order, as many as pay."""
         batch = len(most)
         gains = sorted(
             (
@@ -239,7 +260,7 @@ class AdaptiveDrafter:
         for drafted, (gain, place, request) in enumerate(gains, start=1):
             tokens -= gain
             wanted[request] = place + 1
-            seconds = self.drafting.at(max(wanted)) + step.at(1 + drafted / batch)
+            seconds = self.drafting.at(max(wanted)) + step.at(1 + (1 + self._siblings) * drafted / batch)
             if tokens / seconds > rate:
                 rate, best = tokens / seconds, list(wanted)
         return best

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.decode.ragged_cache import RaggedCache
 from specdec_kernels.decode.targets import padded
 from specdec_kernels.ops import BackendName, sample
+from specdec_kernels.ops.tree_rules import ChildrenName, DrawnChildren, sample_children
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,42 @@ class Drafting:
     """Drafts are drawn at this times the request's temperature, and handed over with the scalars of that law. A drafter
     knows less than its target and spreads its probability wider; drawing colder makes up for it."""
 
+    siblings: int = 0
+    """Drafts beside each one of a chain, which end where they are: another token in its place, for one more row in the
+    target's pass and none in the drafter's. The chain with them is a tree, and counts as one against ``num_draft``."""
+
     backend: BackendName | None = None
     """Of :func:`specdec_kernels.sample`."""
 
     def __post_init__(self) -> None:
+        if self.siblings < 0:
+            raise ValueError(f"siblings must not be negative, got {self.siblings}")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
         if not 0 <= self.cooling < float("inf"):
             raise ValueError(f"cooling must be finite and not negative, got {self.cooling}")
+
+
+def how_children_are_drawn(step: Step) -> ChildrenName:
+    """Of all requests of a step alike: the likeliest tokens where all are greedy."""
+    sampled = bool((torch.as_tensor(step.temperature) > 0).any())
+    return "top" if not sampled else "race" if step.coupled else "without_replacement"
+
+
+def drawn_children(rows: Tensor, count: int, row: Tensor | int, step: Step, drafting: Drafting) -> DrawnChildren:
+    """Children of nodes by the drafter's logits there, [B * nodes, S], the nodes of a request one after the other;
+    ``row`` as :func:`specdec_kernels.sample_children` wants it."""
+    how, nodes = how_children_are_drawn(step), len(rows) // len(step.seed)
+    each: dict[str, Any] = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
+    each["temperature"] = step.temperature
+    if how == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
+        each = {"seed": step.seed, "position": step.position}
+    elif how == "without_replacement":
+        each["temperature"] = step.temperature * drafting.cooling
+    spread: dict[str, Any] = {
+        name: x.repeat_interleave(nodes) if isinstance(x, Tensor) and nodes > 1 else x for name, x in each.items()
+    }
+    return sample_children(rows, count, how, row=row, backend=drafting.backend, **spread)
 
 
 class AutoregressiveDrafter(ABC):
@@ -115,16 +144,24 @@ class AutoregressiveDrafter(ABC):
     def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self._pending = [list(prompt) for prompt in prompts]
 
+    @property
+    def siblings(self) -> int:
+        """Drafts beside each one of a chain."""
+        return self.drafting.siblings
+
     @torch.inference_mode()
-    def propose(self, step: Step) -> Draft:
-        wanted = self.wanted(step).tolist()
+    def propose(self, step: Step) -> Draft | TreeDraft:
+        width = 1 + self.siblings
+        most = self.wanted(step).tolist()
+        wanted = [min(nodes, max(1, nodes // width)) for nodes in most]
         batch, longest = len(wanted), max(wanted)
         if longest == 0:
             return Draft.nothing(batch)
         logits, features = self.read_pending()
         drafts: list[Tensor] = []
+        beside: list[Tensor] = []
         stats: list[Tensor] = []
-        full = self._buffer(batch, longest, logits.dtype)
+        full = self._buffer(batch, 1 + longest * width, logits.dtype)
         one = torch.ones(batch, dtype=torch.int64, device=self._device)
         confidence = [1.0] * batch
         for row in range(longest):
@@ -132,22 +169,13 @@ class AutoregressiveDrafter(ABC):
             self._scatter(full[:, row], logits)
             # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
             rows = full[:, row] if step.coupled else logits
-            drawn = sample(
-                rows,
-                seed=step.seed,
-                position=step.position,
-                row=row,
-                temperature=step.temperature * self.drafting.cooling,
-                top_k=step.top_k,
-                top_p=step.top_p,
-                min_p=step.min_p,
-                coupled=step.coupled,
-                backend=self.drafting.backend,
-            )
-            drafts.append(drawn.tokens if step.coupled else self.ids(drawn.tokens))
-            stats.append(drawn.stats)
+            drawn, law = self._drawn(rows, row, step)
+            ids = drawn if step.coupled else self.ids(drawn.clamp(min=0)).masked_fill(drawn < 0, -1)
+            drafts.append(ids[:, 0])
+            beside.append(ids[:, 1:])
+            stats.append(law)
             if self.drafting.min_confidence > 0:
-                surprise = functional.cross_entropy(rows.float(), drawn.tokens, reduction="none").tolist()
+                surprise = functional.cross_entropy(rows.float(), drawn[:, 0], reduction="none").tolist()
                 confidence = [before * math.exp(-s) for before, s in zip(confidence, surprise, strict=True)]
                 sure = [value >= self.drafting.min_confidence for value in confidence]
                 wanted = [most if goes_on else min(most, row + 1) for most, goes_on in zip(wanted, sure, strict=True)]
@@ -157,8 +185,36 @@ class AutoregressiveDrafter(ABC):
             logits, features = self._advance(drafts[-1][:, None], previous, one)
         drafted = len(drafts)
         self._cache.crop(drafted - 1)
+        chain, laws = torch.stack(drafts, 1), torch.stack(stats, 1)
+        if width > 1:
+            tokens, parents = _with_siblings(chain.tolist(), torch.stack(beside, 1).tolist(), wanted, most)
+            if how_children_are_drawn(step) != "without_replacement":
+                return TreeDraft(tokens, parents)
+            nodes = tokens.shape[1]
+            return TreeDraft(tokens, parents, full[:, :nodes], functional.pad(laws, (0, 0, 0, nodes - drafted)))
         behind = torch.arange(drafted, device=self._device) >= torch.tensor(wanted, device=self._device)[:, None]
-        return Draft(torch.stack(drafts, 1).masked_fill(behind, -1), full[:, :drafted], torch.stack(stats, 1))
+        return Draft(chain.masked_fill(behind, -1), full[:, :drafted], laws)
+
+    def _drawn(self, rows: Tensor, row: int, step: Step) -> tuple[Tensor, Tensor]:
+        """What is drafted by rows [B, S], the draft of the chain first: indices [B, 1 + siblings], -1 where there are
+        fewer, and the scalars of the law [B, 3]."""
+        if self.siblings:
+            first = row if step.coupled else row * (1 + self.siblings)  # no two draws share a row
+            children = drawn_children(rows, 1 + self.siblings, first, step, self.drafting)
+            return children.tokens, children.stats
+        drawn = sample(
+            rows,
+            seed=step.seed,
+            position=step.position,
+            row=row,
+            temperature=step.temperature * self.drafting.cooling,
+            top_k=step.top_k,
+            top_p=step.top_p,
+            min_p=step.min_p,
+            coupled=step.coupled,
+            backend=self.drafting.backend,
+        )
+        return drawn.tokens[:, None], drawn.stats
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         for pending, new in zip(self._pending, tokens, strict=True):
@@ -191,3 +247,26 @@ class AutoregressiveDrafter(ABC):
         if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
             self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self._device)
         return self._logits[:batch, :length]
+
+
+def _with_siblings(
+    chains: Sequence[Sequence[int]],
+    beside: Sequence[Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    most: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Tokens and parents [B, N] of chains, each cut to its length, and of what lies beside them, as many nodes as are
+    wanted at most. The chain comes first, so that what is kept of it stays where it is."""
+    trees = []
+    for chain, others, length, nodes in zip(chains, beside, lengths, most, strict=True):
+        siblings = [(token, up) for up in range(length) for token in others[up] if token >= 0][: nodes - length]
+        tokens = [0, *chain[:length], *(token for token, _ in siblings)]
+        trees.append((tokens, [-1, *range(length), *(up for _, up in siblings)]))
+    longest = max(len(tokens) for tokens, _ in trees)
+    padded_trees = torch.tensor(
+        [
+            [[*tokens, *[0] * (longest - len(tokens))] for tokens, _ in trees],
+            [[*parents, *[-1] * (longest - len(parents))] for _, parents in trees],
+        ]
+    )
+    return padded_trees[0], padded_trees[1]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
+from specdec_kernels.decode.drafters.autoregressive import (
+    AutoregressiveDrafter,
+    drawn_children,
+    how_children_are_drawn,
+)
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
-from specdec_kernels.ops.tree_rules import ChildrenName, DrawnChildren, sample_children
+from specdec_kernels.ops.tree_rules import ChildrenName, DrawnChildren
 
 #: How often the first, second, ... child is accepted when it is tested, later ones like the last of these; and, by its
 #: own probability among what its siblings left, as a line (at 0, rise). Of the SmolLM2 drafter at temperature 0.8 over
@@ -68,9 +71,6 @@ class TreeDrafter:
         growth: the shape of the trees.
     """
 
-    #: See :class:`FirstOf`.
-    drafts_trees = True
-
     def __init__(self, drafter: AutoregressiveDrafter, growth: Growth = Growth()) -> None:
         self.drafter, self.growth = drafter, growth
         self.feature_layers = drafter.feature_layers
@@ -90,8 +90,7 @@ class TreeDrafter:
         wanted = int(each.max())
         if wanted == 0:
             return Draft.nothing(len(each))
-        sampled = bool((torch.as_tensor(step.temperature) > 0).any())
-        how: ChildrenName = "top" if not sampled else "race" if step.coupled else "without_replacement"
+        how = how_children_are_drawn(step)
         likeliest = self.growth.dynamic and how != "without_replacement"
         plan = _Likeliest(each) if likeliest else _Revealed(each, self.growth.dynamic)
         logits, features = self.drafter.read_pending()
@@ -124,25 +123,9 @@ class TreeDrafter:
     def _draw(self, rows: Tensor, how: ChildrenName, step: Step, depth: int, wanted: int) -> DrawnChildren:
         """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
         width = len(rows) // len(step.seed)
-        each: dict[str, Any] = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
-        each["temperature"] = step.temperature
-        if how == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
-            each = {"seed": step.seed, "position": step.position}
-        elif how == "without_replacement":
-            each["temperature"] = step.temperature * self.drafter.drafting.cooling
-        count = min(self.growth.children, wanted)
-        spread: dict[str, Any] = {
-            name: x.repeat_interleave(width) if isinstance(x, Tensor) else x for name, x in each.items()
-        }
         first = depth * self.growth.width + torch.arange(width).repeat(len(step.seed))  # no two draws share a row
-        return sample_children(
-            rows,
-            count,
-            how,
-            row=depth if how == "race" else first * self.growth.children,
-            backend=self.drafter.drafting.backend,
-            **spread,
-        )
+        row = depth if how == "race" else first * self.growth.children
+        return drawn_children(rows, min(self.growth.children, wanted), row, step, self.drafter.drafting)
 
 
 @dataclass(frozen=True)

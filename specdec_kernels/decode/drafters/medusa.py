@@ -25,7 +25,7 @@ class MedusaDrafter:
 
     feature_layers: Sequence[int] = (-1,)
     #: See :class:`FirstOf`.
-    drafts_trees = True
+    walked = True
 
     def __init__(self, model: MedusaModel, target: Any) -> None:
         self.model = model
