@@ -207,11 +207,11 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     law = exact_law(model, [1, 2], 0.8, length)
     seen = Counter()
     steps = Statistics()
+    num_draft = {"tree": 3, "siblings": 4, "adaptive siblings": 4}.get(kind, 2 if rule == "block" else 1)
     for start in range(0, count, batch):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft={"tree": 3, "siblings": 4, "adaptive siblings": 4}.get(kind, 2 if rule
-            == "block" else 1), max_new_tokens=length, temperature=0.8, rule=rule, seed=list(range(start, start +
-            batch)), statistics=steps,
+            TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=num_draft, max_new_tokens=length,
+            temperature=0.8, rule=rule, seed=list(range(start, start + batch)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500

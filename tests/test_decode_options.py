@@ -173,11 +173,14 @@ def test_steps_without_drafts_are_timed_now_and_then():
 
 def test_gains_follow_what_was_accepted():
     acceptance = Acceptance()
-    hopes = acceptance.gains(3)
+    hopes = [gain for gain, _ in acceptance.gains(3)]
     assert hopes == pytest.approx([Acceptance.HOPE**place for place in (1, 2, 3)])
-    for _ in range(60):
-        acceptance.add(4, 2)  # the first two always, the third never; of the fourth nothing is known
-    gains = acceptance.gains(4)
+    for time in range(60):
+        # The first two always, the third never, what lies beside it every other time; of the fourth nothing is known.
+        acceptance.add(4, 2, siblings=3, beside=time % 2 == 0)
+    gains, beside = zip(*acceptance.gains(4), strict=True)
+    assert beside[0] < 0.05
+    assert beside[2] == pytest.approx(0.5, abs=0.1)
     assert gains[0] > 0.95
     assert gains[1] > 0.9
     assert gains[2] < 0.1
@@ -204,16 +207,28 @@ def teach(drafter, request, accepted, proposed=8):
 def test_the_choice_follows_gain_and_cost():
     eager, wary, dear = adaptive(), adaptive(), adaptive(drafting=(0.05, 0.05))
     teach(eager, 0, accepted=8)
-    assert eager.best([8]) == [8]
+    assert eager.best([8]) == [(8, 0)]
     teach(wary, 0, accepted=0)
-    assert wary.best([8]) == [0]
+    assert wary.best([8]) == [(0, 0)]
     teach(dear, 0, accepted=1)
-    assert dear.best([8]) == [0]
+    assert dear.best([8]) == [(0, 0)]
     two = adaptive(batch=2, scoring=(0.03, 0.003))
     teach(two, 0, accepted=0)
     teach(two, 1, accepted=3)
-    assert two.best([8, 8]) == [0, 3]
-    assert two.best([8, 1]) == [0, 1]
+    assert two.best([8, 8]) == [(0, 0), (3, 0)]
+    assert two.best([8, 1]) == [(0, 0), (1, 0)]
+
+
+def test_siblings_lie_where_they_pay():
+    """Those of the first draft, which is rejected half the time for what lies beside it, and of no other."""
+    drafter = adaptive(scoring=(0.03, 0.001))
+    drafter._siblings = 1
+    for time in range(60):
+        rejected = time % 2 == 0
+        drafter._acceptance[0].add(2, 0 if rejected else 2, siblings=2, beside=rejected)
+    assert drafter.best([8]) == [(7, 1)]
+    assert drafter.best([2]) == [(2, 0)]
+    assert drafter.best([1]) == [(1, 0)]
 
 
 def test_no_drafts_are_tried_again_now_and_then():

@@ -99,6 +99,9 @@ class Step:
     top_p: Tensor | float = TOP_P_OFF
     min_p: Tensor | float = MIN_P_OFF
     """The target's filters, as the temperature."""
+    length: Tensor | None = None
+    """int64 [B]: drafts of a chain, where siblings beside its first ones are the rest of those wanted; None leaves that
+    to the drafter."""
     coupled: bool = False
     """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
 

@@ -2,6 +2,10 @@
 
 The cache is rectangular. A row that one request takes back while another keeps its own becomes a hole: masked out,
 and squeezed out once holes are a quarter of the columns. A batch of one has no holes, and no mask.
+
+Behind the columns in use there is room, so that new rows are written where they stay; transformers' own layers copy all
+that is there to put a row behind it. How many columns are in use is one number for all layers, and taking rows back
+changes nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from specdec_kernels.ops.kv import compact_kv
 
@@ -20,11 +25,94 @@ from specdec_kernels.ops.kv import compact_kv
 MAX_HOLES = 0.25
 
 
+#: Columns there is room for at first; twice as many each time that they do not do.
+ROOM = 256
+
+
+class Columns:
+    """How many columns of all layers are in use."""
+
+    def __init__(self) -> None:
+        self.used = 0
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [B, H, S, D] of one layer, with room behind them."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._room: list[Tensor] = []  # keys, values
+        super().__init__()
+
+    def held(self) -> list[Tensor]:
+        """Keys and values of the columns in use; nothing before the first rows have come."""
+        return [room[:, :, : self._columns.used] for room in self._room]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """As transformers knows them."""
+        return self.held()[0] if self._room else None
+
+    @keys.setter
+    def keys(self, none: None) -> None:  # what the constructor above sets
+        assert none is None
+
+    @property
+    def values(self) -> Tensor | None:
+        """As transformers knows them."""
+        return self.held()[1] if self._room else None
+
+    @values.setter
+    def values(self, none: None) -> None:
+        assert none is None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write rows behind the columns in use, which stay what they are until all layers have theirs."""
+        used, rows = self._columns.used, key_states.shape[2]
+        if not self._room or self._room[0].shape[2] < used + rows:
+            self._grow(used + rows, key_states, value_states)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, used : used + rows] = new
+        keys, values = (room[:, :, : used + rows] for room in self._room)
+        return keys, values
+
+    def _grow(self, least: int, *like: Tensor) -> None:
+        held, used = self._room, self._columns.used
+        columns = max(ROOM, 2 * least)
+        self._room = [x.new_empty((*x.shape[:2], columns, x.shape[3])) for x in like]
+        for room, before in zip(self._room, held, strict=False):
+            room[:, :, :used] = before[:, :, :used]
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """The columns in use."""
+        return self._columns.used
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these requests only."""
+        self._room = [room[indices] for room in self._room]
+
+    def rearrange(self, order: Tensor) -> None:
+        """Put the columns ``order [B, S]`` of each request first, in that order."""
+        for room in self._room:
+            index = order[:, None, :, None].expand(-1, room.shape[1], -1, room.shape[3])
+            room[:, :, : order.shape[1]] = room.gather(2, index)
+
+
 class RaggedCache:
-    """Keys and values of B requests, fed with rows by :meth:`run`."""
+    """Keys and values of B requests, fed with rows by :meth:`run`.
+
+    Raises:
+        ValueError: a layer of the model does not attend to the whole text.
+    """
 
     def __init__(self, config: Any, batch: int, device: torch.device) -> None:
-        self.cache = DynamicCache(config=config)
+        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+        if others := {kind.__name__ for kind in kinds if kind is not DynamicLayer}:
+            raise ValueError(f"model must attend to the whole text in every layer, got layers of {sorted(others)}")
+        self._columns = Columns()
+        self.layers = [RoomyLayer(self._columns) for _ in kinds]
+        self.cache = Cache(layers=self.layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.used = torch.zeros((batch, 0), dtype=torch.bool, device=device)  # columns that hold a token
         self._fresh = 0  # columns of the last run
@@ -42,6 +130,7 @@ class RaggedCache:
             **inputs,
         )
         self.lengths = self.lengths + counts
+        self._columns.used += rows
         self._fresh = rows
         return outputs
 
@@ -65,6 +154,7 @@ class RaggedCache:
             **inputs,
         )
         self.used = functional.pad(self.used, (0, rows))  # nobody's, until it is known which are kept
+        self._columns.used += rows
         self._tree += rows
         return outputs
 
@@ -74,10 +164,10 @@ class RaggedCache:
         start = self.used.shape[1] - rows
         counts = (nodes >= 0).sum(1)
         longest = int(counts.max())
-        if longest:
+        if longest and bool((nodes > torch.arange(nodes.shape[1], device=nodes.device)).any()):  # else all are in place
             alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads
-            for layer in self.cache.layers:
-                for cache in (layer.keys, layer.values):
+            for layer in self.layers:
+                for cache in layer.held():
                     alike.setdefault((cache.shape, cache.stride()), []).append(cache)
             for caches in alike.values():
                 compact_kv(caches, nodes, start)
@@ -90,7 +180,7 @@ class RaggedCache:
         if columns:
             self.lengths = self.lengths - self.used[:, -columns:].sum(1)
             self.used = self.used[:, :-columns]
-            self.cache.crop(-columns)
+            self._columns.used -= columns
         if int(self.lengths.max()) < (1 - MAX_HOLES) * self.used.shape[1]:
             self._squeeze()
 
@@ -103,7 +193,7 @@ class RaggedCache:
     def _squeeze(self) -> None:
         # A stable sort keeps tokens in order; positions are in the rotated keys already.
         order = self.used.long().argsort(dim=1, descending=True, stable=True)[:, : int(self.lengths.max())]
-        for layer in self.cache.layers:
-            index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        for layer in self.layers:
+            layer.rearrange(order)
+        self._columns.used = order.shape[1]
         self.used = self.used.gather(1, order)

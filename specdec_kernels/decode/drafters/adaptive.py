@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -108,53 +109,71 @@ class Costs:
         self._rows = 0.0
 
 
-class Acceptance:
-    """How often the drafts of one request were accepted, by their place in the chain, and those beside them where they
-    were not; older steps fade.
+class Rates:
+    """How often something came true at each place; older times fade.
 
     Args:
-        siblings: whether any lie beside the drafts.
+        hope: what is assumed before anything is known.
     """
 
     FADING = 0.97
-    #: Weight of what is hoped, in drafts; it fades as they do.
+    #: Weight of what is hoped, in times; it fades as they do.
     TRUST = 4.0
-    #: Acceptance assumed before anything is known: of a draft high enough to try, and of what lies beside it.
-    HOPE, HOPE_BESIDE = 0.7, 0.1
 
-    def __init__(self, siblings: bool = False) -> None:
-        self._hope_beside = self.HOPE_BESIDE if siblings else 0.0
+    def __init__(self, hope: float) -> None:
+        self._hope = hope
         self._hoped: list[float] = []
         self._tried: list[float] = []
-        self._accepted: list[float] = []
-        self._beside: list[float] = []
+        self._true: list[float] = []
 
-    def add(self, proposed: int, accepted: int, beside: bool = False) -> None:
-        """One step: drafts of the chain, and whether one beside the first rejected was accepted. Drafts behind that say
-        nothing."""
-        judged = min(proposed, accepted + 1)
-        missing = judged - len(self._tried)
-        self._hoped += [self.TRUST] * missing
-        for counts in (self._tried, self._accepted, self._beside):
-            counts += [0.0] * missing
-        for place in range(judged):
-            self._hoped[place] *= self.FADING
-            self._tried[place] = self.FADING * self._tried[place] + 1
-            self._accepted[place] = self.FADING * self._accepted[place] + (place < accepted)
-            self._beside[place] = self.FADING * self._beside[place] + (beside and place == accepted)
+    def add(self, place: int, true: bool) -> None:
+        """One time."""
+        missing = place + 1 - len(self._tried)
+        for counts, before in ((self._hoped, self.TRUST), (self._tried, 0.0), (self._true, 0.0)):
+            counts += [before] * missing
+        self._hoped[place] *= self.FADING
+        self._tried[place] = self.FADING * self._tried[place] + 1
+        self._true[place] = self.FADING * self._true[place] + true
 
-    def gains(self, most: int) -> list[float]:
-        """Expected accepted drafts that the first, second, ... place adds."""
-        gains, reach, before, beside = [], 1.0, self.HOPE, self._hope_beside
+    def expected(self, most: int) -> list[float]:
+        """At the first, second, ... place: what is known of one is what is hoped of the next."""
+        rates, rate = [], self._hope
         for place in range(most):
-            # What is known of one place is what is hoped of the next.
             if place < len(self._tried):
                 hoped, tried = self._hoped[place], self._tried[place]
-                before = (self._accepted[place] + hoped * before) / (tried + hoped)
-                beside = (self._beside[place] + hoped * beside) / (tried + hoped)
-            gains.append(reach * (before + beside))
-            reach *= before
+                rate = (self._true[place] + hoped * rate) / (tried + hoped)
+            rates.append(rate)
+        return rates
+
+
+class Acceptance:
+    """How often the drafts of one request were accepted, and, where one was not, what lay beside it."""
+
+    #: Acceptance assumed before anything is known: of a draft high enough to try.
+    HOPE, HOPE_BESIDE = 0.7, 0.15
+
+    def __init__(self) -> None:
+        self._chain, self._beside = Rates(self.HOPE), Rates(self.HOPE_BESIDE)
+
+    def add(self, proposed: int, accepted: int, siblings: int = 0, beside: bool = False) -> None:
+        """One step: drafts of the chain; how many had siblings, and whether one of the first rejected was accepted.
+        What lies behind that says nothing."""
+        for place in range(min(proposed, accepted + 1)):
+            self._chain.add(place, place < accepted)
+            if place < siblings:
+                self._beside.add(place, beside and place == accepted)
+
+    def gains(self, most: int) -> list[tuple[float, float]]:
+        """Expected accepted drafts that the first, second, ... place adds, and its siblings."""
+        gains, reach = [], 1.0
+        for accepted, beside in zip(self._chain.expected(most), self._beside.expected(most), strict=True):
+            gains.append((reach * accepted, reach * beside))
+            reach *= accepted
         return gains
+
+
+#: Of one request: drafts of the chain, and how many of them, the first ones, with siblings.
+Shape = tuple[int, int]
 
 
 class AdaptiveDrafter:
@@ -167,7 +186,7 @@ class AdaptiveDrafter:
     on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may give
     another text.
 
-    Where siblings lie beside the drafts of a chain, it chooses the length of the chain, knowing that they come with it.
+    Where siblings can lie beside the drafts of a chain, it also chooses how many of them have some.
 
     Args:
         drafter: what drafts chains, with or without siblings.
@@ -185,27 +204,28 @@ class AdaptiveDrafter:
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.drafter.begin(prompts, features)
-        self._acceptance = [Acceptance(self._siblings > 0) for _ in prompts]
+        self._acceptance = [Acceptance() for _ in prompts]
         self._chains: list[list[int]] = [[] for _ in prompts]
+        self._shapes: list[Shape] = [(0, 0)] * len(prompts)
         self._asked = False
         self._idle, self._patience = 0, self.PATIENCE[0]
 
     def propose(self, step: Step) -> Draft | TreeDraft:
         start = time.perf_counter()
-        width = 1 + self._siblings
-        most = step.num_draft
-        wanted = torch.tensor(self._choose((most + self._siblings).div(width, rounding_mode="floor").tolist()))
-        draft: Draft | TreeDraft = Draft.nothing(len(most))
-        if bool(wanted.any()):
-            draft = self.drafter.propose(replace(step, num_draft=torch.minimum(wanted * width, most)))
+        self._shapes = self._choose(step.num_draft.tolist())
+        lengths, beside = torch.tensor(self._shapes).unbind(1)
+        draft: Draft | TreeDraft = Draft.nothing(len(lengths))
+        if bool(lengths.any()):
+            nodes = lengths + self._siblings * beside
+            draft = self.drafter.propose(replace(step, num_draft=nodes, length=lengths))
         if isinstance(draft, TreeDraft):
             if not self._siblings:
                 raise TypeError("drafter must draft chains, got a drafter of trees")
             rows, self._chains = int(draft.live.sum()), draft.chains()
         else:
-            lengths = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
-            self._chains = [tokens[:length] for tokens, length in zip(draft.tokens.tolist(), lengths, strict=True)]
-            rows = len(lengths) + sum(lengths)
+            drafted = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
+            self._chains = [tokens[:count] for tokens, count in zip(draft.tokens.tolist(), drafted, strict=True)]
+            rows = len(drafted) + sum(drafted)
         self._asked = True
         if longest := max(map(len, self._chains)):
             self.drafting.add(longest, time.perf_counter() - start)
@@ -215,11 +235,12 @@ class AdaptiveDrafter:
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self.costs.scored()
         if self._asked:
-            for acceptance, chain, new in zip(self._acceptance, self._chains, tokens, strict=True):
+            steps = zip(self._acceptance, self._chains, self._shapes, tokens, strict=True)
+            for acceptance, chain, (_, siblings), new in steps:
                 if chain:
                     accepted = len(new) - 1
                     beside = accepted > 0 and list(new[:accepted]) != chain[:accepted]
-                    acceptance.add(len(chain), accepted - beside, beside)
+                    acceptance.add(len(chain), accepted - beside, siblings, beside)
             self._idle = 0 if any(self._chains) else self._idle + 1
         self._asked = False
         self.drafter.commit(tokens, features)
@@ -228,39 +249,49 @@ class AdaptiveDrafter:
         self.drafter.select(requests)
         self._acceptance = [self._acceptance[slot] for slot in requests.tolist()]
 
-    def _choose(self, most: list[int]) -> list[int]:
-        """Lengths of the chains to ask for, at most so long."""
+    def _choose(self, most: list[int]) -> list[Shape]:
+        """What to ask for, at most so many drafts of each request."""
         if self.costs.plain_is_due:
-            return [0] * len(most)
+            return [(0, 0)] * len(most)
         if not self.drafting.known:
-            return most
+            widest = [(limit + self._siblings) // (1 + self._siblings) for limit in most]
+            return [(length, length if self._siblings else 0) for length in widest]
         wanted = self.best(most)
-        if any(wanted) or not any(most):
+        if any(length for length, _ in wanted) or not any(most):
             self._patience = self.PATIENCE[0]
             return wanted
         if self._idle < self._patience:
             return wanted
         self._patience = min(2 * self._patience, self.PATIENCE[1])
         self._idle = 0
-        return [min(1, limit) for limit in most]
+        return [(min(1, limit), 0) for limit in most]
 
-    def best(self, most: Sequence[int]) -> list[int]:
-        """The lengths with the most expected tokens a second: gains in falling order, as many as pay."""
+    def best(self, most: Sequence[int]) -> list[Shape]:
+        """The drafts with the most expected tokens a second: gains in falling order, as many as pay."""
         batch = len(most)
-        gains = sorted(
-            (
-                (-gain, place, request)
-                for request, limit in enumerate(most)
-                for place, gain in enumerate(self._acceptance[request].gains(limit))
-            )
-        )
-        step, wanted, best = self.costs.step, [0] * batch, [0] * batch
-        tokens = float(batch)
-        rate = tokens / step.at(1.0)
-        for drafted, (gain, place, request) in enumerate(gains, start=1):
-            tokens -= gain
-            wanted[request] = place + 1
-            seconds = self.drafting.at(max(wanted)) + step.at(1 + (1 + self._siblings) * drafted / batch)
+        lengths, beside = [0] * batch, [0] * batch
+        best = list(zip(lengths, beside, strict=True))
+        tokens, nodes = float(batch), 0
+        rate = tokens / self.costs.step.at(1.0)
+        for gain, place, siblings, request in self._gains(most):
+            more = self._siblings if siblings else 1
+            if lengths[request] + self._siblings * beside[request] + more > most[request]:
+                continue
+            (beside if siblings else lengths)[request] = place + 1
+            tokens, nodes = tokens + gain, nodes + more
+            seconds = self.drafting.at(max(lengths)) + self.costs.step.at(1 + nodes / batch)
             if tokens / seconds > rate:
-                rate, best = tokens / seconds, list(wanted)
+                rate, best = tokens / seconds, list(zip(lengths, beside, strict=True))
         return best
+
+    def _gains(self, most: Sequence[int]) -> list[tuple[float, int, bool, int]]:
+        """(gain, place, whether of siblings, request), the largest first, siblings behind what they lie beside."""
+        gains = []
+        for request, limit in enumerate(most):
+            least = math.inf  # neither rises from one place to the next, or nothing would hang together
+            for place, (chain, siblings) in enumerate(self._acceptance[request].gains(limit)):
+                gains.append((chain, place, False, request))
+                if self._siblings:
+                    least = min(least, chain, siblings)
+                    gains.append((least, place, True, request))
+        return sorted(gains, key=lambda gain: (-gain[0], gain[1:]))

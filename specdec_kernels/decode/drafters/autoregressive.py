@@ -151,9 +151,9 @@ class AutoregressiveDrafter(ABC):
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
-        width = 1 + self.siblings
-        most = self.wanted(step).tolist()
-        wanted = [min(nodes, max(1, nodes // width)) for nodes in most]
+        width, each = 1 + self.siblings, self.wanted(step)
+        chains = (each // width).clamp(min=1) if step.length is None else step.length
+        most, wanted = each.tolist(), torch.minimum(each, chains).tolist()
         batch, longest = len(wanted), max(wanted)
         if longest == 0:
             return Draft.nothing(batch)

@@ -15,10 +15,10 @@ from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
 class FirstOf:
     """Drafts of ``first`` (point masses, such as a lookup) where it has any, else those of ``second``.
 
-    Which of the two drafted depends on the text alone, so the law stays exact. A chain of ``first`` in a batch with trees
-    of ``second`` is tested as they are, which gives what the chain alone gives, bit for bit. Where ``second`` drafts
-    trees of point masses whatever the temperature (it says so by ``walked = True``), chains of ``first`` are handed on
-    as trees, whoever else is in the batch: a point mass that is walked meets other noise than one that is tested.
+    Which of the two drafted depends on the text alone, so the law stays exact. A chain of ``first`` in a batch with
+    trees of ``second`` is tested as they are, which gives what the chain alone gives, bit for bit. Where ``second``
+    drafts trees of point masses whatever the temperature (it says so by ``walked = True``), chains of ``first`` are
+    handed on as trees, whoever else is in the batch: a point mass that is walked meets other noise than one tested.
     """
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
