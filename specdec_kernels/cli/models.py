@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from specdec_kernels.decode import Drafter
+from specdec_kernels.decode import Drafter, pack_linear
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
@@ -80,14 +80,15 @@ def smollm2_path() -> Path:
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
-    """A causal model: ``smollm2``, or the path of a transformers checkpoint."""
+    """A causal model: ``smollm2``, or the path of a transformers checkpoint; its linear layers packed where they can
+    be."""
     from transformers import AutoModelForCausalLM
 
     _quiet()
     path = smollm2_path() if name == SMOLLM2 else Path(name)
     if not path.is_dir():
         raise FileNotFoundError(f"a model must be {SMOLLM2!r} or the path of a transformers checkpoint, got {name!r}")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return pack_linear(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval())
 
 
 def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
