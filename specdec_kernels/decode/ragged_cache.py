@@ -162,15 +162,16 @@ class RaggedCache:
         """Of the tree's rows, keep those of a path ``nodes [B, N]``, -1 behind its end; -1 alone keeps nothing."""
         rows, self._tree = self._tree, 0
         start = self.used.shape[1] - rows
-        counts = (nodes >= 0).sum(1)
-        longest = int(counts.max())
-        if longest and bool((nodes > torch.arange(nodes.shape[1], device=nodes.device)).any()):  # else all are in place
+        paths = [[node for node in path if node >= 0] for path in nodes.tolist()]
+        longest = max(map(len, paths))
+        if any(path != list(range(len(path))) for path in paths):  # else all are where they belong
             alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads
             for layer in self.layers:
                 for cache in layer.held():
                     alike.setdefault((cache.shape, cache.stride()), []).append(cache)
             for caches in alike.values():
                 compact_kv(caches, nodes, start)
+        counts = torch.tensor([len(path) for path in paths], device=nodes.device)
         self.used[:, start:] = torch.arange(rows, device=nodes.device) < counts[:, None]
         self.lengths = self.lengths + counts
         self.crop(rows - longest)

@@ -88,6 +88,8 @@ def tree_positions(parents: Tensor) -> Tensor:
         [[0, 1, 1, 2, 3, -1]]
     """
     tree = checked(parents)
+    if tree.is_cpu and not torch.compiler.is_compiling():
+        return torch.tensor([_depths(row) for row in tree.tolist()], dtype=torch.int32).reshape(tree.shape)
     live = live_nodes(tree)
     up = torch.where(live, tree, -1).clamp(min=0)
     depth = (live & (tree >= 0)).long()
@@ -95,6 +97,14 @@ def tree_positions(parents: Tensor) -> Tensor:
         depth = depth + depth.gather(1, up)
         up = up.gather(1, up)
     return torch.where(live, depth, -1).int()
+
+
+def _depths(parents: list[int]) -> list[int]:
+    """Of a tree that was checked; a list, as above."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1 if parent >= 0 else -1)
+    return depths
 
 
 def tree_links(parents: Tensor) -> TreeLinks:

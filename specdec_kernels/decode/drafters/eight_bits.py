@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.packed import pack_linear
 from specdec_kernels.ops.backends import BACKENDS
 
 #: Rows up to which reading eight bits a weight beats a product of matrices in bfloat16 (Zen 4, two cores).
@@ -65,7 +66,7 @@ class EightBitModel:
     Equivalent to ``model(...)`` with its weights rounded, in float32.
 
     Args:
-        model: on a CPU; it reads what is more than a few rows.
+        model: on a CPU; it reads what is more than a few rows, packed.
 
     Raises:
         ValueError: it is elsewhere, or the C++ was not built.
@@ -73,7 +74,6 @@ class EightBitModel:
 
     def __init__(self, model: FeatureModel) -> None:
         _require(model.shortlist.device)
-        self.model = model
         wide = {name: weight.detach().float() for name, weight in model.named_parameters()}
         # A norm's weight goes into the matrix behind it.
         norms = {"qkv": "attention_norm.weight", "gate_up": "mlp_norm.weight", "middle": "middle_norm"}
@@ -81,6 +81,7 @@ class EightBitModel:
         folded = [wide[f"{name}.weight"] * (wide[norms[name]].flatten() if name in norms else 1.0) for name in names]
         self._weights, self._scales = map(list, zip(*(rounded(matrix) for matrix in folded), strict=True))
         self._norm = wide["norm.weight"]
+        self.model = pack_linear(model)
         half = model.head_dim // 2
         self._cos, self._sin = (table[:, :half].float().contiguous() for table in (model.cos, model.sin))
 
