@@ -30,11 +30,11 @@ class SuffixIndex:
     def __len__(self) -> int: ...
 
 def connect(tensor: type, exchange: object, entries: int, off: tuple[float, int, float, float] | None) -> None:
-    """Make :func:`verify_chain` and :func:`sample` run: by ``torch.Tensor``, its DLPack interface, the library's
-    entries, and a temperature with filters that are off."""
+    """Make the functions below run: by ``torch.Tensor``, its DLPack interface, the library's entries, and a temperature
+    with filters that are off."""
 
-def verify_chain(*arguments: Any) -> tuple[Tensor, ...] | None:
-    """See ``specdec_kernels.ops.straight.Straight``."""
-
-def sample(*arguments: Any) -> tuple[Tensor, ...] | None:
-    """See ``specdec_kernels.ops.straight.Straight``."""
+# See specdec_kernels.ops.straight.Straight.
+def verify_chain(*arguments: Any) -> tuple[Tensor, ...] | None: ...
+def verify_tree(*arguments: Any) -> tuple[Tensor, ...] | None: ...
+def sample(*arguments: Any) -> tuple[Tensor, ...] | None: ...
+def sample_children(*arguments: Any) -> tuple[Tensor, ...] | None: ...

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specdec_kernels import _native, sample, verify_chain
+from specdec_kernels import _native, sample, sample_children, verify_chain, verify_tree
 from specdec_kernels.ops import BACKENDS, straight
+from specdec_kernels.ops.tree_rules import CHILDREN
 
 pytestmark = pytest.mark.skipif(bool(BACKENDS["cpu"].reason), reason=BACKENDS["cpu"].reason)
 
@@ -88,6 +89,58 @@ def test_draws_are_those_of_the_dispatcher(monkeypatch, coupled):
     directly = sample(logits, **given, temperature=0.8, top_p=0.9)
     dispatched(monkeypatch)
     assert_equal(directly, sample(logits, **given, temperature=0.8, top_p=0.9))
+
+
+@pytest.mark.parametrize("how", CHILDREN)
+def test_children_are_those_of_the_dispatcher(monkeypatch, how):
+    given = {"seed": torch.arange(5), "position": torch.arange(5), "row": torch.arange(5), "temperature": 0.8}
+    logits = torch.randn(5, 200)
+    directly = sample_children(logits, 3, how, **given)
+    dispatched(monkeypatch)
+    assert_equal(directly, sample_children(logits, 3, how, **given))
+
+
+def tree(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    given = chain(dtype, drafts=4)
+    target = given["target_logits"]
+    children = sample_children(target[:, 0] / 2, 4, seed=given["seed"], position=given["position"])
+    parents = torch.tensor([[-1, 0, 0, 0, 0], [-1, 0, 0, 0, -1], [-1, 0, 0, -1, -1]])
+    stats = children.stats[:, None].expand(-1, 5, -1).contiguous()
+    tokens = torch.cat([torch.zeros(3, 1, dtype=torch.int64), children.tokens], 1)
+    return {
+        "target_logits": target, "draft_tokens": tokens, "parents": parents, "draft_logits": target / 2,
+        "draft_stats": stats, "seed": given["seed"], "position": given["position"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
+def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
+    options = {"rule": rule, "logprobs": rule == "walk", "top_k": 50 if rule == "recursive" else None}
+    directly = verify_tree(**tree(dtype), **options)
+    dispatched(monkeypatch)
+    assert_equal(directly, verify_tree(**tree(dtype), **options))
+
+
+def test_trees_that_are_none_are_refused_by_the_operators():
+    given = tree()
+    arguments = [given[name] for name in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
+    arguments += [given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
+    wrong = {
+        "no root": (2, torch.zeros(3, 5, dtype=torch.int64)),
+        "a later parent": (2, torch.tensor([[-1, 2, 0, 0, 0]]).expand(3, -1).contiguous()),
+        "a node behind the last": (2, torch.tensor([[-1, 0, -1, 0, 0]]).expand(3, -1).contiguous()),
+        "an id outside": (1, torch.full((3, 5), 300)),
+        "a missing id": (1, torch.full((3, 5), -1)),
+        "fewer rows": (0, given["target_logits"][:, :4]),
+    }
+    for way in (straight._DIRECT, straight._DISPATCHED):
+        assert len(way.verify_tree(*arguments)) == 6
+        for place, value in wrong.values():
+            with pytest.raises(RuntimeError, match="not taken as it is"):
+                way.verify_tree(*(value if at == place else x for at, x in enumerate(arguments)))
+    with pytest.raises(ValueError, match="parents must be -1 for the root"):
+        verify_tree(**{**given, "parents": wrong["a later parent"][1]})
 
 
 def test_empty_batches():

@@ -149,6 +149,45 @@ struct ChainArguments {
   }
 };
 
+// Of `verify_tree`.
+template <class Tensor>
+struct TreeArguments {
+  Tensor target_logits, draft_tokens, parents;
+  std::optional<Tensor> draft_logits, draft_stats;
+  Tensor seed, position;
+  LawArguments<Tensor> law;
+  TreeRule rule;
+  bool replacement, logprobs;
+
+  int64_t batch() const { return parents.size(0); }
+  int64_t nodes() const { return parents.size(1); }
+
+  void require() const {
+    using torch::headeronly::ScalarType;
+    const Taken<Tensor> taken(target_logits);
+    taken.require(target_logits.dim() == 3 && parents.dim() == 2);
+    const int64_t vocab = target_logits.size(2);
+    taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
+                  taken.logits(target_logits, {batch(), nodes(), vocab}) &&
+                  (!draft_logits || taken.logits(*draft_logits, {batch(), nodes(), vocab})) &&
+                  (!draft_stats || draft_logits) &&
+                  taken.array(draft_stats, ScalarType::Float, {batch(), nodes(), 3}) && taken.keys(seed, batch()) &&
+                  taken.keys(position, batch()) && law.taken(taken, batch()) &&
+                  taken.array(law.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
+  }
+
+  VerifyTree op(const Results& results, int32_t* out_nodes) const {
+    return {
+        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position, law, nodes(),
+                               results, logprobs),
+        .parents = data_of<int64_t>(parents),
+        .rule = rule,
+        .replacement = replacement,
+        .out_nodes = out_nodes,
+    };
+  }
+};
+
 // Where what is drawn from rows goes.
 struct DrawResults {
   int64_t* tokens;

@@ -127,18 +127,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
     Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
     double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
     OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
-  const Outputs outputs(target_logits, parents.size(0), parents.size(1), logprobs);
-  Tensor nodes = make(target_logits, {parents.size(0), parents.size(1)}, aoti_torch_dtype_int32());
-  const VerifyTree op{
-      .common = verification<Tensor>(
-          target_logits, draft_tokens, draft_logits, draft_stats, seed, position,
-          {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
-          parents.size(1), outputs.results(), logprobs),
-      .parents = data_of<int64_t>(parents),
-      .rule = TreeRule(rule),
-      .replacement = replacement,
-      .out_nodes = out<int32_t>(nodes),
-  };
+  const TreeArguments<Tensor> arguments{
+      target_logits,
+      draft_tokens,
+      parents,
+      draft_logits,
+      draft_stats,
+      seed,
+      position,
+      {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
+      TreeRule(rule),
+      replacement,
+      logprobs};
+  arguments.require();
+  const Outputs outputs(target_logits, arguments.batch(), arguments.nodes(), logprobs);
+  Tensor nodes = make(target_logits, {arguments.batch(), arguments.nodes()}, aoti_torch_dtype_int32());
+  const VerifyTree op = arguments.op(outputs.results(), out<int32_t>(nodes));
   run(op, target_logits);
   return {outputs.tokens, nodes, outputs.accepted, outputs.valid, outputs.scores, outputs.raw};
 }

@@ -64,6 +64,24 @@ class Taken {
     return at[0] == 0 && at[batch] <= rows;
   }
 
+  // Every node but the root hangs from an earlier one, up to the last; their ids are in the vocabulary. On a GPU
+  // looking would synchronise.
+  bool tree(const Tensor& parents, const Tensor& tokens, int64_t vocab) const {
+    const int64_t batch = parents.size(0), nodes = parents.size(1);
+    if (!array(parents, ScalarType::Long, {batch, nodes}) || !array(tokens, ScalarType::Long, {batch, nodes}))
+      return false;
+    if (!on_cpu_) return true;
+    const auto* up = static_cast<const int64_t*>(parents.const_data_ptr());
+    const auto* id = static_cast<const int64_t*>(tokens.const_data_ptr());
+    for (int64_t b = 0; b < batch; ++b, up += nodes, id += nodes) {
+      const int64_t live = live_nodes(up, nodes);
+      if (live == 0) return false;
+      for (int64_t n = 1; n < nodes; ++n)
+        if (n < live ? id[n] < 0 || id[n] >= vocab : up[n] != -1) return false;
+    }
+    return true;
+  }
+
   bool sampling(const OptionalTensor& each, int64_t count, double temperature, int64_t top_k, double top_p,
                 double min_p) const {
     return array(each, ScalarType::Float, {count, 4}) && std::isfinite(temperature) && temperature >= 0.0 &&

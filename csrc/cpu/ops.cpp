@@ -53,7 +53,8 @@ STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
 
 // For who calls without the dispatcher.
 extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_cpu_entries() {
-  static const specdec::Entries entries{.verify_chain = specdec::run, .sample = specdec::run};
+  using specdec::run;
+  static const specdec::Entries entries{.verify_chain = run, .verify_tree = run, .sample = run, .sample_children = run};
   return &entries;
 }
 

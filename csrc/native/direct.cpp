@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <span>
 #include <stdexcept>
+#include <string>
 
 #include "../common/arguments.h"
 #include "../cpu/entries.h"
@@ -216,12 +217,76 @@ void run(void (*entry)(const Op&), const Op& op) {
   entry(op);
 }
 
+// Whether these are plain tensors, and the four from `numbers` on are; common enough not to be, since Python spreads
+// numbers over requests, to be told without an exception.
+bool taken(PyObject* const* tensors, int count, PyObject* const* numbers) {
+  return std::all_of(tensors, tensors + count, View::is_plain) && Arguments::are_numbers(numbers);
+}
+
+void require_count(Py_ssize_t count, Py_ssize_t wanted) {
+  if (entries != nullptr && count == wanted) return;
+  throw std::runtime_error("the function takes " + std::to_string(wanted) + " arguments, once connected");
+}
+
+// The results of a chain or a tree, in the order of the operators, `nodes` behind the first or `counters` behind the
+// flags.
+class Outputs {
+ public:
+  Outputs(int64_t batch, int64_t rows, bool tree, bool logprobs) : filling_(bytes(batch, rows)), logprobs_(logprobs) {
+    Block& block = *filling_.block;
+    results_.tokens = block.add<int64_t>(kDLInt, batch, rows);
+    if (tree) more_ = block.add<int32_t>(kDLInt, batch, rows);
+    results_.accepted = block.add<int32_t>(kDLInt, batch);
+    results_.valid = block.add<bool>(kDLBool, batch);
+    if (!tree) more_ = block.add<int32_t>(kDLInt, batch, 2);
+    if (!logprobs) return;
+    results_.logprobs = block.add<float>(kDLFloat, batch, rows);
+    results_.raw_logprobs = block.add<float>(kDLFloat, batch, rows);
+  }
+
+  const Results& results() const { return results_; }
+  int32_t* more() const { return more_; }  // nodes or counters
+
+  PyObject* tuple() const {
+    PyObject* tuple = filling_.block->tuple(6);
+    if (!logprobs_)
+      for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
+    return tuple;
+  }
+
+ private:
+  static size_t bytes(int64_t batch, int64_t rows) {
+    constexpr size_t kEachRow = sizeof(int64_t) + sizeof(int32_t) + 2 * sizeof(float), kEach = 4 * sizeof(int32_t);
+    return size_t(batch) * (size_t(rows) * kEachRow + kEach);
+  }
+
+  Filling filling_;
+  bool logprobs_;
+  Results results_{};
+  int32_t* more_ = nullptr;
+};
+
+// What is drawn from rows, `columns` tokens each, -1 for one without a dimension of its own.
+class Draws {
+ public:
+  Draws(int64_t rows, int64_t columns) : filling_(size_t(rows) * (3 + 3 * size_t(std::abs(columns))) * sizeof(float)) {
+    results_.tokens = filling_.block->add<int64_t>(kDLInt, rows, columns);
+    results_.logprobs = filling_.block->add<float>(kDLFloat, rows, columns);
+    results_.stats = filling_.block->add<float>(kDLFloat, rows, 3);
+  }
+
+  const DrawResults& results() const { return results_; }
+  PyObject* tuple() const { return filling_.block->tuple(3); }
+
+ private:
+  Filling filling_;
+  DrawResults results_{};
+};
+
 PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return translated([&] {
-    if (entries == nullptr || count != 16) throw std::runtime_error("verify_chain takes 16 arguments, once connected");
-    // Common enough to be told without an exception: what Python spreads over the requests.
-    if (!View::is_plain(objects[4]) || !View::is_plain(objects[5]) || !Arguments::are_numbers(objects + 8))
-      return Py_NewRef(Py_None);
+    require_count(count, 16);
+    if (!taken(objects + 4, 2, objects + 8)) return Py_NewRef(Py_None);
     Arguments next(objects);
     const ChainArguments<View> arguments{next.tensor(),
                                          next.tensor(),
@@ -237,45 +302,55 @@ PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t 
                                          next.integer() != 0,
                                          {}};
     arguments.require();
-    const int64_t batch = arguments.batch(), rows = arguments.rows();
-    const Filling filling(size_t(batch) * (size_t(rows) * (sizeof(int64_t) + 2 * sizeof(float)) + 4 * sizeof(int32_t)));
-    Block& block = *filling.block;
-    Results results{};
-    results.tokens = block.add<int64_t>(kDLInt, batch, rows);
-    results.accepted = block.add<int32_t>(kDLInt, batch);
-    results.valid = block.add<bool>(kDLBool, batch);
-    auto* counters = block.add<int32_t>(kDLInt, batch, 2);
-    if (arguments.logprobs) {
-      results.logprobs = block.add<float>(kDLFloat, batch, rows);
-      results.raw_logprobs = block.add<float>(kDLFloat, batch, rows);
-    }
-    run(entries->verify_chain, arguments.op(results, counters));
-    PyObject* tuple = block.tuple(6);
-    if (!arguments.logprobs)
-      for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
-    return tuple;
+    const Outputs outputs(arguments.batch(), arguments.rows(), false, arguments.logprobs);
+    run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()));
+    return outputs.tuple();
+  });
+}
+
+PyObject* verify_tree_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return translated([&] {
+    require_count(count, 15);
+    if (!taken(objects + 5, 2, objects + 7)) return Py_NewRef(Py_None);
+    Arguments next(objects);
+    const TreeArguments<View> arguments{next.tensor(),       next.tensor(),      next.tensor(),
+                                        next.optional(),     next.optional(),    next.tensor(),
+                                        next.tensor(),       next.law(),         TreeRule(next.integer()),
+                                        next.integer() != 0, next.integer() != 0};
+    arguments.require();
+    const Outputs outputs(arguments.batch(), arguments.nodes(), true, arguments.logprobs);
+    run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()));
+    return outputs.tuple();
   });
 }
 
 PyObject* sample_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return translated([&] {
-    if (entries == nullptr || count != 10) throw std::runtime_error("sample takes 10 arguments, once connected");
-    if (!View::is_plain(objects[1]) || !View::is_plain(objects[2]) || !View::is_plain(objects[3]) ||
-        !Arguments::are_numbers(objects + 4))
-      return Py_NewRef(Py_None);
+    require_count(count, 10);
+    if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
     Arguments next(objects);
     const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
                                           next.tensor(), next.law(),    next.integer() != 0};
     arguments.require();
-    const int64_t rows = arguments.logits.size(0);
-    const Filling filling(size_t(rows) * (sizeof(int64_t) + 4 * sizeof(float)));
-    Block& block = *filling.block;
-    DrawResults results{};
-    results.tokens = block.add<int64_t>(kDLInt, rows);
-    results.logprobs = block.add<float>(kDLFloat, rows);
-    results.stats = block.add<float>(kDLFloat, rows, 3);
-    run(entries->sample, arguments.op(results));
-    return block.tuple(3);
+    const Draws draws(arguments.logits.size(0), -1);
+    run(entries->sample, arguments.op(draws.results()));
+    return draws.tuple();
+  });
+}
+
+PyObject* sample_children_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return translated([&] {
+    require_count(count, 11);
+    if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
+    Arguments next(objects);
+    const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
+                                          next.tensor(), next.law(),    false};
+    const int64_t children = next.integer();
+    const auto how = Children(next.integer());
+    arguments.require();
+    const Draws draws(arguments.logits.size(0), children);
+    run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how});
+    return draws.tuple();
   });
 }
 
@@ -302,18 +377,24 @@ void connect(const py::object& tensor, const py::capsule& api, uintptr_t address
   entries = found;
 }
 
-PyMethodDef functions[] = {
-    {"verify_chain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(verify_chain_directly)), METH_FASTCALL,
-     "See specdec_kernels/ops/straight.py. None or a RuntimeError for what it does not take as it is."},
-    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(sample_directly)), METH_FASTCALL,
-     "See specdec_kernels/ops/straight.py. None or a RuntimeError for what it does not take as it is."},
-    {nullptr, nullptr, 0, nullptr}};
+constexpr const char* kDoc =
+    "See specdec_kernels/ops/straight.py. None or a RuntimeError for what is not taken as it is.";
+
+PyMethodDef method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, kDoc};
+}
+
+PyMethodDef functions[] = {method("verify_chain", verify_chain_directly),
+                           method("verify_tree", verify_tree_directly),
+                           method("sample", sample_directly),
+                           method("sample_children", sample_children_directly),
+                           {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void add_direct(py::module_& m) {
   m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("off"),
-        "Makes `verify_chain` and `sample` run: by torch.Tensor, its DLPack interface, the library's entries, and a"
+        "Makes the functions beside it run: by torch.Tensor, its DLPack interface, the library's entries, and a"
         " temperature with filters that are off.");
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }

@@ -1,7 +1,7 @@
 """Calls of operators before anything was looked at.
 
-The C++ refuses what it could not read as it is, so `verify_chain` and `sample` may hand it their arguments at once.
-Where it refuses, or gives nothing back, they look, to say what is wrong or to bring it into shape.
+The C++ refuses what it could not read as it is, so the functions that draw and verify may hand it their arguments at
+once. Where it refuses, or gives nothing back, they look, to say what is wrong or to bring it into shape.
 
 A CPU is reached without PyTorch's dispatcher (csrc/native/direct.cpp), which takes as long to start as a row to read;
 unless somebody watches what is dispatched.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,39 +32,37 @@ class Straight:
     verify_chain: Callable[..., Made]
     """(target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature, top_k,
     top_p, min_p, bitmask, number of the rule, logprobs, independent)."""
+    verify_tree: Callable[..., Made]
+    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, temperature, top_k, top_p,
+    min_p, bitmask, number of the rule, replacement, logprobs)."""
     sample: Callable[..., Made]
     """(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)."""
+    sample_children: Callable[..., Made]
+    """(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, count, number of how)."""
 
 
-def _verify_chain(
-    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None, seed: object,
-    position: object, num_draft: Tensor | None, cu_rows: Tensor | None, temperature: object, top_k: object,
-    top_p: object, min_p: object, bitmask: Tensor | None, rule: int, logprobs: bool, independent: bool,
-) -> Made:  # fmt: skip
-    numbers = validate.scalars(temperature, top_k, top_p, min_p)
-    if numbers is None or not type(seed) is type(position) is Tensor:
-        return None
-    made: Made = torch.ops.specdec.verify_chain.default(
-        target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, None, *numbers,
-        bitmask, *NO_EDITS, rule, logprobs, independent, None,
-    )  # fmt: skip
-    return made
+def _by_dispatcher(op: str, keys: tuple[int, ...], numbers: int, *behind: object) -> Callable[..., Made]:
+    """An operator with the arguments above: which of them the noise is keyed on, where temperature and filters begin,
+    and what else the operator has behind all of them."""
+    operator = getattr(torch.ops.specdec, op).default
+
+    def call(*arguments: Any) -> Made:
+        law = validate.scalars(*arguments[numbers : numbers + 4])
+        if law is None or any(type(arguments[key]) is not Tensor for key in keys):
+            return None
+        bitmask, *rest = arguments[numbers + 4 :]
+        made: Made = operator(*arguments[:numbers], None, *law, bitmask, *NO_EDITS, *rest, *behind)
+        return made
+
+    return call
 
 
-def _sample(
-    logits: Tensor, seed: object, position: object, row: object, temperature: object, top_k: object, top_p: object,
-    min_p: object, bitmask: Tensor | None, coupled: bool,
-) -> Made:  # fmt: skip
-    numbers = validate.scalars(temperature, top_k, top_p, min_p)
-    if numbers is None or not type(seed) is type(position) is type(row) is Tensor:
-        return None
-    made: Made = torch.ops.specdec.sample.default(
-        logits, seed, position, row, None, *numbers, bitmask, *NO_EDITS, coupled
-    )
-    return made
-
-
-_DISPATCHED = Straight(_verify_chain, _sample)
+_DISPATCHED = Straight(
+    verify_chain=_by_dispatcher("verify_chain", (4, 5), 8, None),  # no workspace
+    verify_tree=_by_dispatcher("verify_tree", (5, 6), 7),
+    sample=_by_dispatcher("sample", (1, 2, 3), 4),
+    sample_children=_by_dispatcher("sample_children", (1, 2, 3), 4),
+)
 
 
 def _directly() -> Straight:
@@ -77,7 +76,7 @@ def _directly() -> Straight:
         _native.connect(Tensor, Tensor.__dlpack_c_exchange_api__, entries(), off)
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError):
         return _DISPATCHED  # another Python, or an older PyTorch
-    return Straight(_native.verify_chain, _native.sample)
+    return Straight(_native.verify_chain, _native.verify_tree, _native.sample, _native.sample_children)
 
 
 _DIRECT = _DISPATCHED if BACKENDS["cpu"].reason else _directly()

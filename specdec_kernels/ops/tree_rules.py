@@ -11,6 +11,7 @@ from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.ops.trees import checked
 
 TreeRuleName = Literal["walk", "recursive", "traversal", "coupled"]
@@ -126,6 +127,16 @@ def sample_children(
         raise ValueError(f"how must be one of {sorted(_CHILDREN)}, got {how!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
+    if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
+        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
+            row = torch.full_like(seed, row)
+        law = temperature, top_k, top_p, min_p
+        try:
+            made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[how])
+            if made is not None:
+                return DrawnChildren._make(made)
+        except RuntimeError:
+            pass  # what follows says why, or brings it into shape
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
@@ -226,6 +237,17 @@ def verify_tree(
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
     if siblings not in _SIBLINGS:
         raise ValueError(f"siblings must be one of {sorted(_SIBLINGS)}, got {siblings!r}")
+    if penalties is None and logit_bias is None and (call := straight_to(backend, target_logits)) is not None:
+        law = temperature, top_k, top_p, min_p
+        try:
+            made = call.verify_tree(
+                target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, *law, bitmask,
+                _RULES[rule], siblings == "iid", logprobs,
+            )  # fmt: skip
+            if made is not None:
+                return VerifiedTree._make(made)
+        except RuntimeError:
+            pass  # what follows says why, or brings it into shape
     tree = checked(parents).contiguous()
     batch, nodes = tree.shape
     if nodes > MAX_ROWS:
