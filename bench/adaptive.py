@@ -29,6 +29,7 @@ from specdec_kernels.bench.machine import machine
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Scores, Statistics, TransformersTarget
 from specdec_kernels.ops import RuleName
+from specdec_kernels.ops.trees import tree_positions
 
 #: Drafts a step at most; 0 is plain decoding, None chooses step by step.
 LENGTHS: tuple[int | None, ...] = (0, 1, 2, 3, 4, 6, None)
@@ -62,10 +63,24 @@ class Replayed(TransformersTarget):
             scores.logits[0, row] = logits
         return scores
 
+    @torch.inference_mode()
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        """Likewise: only the nodes of the text are come to, and behind them it goes on as it did."""
+        scores = super().score_tree(tokens, parents)
+        for node, depth in enumerate(tree_positions(parents)[0].tolist()):
+            if self._at + depth < len(self._table):
+                scores.logits[0, node] = self._table[self._at + depth]
+        return scores
+
     def keep(self, rows: Tensor) -> None:
         """Follow the text."""
         self._at += int(rows)
         super().keep(rows)
+
+    def keep_path(self, nodes: Tensor) -> None:
+        """Likewise."""
+        self._at += int((nodes >= 0).sum())
+        super().keep_path(nodes)
 
 
 @dataclass

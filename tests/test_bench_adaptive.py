@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from test_decode import tiny
 
-from specdec_kernels.bench.adaptive import Timed, _rates, _seconds_by_rows
+from specdec_kernels.bench.adaptive import Replayed, Timed, _rates, _seconds_by_rows
+from specdec_kernels.decode import generate
+from specdec_kernels.decode.drafters import Drafting, ModelDrafter
 
 #: Seconds a step by its rows, and of drafting a draft.
 STEP, DRAFT = {1: 1.0, 2: 1.1, 3: 1.3}, 0.05
@@ -38,3 +42,18 @@ def test_each_time_of_a_text_counts_by_its_own_steps() -> None:
     assert rates["tokens_per_second"] == pytest.approx((7 + 8 + 8) / seconds)
     assert rates["tokens_per_step"] == pytest.approx(23 / 10)
     assert rates["drafts_per_step"] == pytest.approx(13 / 10)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("siblings", [0, 1])
+def test_a_text_is_taken_apart_as_it_was_the_first_time(temperature: float, siblings: int) -> None:
+    model = tiny(1)
+    target = Replayed(model)
+    options = {"rule": "coupled" if temperature else "token", "temperature": temperature, "seed": 1}
+    text = generate(target, [[1, 2]], max_new_tokens=20, **options)[0].tokens
+    drafter = ModelDrafter(tiny(2), drafting=Drafting(siblings=siblings))
+    with torch.no_grad():  # what it scores now is of no account
+        model.lm_head.weight.neg_()
+    for _ in range(2):
+        again = generate(target, [[1, 2]], max_new_tokens=20, drafter=drafter, num_draft=4, **options)
+        assert again[0].tokens == text
