@@ -30,6 +30,7 @@ class LinearCost:
     def __init__(self, slope: float, origin: float) -> None:
         self._slope, self._origin = slope, origin
         self._sums = [0.0] * 5  # weights, x, xx, y, xy
+        self._at_origin = self._rise = 0.0
 
     def add(self, x: float, seconds: float) -> None:
         """One measurement."""
@@ -39,6 +40,13 @@ class LinearCost:
         self._sums = [
             self.FADING * old + new for old, new in zip(self._sums, (1.0, x, x * x, seconds, x * seconds), strict=True)
         ]
+        n, sx, sxx, sy, sxy = self._sums
+        # The assumed slope is a measurement of its own, made where it pulls on nothing but the slope.
+        assumed = self._slope * sy / n
+        mean_x, mean_y = sx / n, sy / n
+        spread = sxx - n * mean_x**2 + self.TRUST
+        self._rise = max(0.0, (sxy - n * mean_x * mean_y + self.TRUST * assumed) / spread)
+        self._at_origin = mean_y - self._rise * mean_x
 
     @property
     def known(self) -> bool:
@@ -46,16 +54,8 @@ class LinearCost:
         return self._sums[0] > 0
 
     def at(self, x: float) -> float:
-        """Expected seconds."""
-        n, sx, sxx, sy, sxy = self._sums
-        if n == 0:
-            return 0.0
-        # The assumed slope is a measurement of its own, made where it pulls on nothing but the slope.
-        assumed = self._slope * sy / n
-        mean_x, mean_y = sx / n, sy / n
-        spread = sxx - n * mean_x**2 + self.TRUST
-        slope = (sxy - n * mean_x * mean_y + self.TRUST * assumed) / spread
-        return max(1e-9, mean_y + max(0.0, slope) * (x - self._origin - mean_x))
+        """Expected seconds; 0 before anything was measured."""
+        return max(1e-9, self._at_origin + self._rise * (x - self._origin)) if self.known else 0.0
 
 
 class BentCost(LinearCost):

@@ -140,6 +140,23 @@ class AutoregressiveDrafter(ABC):
         self._pending = [[] for _ in prompts]
         self._pending_features = None
         self._read_prompt(prompts, features)
+        self._read_ahead()
+
+    @torch.inference_mode()
+    def _read_ahead(self) -> None:
+        """Of what is pending all but each request's last token, which the first draft is made of: reading a prompt is
+        no part of drafting."""
+        pending, features = self._pending, self._pending_features
+        ahead = [max(0, len(tokens) - 1) for tokens in pending]
+        if not any(ahead):
+            return
+        self._pending = [tokens[:count] for tokens, count in zip(pending, ahead, strict=True)]
+        if features is not None:
+            self._pending_features = [each[:count] for each, count in zip(features, ahead, strict=True)]
+        self.read_pending()
+        self._pending = [tokens[count:] for tokens, count in zip(pending, ahead, strict=True)]
+        if features is not None:
+            self._pending_features = [each[count:] for each, count in zip(features, ahead, strict=True)]
 
     def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self._pending = [list(prompt) for prompt in prompts]
