@@ -34,7 +34,7 @@ class ChainRequest : Request {
 
  private:
   int64_t drafted() const { return int64_t(drafts_.size()); }
-  RowView view_of(int64_t i, int64_t place) { return view(i, place, {drafts_.data(), i}); }
+  RowView view_of(int64_t i, int64_t place) { return view(i, place, {drafts_.data(), i}, i < drafted()); }
 
   void token_rule() {
     for (int64_t i = 0;; ++i) {

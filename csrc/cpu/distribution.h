@@ -42,9 +42,12 @@ inline double sum_of_tile(const float* weights) {
 
 class RowView {
  public:
-  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space)
+  // `next`: the row that is looked at after this one, if any is and all goes well.
+  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space,
+          const void* next = nullptr)
       : kernels_(kernels),
         source_(source),
+        next_(reinterpret_cast<uintptr_t>(next)),
         scale_(sampling.scale),
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
@@ -56,7 +59,12 @@ class RowView {
   // Work on the tiles of one piece; `finish` once all pieces are done.
   void pass(uint32_t piece) {
     const auto [begin, end] = tiles_of_piece(piece);
-    if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
+    if (source_.plain()) {
+      pass_over(source_.row(), begin, end, 0);
+      const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
+      if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
+      return;
+    }
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {
       const int64_t stop = std::min(tile + kFilled, end);
@@ -347,6 +355,7 @@ class RowView {
 
   const Kernels& kernels_;
   Source source_;
+  uintptr_t next_;
   float scale_;
   Filters filters_;
   int64_t tiles_, piece_;

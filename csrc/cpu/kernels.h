@@ -8,8 +8,8 @@
 
 namespace specdec {
 
-// A race draws its noise in blocks of 16 Philox counters of four words. Arrays over tiles are padded to a multiple of
-// it, with 0 (weights) or -inf (maxima), so that no vector code sees an end.
+// A race draws its noise by vectors of Philox counters, of four words each. Arrays over tiles are padded to a multiple
+// of the widest such vector's words, with 0 (weights) or -inf (maxima), so that no vector code sees an end.
 constexpr int64_t kRaceBlock = 64;
 
 // What a kernel may write behind the end of a tile.

@@ -341,41 +341,48 @@ void token_probs(const Row& row, const Distribution& dist, int64_t tile, float* 
 
 // --- noise ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kCounters = kRaceBlock / 4;
-
-// Philox4x32-10 (Salmon et al., SC 2011) of 16 consecutive counters, a counter a lane.
-void philox_block(const Noise& noise, uint32_t first, uint32_t* out) {
+// Philox4x32-10 (Salmon et al., SC 2011) of n vectors of consecutive counters, a counter a lane. Every round waits for
+// the one before, so two vectors at once take a quarter less than one after the other.
+template <int n>
+void philox(const Noise& noise, uint32_t first, uint32_t* out) {
   using U = typename V::U;
-  for (int64_t start = 0; start < kCounters; start += V::width) {
-    U c0 = V::counters(first + uint32_t(start)), c1 = V::set_u(uint32_t(noise.position)),
-      c2 = V::set_u(uint32_t(noise.position >> 32)), c3 = V::set_u(noise.tag);
-    uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      const auto [high_a, low_a] = V::multiply(c0, 0xD2511F53u);
-      const auto [high_b, low_b] = V::multiply(c2, 0xCD9E8D57u);
-      c0 = V::exclusive_or(V::exclusive_or(high_b, c1), V::set_u(k0));
-      c1 = low_b;
-      c2 = V::exclusive_or(V::exclusive_or(high_a, c3), V::set_u(k1));
-      c3 = low_a;
-    }
-    V::store_words(out + 4 * start, c0, c1, c2, c3);
+  U c0[n], c1[n], c2[n], c3[n];
+  for (int i = 0; i < n; ++i) {
+    c0[i] = V::counters(first + uint32_t(i * V::width));
+    c1[i] = V::set_u(uint32_t(noise.position));
+    c2[i] = V::set_u(uint32_t(noise.position >> 32));
+    c3[i] = V::set_u(noise.tag);
   }
+  uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int i = 0; i < n; ++i) {
+      const auto [high_a, low_a] = V::multiply(c0[i], 0xD2511F53u);
+      const auto [high_b, low_b] = V::multiply(c2[i], 0xCD9E8D57u);
+      c0[i] = V::exclusive_or(high_b, c1[i], V::set_u(k0));
+      c1[i] = low_b;
+      c2[i] = V::exclusive_or(high_a, c3[i], V::set_u(k1));
+      c3[i] = low_a;
+    }
+  }
+  for (int i = 0; i < n; ++i) V::store_words(out + i * 4 * V::width, c0[i], c1[i], c2[i], c3[i]);
 }
 
 void words(const Noise& noise, uint32_t first, int64_t counters, uint32_t* out) {
-  uint32_t block[kRaceBlock];
-  for (int64_t done = 0; done < counters; done += kCounters) {
-    philox_block(noise, first + uint32_t(done), block);
-    const int64_t count = counters - done < kCounters ? counters - done : kCounters;
+  uint32_t block[4 * V::width];
+  for (int64_t done = 0; done < counters; done += V::width) {
+    philox<1>(noise, first + uint32_t(done), block);
+    const int64_t count = counters - done < V::width ? counters - done : V::width;
     for (int64_t i = 0; i < 4 * count; ++i) out[4 * done + i] = block[i];
   }
 }
 
 void arrivals(const float* weights, int64_t first, int64_t count, const Noise& noise, float* out) {
-  uint32_t block[kRaceBlock];
-  for (int64_t start = 0; start < count; start += kRaceBlock) {
-    philox_block(noise, uint32_t((first + start) / 4), block);
-    for (int64_t i = 0; i < kRaceBlock; i += V::width) {
+  constexpr int kAtOnce = 2;
+  constexpr int64_t kWords = kAtOnce * 4 * V::width;
+  uint32_t block[kWords];
+  for (int64_t start = 0; start < count; start += kWords) {
+    philox<kAtOnce>(noise, uint32_t((first + start) / 4), block);
+    for (int64_t i = 0; i < kWords && start + i < count; i += V::width) {
       const V::F weight = V::load(weights + start + i);
       const V::F time = V::div(V::exponential(block + i), weight);
       V::store(out + start + i, V::either_of(V::positive(weight), time, INFINITY));

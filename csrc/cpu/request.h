@@ -72,12 +72,13 @@ class Request {
     return double((uint64_t(words[0]) << 32 | words[1]) >> 11) * 0x1p-53;
   }
 
-  // Target row i, whose penalties count `before` as output; its tiles kept in the given place of the scratch.
-  RowView view(int64_t i, int64_t place, const Prefix& before) {
+  // Target row i, whose penalties count `before` as output; its tiles kept in the given place of the scratch. Whether
+  // the row behind it is the next one that is looked at, if all goes well.
+  RowView view(int64_t i, int64_t place, const Prefix& before, bool goes_on = false) {
     TileSpace& space = scratch_.targets[size_t(place)];
     space.resize(tiles_of(op_.vocab));
     const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), edits_, before);
-    return RowView(kernels_, source, sampling_, threads_, space);
+    return RowView(kernels_, source, sampling_, threads_, space, goes_on ? target_row(i + 1).logits : nullptr);
   }
 
   void pass_over(RowView& row) {

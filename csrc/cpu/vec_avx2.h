@@ -121,7 +121,7 @@ struct V {
   static U counters(uint32_t first) {
     return _mm256_add_epi32(set_u(first), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   }
-  static U exclusive_or(U a, U b) { return _mm256_xor_si256(a, b); }
+  static U exclusive_or(U a, U b, U c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
   static Words multiply(U a, uint32_t b) {
     const U even = _mm256_mul_epu32(a, set_u(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set_u(b));
     return {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA),

@@ -111,7 +111,7 @@ struct V {
   static U counters(uint32_t first) {
     return _mm512_add_epi32(set_u(first), _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   }
-  static U exclusive_or(U a, U b) { return _mm512_xor_si512(a, b); }
+  static U exclusive_or(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static Words multiply(U a, uint32_t b) {
     const U even = _mm512_mul_epu32(a, set_u(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set_u(b));
     return {_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd),

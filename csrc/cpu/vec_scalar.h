@@ -62,7 +62,7 @@ struct V {
 
   static U set_u(uint32_t x) { return x; }
   static U counters(uint32_t first) { return first; }
-  static U exclusive_or(U a, U b) { return a ^ b; }
+  static U exclusive_or(U a, U b, U c) { return a ^ b ^ c; }
   static Words multiply(U a, uint32_t b) {
     const uint64_t product = uint64_t(a) * b;
     return {U(product >> 32), U(product)};

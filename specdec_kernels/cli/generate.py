@@ -23,6 +23,8 @@ from specdec_kernels.ops import RuleName, noise_words
 MOST_DRAFTS, TREE_DRAFTS = 16, 15
 #: Texts a prompt where the built-in prompts are measured at a temperature: one differs from the next by a fifth.
 TEXTS = 3
+#: Positions whose acceptance is shown there; few texts say anything of those behind them.
+POSITIONS = 5
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def measure(session: Session, temperatures: tuple[float, ...]) -> None:
                         progress.advance(task)
                 with_drafts, plain = runs[True], runs[False]
                 ratios.append(with_drafts.tokens_per_second / plain.tokens_per_second)
-                positions = zip(with_drafts.accepted_at, with_drafts.proposed_at, strict=True)
+                positions = list(zip(with_drafts.accepted_at, with_drafts.proposed_at, strict=True))[:POSITIONS]
                 table.add_row(
                     f"{temperature:g}", kind, f"{plain.tokens_per_second:.1f}", f"{with_drafts.tokens_per_second:.1f}",
                     f"{with_drafts.tokens_per_step:.2f}", " ".join(f"{a / max(1, p):.2f}" for a, p in positions),
