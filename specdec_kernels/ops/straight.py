@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
@@ -81,24 +82,25 @@ def _directly() -> Straight:
 
 _DIRECT = _DISPATCHED if BACKENDS["cpu"].reason else _directly()
 
-#: Backends in C++, as they may be asked for, and the devices they run on.
-_TAKEN = {
-    (name, backend.name)
+#: As what the backends in C++ may be asked for, on the devices they run on.
+_TAKEN: dict[str, tuple[str | None, ...]] = {
+    backend.name: (None, backend.name)
     for backend in (BACKENDS["cpu"], BACKENDS["cuda"])
     if not backend.reason and backend.device == backend.name
-    for name in (None, backend.name)
 }
 
+# Names of this module: each dot is another dictionary, which no cache holds when a step has just read a model.
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_on_cpu = _TAKEN.get("cpu", ())
 
 
 def straight_to(backend: str | None, logits: object) -> Straight | None:
     """What may be called straight away for such logits, if anything."""
-    if type(logits) is not Tensor or torch.compiler.is_compiling():
+    if type(logits) is not Tensor or _is_compiling():
         return None
     if not logits.is_cpu:
-        return _DISPATCHED if (backend, logits.device.type) in _TAKEN else None
-    if (backend, "cpu") not in _TAKEN:
+        return _DISPATCHED if backend in _TAKEN.get(logits.device.type, ()) else None
+    if backend not in _on_cpu:
         return None
-    watched = _dispatch_modes() or torch.autograd.profiler._is_profiler_enabled
-    return _DISPATCHED if watched else _DIRECT
+    return _DISPATCHED if _dispatch_modes() or profiler._is_profiler_enabled else _DIRECT
