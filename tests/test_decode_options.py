@@ -231,6 +231,25 @@ def test_siblings_lie_where_they_pay():
     assert drafter.best([1]) == [(1, 0)]
 
 
+def test_no_more_is_asked_for_than_is_wanted():
+    """Not even in the first step, of which nothing is known."""
+    asked = []
+
+    class Asked(RuleDrafter):
+        siblings = 1
+
+        def propose(self, step):
+            asked.append((step.num_draft.tolist(), step.length.tolist()))
+            return super().propose(step)
+
+    drafter = AdaptiveDrafter(Asked(lambda text, count: [1] * count))
+    drafter.begin([[1]] * 4, None)
+    drafter.costs._steps = 0
+    one = torch.ones(4, dtype=torch.int64)
+    drafter.propose(Step(torch.tensor([0, 1, 4, 5]), one, one, 1.0))
+    assert asked == [([0, 1, 4, 5], [0, 1, 2, 3])]
+
+
 def test_no_drafts_are_tried_again_now_and_then():
     drafter = adaptive()
     teach(drafter, 0, accepted=0, proposed=1)

@@ -216,7 +216,7 @@ class AdaptiveDrafter:
         lengths, beside = torch.tensor(self._shapes).unbind(1)
         draft: Draft | TreeDraft = Draft.nothing(len(lengths))
         if bool(lengths.any()):
-            nodes = lengths + self._siblings * beside
+            nodes = torch.minimum(lengths + self._siblings * beside, step.num_draft)
             draft = self.drafter.propose(replace(step, num_draft=nodes, length=lengths))
         if isinstance(draft, TreeDraft):
             if not self._siblings:

@@ -53,7 +53,8 @@ class Drafting:
 
 def how_children_are_drawn(step: Step) -> ChildrenName:
     """Of all requests of a step alike: the likeliest tokens where all are greedy."""
-    sampled = bool((torch.as_tensor(step.temperature) > 0).any())
+    hot = step.temperature
+    sampled = bool((hot > 0).any()) if isinstance(hot, Tensor) else hot > 0
     return "top" if not sampled else "race" if step.coupled else "without_replacement"
 
 
