@@ -257,6 +257,32 @@ def test_trees_have_branches_and_are_accepted(target_model):
     assert statistics.proposed > 2 * sum(statistics.proposed_at)
 
 
+def test_a_sibling_that_is_withheld_is_a_wrong_law():
+    """The control for siblings: one that was drawn and is not to somebody's liking is proposed all the same."""
+
+    class Withholding(ModelDrafter):
+        def propose(self, step):
+            draft = super().propose(step)
+            if not isinstance(draft, TreeDraft) or draft.parents.shape[1] < 3:
+                return draft
+            parents = draft.parents.clone()
+            parents[:, 2] = parents[:, 2].masked_fill(draft.tokens[:, 2] == 0, -1)
+            return replace(draft, parents=parents)
+
+    model, count, seen = tiny(1, vocab=3, sharp=2.0), 4_000, {}  # two tokens are left of it once a draft is rejected
+    law = exact_law(model, [1, 2], 0.8, 1)
+    for kind in (ModelDrafter, Withholding):
+        drafter = kind(tiny(3, vocab=3, sharp=2.0), drafting=Drafting(siblings=1))
+        results = generate(
+            TransformersTarget(model), [[1, 2]] * count, drafter=drafter, num_draft=2, max_new_tokens=3,
+            temperature=0.8, seed=list(range(count)),
+        )  # fmt: skip
+        counts = Counter(result.tokens[0] for result in results)
+        seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+    assert seen[ModelDrafter][0] < limit(seen[ModelDrafter][1])
+    assert seen[Withholding][0] > limit(seen[Withholding][1])
+
+
 def test_siblings_are_met_where_the_chain_is_not():
     """Beside each draft lies another one: more is accepted than by the chain, of as many levels."""
     model, means = tiny(7, vocab=9, sharp=2.0), {}
