@@ -144,6 +144,23 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         verify_tree(**{**given, "parents": wrong["a later parent"][1]})
 
 
+def test_children_of_what_is_no_row_are_refused_by_the_operators():
+    ids = torch.arange(5)
+    given = [torch.randn(5, 200), ids, ids, ids, 1.0, None, None, None, None, 3, 2]
+    wrong = (
+        (0, torch.randn(5, 2, 100)),
+        (0, torch.randn(5, 400)[:, ::2]),
+        (1, ids[:2]),
+        (3, ids.int()),
+        (8, ids.int()),
+    )
+    for way in (straight._DIRECT, straight._DISPATCHED):
+        assert len(way.sample_children(*given)) == 3
+        for place, value in wrong:
+            with pytest.raises(RuntimeError, match="not taken as it is"):
+                way.sample_children(*(value if at == place else x for at, x in enumerate(given)))
+
+
 def test_empty_batches():
     given = chain(batch=0)
     assert verify_chain(**given).tokens.shape == (0, 5)

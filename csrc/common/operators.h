@@ -155,7 +155,6 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed
                                                       OptionalTensor edit_ids, OptionalTensor edit_counts,
                                                       OptionalTensor edit_bias, OptionalTensor penalties, int64_t count,
                                                       int64_t how) {
-  const Draws draws(logits, {logits.size(0), count});
   const SampleArguments<Tensor> arguments{
       logits,
       seed,
@@ -163,6 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed
       row,
       {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
       false};
+  arguments.require();
+  const Draws draws(logits, {logits.size(0), count});
   const SampleChildren op{arguments.op(draws.results()), count, Children(how)};
   run(op, logits);
   return {draws.tokens, draws.logprobs, draws.stats};
