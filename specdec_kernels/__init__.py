@@ -1,10 +1,11 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
-from specdec_kernels.ops import LogitBias, Penalties, Sample, Verified, noise_words, sample, verify_chain
+from specdec_kernels.ops import LogitBias, Penalties, noise_words, sample, verify_chain
 from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.kv import compact_kv
-from specdec_kernels.ops.tree_rules import DrawnChildren, VerifiedTree, sample_children, verify_tree
+from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
+from specdec_kernels.ops.tree_rules import sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
 from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.version import __version__

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
 
 def build_facts() -> dict[str, str | bool]:
     """What the native libraries were built with: compiler, torch, whether with sanitizers."""
@@ -29,12 +29,18 @@ class SuffixIndex:
 
     def __len__(self) -> int: ...
 
-def connect(tensor: type, exchange: object, entries: int, off: tuple[float, int, float, float] | None) -> None:
-    """Make the functions below run: by ``torch.Tensor``, its DLPack interface, the library's entries, and a temperature
-    with filters that are off."""
+def connect(
+    tensor: type,
+    exchange: object,
+    entries: int,
+    off: tuple[float, int, float, float] | None,
+    results: tuple[type[Verified], type[VerifiedTree], type[Sample], type[DrawnChildren]],
+) -> None:
+    """Make the functions below run: by ``torch.Tensor``, its DLPack interface, the library's entries, a temperature
+    with filters that are off, and the classes of their results."""
 
 # See specdec_kernels.ops.straight.Straight.
-def verify_chain(*arguments: Any) -> tuple[Tensor, ...] | None: ...
-def verify_tree(*arguments: Any) -> tuple[Tensor, ...] | None: ...
-def sample(*arguments: Any) -> tuple[Tensor, ...] | None: ...
-def sample_children(*arguments: Any) -> tuple[Tensor, ...] | None: ...
+def verify_chain(*arguments: Any) -> Verified | None: ...
+def verify_tree(*arguments: Any) -> VerifiedTree | None: ...
+def sample(*arguments: Any) -> Sample | None: ...
+def sample_children(*arguments: Any) -> DrawnChildren | None: ...

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec_kernels.ops import verify_chain
 from specdec_kernels.ops.backends import BackendName
-from specdec_kernels.ops.tree_rules import VerifiedTree
+from specdec_kernels.ops.results import VerifiedTree
 from specdec_kernels.ops.trees import checked, tree_paths, tree_positions
 
 __all__ = ["typical_acceptance"]

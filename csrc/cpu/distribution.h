@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -32,13 +31,17 @@ struct Sampling {
   Filters filters;
 };
 
-// The sum of one tile's weights, in eight lanes: one after the other they would wait for each other.
-inline double sum_of_tile(const float* weights) {
+// The sum of weights, in eight lanes: one after the other they would wait for each other.
+inline double sum_of(const float* weights, int64_t count) {
+  const int64_t rest = count % 8;
   double lanes[8] = {};
-  for (int64_t i = 0; i < kTile; i += 8)
+  for (int64_t lane = 0; lane < rest; ++lane) lanes[lane] = double(weights[count - rest + lane]);
+  for (int64_t i = 0; i < count - rest; i += 8)
     for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += double(weights[i + lane]);
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
+
+inline double sum_of_tile(const float* weights) { return sum_of(weights, kTile); }
 
 class RowView {
  public:
@@ -311,8 +314,7 @@ class RowView {
   void finish_sampled() {
     float base = base_;
     if (shared_) {
-      const int64_t groups = (tiles_ + kernels_.lanes - 1) / kernels_.lanes;
-      total_ = std::accumulate(space_.group.begin(), space_.group.begin() + groups, 0.0);
+      total_ = sum_of(space_.group.data(), (tiles_ + kernels_.lanes - 1) / kernels_.lanes);
     } else {
       const auto padded = int64_t(space_.weight.size());
       const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);

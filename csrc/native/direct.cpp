@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <span>
 #include <stdexcept>
-#include <string>
 
 #include "../common/arguments.h"
 #include "../cpu/entries.h"
@@ -23,12 +23,57 @@ const DLPackExchangeAPI* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyObject* empty = nullptr;  // what stands for log-probabilities that nobody asked for
 struct {
+  PyTypeObject *verified, *verified_tree, *sample, *drawn_children;  // named tuples
+} types;
+struct {
   int64_t top_k;
   double top_p, min_p;
 } off;  // what None means
 
 // An error that Python has been told of.
 struct Raised {};
+
+// Where to look for what a tensor is made of: in its Python object, as an index of a pointer, for its C++ object, and
+// in that for its storage. Found in one tensor of which these are known, and good for fetching only. 0: not found.
+class Parts {
+ public:
+  void find(const py::handle tensor) {
+    const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
+    const auto storage = tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
+    const auto words = size_t(tensor_type->tp_basicsize) / sizeof(uintptr_t);
+    impl_ = index_of(impl, reinterpret_cast<const uintptr_t*>(tensor.ptr()), words);
+    storage_ = index_of(storage, reinterpret_cast<const uintptr_t*>(impl), kLine / sizeof(uintptr_t));
+  }
+
+  // Each tensor leads from one place to the next, and no cache holds them when a step has just read a model: six of
+  // them, one after the other, took as long as a third of a row. None of them waits for another here.
+  void fetch(PyObject* const* objects, size_t count) const {
+    if (impl_ == 0 || storage_ == 0) return;
+    const uintptr_t* impls[kMost];
+    size_t found = 0;
+    for (PyObject* object : std::span(objects, count)) fetch_lines(object, 1);
+    for (PyObject* object : std::span(objects, count))
+      if (Py_TYPE(object) == tensor_type)
+        impls[found++] = reinterpret_cast<const uintptr_t*>(reinterpret_cast<const uintptr_t*>(object)[impl_]);
+    for (const uintptr_t* impl : std::span(impls, found)) fetch_lines(impl, 3);
+    for (const uintptr_t* impl : std::span(impls, found)) fetch_lines(reinterpret_cast<const void*>(impl[storage_]), 2);
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kMost = 8;
+
+  static void fetch_lines(const void* at, size_t lines) {
+    for (size_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + i * kLine);
+    asm volatile("");  // GCC takes what does nothing but fetch for a function without effects, and drops its calls
+  }
+
+  static size_t index_of(uintptr_t word, const uintptr_t* words, size_t count) {
+    const auto* found = std::find(words, words + count, word);
+    return found == words + count ? 0 : size_t(found - words);
+  }
+
+  size_t impl_ = 0, storage_ = 0;
+} parts;
 
 // A tensor on a CPU, with the accessors of torch::stable::Tensor.
 class View {
@@ -111,9 +156,9 @@ class Block {
     return data;
   }
 
-  // The tensors as they were added, in the first places of a tuple of `count`.
-  PyObject* tuple(Py_ssize_t count) {
-    PyObject* result = PyTuple_New(count);
+  // The tensors as they were added, in the first places of a tuple of `count`, of a type of its own.
+  PyObject* tuple(PyTypeObject* type, Py_ssize_t count) {
+    PyObject* result = type->tp_alloc(type, count);
     if (result == nullptr) throw Raised{};
     for (int i = 0; i < used_; ++i) {
       void* object = nullptr;
@@ -194,20 +239,6 @@ class Arguments {
   PyObject* const* at_;
 };
 
-// What `body` returns, or its exception as Python's: whatever it is, a RuntimeError, as of an operator.
-template <class F>
-PyObject* translated(const F& body) {
-  try {
-    return body();
-  } catch (const Raised&) {
-    PyErr_Clear();
-    PyErr_SetString(PyExc_RuntimeError, "an argument cannot be looked at without the dispatcher");
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
 template <class Op>
 void run(void (*entry)(const Op&), const Op& op) {
   struct OthersRun {
@@ -223,16 +254,12 @@ bool taken(PyObject* const* tensors, int count, PyObject* const* numbers) {
   return std::all_of(tensors, tensors + count, View::is_plain) && Arguments::are_numbers(numbers);
 }
 
-void require_count(Py_ssize_t count, Py_ssize_t wanted) {
-  if (entries != nullptr && count == wanted) return;
-  throw std::runtime_error("the function takes " + std::to_string(wanted) + " arguments, once connected");
-}
-
 // The results of a chain or a tree, in the order of the operators, `nodes` behind the first or `counters` behind the
 // flags.
 class Outputs {
  public:
-  Outputs(int64_t batch, int64_t rows, bool tree, bool logprobs) : filling_(bytes(batch, rows)), logprobs_(logprobs) {
+  Outputs(int64_t batch, int64_t rows, bool tree, bool logprobs)
+      : filling_(bytes(batch, rows)), tree_(tree), logprobs_(logprobs) {
     Block& block = *filling_.block;
     results_.tokens = block.add<int64_t>(kDLInt, batch, rows);
     if (tree) more_ = block.add<int32_t>(kDLInt, batch, rows);
@@ -248,7 +275,7 @@ class Outputs {
   int32_t* more() const { return more_; }  // nodes or counters
 
   PyObject* tuple() const {
-    PyObject* tuple = filling_.block->tuple(6);
+    PyObject* tuple = filling_.block->tuple(tree_ ? types.verified_tree : types.verified, 6);
     if (!logprobs_)
       for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
     return tuple;
@@ -261,7 +288,7 @@ class Outputs {
   }
 
   Filling filling_;
-  bool logprobs_;
+  bool tree_, logprobs_;
   Results results_{};
   int32_t* more_ = nullptr;
 };
@@ -276,86 +303,77 @@ class Draws {
   }
 
   const DrawResults& results() const { return results_; }
-  PyObject* tuple() const { return filling_.block->tuple(3); }
+  PyObject* tuple(PyTypeObject* type) const { return filling_.block->tuple(type, 3); }
 
  private:
   Filling filling_;
   DrawResults results_{};
 };
 
-PyObject* verify_chain_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  return translated([&] {
-    require_count(count, 16);
-    if (!taken(objects + 4, 2, objects + 8)) return Py_NewRef(Py_None);
-    Arguments next(objects);
-    const ChainArguments<View> arguments{next.tensor(),
-                                         next.tensor(),
-                                         next.optional(),
-                                         next.optional(),
-                                         next.tensor(),
-                                         next.tensor(),
-                                         next.optional(),
-                                         next.optional(),
-                                         next.law(),
-                                         Rule(next.integer()),
-                                         next.integer() != 0,
-                                         next.integer() != 0,
-                                         {}};
-    arguments.require();
-    const Outputs outputs(arguments.batch(), arguments.rows(), false, arguments.logprobs);
-    run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()));
-    return outputs.tuple();
-  });
+PyObject* verify_chain(PyObject* const* objects) {
+  parts.fetch(objects, 8);
+  if (!taken(objects + 4, 2, objects + 8)) return Py_NewRef(Py_None);
+  Arguments next(objects);
+  const ChainArguments<View> arguments{next.tensor(),
+                                       next.tensor(),
+                                       next.optional(),
+                                       next.optional(),
+                                       next.tensor(),
+                                       next.tensor(),
+                                       next.optional(),
+                                       next.optional(),
+                                       next.law(),
+                                       Rule(next.integer()),
+                                       next.integer() != 0,
+                                       next.integer() != 0,
+                                       {}};
+  arguments.require();
+  const Outputs outputs(arguments.batch(), arguments.rows(), false, arguments.logprobs);
+  run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()));
+  return outputs.tuple();
 }
 
-PyObject* verify_tree_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  return translated([&] {
-    require_count(count, 15);
-    if (!taken(objects + 5, 2, objects + 7)) return Py_NewRef(Py_None);
-    Arguments next(objects);
-    const TreeArguments<View> arguments{next.tensor(),       next.tensor(),      next.tensor(),
-                                        next.optional(),     next.optional(),    next.tensor(),
-                                        next.tensor(),       next.law(),         TreeRule(next.integer()),
-                                        next.integer() != 0, next.integer() != 0};
-    arguments.require();
-    const Outputs outputs(arguments.batch(), arguments.nodes(), true, arguments.logprobs);
-    run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()));
-    return outputs.tuple();
-  });
+PyObject* verify_tree(PyObject* const* objects) {
+  parts.fetch(objects, 7);
+  if (!taken(objects + 5, 2, objects + 7)) return Py_NewRef(Py_None);
+  Arguments next(objects);
+  const TreeArguments<View> arguments{next.tensor(),       next.tensor(),      next.tensor(),
+                                      next.optional(),     next.optional(),    next.tensor(),
+                                      next.tensor(),       next.law(),         TreeRule(next.integer()),
+                                      next.integer() != 0, next.integer() != 0};
+  arguments.require();
+  const Outputs outputs(arguments.batch(), arguments.nodes(), true, arguments.logprobs);
+  run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()));
+  return outputs.tuple();
 }
 
-PyObject* sample_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  return translated([&] {
-    require_count(count, 10);
-    if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
-    Arguments next(objects);
-    const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
-                                          next.tensor(), next.law(),    next.integer() != 0};
-    arguments.require();
-    const Draws draws(arguments.logits.size(0), -1);
-    run(entries->sample, arguments.op(draws.results()));
-    return draws.tuple();
-  });
+PyObject* sample(PyObject* const* objects) {
+  parts.fetch(objects, 4);
+  if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
+  Arguments next(objects);
+  const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
+                                        next.tensor(), next.law(),    next.integer() != 0};
+  arguments.require();
+  const Draws draws(arguments.logits.size(0), -1);
+  run(entries->sample, arguments.op(draws.results()));
+  return draws.tuple(types.sample);
 }
 
-PyObject* sample_children_directly(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  return translated([&] {
-    require_count(count, 11);
-    if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
-    Arguments next(objects);
-    const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
-                                          next.tensor(), next.law(),    false};
-    const int64_t children = next.integer();
-    const auto how = Children(next.integer());
-    arguments.require();
-    const Draws draws(arguments.logits.size(0), children);
-    run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how});
-    return draws.tuple();
-  });
+PyObject* sample_children(PyObject* const* objects) {
+  parts.fetch(objects, 4);
+  if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
+  Arguments next(objects);
+  const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(), next.tensor(), next.law(), false};
+  const int64_t children = next.integer();
+  const auto how = Children(next.integer());
+  arguments.require();
+  const Draws draws(arguments.logits.size(0), children);
+  run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how});
+  return draws.tuple(types.drawn_children);
 }
 
-void connect(const py::object& tensor, const py::capsule& api, uintptr_t address,
-             const std::tuple<double, int64_t, double, double>& neutral) {
+void connect(const py::type& tensor, const py::capsule& api, uintptr_t address,
+             const std::tuple<double, int64_t, double, double>& neutral, const std::array<py::type, 4>& results) {
   const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) throw py::error_already_set();
   while (table != nullptr && table->header.version.major != DLPACK_MAJOR_VERSION)
@@ -366,36 +384,51 @@ void connect(const py::object& tensor, const py::capsule& api, uintptr_t address
   const Entries ours{};
   if (!std::equal(found->sizes, std::end(found->sizes), ours.sizes))
     throw std::runtime_error("the library is of another build");
+  const auto type_of = [](const py::type& type) { return reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()); };
   exchange = table;
   off = {std::get<1>(neutral), std::get<2>(neutral), std::get<3>(neutral)};
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  tensor_type = type_of(tensor);
+  types = {type_of(results[0]), type_of(results[1]), type_of(results[2]), type_of(results[3])};
   const Filling filling(0);
   filling.block->add<float>(kDLFloat, 0);
-  PyObject* one = filling.block->tuple(1);
-  empty = Py_NewRef(PyTuple_GET_ITEM(one, 0));
-  Py_DECREF(one);
+  const auto one = py::reinterpret_steal<py::tuple>(filling.block->tuple(&PyTuple_Type, 1));
+  empty = Py_NewRef(PyTuple_GET_ITEM(one.ptr(), 0));
+  parts.find(empty);
   entries = found;
 }
 
-constexpr const char* kDoc =
-    "See specdec_kernels/ops/straight.py. None or a RuntimeError for what is not taken as it is.";
-
-PyMethodDef method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, kDoc};
+// A method of Python that takes `wanted` arguments and returns None where one of them is not taken as it is.
+template <PyObject* (*body)(PyObject* const*), Py_ssize_t wanted>
+PyMethodDef method(const char* name) {
+  constexpr auto call = [](PyObject*, PyObject* const* objects, Py_ssize_t count) -> PyObject* {
+    if (entries == nullptr || count != wanted)
+      return PyErr_Format(PyExc_TypeError, "expected %zd arguments, once connected, got %zd", wanted, count);
+    try {
+      return body(objects);
+    } catch (const Raised&) {
+      PyErr_Clear();
+    } catch (const std::exception&) {
+    }
+    return Py_NewRef(Py_None);
+  };
+  PyObject* (*const function)(PyObject*, PyObject* const*, Py_ssize_t) = call;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL,
+          "See specdec_kernels/ops/straight.py."};
 }
 
-PyMethodDef functions[] = {method("verify_chain", verify_chain_directly),
-                           method("verify_tree", verify_tree_directly),
-                           method("sample", sample_directly),
-                           method("sample_children", sample_children_directly),
+PyMethodDef functions[] = {method<verify_chain, 16>("verify_chain"),
+                           method<verify_tree, 15>("verify_tree"),
+                           method<sample, 10>("sample"),
+                           method<sample_children, 11>("sample_children"),
                            {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void add_direct(py::module_& m) {
   m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("off"),
-        "Makes the functions beside it run: by torch.Tensor, its DLPack interface, the library's entries, and a"
-        " temperature with filters that are off.");
+        py::arg("results"),
+        "Makes the functions beside it run: by torch.Tensor, its DLPack interface, the library's entries, a temperature"
+        " with filters that are off, and the classes of their results.");
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.reference.verify import check_ids
 
@@ -22,8 +23,6 @@ __all__ = [
     "LogitBias",
     "Penalties",
     "RuleName",
-    "Sample",
-    "Verified",
     "noise_words",
     "sample",
     "verify_chain",
@@ -32,59 +31,6 @@ __all__ = [
 RuleName = Literal["token", "block", "coupled"]
 
 _RULES = {rule.name.lower(): int(rule) for rule in Rule}
-
-
-class Sample(NamedTuple):
-    """What :func:`sample` returns."""
-
-    tokens: Tensor
-    """int64 [R], always in [0, V)."""
-    logprobs: Tensor
-    """float32 [R], natural logarithm of the token's probability under the law it was drawn from; nan for a row that
-    is not valid."""
-    stats: Tensor
-    """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``. The law is
-    ``[logit >= cutoff] * exp(scale * logit - logsumexp)``; cutoff is the smallest logit the filters keep, -inf without
-    filters."""
-
-
-class Verified(NamedTuple):
-    """What :func:`verify_chain` returns."""
-
-    tokens: Tensor
-    """int64 [B, K+1]: the accepted drafts, the emitted token, then -1."""
-    num_accepted: Tensor
-    """int32 [B]: drafts accepted, all of them before the first that was not."""
-    valid: Tensor
-    """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
-    counters: Tensor
-    """int32 [B, 2]: :attr:`num_proposed` and :attr:`num_independent`."""
-    logprobs: Tensor
-    """float32 [B, K+1]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
-    there is no token or the row is not usable. Empty unless asked for."""
-    raw_logprobs: Tensor
-    """float32 [B, K+1]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
-
-    @property
-    def num_proposed(self) -> Tensor:
-        """int32 [B]: drafts there were."""
-        return self.counters[:, 0]
-
-    @property
-    def num_emitted(self) -> Tensor:
-        """int32 [B]: tokens gained, ``num_accepted + 1``."""
-        return self.num_accepted + 1
-
-    @property
-    def num_independent(self) -> Tensor:
-        """int32 [B]: drafts that would be accepted each by itself, whatever became of the ones before; -1 unless asked
-        for."""
-        return self.counters[:, 1]
-
-    def by_position(self) -> tuple[Tensor, Tensor]:
-        """(int64 [K] requests that proposed a draft there, int64 [K] requests that accepted it)."""
-        index = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
-        return tuple((count[:, None] > index).sum(0) for count in (self.num_proposed, self.num_accepted))  # type: ignore[return-value]
 
 
 def sample(
@@ -159,12 +105,9 @@ def sample(
     if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
-        try:
-            made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
-            if made is not None:
-                return Sample._make(made)
-        except RuntimeError:
-            pass  # what follows says why, or brings it into shape
+        made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
+        if made is not None:
+            return made
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
@@ -265,15 +208,12 @@ def verify_chain(
         raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
     plain = penalties is None and logit_bias is None and workspace is None
     if plain and (call := straight_to(backend, target_logits)) is not None:
-        try:
-            made = call.verify_chain(
-                target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature,
-                top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
-            )  # fmt: skip
-            if made is not None:
-                return Verified._make(made)
-        except RuntimeError:
-            pass  # what follows says why, or brings it into shape
+        made = call.verify_chain(
+            target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature,
+            top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
+        )  # fmt: skip
+        if made is not None:
+            return made
     draft_tokens = validate.draft_tokens(draft_tokens)
     batch, longest = draft_tokens.shape
     if cu_rows is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec_kernels.ops import Verified, validate
+from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.ops.results import Verified
 
 
 def verify_chain_lm_head(

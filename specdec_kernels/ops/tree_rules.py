@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
 from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
 from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.ops.trees import checked
 
@@ -22,42 +23,6 @@ _RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
 _CHILDREN = {how.name.lower(): int(how) for how in Children}
 CHILDREN: tuple[ChildrenName, ...] = get_args(ChildrenName)
 _SIBLINGS = ("iid", "without_replacement")
-
-
-class DrawnChildren(NamedTuple):
-    """What :func:`sample_children` returns."""
-
-    tokens: Tensor
-    """int64 [R, count]; -1 behind the last, where the law has fewer ids to give."""
-    logprobs: Tensor
-    """float32 [R, count]: natural logarithm of each token's probability under the law of the row, whatever its
-    siblings; nan where there is none, and for a row that is not valid."""
-    stats: Tensor
-    """float32 [R, 3]: as of :class:`Sample`; hand them to :func:`verify_tree` as ``draft_stats`` of the node."""
-
-
-class VerifiedTree(NamedTuple):
-    """What :func:`verify_tree` returns."""
-
-    tokens: Tensor
-    """int64 [B, N]: the accepted drafts along their path, the emitted token, then -1."""
-    nodes: Tensor
-    """int32 [B, N]: the root and the accepted nodes, then -1: the rows whose keys and values stay, as
-    :func:`compact_kv` takes them."""
-    num_accepted: Tensor
-    """int32 [B]: drafts accepted."""
-    valid: Tensor
-    """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
-    logprobs: Tensor
-    """float32 [B, N]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
-    there is no token or the row is not usable. Empty unless asked for."""
-    raw_logprobs: Tensor
-    """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
-
-    @property
-    def num_emitted(self) -> Tensor:
-        """int32 [B]: tokens gained, ``num_accepted + 1``."""
-        return self.num_accepted + 1
 
 
 def sample_children(
@@ -131,12 +96,9 @@ def sample_children(
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         law = temperature, top_k, top_p, min_p
-        try:
-            made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[how])
-            if made is not None:
-                return DrawnChildren._make(made)
-        except RuntimeError:
-            pass  # what follows says why, or brings it into shape
+        made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[how])
+        if made is not None:
+            return made
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
@@ -239,15 +201,12 @@ def verify_tree(
         raise ValueError(f"siblings must be one of {sorted(_SIBLINGS)}, got {siblings!r}")
     if penalties is None and logit_bias is None and (call := straight_to(backend, target_logits)) is not None:
         law = temperature, top_k, top_p, min_p
-        try:
-            made = call.verify_tree(
-                target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, *law, bitmask,
-                _RULES[rule], siblings == "iid", logprobs,
-            )  # fmt: skip
-            if made is not None:
-                return VerifiedTree._make(made)
-        except RuntimeError:
-            pass  # what follows says why, or brings it into shape
+        made = call.verify_tree(
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, *law, bitmask,
+            _RULES[rule], siblings == "iid", logprobs,
+        )  # fmt: skip
+        if made is not None:
+            return made
     tree = checked(parents).contiguous()
     batch, nodes = tree.shape
     if nodes > MAX_ROWS:

@@ -16,7 +16,8 @@ from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.decode.ragged_cache import RaggedCache
 from specdec_kernels.decode.targets import padded
 from specdec_kernels.ops import BackendName, sample
-from specdec_kernels.ops.tree_rules import ChildrenName, DrawnChildren, sample_children
+from specdec_kernels.ops.results import DrawnChildren
+from specdec_kernels.ops.tree_rules import ChildrenName, sample_children
 
 
 @dataclass(frozen=True)
