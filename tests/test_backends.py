@@ -178,17 +178,62 @@ def test_compiled_without_a_break_and_replayed():
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_threads_do_not_change_the_tokens():
-    target = torch.randn(3, 5, 60_000, generator=torch.Generator().manual_seed(0))
-    draft = target[:, :4] + 0.5 * torch.randn(3, 4, 60_000, generator=torch.Generator().manual_seed(1))
-    tokens = ops.sample(draft.flatten(0, 1), seed=3, position=1).tokens.reshape(3, 4)
+def by_threads(call):
+    """What it returns with one thread, with two, and with more than there are cores."""
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results += [ops.verify_chain(target, tokens, draft, seed=s, position=1).tokens for s in range(20)]
+            results.append(call())
     finally:
         torch.set_num_threads(threads)
-    for a, b in zip(results[:20] * 2, results[20:], strict=True):
-        assert torch.equal(a, b)
+    return results
+
+
+def test_threads_do_not_change_the_tokens():
+    target = torch.randn(3, 5, 60_000, generator=torch.Generator().manual_seed(0))
+    draft = target[:, :4] + 0.5 * torch.randn(3, 4, 60_000, generator=torch.Generator().manual_seed(1))
+    tokens = ops.sample(draft.flatten(0, 1), seed=3, position=1).tokens.reshape(3, 4)
+    one, *others = by_threads(
+        lambda: [ops.verify_chain(target, tokens, draft, seed=s, position=1).tokens for s in range(20)]
+    )
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.05, 0.8])  # 0.05: tiles whose weights have a base of their own
+@pytest.mark.parametrize("kind", ["statistics", "point mass", "masked", "a row of nan", "nothing drafted"])
+def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
+    """Whose threads decide for themselves what comes next, each; in a batch they are told."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(3, 5, 60_000, generator=generator).mul_(3)
+    if kind == "a row of nan":
+        target[:, 2, 59_999] = torch.nan
+    target = target.to(dtype)
+    draft = target[:, :4] + torch.randn(3, 4, 60_000, generator=generator).mul_(0.3).to(dtype)
+    drawn = ops.sample(draft.flatten(0, 1), seed=3, position=1, temperature=temperature)
+    law = (None, None) if kind == "point mass" else (draft, drawn.stats.reshape(3, 4, 3))
+    options = {"temperature": temperature}
+    if kind == "masked":
+        words = torch.randint(-(2**31), 2**31, (3, 3, 5, 1875), generator=generator, dtype=torch.int32)
+        options["bitmask"] = words[0] | words[1] | words[2]
+    if kind == "nothing drafted":
+        options["num_draft"] = torch.zeros(3, dtype=torch.int64)
+
+    def verified(rows, seed):
+        given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *law))
+        own = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        return ops.verify_chain(*given, seed=seed, position=1, **own)
+
+    accepted = 0
+    for seed in range(10):
+        many = verified(slice(None), seed)
+        for b in range(3):
+            for one in by_threads(lambda b=b, seed=seed: verified(slice(b, b + 1), seed)):
+                for a, x in zip(one[:4], many[:4], strict=True):
+                    assert torch.equal(a[0], x[b])
+        accepted += int(many.num_accepted.sum())
+    assert (accepted > 0) == (kind != "nothing drafted")

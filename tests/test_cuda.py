@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from test_backends import run_python
-from test_native import ROOT, sanitized
+from test_native import ROOT, changed, sanitized
 
 from specdec_kernels import sample, verify_chain, verify_tree
 from specdec_kernels.ops.backends import NATIVE_LIBRARY
@@ -74,24 +73,13 @@ def test_by_many_threads(clusters):
     assert int(result.stdout.split()[0]) > 100
 
 
-def changed(into: Path, file: str, old: str, new: str) -> Path:
-    """The sources with one line changed."""
-    for name in ("csrc", "CMakeLists.txt"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, into / name)
-    path = into / "csrc" / "cuda" / file
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    return into
-
-
 SYNC = "team_.sync();  // what one thread wrote, all read"
 
 
 @pytest.mark.parametrize(("clusters", "synchronised"), [("0", True), ("1", True), ("0", False)])
 def test_threads_wait_for_each_other(clusters, synchronised, tmp_path):
     """Under the thread sanitizer; and the control, without one of the places where they do."""
-    source = ROOT if synchronised else changed(tmp_path, "chain.h", SYNC, "")
+    source = ROOT if synchronised else changed(tmp_path, "cuda/chain.h", SYNC, "")
     build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     library = str(build / "libspecdec_cpu.so")
@@ -107,7 +95,7 @@ def test_threads_wait_for_each_other(clusters, synchronised, tmp_path):
 
 def test_what_clusters_hold_is_what_they_look_at(tmp_path):
     """A mutant: the tiles of both blocks in one block's memory, where they overwrite each other."""
-    source = changed(tmp_path, "team.h", "tile / block_groups % blocks", "0 * blocks")
+    source = changed(tmp_path, "cuda/team.h", "tile / block_groups % blocks", "0 * blocks")
     build = sanitized("undefined", "specdec_cuda_emulated_threads", source=source)
     for clusters, right in (("0", True), ("1", False)):
         result = run_python(

@@ -92,6 +92,52 @@ def sanitized(sanitizers: str, *targets: str, source: Path = ROOT) -> Path:
     return build
 
 
+def changed(into: Path, file: str, old: str, new: str) -> Path:
+    """The sources with one line changed."""
+    for name in ("csrc", "CMakeLists.txt"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, into / name)
+    path = into / "csrc" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    return into
+
+
+MUTANTS_OF_THREADS = {
+    "a row is done before it is written": (
+        "lockstep.h",
+        "store(done, std::memory_order_release)",
+        "store(done, std::memory_order_relaxed)",
+    ),
+    "one memory for two rows": ("lockstep.h", "spaces_[share.row % 2]", "spaces_[share.row * 0]"),
+    "help is done before it is written": (
+        "team.h",
+        "done_.fetch_add(1, std::memory_order_release)",
+        "done_.fetch_add(1, std::memory_order_relaxed)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS_OF_THREADS])
+def test_threads_of_a_cpu_wait_for_each_other(mutant, tmp_path):
+    """Chains by several threads of their own, under the thread sanitizer; and the controls."""
+    source = ROOT
+    if mutant is not None:
+        file, old, new = MUTANTS_OF_THREADS[mutant]
+        source = changed(tmp_path, f"cpu/{file}", old, new)
+    build = sanitized("thread", "specdec_threads_check", source=source)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    check = [build / "specdec_threads_check"]
+    try:
+        result = subprocess.run(check, env=environment, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        assert mutant is not None  # what comes of a race may be that all wait forever
+    else:
+        raced = "WARNING: ThreadSanitizer: data race" in result.stderr
+        assert raced == (mutant is not None), result.stderr[-3000:]
+        assert raced or (result.returncode, result.stdout) == (0, "the same\n")
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
 def test_sanitizers_find_nothing(isa):
     build = sanitized("address,undefined", "specdec_cpu", "specdec_cuda_emulated")

@@ -22,37 +22,55 @@ class ChainRequest : Request {
     for (int64_t i = 0; i < room && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
   }
 
+  // Whether this thread takes part.
+  bool join(Lockstep& lockstep) {
+    lockstep_ = &lockstep;
+    return lockstep.join(share_);
+  }
+
   void run() {
     switch (chain_.rule) {
       case Rule::token: token_rule(); break;
       case Rule::block: block_rule(); break;
       case Rule::coupled: coupled_rule(); break;
     }
+    if (!leads()) return;
     chain_.out_counters[2 * b_] = int32_t(drafted());
     chain_.out_counters[2 * b_ + 1] = chain_.independent ? count_independent() : -1;
   }
 
  private:
+  // Whether this is the thread that writes results.
+  bool leads() const { return lockstep_ == nullptr || share_.leads(); }
+
   int64_t drafted() const { return int64_t(drafts_.size()); }
-  RowView view_of(int64_t i, int64_t place) { return view(i, place, {drafts_.data(), i}, i < drafted()); }
+  RowView view_of(int64_t i, int64_t place) {
+    Outlook outlook;
+    if (i < drafted()) {
+      // What the rule coupled draws depends on no draft, not even in its last digit.
+      if (chain_.rule != Rule::coupled) outlook.token = drafts_[size_t(i)];
+      outlook.next = target_row(i + 1).logits;
+    }
+    return view(i, place, {drafts_.data(), i}, outlook);
+  }
 
   void token_rule() {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
       const int64_t token = i < drafted() ? drafts_[size_t(i)] : -1;
       const DraftLaw draft = score(target, i, token);
-      if (!target.valid()) return finish_unusable(target, i);
       Residual left(kernels_, target, draft, pass_, false);
-      if (token >= 0) {
-        if (!draft.usable(token)) {
-          valid_ = false;  // the step ends here with a draw from the target
-        } else if (left.accepts(token, coin(i))) {
-          write(target, i, token);
-          continue;
-        } else {
-          left.reject(token);
-        }
+      const bool usable = target.valid() && token >= 0 && draft.usable(token);
+      if (usable && left.accepts(token, coin(i))) {
+        if (leads()) write(target, i, token);
+        continue;
       }
+      if (!leads()) return;
+      if (!target.valid()) return finish_unusable(target, i);
+      if (usable)
+        left.reject(token);
+      else
+        valid_ = token < 0;  // the step ends here with a draw from the target
       return finish(target, i, left.draw(noise(kTarget, i)));
     }
   }
@@ -124,6 +142,25 @@ class ChainRequest : Request {
   std::vector<int64_t> drafts_;
 };
 
+// A single request of which no row takes more than one pass; whether it was one.
+bool verify_in_lockstep(const VerifyChain& op, const Kernels& kernels, int64_t threads, RunOnThreads run) {
+  const Verification& all = op.common;
+  const bool a_pass_a_row = op.rule == Rule::token && !op.independent && all.out_logprobs == nullptr &&
+                            (all.draft.data == nullptr || all.draft_stats != nullptr);
+  if (all.batch != 1 || !a_pass_a_row || sampling_of(all.sampling, 0).filters.any()) return false;
+  const int64_t tiles = tiles_of(all.vocab), pieces = pieces_of(tiles, piece_tiles(tiles, threads));
+  const int64_t several = useful_threads(1, all.vocab, threads);
+  if (several == 1 || pieces == 1 || pieces > Lockstep::kMostPieces) return false;
+  Lockstep lockstep(pieces, tiles, scratch().lockstep);
+  auto member = [&] {
+    SharedPass nobody_helps;
+    ChainRequest request(op, kernels, threads, 0, nobody_helps);
+    if (request.join(lockstep)) request.run();
+  };
+  run(several, [](void* context) { (*static_cast<decltype(member)*>(context))(); }, &member);
+  return true;
+}
+
 }  // namespace
 
 bool ids_in_range(const VerifyChain& op) {
@@ -141,6 +178,7 @@ bool ids_in_range(const VerifyChain& op) {
 
 void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
   const Kernels& table = *kernels();
+  if (verify_in_lockstep(op, table, threads, run)) return;
   each_request(op.common.batch, op.common.vocab, threads, run,
                [&](int64_t b, SharedPass& pass) { ChainRequest(op, table, threads, b, pass).run(); });
 }

@@ -23,6 +23,8 @@ inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
   return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
 }
 
+inline int64_t pieces_of(int64_t tiles, int64_t piece) { return (tiles + piece - 1) / piece; }
+
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
 // Temperature and filters of one request.
@@ -43,30 +45,38 @@ inline double sum_of(const float* weights, int64_t count) {
 
 inline double sum_of_tile(const float* weights) { return sum_of(weights, kTile); }
 
+// What is likely of a row: that the logit of `token` is none of the small ones (-1: of no token), and that the row at
+// `next` is looked at after it. It costs time where it is not so, and nothing else.
+struct Outlook {
+  int64_t token = -1;
+  const void* next = nullptr;
+};
+
 class RowView {
  public:
-  // `next`: the row that is looked at after this one, if any is and all goes well.
+  // `space` is what the pass fills, `own` where this thread alone may write.
   RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space,
-          const void* next = nullptr)
+          TileSpace& own, const Outlook& outlook = {})
       : kernels_(kernels),
         source_(source),
-        next_(reinterpret_cast<uintptr_t>(next)),
+        next_(reinterpret_cast<uintptr_t>(outlook.next)),
         scale_(sampling.scale),
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
         piece_(piece_tiles(tiles_, threads)),
-        space_(space) {
-    if (!is_greedy(scale_) && source.plain()) base_ = kernels.some_large(source.row(), 0, tiles_);
+        space_(&space),
+        own_(&own) {
+    if (!is_greedy(scale_) && source.plain()) base_ = some_large(outlook.token);
   }
 
-  // Work on the tiles of one piece; `finish` once all pieces are done.
-  void pass(uint32_t piece) {
+  // Work on the tiles of one piece; `finish` once all pieces are done. Whether their weights have the row's base.
+  bool pass(uint32_t piece) {
     const auto [begin, end] = tiles_of_piece(piece);
     if (source_.plain()) {
-      pass_over(source_.row(), begin, end, 0);
+      const bool shared = pass_over(source_.row(), begin, end, 0);
       const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
       if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
-      return;
+      return shared;
     }
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {
@@ -78,11 +88,22 @@ class RowView {
       source_.fill(tile, stop - tile, logits);
       pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
     }
+    return false;
   }
 
-  void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
+  // `shared`: whether it was so of all pieces.
+  void finish(bool shared) { is_greedy(scale_) ? finish_greedy() : finish_sampled(shared); }
 
-  uint32_t pieces() const { return uint32_t((tiles_ + piece_ - 1) / piece_); }
+  // Both, with whoever helps.
+  void pass_all(SharedPass& by) {
+    std::atomic<bool> shared{true};
+    by.run(pieces(), [&](uint32_t piece) {
+      if (!pass(piece)) shared.store(false, std::memory_order_relaxed);
+    });
+    finish(shared.load(std::memory_order_relaxed));
+  }
+
+  uint32_t pieces() const { return uint32_t(pieces_of(tiles_, piece_)); }
   int64_t tiles() const { return tiles_; }
   bool valid() const { return valid_; }
   const Source& source() const { return source_; }
@@ -130,7 +151,7 @@ class RowView {
       const auto [begin, end] = tiles_of_piece(piece);
       float weights[kTile];
       for (int64_t tile = begin; tile < end; ++tile) {
-        if (space_.weight[size_t(tile)] == 0.0f) continue;
+        if (space_->weight[size_t(tile)] == 0.0f) continue;
         token_weights(tile, weights);
         sums[piece] += sum_of_tile(weights);
       }
@@ -147,7 +168,7 @@ class RowView {
     float weights[kTile];
     for (double least = total_ / 16.0;; least = least > total_ * 1e-6 ? least / 16.0 : 0.0) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const double weight = double(space_.weight[size_t(tile)]);
+        const double weight = double(space_->weight[size_t(tile)]);
         if (weight == 0.0 || weight < least || weight >= heavier) continue;
         token_weights(tile, weights);
         sum += sum_of_tile(weights);
@@ -176,13 +197,13 @@ class RowView {
     const int64_t tile = token / kTile;
     float weights[kTile];
     tile_probs(tile, weights);
-    space_.weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
+    space_->weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
   }
 
   // Of the law's probability, what removed tokens left.
   double share_left() const {
     double sum = 0.0;
-    for (const float w : space_.weight) sum += double(w);
+    for (const float w : space_->weight) sum += double(w);
     return sum / total_;
   }
 
@@ -208,7 +229,7 @@ class RowView {
     noise.tag |= kTokenRace << 8;
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      if (space_->weight[size_t(tile)] == 0.0f) continue;
       tile_probs(tile, weights);
       kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
       for (int64_t i = 0; i < kTile; ++i)
@@ -223,7 +244,7 @@ class RowView {
     Arrival first{-1, INFINITY};
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      if (space_->weight[size_t(tile)] == 0.0f) continue;
       tile_probs(tile, weights);
       kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
       const Arrival here = kernels_.first_arrival(times, kTile);
@@ -238,7 +259,7 @@ class RowView {
   // tiles are ever looked at. -1 if no weight is positive. `announce` is told of a tile one look before.
   template <class F, class G>
   int64_t draw_below(Noise noise, const F& token_weights, const G& announce) const {
-    float* bounds = space_.arrival.data();
+    float* bounds = space_->arrival.data();
     float weights[2][kTile];
     float* candidate = weights[0];
     float* best = weights[1];
@@ -253,7 +274,7 @@ class RowView {
       announce(next.index);
       token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
-      const float time = float(double(here.time) * double(space_.weight[size_t(here.index)]) / (sum * total_));
+      const float time = float(double(here.time) * double(space_->weight[size_t(here.index)]) / (sum * total_));
       if (time < winning || (time == winning && here.index < winner)) {
         winning = time;
         winner = here.index;
@@ -278,30 +299,40 @@ class RowView {
   // Tiles that are processed before a kernel reads them.
   static constexpr int64_t kFilled = 16;
 
+  // A logit of the row that few are far above. A draft is a better guess than any sample, and its page is needed
+  // anyway.
+  float some_large(int64_t token) const {
+    const float logit = token < 0 ? NAN : logit_of(source_.row(), token);
+    return std::isfinite(logit) ? logit : kernels_.some_large(source_.row(), 0, tiles_);
+  }
+
   std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
     const int64_t begin = int64_t(piece) * piece_;
     return {begin, std::min(begin + piece_, tiles_)};
   }
 
-  // Tiles [begin, end) of `row` are those of this row from `offset` on.
-  void pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
-    float* level = space_.level.data() + offset;
-    if (is_greedy(scale_)) return kernels_.tile_max(row, begin, end, level);
+  // Tiles [begin, end) of `row` are those of this row from `offset` on. Whether their weights have the row's base.
+  bool pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
+    float* level = space_->level.data() + offset;
+    if (is_greedy(scale_)) {
+      kernels_.tile_max(row, begin, end, level);
+      return true;
+    }
     // Nothing but the law's own logits will do for a base: those of these tiles, where the row is not the law's.
     const float base = source_.plain() ? base_ : kernels_.some_large(row, begin, end);
-    const bool shared = kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset,
-                                            space_.group.data() + offset / kernels_.lanes);
-    if (!shared || !source_.plain()) std::atomic_ref(shared_).store(false, std::memory_order_relaxed);
+    return kernels_.tile_stats(row, scale_, base, begin, end, level, space_->weight.data() + offset,
+                               space_->group.data() + offset / kernels_.lanes) &&
+           source_.plain();
   }
 
   Arrival first_of(const float* arrivals) const {
-    return kernels_.first_arrival(arrivals, int64_t(space_.arrival.size()));
+    return kernels_.first_arrival(arrivals, int64_t(space_->arrival.size()));
   }
 
   Arrival first_tile(Noise noise) const {
     noise.tag |= kTileRace << 8;
-    kernels_.arrivals(space_.weight.data(), 0, int64_t(space_.weight.size()), noise, space_.arrival.data());
-    return first_of(space_.arrival.data());
+    kernels_.arrivals(space_->weight.data(), 0, int64_t(space_->weight.size()), noise, space_->arrival.data());
+    return first_of(space_->arrival.data());
   }
 
   int64_t draw_inside(int64_t tile, const float* weights, Noise noise) const {
@@ -311,13 +342,15 @@ class RowView {
     return tile * kTile + kernels_.first_arrival(times, kTile).index;
   }
 
-  void finish_sampled() {
+  void finish_sampled(bool shared) {
     float base = base_;
-    if (shared_) {
-      total_ = sum_of(space_.group.data(), (tiles_ + kernels_.lanes - 1) / kernels_.lanes);
+    if (shared) {
+      total_ = sum_of(space_->group.data(), (tiles_ + kernels_.lanes - 1) / kernels_.lanes);
     } else {
-      const auto padded = int64_t(space_.weight.size());
-      const Combined combined = kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_);
+      const auto padded = int64_t(space_->weight.size());
+      const Combined combined =
+          kernels_.combine(space_->level.data(), space_->weight.data(), padded, scale_, own_->weight.data());
+      space_ = own_;
       base = combined.base;
       total_ = combined.total;
     }
@@ -328,18 +361,18 @@ class RowView {
 
   // Tiles lose the weight of what the filters take away.
   void filter(float base) {
-    CutoffSearch search(kernels_, source_, scale_, base, total_, tiles_, space_);
+    CutoffSearch search(kernels_, source_, scale_, base, total_, tiles_, *space_);
     const float pivot = search.pivot(filters_);
     if (pivot == -INFINITY) return;
     const auto kept = search.tiles_reaching(pivot);
-    std::fill_n(space_.weight.begin(), tiles_, 0.0f);
+    std::fill_n(space_->weight.begin(), tiles_, 0.0f);
     cutoff_ = INFINITY;
     total_ = 0.0;
     float logits[kTile];
     for (const int32_t tile : kept) {
       const Source::At at = source_.at(tile, logits);
       const Above above = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
-      space_.weight[size_t(tile)] = above.mass;
+      space_->weight[size_t(tile)] = above.mass;
       total_ += double(above.mass);
       cutoff_ = std::min(cutoff_, above.least);
     }
@@ -347,7 +380,7 @@ class RowView {
   }
 
   void finish_greedy() {
-    const Largest top = kernels_.largest(space_.level.data(), int64_t(space_.level.size()));
+    const Largest top = kernels_.largest(space_->level.data(), int64_t(space_->level.size()));
     max_ = top.value;
     valid_ = std::isfinite(max_);
     if (!valid_) return;
@@ -361,9 +394,8 @@ class RowView {
   float scale_;
   Filters filters_;
   int64_t tiles_, piece_;
-  TileSpace& space_;
+  TileSpace *space_, *own_;
   float base_ = -INFINITY;  // of the weights of tiles, if all share it
-  bool shared_ = true;
   float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;

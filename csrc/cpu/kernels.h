@@ -80,8 +80,8 @@ struct Kernels {
   bool (*tile_stats)(const Row&, float scale, float base, int64_t begin, int64_t end, float* tile_base, float* tile_sum,
                      float* group_sum);
 
-  // Brings the tiles' sums to a common base, in place: they become race weights.
-  Combined (*combine)(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale);
+  // Brings the tiles' sums to a common base: they become race weights, where they are or elsewhere.
+  Combined (*combine)(const float* tile_base, const float* tile_sum, int64_t padded_tiles, float scale, float* weight);
 
   // How many of `count` numbers, readable to the next multiple of 64, are at least x; and where, ascending, to `out`.
   int64_t (*count_at_least)(const float* numbers, int64_t count, float x);

@@ -208,7 +208,7 @@ bool tile_stats(const Row& row, float scale, float base, int64_t begin, int64_t 
   return shared;
 }
 
-Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, float scale) {
+Combined combine(const float* tile_base, const float* tile_sum, int64_t padded_tiles, float scale, float* weights) {
   V::F largest = V::set(-INFINITY);
   for (int64_t t = 0; t < padded_tiles; t += V::width) {
     // A tile without weight must not decide on the base.
@@ -223,7 +223,7 @@ Combined combine(const float* tile_base, float* tile_sum, int64_t padded_tiles, 
     const V::F sum = V::load(tile_sum + t);
     const V::F weight = V::either_of(V::differs(sum, 0.0f), V::mul(sum, factor), 0.0f);
     total = V::add(total, weight);
-    V::store(tile_sum + t, weight);
+    V::store(weights + t, weight);
   }
   return {base, V::reduce_add(total)};
 }

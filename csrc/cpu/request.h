@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "distribution.h"
+#include "lockstep.h"
 #include "residual.h"
 #include "verify.h"
 
@@ -20,10 +21,10 @@ inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {
   return {scale_of(own.temperature), {own.top_k, own.top_p, own.min_p}};
 }
 
-// The scratch of one thread, kept between calls.
+// The scratch of one thread, kept between calls; `lockstep` is for all threads of its call.
 struct Scratch {
   std::vector<TileSpace> targets;
-  TileSpace draft;
+  TileSpace draft, lockstep[2];
 };
 
 inline Scratch& scratch() {
@@ -72,18 +73,17 @@ class Request {
     return double((uint64_t(words[0]) << 32 | words[1]) >> 11) * 0x1p-53;
   }
 
-  // Target row i, whose penalties count `before` as output; its tiles kept in the given place of the scratch. Whether
-  // the row behind it is the next one that is looked at, if all goes well.
-  RowView view(int64_t i, int64_t place, const Prefix& before, bool goes_on = false) {
-    TileSpace& space = scratch_.targets[size_t(place)];
-    space.resize(tiles_of(op_.vocab));
+  // Target row i, whose penalties count `before` as output; its tiles kept in the given place of the scratch.
+  RowView view(int64_t i, int64_t place, const Prefix& before, const Outlook& outlook) {
+    TileSpace& own = scratch_.targets[size_t(place)];
+    own.resize(tiles_of(op_.vocab));
     const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), edits_, before);
-    return RowView(kernels_, source, sampling_, threads_, space, goes_on ? target_row(i + 1).logits : nullptr);
+    return RowView(kernels_, source, sampling_, threads_, lockstep_ ? lockstep_->space(share_) : own, own, outlook);
   }
 
   void pass_over(RowView& row) {
-    pass_.run(row.pieces(), [&](uint32_t piece) { row.pass(piece); });
-    row.finish();
+    if (lockstep_ == nullptr) return row.pass_all(pass_);
+    row.finish(lockstep_->run(share_, [&](uint32_t piece) { return row.pass(piece); }));
   }
 
   // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
@@ -99,11 +99,15 @@ class Request {
     law.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
-      RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft);
+      RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft, scratch_.draft);
+      RowView* const rows[] = {&target, &draft};
+      std::atomic<bool> shared[] = {true, true};
       const uint32_t pieces = target.pieces();
-      pass_.run(2 * pieces, [&](uint32_t piece) { piece < pieces ? target.pass(piece) : draft.pass(piece - pieces); });
-      target.finish();
-      draft.finish();
+      pass_.run(2 * pieces, [&](uint32_t piece) {
+        const uint32_t row = piece / pieces;
+        if (!rows[row]->pass(piece % pieces)) shared[row].store(false, std::memory_order_relaxed);
+      });
+      for (uint32_t row : {0, 1}) rows[row]->finish(shared[row].load(std::memory_order_relaxed));
       law.dist = draft.distribution();
       law.valid = draft.valid();
       return law;
@@ -128,7 +132,7 @@ class Request {
     if (op_.out_logprobs == nullptr) return;
     op_.out_logprobs[at] = target.valid() ? float(target.logprob(token)) : NAN;
     scratch_.draft.resize(tiles_of(op_.vocab));
-    RowView raw(kernels_, Source(target_row(i)), {1.0f, {}}, threads_, scratch_.draft);
+    RowView raw(kernels_, Source(target_row(i)), {1.0f, {}}, threads_, scratch_.draft, scratch_.draft);
     pass_over(raw);
     op_.out_raw_logprobs[at] = raw.valid() ? float(raw.logprob(token)) : NAN;
   }
@@ -164,6 +168,8 @@ class Request {
   Scratch& scratch_;
   const Sampling sampling_;
   const Edits edits_;
+  Lockstep* lockstep_ = nullptr;  // if threads decide for themselves
+  Lockstep::Share share_;
   int64_t written_ = 0;
   bool valid_ = true;
 };
@@ -171,9 +177,13 @@ class Request {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 14;
 
+inline int64_t useful_threads(int64_t requests, int64_t vocab, int64_t threads) {
+  return std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, requests * vocab / kSerialElements));
+}
+
 template <class F>
 void each_request(int64_t requests, int64_t vocab, int64_t threads, RunOnThreads run, const F& request) {
-  threads = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, requests * vocab / kSerialElements));
+  threads = useful_threads(requests, vocab, threads);
   Team<F> team(requests, threads, request);
   if (threads == 1)
     team.join();

@@ -55,7 +55,10 @@ class TreeRequest : Request {
     return true;
   }
 
-  RowView view_of(int64_t node, int64_t place) { return view(node, place, {path_.data(), int64_t(path_.size())}); }
+  // `token`: of a child, where one may decide on how sums are rounded.
+  RowView view_of(int64_t node, int64_t place, int64_t token = -1) {
+    return view(node, place, {path_.data(), int64_t(path_.size())}, {token});
+  }
 
   void accept(const RowView& target, int64_t node, int64_t child) {
     write(target, node, token_at(child));
@@ -82,9 +85,10 @@ class TreeRequest : Request {
   // Top-down: each child by what its rejected siblings left.
   void recursive() {
     for (int64_t node = 0;;) {
-      RowView target = view_of(node, 0);
       int64_t child = child_of(node, node);
-      const DraftLaw draft = score(target, node, child >= 0 ? token_at(child) : -1);
+      const int64_t token = child >= 0 ? token_at(child) : -1;
+      RowView target = view_of(node, 0, token);
+      const DraftLaw draft = score(target, node, token);
       if (!target.valid()) return finish_unusable(target, node);
       Residual left(kernels_, target, draft, pass_, tree_.replacement);
       if (!usable(draft, node)) {
@@ -137,9 +141,10 @@ class TreeRequest : Request {
   }
 
   void enter(std::deque<Visit>& visits, int64_t node, double reach) {
-    RowView target = view_of(node, int64_t(visits.size()));
     int64_t child = child_of(node, node);
-    const DraftLaw draft = score(target, node, child >= 0 ? token_at(child) : -1);
+    const int64_t token = child >= 0 ? token_at(child) : -1;
+    RowView target = view_of(node, int64_t(visits.size()), token);
+    const DraftLaw draft = score(target, node, token);
     if (!target.valid() || !usable(draft, node)) {
       valid_ = false;
       child = -1;

@@ -1,0 +1,81 @@
+// Threads that go through one request side by side, each deciding for itself what comes next: all see the same sums, so
+// nobody has to be told. Between two rows they look at each other's cache lines once; a thread that hands out the work
+// (team.h) and one that takes it look at six, one after the other. Across an L3 cache's border that was a third of a
+// row.
+#pragma once
+
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <memory>
+
+#include "team.h"
+#include "tile_space.h"
+
+namespace specdec {
+
+class Lockstep {
+ public:
+  static constexpr int64_t kMostPieces = 64;
+
+  // What one thread does: its pieces of every row, as bits, and the row it is at.
+  struct Share {
+    uint64_t pieces = 0;
+    int64_t row = 0;
+
+    bool leads() const { return pieces & 1; }
+  };
+
+  Lockstep(int64_t pieces, int64_t tiles, TileSpace (&spaces)[2])
+      : count_(uint32_t(pieces)), pieces_(new Piece[size_t(pieces)]), spaces_(spaces) {
+    for (TileSpace& space : spaces_) space.resize(tiles);
+  }
+
+  // A thread comes, and takes a piece; false if it came too late. Whoever has a piece does it in all rows, so that
+  // nobody is waited for who was never there.
+  bool join(Share& share) {
+    ahead = {};
+    const uint32_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+    if (piece >= count_) return false;
+    share.pieces = uint64_t(1) << piece;
+    return true;
+  }
+
+  // Two rows take turns: with a piece of each row, nobody is at the next but one before all are done with this.
+  TileSpace& space(const Share& share) { return spaces_[share.row % 2]; }
+
+  // `work(piece)` for the thread's pieces of its row, and on to the next row when all pieces of it are done. Whether
+  // `work` was true of all.
+  template <class F>
+  bool run(Share& share, const F& work) {
+    const int64_t turn = share.row % 2, done = ++share.row;
+    const auto finish = [&](uint32_t piece) {
+      pieces_[piece].result[turn] = work(piece);
+      pieces_[piece].rows.store(done, std::memory_order_release);
+    };
+    for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
+    for (uint32_t piece; done == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+      share.pieces |= uint64_t(1) << piece;
+      finish(piece);
+    }
+    bool all = true;
+    for (uint32_t piece = 0; piece < count_; ++piece) {
+      while (pieces_[piece].rows.load(std::memory_order_acquire) < done) relax();
+      all = all && pieces_[piece].result[turn];
+    }
+    return all;
+  }
+
+ private:
+  struct alignas(64) Piece {
+    std::atomic<int64_t> rows{0};  // done
+    bool result[2] = {};           // of the last two
+  };
+
+  alignas(64) std::atomic<uint32_t> next_{0};
+  alignas(64) const uint32_t count_;
+  std::unique_ptr<Piece[]> pieces_;
+  TileSpace (&spaces_)[2];
+};
+
+}  // namespace specdec
