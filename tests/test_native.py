@@ -109,7 +109,7 @@ MUTANTS_OF_THREADS = {
         "store(done, std::memory_order_release)",
         "store(done, std::memory_order_relaxed)",
     ),
-    "one memory for two rows": ("lockstep.h", "spaces_[share.row % 2]", "spaces_[share.row * 0]"),
+    "one memory for two rows": ("lockstep.h", "spaces[share.row % 2]", "spaces[share.row * 0]"),
     "help is done before it is written": (
         "team.h",
         "done_.fetch_add(1, std::memory_order_release)",

@@ -151,6 +151,8 @@ bool verify_in_lockstep(const VerifyChain& op, const Kernels& kernels, int64_t t
   const int64_t tiles = tiles_of(all.vocab), pieces = pieces_of(tiles, piece_tiles(tiles, threads));
   const int64_t several = useful_threads(1, all.vocab, threads);
   if (several == 1 || pieces == 1 || pieces > Lockstep::kMostPieces) return false;
+  if (op.room(0) > 0 && all.tokens[0] >= 0)  // while threads come
+    prefetch(row_at(all.target, all.vocab, 0), all.tokens[0], 1);
   Lockstep lockstep(pieces, tiles, scratch().lockstep);
   auto member = [&] {
     SharedPass nobody_helps;

@@ -331,6 +331,8 @@ class RowView {
 
   Arrival first_tile(Noise noise) const {
     noise.tag |= kTileRace << 8;
+    // All at once: other cores have written some, and the race asks for each only when it has noise for it.
+    for (size_t i = 0; i < space_->weight.size(); i += 16) __builtin_prefetch(&space_->weight[i]);
     kernels_.arrivals(space_->weight.data(), 0, int64_t(space_->weight.size()), noise, space_->arrival.data());
     return first_of(space_->arrival.data());
   }

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
-#include <memory>
 
 #include "team.h"
 #include "tile_space.h"
@@ -26,9 +25,20 @@ class Lockstep {
     bool leads() const { return pieces & 1; }
   };
 
-  Lockstep(int64_t pieces, int64_t tiles, TileSpace (&spaces)[2])
-      : count_(uint32_t(pieces)), pieces_(new Piece[size_t(pieces)]), spaces_(spaces) {
-    for (TileSpace& space : spaces_) space.resize(tiles);
+  // What is used again by the next call.
+  struct Memory {
+    struct alignas(64) Piece {
+      std::atomic<int64_t> rows;  // done
+      bool result[2];             // of the last two
+    };
+
+    Piece pieces[kMostPieces];
+    TileSpace spaces[2];
+  };
+
+  Lockstep(int64_t pieces, int64_t tiles, Memory& memory) : count_(uint32_t(pieces)), memory_(memory) {
+    for (uint32_t piece = 0; piece < count_; ++piece) memory_.pieces[piece].rows.store(0, std::memory_order_relaxed);
+    for (TileSpace& space : memory_.spaces) space.resize(tiles);
   }
 
   // A thread comes, and takes a piece; false if it came too late. Whoever has a piece does it in all rows, so that
@@ -42,7 +52,7 @@ class Lockstep {
   }
 
   // Two rows take turns: with a piece of each row, nobody is at the next but one before all are done with this.
-  TileSpace& space(const Share& share) { return spaces_[share.row % 2]; }
+  TileSpace& space(const Share& share) { return memory_.spaces[share.row % 2]; }
 
   // `work(piece)` for the thread's pieces of its row, and on to the next row when all pieces of it are done. Whether
   // `work` was true of all.
@@ -50,8 +60,8 @@ class Lockstep {
   bool run(Share& share, const F& work) {
     const int64_t turn = share.row % 2, done = ++share.row;
     const auto finish = [&](uint32_t piece) {
-      pieces_[piece].result[turn] = work(piece);
-      pieces_[piece].rows.store(done, std::memory_order_release);
+      memory_.pieces[piece].result[turn] = work(piece);
+      memory_.pieces[piece].rows.store(done, std::memory_order_release);
     };
     for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
     for (uint32_t piece; done == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
@@ -60,22 +70,16 @@ class Lockstep {
     }
     bool all = true;
     for (uint32_t piece = 0; piece < count_; ++piece) {
-      while (pieces_[piece].rows.load(std::memory_order_acquire) < done) relax();
-      all = all && pieces_[piece].result[turn];
+      while (memory_.pieces[piece].rows.load(std::memory_order_acquire) < done) relax();
+      all = all && memory_.pieces[piece].result[turn];
     }
     return all;
   }
 
  private:
-  struct alignas(64) Piece {
-    std::atomic<int64_t> rows{0};  // done
-    bool result[2] = {};           // of the last two
-  };
-
   alignas(64) std::atomic<uint32_t> next_{0};
   alignas(64) const uint32_t count_;
-  std::unique_ptr<Piece[]> pieces_;
-  TileSpace (&spaces_)[2];
+  Memory& memory_;
 };
 
 }  // namespace specdec

@@ -24,7 +24,8 @@ inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {
 // The scratch of one thread, kept between calls; `lockstep` is for all threads of its call.
 struct Scratch {
   std::vector<TileSpace> targets;
-  TileSpace draft, lockstep[2];
+  TileSpace draft;
+  Lockstep::Memory lockstep;
 };
 
 inline Scratch& scratch() {

@@ -7,6 +7,8 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <functional>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 
@@ -131,7 +133,8 @@ class Block {
  public:
   // Room for tensors of `bytes` in all.
   static Block* make(size_t bytes) {
-    void* memory = std::aligned_alloc(kAlign, aligned(sizeof(Block)) + aligned(bytes + kMost * kAlign));
+    // Aligned here: to be asked for aligned memory, an allocator takes longer than for all else.
+    void* memory = std::malloc(sizeof(Block) + bytes + (kMost + 1) * kAlign);
     if (memory == nullptr) throw std::bad_alloc();
     return new (memory) Block;
   }
@@ -140,6 +143,7 @@ class Block {
   template <class T>
   T* add(DLDataTypeCode code, int64_t rows, int64_t columns = -1) {
     Slot& slot = slots_[used_++];
+    slot.managed = {};
     slot.shape[0] = rows, slot.shape[1] = columns;
     slot.strides[0] = columns < 0 ? 1 : columns, slot.strides[1] = 1;
     slot.managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
@@ -183,11 +187,11 @@ class Block {
   static constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
   struct Slot {
-    DLManagedTensorVersioned managed{};
+    DLManagedTensorVersioned managed;
     int64_t shape[2], strides[2];
   };
 
-  Block() : end_(reinterpret_cast<char*>(this) + aligned(sizeof(Block))) {}
+  Block() : end_(reinterpret_cast<char*>(aligned(reinterpret_cast<size_t>(this + 1)))) {}
 
   Slot slots_[kMost];
   int used_ = 0;
@@ -239,8 +243,14 @@ class Arguments {
   PyObject* const* at_;
 };
 
+// Of work on so many logits, a tenth of a millisecond, other Python threads may as well wait for the end: they do for
+// fifty times as long before they ask, and to let them run and come back takes a hundredth of it.
+constexpr int64_t kShort = int64_t(1) << 22;
+
 template <class Op>
-void run(void (*entry)(const Op&), const Op& op) {
+void run(void (*entry)(const Op&), const Op& op, const View& logits) {
+  const auto sizes = logits.sizes();
+  if (std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies()) <= kShort) return entry(op);
   struct OthersRun {
     PyThreadState* state = PyEval_SaveThread();
     ~OthersRun() { PyEval_RestoreThread(state); }
@@ -329,7 +339,7 @@ PyObject* verify_chain(PyObject* const* objects) {
                                        {}};
   arguments.require();
   const Outputs outputs(arguments.batch(), arguments.rows(), false, arguments.logprobs);
-  run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()));
+  run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
   return outputs.tuple();
 }
 
@@ -343,7 +353,7 @@ PyObject* verify_tree(PyObject* const* objects) {
                                       next.integer() != 0, next.integer() != 0};
   arguments.require();
   const Outputs outputs(arguments.batch(), arguments.nodes(), true, arguments.logprobs);
-  run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()));
+  run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
   return outputs.tuple();
 }
 
@@ -355,7 +365,7 @@ PyObject* sample(PyObject* const* objects) {
                                         next.tensor(), next.law(),    next.integer() != 0};
   arguments.require();
   const Draws draws(arguments.logits.size(0), -1);
-  run(entries->sample, arguments.op(draws.results()));
+  run(entries->sample, arguments.op(draws.results()), arguments.logits);
   return draws.tuple(types.sample);
 }
 
@@ -368,7 +378,7 @@ PyObject* sample_children(PyObject* const* objects) {
   const auto how = Children(next.integer());
   arguments.require();
   const Draws draws(arguments.logits.size(0), children);
-  run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how});
+  run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how}, arguments.logits);
   return draws.tuple(types.drawn_children);
 }
 
