@@ -205,13 +205,17 @@ def test_threads_do_not_change_the_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 0.05, 0.8])  # 0.05: tiles whose weights have a base of their own
-@pytest.mark.parametrize("kind", ["statistics", "point mass", "masked", "a row of nan", "nothing drafted"])
+@pytest.mark.parametrize(
+    "kind", ["statistics", "point mass", "masked", "a row of nan", "rows far apart", "nothing drafted"]
+)
 def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
     """Whose threads decide for themselves what comes next, each; in a batch they are told."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(3, 5, 60_000, generator=generator).mul_(3)
     if kind == "a row of nan":
         target[:, 2, 59_999] = torch.nan
+    if kind == "rows far apart":  # so that one says nothing of the next
+        target += torch.tensor([0.0, -500.0, 700.0, -90.0, 40.0])[:, None]
     target = target.to(dtype)
     draft = target[:, :4] + torch.randn(3, 4, 60_000, generator=generator).mul_(0.3).to(dtype)
     drawn = ops.sample(draft.flatten(0, 1), seed=3, position=1, temperature=temperature)
@@ -223,14 +227,15 @@ def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
     if kind == "nothing drafted":
         options["num_draft"] = torch.zeros(3, dtype=torch.int64)
 
-    def verified(rows, seed):
+    def verified(rows, seed, backend=None):
         given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *law))
         own = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        return ops.verify_chain(*given, seed=seed, position=1, **own)
+        return ops.verify_chain(*given, seed=seed, position=1, backend=backend, **own)
 
     accepted = 0
     for seed in range(10):
         many = verified(slice(None), seed)
+        assert torch.equal(many.tokens, verified(slice(None), seed, "reference").tokens)
         for b in range(3):
             for one in by_threads(lambda b=b, seed=seed: verified(slice(b, b + 1), seed)):
                 for a, x in zip(one[:4], many[:4], strict=True):

@@ -46,11 +46,9 @@ class ChainRequest : Request {
   int64_t drafted() const { return int64_t(drafts_.size()); }
   RowView view_of(int64_t i, int64_t place) {
     Outlook outlook;
-    if (i < drafted()) {
-      // What the rule coupled draws depends on no draft, not even in its last digit.
-      if (chain_.rule != Rule::coupled) outlook.token = drafts_[size_t(i)];
-      outlook.next = target_row(i + 1).logits;
-    }
+    if (i < drafted()) outlook.next = target_row(i + 1).logits;
+    // What the rule coupled draws depends neither on drafts nor on where a step began, not even in its last digit.
+    if (chain_.rule != Rule::coupled) outlook.base = large_, outlook.token = i < drafted() ? drafts_[size_t(i)] : -1;
     return view(i, place, {drafts_.data(), i}, outlook);
   }
 
@@ -125,6 +123,7 @@ class ChainRequest : Request {
 
   int32_t count_independent() {
     int32_t count = 0;
+    large_ = NAN;  // as in the beginning
     for (int64_t i = 0; i < drafted(); ++i) {
       const int64_t token = drafts_[size_t(i)];
       RowView target = view_of(i, 0);

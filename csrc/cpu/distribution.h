@@ -45,10 +45,12 @@ inline double sum_of(const float* weights, int64_t count) {
 
 inline double sum_of_tile(const float* weights) { return sum_of(weights, kTile); }
 
-// What is likely of a row: that the logit of `token` is none of the small ones (-1: of no token), and that the row at
-// `next` is looked at after it. It costs time where it is not so, and nothing else.
+// What is likely of a row: that the logit of `token` is asked for, and none of the small ones (-1: of no token); that
+// its large logits are about `base` (nan: about nothing known); that the row at `next` is looked at after it. It costs
+// time where it is not so, and nothing else.
 struct Outlook {
   int64_t token = -1;
+  float base = NAN;
   const void* next = nullptr;
 };
 
@@ -59,6 +61,7 @@ class RowView {
           TileSpace& own, const Outlook& outlook = {})
       : kernels_(kernels),
         source_(source),
+        token_(outlook.token),
         next_(reinterpret_cast<uintptr_t>(outlook.next)),
         scale_(sampling.scale),
         filters_(sampling.filters),
@@ -66,42 +69,43 @@ class RowView {
         piece_(piece_tiles(tiles_, threads)),
         space_(&space),
         own_(&own) {
-    if (!is_greedy(scale_) && source.plain()) base_ = some_large(outlook.token);
+    if (is_greedy(scale_) || !source.plain()) return;
+    guessed_ = std::isfinite(outlook.base) && scale_ <= kMostScale;
+    base_ = guessed_ ? outlook.base : some_large();
   }
 
-  // Work on the tiles of one piece; `finish` once all pieces are done. Whether their weights have the row's base.
-  bool pass(uint32_t piece) {
+  // Work on the tiles of one piece; `finish` once all pieces are done.
+  Found pass(uint32_t piece) {
+    const bool shared = pass_over(piece);
     const auto [begin, end] = tiles_of_piece(piece);
-    if (source_.plain()) {
-      const bool shared = pass_over(source_.row(), begin, end, 0);
-      const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
-      if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
-      return shared;
-    }
-    float logits[kFilled * kTile];
-    for (int64_t tile = begin; tile < end; tile += kFilled) {
-      const int64_t stop = std::min(tile + kFilled, end);
-      if (!source_.touches(tile, stop)) {
-        pass_over(source_.row(), tile, stop, 0);
-        continue;
-      }
-      source_.fill(tile, stop - tile, logits);
-      pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
-    }
-    return false;
+    const bool here = token_ >= begin * kTile && token_ < end * kTile;
+    return {shared, here ? source_.logit(token_) : NAN};
   }
 
-  // `shared`: whether it was so of all pieces.
-  void finish(bool shared) { is_greedy(scale_) ? finish_greedy() : finish_sampled(shared); }
+  // With what all pieces found. False if they have to be done again: a base far above the row cost the sums their
+  // digits.
+  [[nodiscard]] bool finish(const Found& found) {
+    logit_ = found.logit;
+    if (is_greedy(scale_)) return finish_greedy(), true;
+    return finish_sampled(found.shared);
+  }
 
-  // Both, with whoever helps.
+  // The pieces are done again elsewhere.
+  void move_to(TileSpace& space) { space_ = &space; }
+
+  // All of it, with whoever helps.
   void pass_all(SharedPass& by) {
-    std::atomic<bool> shared{true};
-    by.run(pieces(), [&](uint32_t piece) {
-      if (!pass(piece)) shared.store(false, std::memory_order_relaxed);
-    });
-    finish(shared.load(std::memory_order_relaxed));
+    std::atomic<bool> shared;
+    do {
+      shared = true;
+      by.run(pieces(), [&](uint32_t piece) {
+        if (!pass(piece).shared) shared.store(false, std::memory_order_relaxed);
+      });
+    } while (!finish({shared.load(std::memory_order_relaxed), NAN}));
   }
+
+  // About its large logits: of the next row's, a good guess.
+  float large() const { return valid_ && !is_greedy(scale_) ? float(lse_ / double(scale_)) : NAN; }
 
   uint32_t pieces() const { return uint32_t(pieces_of(tiles_, piece_)); }
   int64_t tiles() const { return tiles_; }
@@ -120,7 +124,7 @@ class RowView {
   // Of one token, in double precision.
   double logprob(int64_t token) const {
     if (is_greedy(scale_)) return token == argmax_ ? 0.0 : -INFINITY;
-    const float logit = source_.logit(token);
+    const float logit = token == token_ && !std::isnan(logit_) ? logit_ : source_.logit(token);
     return logit < cutoff_ ? -INFINITY : double(scale_) * double(logit) - lse_;
   }
 
@@ -299,19 +303,46 @@ class RowView {
   // Tiles that are processed before a kernel reads them.
   static constexpr int64_t kFilled = 16;
 
-  // A logit of the row that few are far above. A draft is a better guess than any sample, and its page is needed
-  // anyway.
-  float some_large(int64_t token) const {
-    const float logit = token < 0 ? NAN : logit_of(source_.row(), token);
+  // A logit of the row that few are far above. A draft is a better guess than any sample.
+  float some_large() const {
+    const float logit = token_ < 0 ? NAN : logit_of(source_.row(), token_);
     return std::isfinite(logit) ? logit : kernels_.some_large(source_.row(), 0, tiles_);
   }
+
+  // Beyond it, at low temperatures, rows differ by more than a guess may be wrong.
+  static constexpr float kMostScale = 2.0f;
+
+  // Sums of less than that from a guessed base may have lost digits.
+  static constexpr double kLeastTotal = 0x1p-60;
 
   std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
     const int64_t begin = int64_t(piece) * piece_;
     return {begin, std::min(begin + piece_, tiles_)};
   }
 
-  // Tiles [begin, end) of `row` are those of this row from `offset` on. Whether their weights have the row's base.
+  // The tiles of one piece; whether their weights have the row's base.
+  bool pass_over(uint32_t piece) {
+    const auto [begin, end] = tiles_of_piece(piece);
+    if (source_.plain()) {
+      const bool shared = pass_over(source_.row(), begin, end, 0);
+      const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
+      if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
+      return shared;
+    }
+    float logits[kFilled * kTile];
+    for (int64_t tile = begin; tile < end; tile += kFilled) {
+      const int64_t stop = std::min(tile + kFilled, end);
+      if (!source_.touches(tile, stop)) {
+        pass_over(source_.row(), tile, stop, 0);
+        continue;
+      }
+      source_.fill(tile, stop - tile, logits);
+      pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
+    }
+    return false;
+  }
+
+  // Tiles [begin, end) of `row` are those of this row from `offset` on.
   bool pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
     float* level = space_->level.data() + offset;
     if (is_greedy(scale_)) {
@@ -344,10 +375,15 @@ class RowView {
     return tile * kTile + kernels_.first_arrival(times, kTile).index;
   }
 
-  void finish_sampled(bool shared) {
+  bool finish_sampled(bool shared) {
     float base = base_;
     if (shared) {
       total_ = sum_of(space_->group.data(), (tiles_ + kernels_.lanes - 1) / kernels_.lanes);
+      if (guessed_ && !(total_ >= kLeastTotal)) {
+        guessed_ = false;
+        base_ = some_large();
+        return false;
+      }
     } else {
       const auto padded = int64_t(space_->weight.size());
       const Combined combined =
@@ -359,6 +395,7 @@ class RowView {
     lse_ = double(scale_) * double(base) + std::log(total_);
     valid_ = std::isfinite(lse_);
     if (valid_ && filters_.any()) filter(base);
+    return true;
   }
 
   // Tiles lose the weight of what the filters take away.
@@ -392,12 +429,15 @@ class RowView {
 
   const Kernels& kernels_;
   Source source_;
+  int64_t token_;
   uintptr_t next_;
   float scale_;
   Filters filters_;
   int64_t tiles_, piece_;
   TileSpace *space_, *own_;
   float base_ = -INFINITY;  // of the weights of tiles, if all share it
+  bool guessed_ = false;    // and it may lie far above the row
+  float logit_ = NAN;       // of the token that was asked for, if the pass found it
   float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;

@@ -29,7 +29,7 @@ class Lockstep {
   struct Memory {
     struct alignas(64) Piece {
       std::atomic<int64_t> rows;  // done
-      bool result[2];             // of the last two
+      Found found[2];             // in the last two
     };
 
     Piece pieces[kMostPieces];
@@ -54,13 +54,13 @@ class Lockstep {
   // Two rows take turns: with a piece of each row, nobody is at the next but one before all are done with this.
   TileSpace& space(const Share& share) { return memory_.spaces[share.row % 2]; }
 
-  // `work(piece)` for the thread's pieces of its row, and on to the next row when all pieces of it are done. Whether
-  // `work` was true of all.
+  // `work(piece)` for the thread's pieces of its row, and on to the next row when all pieces of it are done; what all
+  // of them found.
   template <class F>
-  bool run(Share& share, const F& work) {
+  Found run(Share& share, const F& work) {
     const int64_t turn = share.row % 2, done = ++share.row;
     const auto finish = [&](uint32_t piece) {
-      memory_.pieces[piece].result[turn] = work(piece);
+      memory_.pieces[piece].found[turn] = work(piece);
       memory_.pieces[piece].rows.store(done, std::memory_order_release);
     };
     for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
@@ -68,10 +68,12 @@ class Lockstep {
       share.pieces |= uint64_t(1) << piece;
       finish(piece);
     }
-    bool all = true;
+    Found all;
     for (uint32_t piece = 0; piece < count_; ++piece) {
       while (memory_.pieces[piece].rows.load(std::memory_order_acquire) < done) relax();
-      all = all && memory_.pieces[piece].result[turn];
+      const Found& one = memory_.pieces[piece].found[turn];
+      all.shared = all.shared && one.shared;
+      if (!std::isnan(one.logit)) all.logit = one.logit;
     }
     return all;
   }

@@ -83,8 +83,12 @@ class Request {
   }
 
   void pass_over(RowView& row) {
-    if (lockstep_ == nullptr) return row.pass_all(pass_);
-    row.finish(lockstep_->run(share_, [&](uint32_t piece) { return row.pass(piece); }));
+    if (lockstep_ == nullptr)
+      row.pass_all(pass_);
+    else
+      while (!row.finish(lockstep_->run(share_, [&](uint32_t piece) { return row.pass(piece); })))
+        row.move_to(lockstep_->space(share_));
+    large_ = row.large();
   }
 
   // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
@@ -106,9 +110,11 @@ class Request {
       const uint32_t pieces = target.pieces();
       pass_.run(2 * pieces, [&](uint32_t piece) {
         const uint32_t row = piece / pieces;
-        if (!rows[row]->pass(piece % pieces)) shared[row].store(false, std::memory_order_relaxed);
+        if (!rows[row]->pass(piece % pieces).shared) shared[row].store(false, std::memory_order_relaxed);
       });
-      for (uint32_t row : {0, 1}) rows[row]->finish(shared[row].load(std::memory_order_relaxed));
+      for (uint32_t row : {0, 1})
+        if (!rows[row]->finish({shared[row].load(std::memory_order_relaxed), NAN})) rows[row]->pass_all(pass_);
+      large_ = target.large();
       law.dist = draft.distribution();
       law.valid = draft.valid();
       return law;
@@ -134,7 +140,7 @@ class Request {
     op_.out_logprobs[at] = target.valid() ? float(target.logprob(token)) : NAN;
     scratch_.draft.resize(tiles_of(op_.vocab));
     RowView raw(kernels_, Source(target_row(i)), {1.0f, {}}, threads_, scratch_.draft, scratch_.draft);
-    pass_over(raw);
+    raw.pass_all(pass_);
     op_.out_raw_logprobs[at] = raw.valid() ? float(raw.logprob(token)) : NAN;
   }
 
@@ -171,6 +177,7 @@ class Request {
   const Edits edits_;
   Lockstep* lockstep_ = nullptr;  // if threads decide for themselves
   Lockstep::Share share_;
+  float large_ = NAN;  // of the row before, about its large logits
   int64_t written_ = 0;
   bool valid_ = true;
 };

@@ -25,4 +25,11 @@ struct TileSpace {
   }
 };
 
+// What a pass over some tiles found: whether all their weights are sums from the row's base; and a logit that was asked
+// for, nan if it is not among them.
+struct Found {
+  bool shared = true;
+  float logit = NAN;
+};
+
 }  // namespace specdec

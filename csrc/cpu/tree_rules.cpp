@@ -55,9 +55,8 @@ class TreeRequest : Request {
     return true;
   }
 
-  // `token`: of a child, where one may decide on how sums are rounded.
-  RowView view_of(int64_t node, int64_t place, int64_t token = -1) {
-    return view(node, place, {path_.data(), int64_t(path_.size())}, {token});
+  RowView view_of(int64_t node, int64_t place, const Outlook& outlook = {}) {
+    return view(node, place, {path_.data(), int64_t(path_.size())}, outlook);
   }
 
   void accept(const RowView& target, int64_t node, int64_t child) {
@@ -87,7 +86,7 @@ class TreeRequest : Request {
     for (int64_t node = 0;;) {
       int64_t child = child_of(node, node);
       const int64_t token = child >= 0 ? token_at(child) : -1;
-      RowView target = view_of(node, 0, token);
+      RowView target = view_of(node, 0, {token, large_});
       const DraftLaw draft = score(target, node, token);
       if (!target.valid()) return finish_unusable(target, node);
       Residual left(kernels_, target, draft, pass_, tree_.replacement);
@@ -143,7 +142,7 @@ class TreeRequest : Request {
   void enter(std::deque<Visit>& visits, int64_t node, double reach) {
     int64_t child = child_of(node, node);
     const int64_t token = child >= 0 ? token_at(child) : -1;
-    RowView target = view_of(node, int64_t(visits.size()), token);
+    RowView target = view_of(node, int64_t(visits.size()), {token, large_});
     const DraftLaw draft = score(target, node, token);
     if (!target.valid() || !usable(draft, node)) {
       valid_ = false;
