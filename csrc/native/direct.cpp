@@ -243,14 +243,14 @@ class Arguments {
   PyObject* const* at_;
 };
 
-// Of work on so many logits, a tenth of a millisecond, other Python threads may as well wait for the end: they do for
-// fifty times as long before they ask, and to let them run and come back takes a hundredth of it.
-constexpr int64_t kShort = int64_t(1) << 22;
+// Work on so few logits is done in a tenth of a millisecond: other Python threads, which wait for five before they ask,
+// may as well wait for that, and to let them in and come back would take a hundredth of it.
+constexpr int64_t kFew = int64_t(1) << 21;
 
 template <class Op>
 void run(void (*entry)(const Op&), const Op& op, const View& logits) {
   const auto sizes = logits.sizes();
-  if (std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies()) <= kShort) return entry(op);
+  if (std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies()) <= kFew) return entry(op);
   struct OthersRun {
     PyThreadState* state = PyEval_SaveThread();
     ~OthersRun() { PyEval_RestoreThread(state); }
