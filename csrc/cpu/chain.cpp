@@ -44,18 +44,19 @@ class ChainRequest : Request {
   bool leads() const { return lockstep_ == nullptr || share_.leads(); }
 
   int64_t drafted() const { return int64_t(drafts_.size()); }
+  int64_t draft_at(int64_t i) const { return i < drafted() ? drafts_[size_t(i)] : -1; }
+
   RowView view_of(int64_t i, int64_t place) {
-    Outlook outlook;
-    if (i < drafted()) outlook.next = target_row(i + 1).logits;
+    Outlook outlook{draft_at(i), large_, i < drafted() ? target_row(i + 1).logits : nullptr};
     // What the rule coupled draws depends neither on drafts nor on where a step began, not even in its last digit.
-    if (chain_.rule != Rule::coupled) outlook.base = large_, outlook.token = i < drafted() ? drafts_[size_t(i)] : -1;
+    if (chain_.rule == Rule::coupled) outlook = {.next = outlook.next};
     return view(i, place, {drafts_.data(), i}, outlook);
   }
 
   void token_rule() {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
-      const int64_t token = i < drafted() ? drafts_[size_t(i)] : -1;
+      const int64_t token = draft_at(i);
       const DraftLaw draft = score(target, i, token);
       Residual left(kernels_, target, draft, pass_, false);
       const bool usable = target.valid() && token >= 0 && draft.usable(token);

@@ -56,9 +56,10 @@ struct Outlook {
 
 class RowView {
  public:
-  // `space` is what the pass fills, `own` where this thread alone may write.
-  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space,
-          TileSpace& own, const Outlook& outlook = {})
+  // `own` is where this thread alone may write; the pass fills it too, unless it is one of threads that fill
+  // `together`.
+  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& own,
+          const Outlook& outlook = {}, TileSpace* together = nullptr)
       : kernels_(kernels),
         source_(source),
         token_(outlook.token),
@@ -67,7 +68,7 @@ class RowView {
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
         piece_(piece_tiles(tiles_, threads)),
-        space_(&space),
+        space_(together ? together : &own),
         own_(&own) {
     if (is_greedy(scale_) || !source.plain()) return;
     guessed_ = std::isfinite(outlook.base) && scale_ <= kMostScale;

@@ -79,7 +79,8 @@ class Request {
     TileSpace& own = scratch_.targets[size_t(place)];
     own.resize(tiles_of(op_.vocab));
     const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), edits_, before);
-    return RowView(kernels_, source, sampling_, threads_, lockstep_ ? lockstep_->space(share_) : own, own, outlook);
+    return RowView(kernels_, source, sampling_, threads_, own, outlook,
+                   lockstep_ ? &lockstep_->space(share_) : nullptr);
   }
 
   void pass_over(RowView& row) {
@@ -104,7 +105,7 @@ class Request {
     law.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
-      RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft, scratch_.draft);
+      RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft);
       RowView* const rows[] = {&target, &draft};
       std::atomic<bool> shared[] = {true, true};
       const uint32_t pieces = target.pieces();
@@ -139,7 +140,7 @@ class Request {
     if (op_.out_logprobs == nullptr) return;
     op_.out_logprobs[at] = target.valid() ? float(target.logprob(token)) : NAN;
     scratch_.draft.resize(tiles_of(op_.vocab));
-    RowView raw(kernels_, Source(target_row(i)), {1.0f, {}}, threads_, scratch_.draft, scratch_.draft);
+    RowView raw(kernels_, Source(target_row(i)), {1.0f, {}}, threads_, scratch_.draft);
     raw.pass_all(pass_);
     op_.out_raw_logprobs[at] = raw.valid() ? float(raw.logprob(token)) : NAN;
   }

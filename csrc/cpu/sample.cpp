@@ -14,7 +14,7 @@ RowView row_view(const Sample& op, const Kernels& kernels, int64_t threads, int6
                       edits_of(op.processing, r));
   TileSpace& space = scratch().draft;
   space.resize(tiles_of(op.vocab));
-  RowView view(kernels, source, sampling_of(op.sampling, r), threads, space, space);
+  RowView view(kernels, source, sampling_of(op.sampling, r), threads, space);
   view.pass_all(pass);
   float* stats = op.out_stats + 3 * r;
   stats[0] = view.valid() ? view.scale() : NAN;

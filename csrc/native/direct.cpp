@@ -258,10 +258,11 @@ void run(void (*entry)(const Op&), const Op& op, const View& logits) {
   entry(op);
 }
 
-// Whether these are plain tensors, and the four from `numbers` on are; common enough not to be, since Python spreads
-// numbers over requests, to be told without an exception.
-bool taken(PyObject* const* tensors, int count, PyObject* const* numbers) {
-  return std::all_of(tensors, tensors + count, View::is_plain) && Arguments::are_numbers(numbers);
+// Fetches the tensors that arguments begin with; whether those from `key` on are plain, and the four numbers behind the
+// tensors are of all requests. Often they are not, since Python spreads numbers over requests: no exception is thrown.
+bool taken(PyObject* const* objects, size_t tensors, int key, int keys) {
+  parts.fetch(objects, tensors);
+  return std::all_of(objects + key, objects + key + keys, View::is_plain) && Arguments::are_numbers(objects + tensors);
 }
 
 // The results of a chain or a tree, in the order of the operators, `nodes` behind the first or `counters` behind the
@@ -303,6 +304,14 @@ class Outputs {
   int32_t* more_ = nullptr;
 };
 
+template <class Op, class Given>
+PyObject* verified(void (*entry)(const Op&), const Given& arguments, int64_t rows, bool tree) {
+  arguments.require();
+  const Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
+  run(entry, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
+  return outputs.tuple();
+}
+
 // What is drawn from rows, `columns` tokens each, -1 for one without a dimension of its own.
 class Draws {
  public:
@@ -321,8 +330,7 @@ class Draws {
 };
 
 PyObject* verify_chain(PyObject* const* objects) {
-  parts.fetch(objects, 8);
-  if (!taken(objects + 4, 2, objects + 8)) return Py_NewRef(Py_None);
+  if (!taken(objects, 8, 4, 2)) return Py_NewRef(Py_None);
   Arguments next(objects);
   const ChainArguments<View> arguments{next.tensor(),
                                        next.tensor(),
@@ -337,29 +345,21 @@ PyObject* verify_chain(PyObject* const* objects) {
                                        next.integer() != 0,
                                        next.integer() != 0,
                                        {}};
-  arguments.require();
-  const Outputs outputs(arguments.batch(), arguments.rows(), false, arguments.logprobs);
-  run(entries->verify_chain, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
-  return outputs.tuple();
+  return verified(entries->verify_chain, arguments, arguments.rows(), false);
 }
 
 PyObject* verify_tree(PyObject* const* objects) {
-  parts.fetch(objects, 7);
-  if (!taken(objects + 5, 2, objects + 7)) return Py_NewRef(Py_None);
+  if (!taken(objects, 7, 5, 2)) return Py_NewRef(Py_None);
   Arguments next(objects);
   const TreeArguments<View> arguments{next.tensor(),       next.tensor(),      next.tensor(),
                                       next.optional(),     next.optional(),    next.tensor(),
                                       next.tensor(),       next.law(),         TreeRule(next.integer()),
                                       next.integer() != 0, next.integer() != 0};
-  arguments.require();
-  const Outputs outputs(arguments.batch(), arguments.nodes(), true, arguments.logprobs);
-  run(entries->verify_tree, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
-  return outputs.tuple();
+  return verified(entries->verify_tree, arguments, arguments.nodes(), true);
 }
 
 PyObject* sample(PyObject* const* objects) {
-  parts.fetch(objects, 4);
-  if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
+  if (!taken(objects, 4, 1, 3)) return Py_NewRef(Py_None);
   Arguments next(objects);
   const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(),
                                         next.tensor(), next.law(),    next.integer() != 0};
@@ -370,8 +370,7 @@ PyObject* sample(PyObject* const* objects) {
 }
 
 PyObject* sample_children(PyObject* const* objects) {
-  parts.fetch(objects, 4);
-  if (!taken(objects + 1, 3, objects + 4)) return Py_NewRef(Py_None);
+  if (!taken(objects, 4, 1, 3)) return Py_NewRef(Py_None);
   Arguments next(objects);
   const SampleArguments<View> arguments{next.tensor(), next.tensor(), next.tensor(), next.tensor(), next.law(), false};
   const int64_t children = next.integer();
