@@ -57,10 +57,11 @@ class ChainRequest : Request {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
       const int64_t token = draft_at(i);
+      const double u = token >= 0 ? coin(i) : 0.0;  // before the pass, whose waiting for memory hides it
       const DraftLaw draft = score(target, i, token);
       Residual left(kernels_, target, draft, pass_, false);
       const bool usable = target.valid() && token >= 0 && draft.usable(token);
-      if (usable && left.accepts(token, coin(i))) {
+      if (usable && left.accepts(token, u)) {
         if (leads()) write(target, i, token);
         continue;
       }

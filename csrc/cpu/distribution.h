@@ -33,17 +33,13 @@ struct Sampling {
   Filters filters;
 };
 
-// The sum of weights, in eight lanes: one after the other they would wait for each other.
-inline double sum_of(const float* weights, int64_t count) {
-  const int64_t rest = count % 8;
+// The sum of a tile's weights, in eight lanes: one after the other they would wait for each other.
+inline double sum_of_tile(const float* weights) {
   double lanes[8] = {};
-  for (int64_t lane = 0; lane < rest; ++lane) lanes[lane] = double(weights[count - rest + lane]);
-  for (int64_t i = 0; i < count - rest; i += 8)
+  for (int64_t i = 0; i < kTile; i += 8)
     for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += double(weights[i + lane]);
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
-
-inline double sum_of_tile(const float* weights) { return sum_of(weights, kTile); }
 
 // What is likely of a row: that the logit of `token` is asked for, and none of the small ones (-1: of no token); that
 // its large logits are about `base` (nan: about nothing known); that the row at `next` is looked at after it. It costs
@@ -70,6 +66,7 @@ class RowView {
         piece_(piece_tiles(tiles_, threads)),
         space_(together ? together : &own),
         own_(&own) {
+    own.pieces.resize(pieces());
     if (is_greedy(scale_) || !source.plain()) return;
     guessed_ = std::isfinite(outlook.base) && scale_ <= kMostScale;
     base_ = guessed_ ? outlook.base : some_large();
@@ -77,10 +74,10 @@ class RowView {
 
   // Work on the tiles of one piece; `finish` once all pieces are done.
   Found pass(uint32_t piece) {
-    const bool shared = pass_over(piece);
+    Found found = pass_over(piece);
     const auto [begin, end] = tiles_of_piece(piece);
-    const bool here = token_ >= begin * kTile && token_ < end * kTile;
-    return {shared, here ? source_.logit(token_) : NAN};
+    if (token_ >= begin * kTile && token_ < end * kTile) found.logit = source_.logit(token_);
+    return found;
   }
 
   // With what all pieces found. False if they have to be done again: a base far above the row cost the sums their
@@ -88,7 +85,15 @@ class RowView {
   [[nodiscard]] bool finish(const Found& found) {
     logit_ = found.logit;
     if (is_greedy(scale_)) return finish_greedy(), true;
-    return finish_sampled(found.shared);
+    return finish_sampled(found);
+  }
+
+  // The same, where what a piece found is kept until all are done.
+  void pass_and_keep(uint32_t piece) { own_->pieces[piece].found = pass(piece); }
+  [[nodiscard]] bool finish_kept() {
+    Found all;
+    for (uint32_t piece = 0; piece < pieces(); ++piece) all.add(own_->pieces[piece].found);
+    return finish(all);
   }
 
   // The pieces are done again elsewhere.
@@ -96,13 +101,8 @@ class RowView {
 
   // All of it, with whoever helps.
   void pass_all(SharedPass& by) {
-    std::atomic<bool> shared;
-    do {
-      shared = true;
-      by.run(pieces(), [&](uint32_t piece) {
-        if (!pass(piece).shared) shared.store(false, std::memory_order_relaxed);
-      });
-    } while (!finish({shared.load(std::memory_order_relaxed), NAN}));
+    do by.run(pieces(), [&](uint32_t piece) { pass_and_keep(piece); });
+    while (!finish_kept());
   }
 
   // About its large logits: of the next row's, a good guess.
@@ -314,22 +314,22 @@ class RowView {
   static constexpr float kMostScale = 2.0f;
 
   // Sums of less than that from a guessed base may have lost digits.
-  static constexpr double kLeastTotal = 0x1p-60;
+  static constexpr double kLeastTotal = 0x1p-40;
 
   std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
     const int64_t begin = int64_t(piece) * piece_;
     return {begin, std::min(begin + piece_, tiles_)};
   }
 
-  // The tiles of one piece; whether their weights have the row's base.
-  bool pass_over(uint32_t piece) {
+  Found pass_over(uint32_t piece) {
     const auto [begin, end] = tiles_of_piece(piece);
     if (source_.plain()) {
-      const bool shared = pass_over(source_.row(), begin, end, 0);
+      const Found found = pass_over(source_.row(), begin, end, 0);
       const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
       if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
-      return shared;
+      return found;
     }
+    Found found{.shared = false};  // a base each
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {
       const int64_t stop = std::min(tile + kFilled, end);
@@ -340,21 +340,20 @@ class RowView {
       source_.fill(tile, stop - tile, logits);
       pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
     }
-    return false;
+    return found;
   }
 
   // Tiles [begin, end) of `row` are those of this row from `offset` on.
-  bool pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
+  Found pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
     float* level = space_->level.data() + offset;
     if (is_greedy(scale_)) {
       kernels_.tile_max(row, begin, end, level);
-      return true;
+      return {};
     }
     // Nothing but the law's own logits will do for a base: those of these tiles, where the row is not the law's.
     const float base = source_.plain() ? base_ : kernels_.some_large(row, begin, end);
-    return kernels_.tile_stats(row, scale_, base, begin, end, level, space_->weight.data() + offset,
-                               space_->group.data() + offset / kernels_.lanes) &&
-           source_.plain();
+    const Summed summed = kernels_.tile_stats(row, scale_, base, begin, end, level, space_->weight.data() + offset);
+    return {summed.total, summed.shared};
   }
 
   Arrival first_of(const float* arrivals) const {
@@ -376,10 +375,10 @@ class RowView {
     return tile * kTile + kernels_.first_arrival(times, kTile).index;
   }
 
-  bool finish_sampled(bool shared) {
+  bool finish_sampled(const Found& found) {
     float base = base_;
-    if (shared) {
-      total_ = sum_of(space_->group.data(), (tiles_ + kernels_.lanes - 1) / kernels_.lanes);
+    if (found.shared) {
+      total_ = std::ldexp(double(found.total), -kFixedBits);
       if (guessed_ && !(total_ >= kLeastTotal)) {
         guessed_ = false;
         base_ = some_large();

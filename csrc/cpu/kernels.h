@@ -15,6 +15,11 @@ constexpr int64_t kRaceBlock = 64;
 // What a kernel may write behind the end of a tile.
 constexpr int64_t kTileSlack = 16;
 
+// Sums of a row's tiles are added up in fixed point, in units of 1 / kFixedOne: exact, so it makes no difference where
+// the row is cut. What is below a unit is lost.
+using FixedPoint = unsigned __int128;
+constexpr int kFixedBits = 75;
+
 struct Row {
   const void* logits;
   DType dtype;
@@ -50,6 +55,12 @@ struct Above {
   float least;
 };
 
+// Whether all tiles were summed from the base that was given, and if so what they sum up to.
+struct Summed {
+  bool shared;
+  FixedPoint total;
+};
+
 struct Largest {
   int64_t index;
   float value;
@@ -76,9 +87,9 @@ struct Kernels {
   float (*some_large)(const Row&, int64_t begin, int64_t end);
 
   // Of each tile, the sum of exp(scale * (logit - base)) and that base, which is the one given but for tiles that are
-  // far above it; whether there were none. nan or inf where a tile holds a nan or +inf. Of each `lanes` tiles, the sum.
-  bool (*tile_stats)(const Row&, float scale, float base, int64_t begin, int64_t end, float* tile_base, float* tile_sum,
-                     float* group_sum);
+  // far above it. nan or inf where a tile holds a nan or +inf.
+  Summed (*tile_stats)(const Row&, float scale, float base, int64_t begin, int64_t end, float* tile_base,
+                       float* tile_sum);
 
   // Brings the tiles' sums to a common base: they become race weights, where they are or elsewhere.
   Combined (*combine)(const float* tile_base, const float* tile_sum, int64_t padded_tiles, float scale, float* weight);

@@ -1,4 +1,5 @@
 #include "kernels.h"
+#include <bit>
 #include <cmath>
 #include <cstring>
 

@@ -153,9 +153,6 @@ V::F sums_from_own(const Group<T>& group, V::F bases, V::F scale2) {
   return group_sums(group, [&](int64_t g, V::F logit) { return V::mul(V::sub(logit, V::set(base[g])), scale2); });
 }
 
-// Beyond it a sum has not lost anything yet, but the sum of a row of them might.
-constexpr float kLargeSum = 0x1p60f;
-
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
 
@@ -185,27 +182,37 @@ float some_large(const Row& row, int64_t begin, int64_t end) {
   return V::reduce_max(largest);
 }
 
-bool tile_stats(const Row& row, float scale, float base, int64_t begin, int64_t end, float* tile_base, float* tile_sum,
-                float* group_sum) {
+// Not negative, and not too large. In place, since a call (which a cast is) would cost the loop its registers.
+FixedPoint fixed_point(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const int up = int(bits >> 23) - 150 + kFixedBits;
+  const uint32_t digits = (bits & 0x7fffff) | 0x800000;
+  return up >= 0 ? FixedPoint(digits) << up : FixedPoint(up > -24 ? digits >> -up : 0);
+}
+
+Summed tile_stats(const Row& row, float scale, float base, int64_t begin, int64_t end, float* tile_base,
+                  float* tile_sum) {
   const V::F scale2 = V::set(scale * kLog2e);
-  const bool usable = std::fabs(base * scale) <= kLargeSpread;  // and finite
-  bool shared = true;
+  const bool usable = std::fabs(base * scale) <= kLargeSpread;             // and finite
+  const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(row.vocab / kTile + 1);  // so that a row of them fits
+  Summed summed{true, 0};
   with_dtype(row.dtype, [&](auto element) {
     for (int64_t first = begin; first < end; first += V::width) {
       const Group<decltype(element)> group(row, first, end);
       V::F bases = V::set(base), sums = V::set(INFINITY);
       if (usable) sums = sums_from(group, bases, scale2);
-      if (V::any(V::exceeds(sums, kLargeSum))) {
-        shared = false;
+      if (V::any(V::exceeds(sums, most))) {
+        summed.shared = false;
         bases = usable_base(group_maxima(group));
         sums = sums_from_own(group, bases, scale2);
+      } else {
+        summed.total += fixed_point(V::reduce_add(sums));
       }
       V::store(tile_base + first, bases);
       V::store(tile_sum + first, sums);
-      group_sum[first / V::width] = V::reduce_add(sums);
     }
   });
-  return shared;
+  return summed;
 }
 
 Combined combine(const float* tile_base, const float* tile_sum, int64_t padded_tiles, float scale, float* weights) {

@@ -25,20 +25,24 @@ class Lockstep {
     bool leads() const { return pieces & 1; }
   };
 
-  // What is used again by the next call.
+  // What is used again by the next call. A piece of a row tells that it is done, and what it found, in one cache line.
   struct Memory {
     struct alignas(64) Piece {
-      std::atomic<int64_t> rows;  // done
-      Found found[2];             // in the last two
+      std::atomic<uint64_t> done;  // which row it was
+      Found found;
+    };
+    struct Turn {
+      Piece pieces[kMostPieces];
+      TileSpace space;
     };
 
-    Piece pieces[kMostPieces];
-    TileSpace spaces[2];
+    uint64_t calls = 0;
+    Turn turns[2];
   };
 
-  Lockstep(int64_t pieces, int64_t tiles, Memory& memory) : count_(uint32_t(pieces)), memory_(memory) {
-    for (uint32_t piece = 0; piece < count_; ++piece) memory_.pieces[piece].rows.store(0, std::memory_order_relaxed);
-    for (TileSpace& space : memory_.spaces) space.resize(tiles);
+  Lockstep(int64_t pieces, int64_t tiles, Memory& memory)
+      : count_(uint32_t(pieces)), call_(++memory.calls << 32), memory_(memory) {
+    for (Memory::Turn& turn : memory_.turns) turn.space.resize(tiles);
   }
 
   // A thread comes, and takes a piece; false if it came too late. Whoever has a piece does it in all rows, so that
@@ -52,28 +56,27 @@ class Lockstep {
   }
 
   // Two rows take turns: with a piece of each row, nobody is at the next but one before all are done with this.
-  TileSpace& space(const Share& share) { return memory_.spaces[share.row % 2]; }
+  TileSpace& space(const Share& share) { return memory_.turns[share.row % 2].space; }
 
   // `work(piece)` for the thread's pieces of its row, and on to the next row when all pieces of it are done; what all
   // of them found.
   template <class F>
   Found run(Share& share, const F& work) {
-    const int64_t turn = share.row % 2, done = ++share.row;
+    Memory::Piece* const pieces = memory_.turns[share.row % 2].pieces;
+    const uint64_t done = call_ + uint64_t(++share.row);  // as no call before it
     const auto finish = [&](uint32_t piece) {
-      memory_.pieces[piece].found[turn] = work(piece);
-      memory_.pieces[piece].rows.store(done, std::memory_order_release);
+      pieces[piece].found = work(piece);
+      pieces[piece].done.store(done, std::memory_order_release);
     };
     for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
-    for (uint32_t piece; done == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+    for (uint32_t piece; share.row == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
       share.pieces |= uint64_t(1) << piece;
       finish(piece);
     }
     Found all;
     for (uint32_t piece = 0; piece < count_; ++piece) {
-      while (memory_.pieces[piece].rows.load(std::memory_order_acquire) < done) relax();
-      const Found& one = memory_.pieces[piece].found[turn];
-      all.shared = all.shared && one.shared;
-      if (!std::isnan(one.logit)) all.logit = one.logit;
+      while (pieces[piece].done.load(std::memory_order_acquire) != done) relax();
+      all.add(pieces[piece].found);
     }
     return all;
   }
@@ -81,6 +84,7 @@ class Lockstep {
  private:
   alignas(64) std::atomic<uint32_t> next_{0};
   alignas(64) const uint32_t count_;
+  const uint64_t call_;
   Memory& memory_;
 };
 

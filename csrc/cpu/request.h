@@ -84,11 +84,30 @@ class Request {
   }
 
   void pass_over(RowView& row) {
-    if (lockstep_ == nullptr)
+    DraftLaw none{.point_mass = true};
+    pass_over(row, none);
+  }
+
+  // Gets the draft's logit besides. The way there is long, to a page that nobody was at: one thread goes, with the last
+  // piece, which is the shortest.
+  void pass_over(RowView& row, DraftLaw& draft) {
+    const auto drafted = [&] { return draft.point_mass ? NAN : logit_of(draft.row, draft.token); };
+    if (lockstep_ == nullptr) {
+      draft.logit = drafted();
       row.pass_all(pass_);
-    else
-      while (!row.finish(lockstep_->run(share_, [&](uint32_t piece) { return row.pass(piece); })))
-        row.move_to(lockstep_->space(share_));
+    } else {
+      const auto work = [&](uint32_t piece) {
+        const float logit = piece + 1 == row.pieces() ? drafted() : NAN;  // on its way during the pass
+        Found found = row.pass(piece);
+        found.drafted = logit;
+        return found;
+      };
+      for (;; row.move_to(lockstep_->space(share_))) {
+        const Found found = lockstep_->run(share_, work);
+        draft.logit = found.drafted;
+        if (row.finish(found)) break;
+      }
+    }
     large_ = row.large();
   }
 
@@ -107,24 +126,20 @@ class Request {
       scratch_.draft.resize(tiles_of(op_.vocab));
       RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft);
       RowView* const rows[] = {&target, &draft};
-      std::atomic<bool> shared[] = {true, true};
       const uint32_t pieces = target.pieces();
-      pass_.run(2 * pieces, [&](uint32_t piece) {
-        const uint32_t row = piece / pieces;
-        if (!rows[row]->pass(piece % pieces).shared) shared[row].store(false, std::memory_order_relaxed);
-      });
-      for (uint32_t row : {0, 1})
-        if (!rows[row]->finish({shared[row].load(std::memory_order_relaxed), NAN})) rows[row]->pass_all(pass_);
+      pass_.run(2 * pieces, [&](uint32_t piece) { rows[piece / pieces]->pass_and_keep(piece % pieces); });
+      for (RowView* row : rows)
+        if (!row->finish_kept()) row->pass_all(pass_);
       large_ = target.large();
       law.dist = draft.distribution();
       law.valid = draft.valid();
       return law;
     }
-    prefetch(law.row, token, 1);  // while the pass goes on
-    pass_over(target);
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
     law.point_mass = is_greedy(stats[0]);
     law.dist = {stats[0], stats[1], stats[2], 0.0f};
+    law.token = token;
+    pass_over(target, law);
     return law;
   }
 

@@ -10,26 +10,39 @@
 
 namespace specdec {
 
-// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; the
-// weights of groups of tiles; and what a search for a cutoff looks at.
+// What a pass over some tiles of a row found.
+struct Found {
+  FixedPoint total = 0;  // of their weights
+  bool shared = true;    // whether these are sums from the row's base, and `total` is anything
+  float logit = NAN;     // that was asked for, if it is among them
+  float drafted = NAN;   // the draft's, if this piece was to get it
+
+  void add(const Found& other) {
+    total += other.total;
+    shared = shared && other.shared;
+    if (!std::isnan(other.logit)) logit = other.logit;
+    if (!std::isnan(other.drafted)) drafted = other.drafted;
+  }
+};
+
+// Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; what
+// was found in each piece of the row; and what a search for a cutoff looks at.
 struct TileSpace {
-  std::vector<float> level, weight, arrival, group, candidates;
+  struct alignas(64) Piece {
+    Found found;
+  };
+
+  std::vector<float> level, weight, arrival, candidates;
+  std::vector<Piece> pieces;
   std::vector<int32_t> found;
 
   // The pass fills it; only what is behind the last tile is made empty here.
   void resize(int64_t tiles) {
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
-    for (auto* tile : {&level, &weight, &arrival, &group}) tile->resize(padded);
+    for (auto* tile : {&level, &weight, &arrival}) tile->resize(padded);
     std::fill(level.begin() + tiles, level.end(), -INFINITY);
     std::fill(weight.begin() + tiles, weight.end(), 0.0f);
   }
-};
-
-// What a pass over some tiles found: whether all their weights are sums from the row's base; and a logit that was asked
-// for, nan if it is not among them.
-struct Found {
-  bool shared = true;
-  float logit = NAN;
 };
 
 }  // namespace specdec
