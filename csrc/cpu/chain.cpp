@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <thread>
 #include <vector>
 
 #include "request.h"
@@ -23,10 +24,13 @@ class ChainRequest : Request {
   }
 
   // Whether this thread takes part.
-  bool join(Lockstep& lockstep) {
+  bool join(Lockstep& lockstep, bool called) {
     lockstep_ = &lockstep;
-    return lockstep.join(share_);
+    return lockstep.join(share_, called);
   }
+
+  // Whether this is the thread that writes results.
+  bool leads() const { return lockstep_ == nullptr || share_.leads(); }
 
   void run() {
     switch (chain_.rule) {
@@ -40,9 +44,6 @@ class ChainRequest : Request {
   }
 
  private:
-  // Whether this is the thread that writes results.
-  bool leads() const { return lockstep_ == nullptr || share_.leads(); }
-
   int64_t drafted() const { return int64_t(drafts_.size()); }
   int64_t draft_at(int64_t i) const { return i < drafted() ? drafts_[size_t(i)] : -1; }
 
@@ -155,10 +156,14 @@ bool verify_in_lockstep(const VerifyChain& op, const Kernels& kernels, int64_t t
   if (op.room(0) > 0 && all.tokens[0] >= 0)  // while threads come
     prefetch(row_at(all.target, all.vocab, 0), all.tokens[0], 1);
   Lockstep lockstep(pieces, tiles, scratch().lockstep);
+  const auto caller = std::this_thread::get_id();
   auto member = [&] {
     SharedPass nobody_helps;
     ChainRequest request(op, kernels, threads, 0, nobody_helps);
-    if (request.join(lockstep)) request.run();
+    const bool called = std::this_thread::get_id() == caller;
+    if (!request.join(lockstep, called)) return;
+    request.run();
+    if (called && !request.leads() && op.aside != nullptr) op.aside->run();
   };
   run(several, [](void* context) { (*static_cast<decltype(member)*>(context))(); }, &member);
   return true;

@@ -46,11 +46,12 @@ class Lockstep {
   }
 
   // A thread comes, and takes a piece; false if it came too late. Whoever has a piece does it in all rows, so that
-  // nobody is waited for who was never there.
-  bool join(Share& share) {
+  // nobody is waited for who was never there. The last is for the thread that called: it comes in any case, and has
+  // other things to do while the one that leads ends the request.
+  bool join(Share& share, bool called) {
     ahead = {};
-    const uint32_t piece = next_.fetch_add(1, std::memory_order_relaxed);
-    if (piece >= count_) return false;
+    const uint32_t last = count_ - 1, piece = called ? last : next_.fetch_add(1, std::memory_order_relaxed);
+    if (piece >= last && !called) return false;
     share.pieces = uint64_t(1) << piece;
     return true;
   }
@@ -69,7 +70,7 @@ class Lockstep {
       pieces[piece].done.store(done, std::memory_order_release);
     };
     for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
-    for (uint32_t piece; share.row == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+    for (uint32_t piece; share.row == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_ - 1;) {
       share.pieces |= uint64_t(1) << piece;
       finish(piece);
     }

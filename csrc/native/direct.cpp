@@ -11,6 +11,7 @@
 #include <numeric>
 #include <span>
 #include <stdexcept>
+#include <utility>
 
 #include "../common/arguments.h"
 #include "../cpu/entries.h"
@@ -247,10 +248,14 @@ class Arguments {
 // may as well wait for that, and to let them in and come back would take a hundredth of it.
 constexpr int64_t kFew = int64_t(1) << 21;
 
+bool are_few(const View& logits) {
+  const auto sizes = logits.sizes();
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies()) <= kFew;
+}
+
 template <class Op>
 void run(void (*entry)(const Op&), const Op& op, const View& logits) {
-  const auto sizes = logits.sizes();
-  if (std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies()) <= kFew) return entry(op);
+  if (are_few(logits)) return entry(op);
   struct OthersRun {
     PyThreadState* state = PyEval_SaveThread();
     ~OthersRun() { PyEval_RestoreThread(state); }
@@ -267,7 +272,7 @@ bool taken(PyObject* const* objects, size_t tensors, int key, int keys) {
 
 // The results of a chain or a tree, in the order of the operators, `nodes` behind the first or `counters` behind the
 // flags.
-class Outputs {
+class Outputs : public Aside {
  public:
   Outputs(int64_t batch, int64_t rows, bool tree, bool logprobs)
       : filling_(bytes(batch, rows)), tree_(tree), logprobs_(logprobs) {
@@ -285,14 +290,25 @@ class Outputs {
   const Results& results() const { return results_; }
   int32_t* more() const { return more_; }  // nodes or counters
 
-  PyObject* tuple() const {
+  // Makes the tuple before it is asked for, by a thread that holds Python's lock.
+  void run() noexcept override {
+    try {
+      tuple_ = made();
+    } catch (const Raised&) {
+      PyErr_Clear();  // it will be raised again
+    }
+  }
+
+  PyObject* tuple() { return tuple_ != nullptr ? std::exchange(tuple_, nullptr) : made(); }
+
+ private:
+  PyObject* made() const {
     PyObject* tuple = filling_.block->tuple(tree_ ? types.verified_tree : types.verified, 6);
     if (!logprobs_)
       for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
     return tuple;
   }
 
- private:
   static size_t bytes(int64_t batch, int64_t rows) {
     constexpr size_t kEachRow = sizeof(int64_t) + sizeof(int32_t) + 2 * sizeof(float), kEach = 4 * sizeof(int32_t);
     return size_t(batch) * (size_t(rows) * kEachRow + kEach);
@@ -302,13 +318,17 @@ class Outputs {
   bool tree_, logprobs_;
   Results results_{};
   int32_t* more_ = nullptr;
+  PyObject* tuple_ = nullptr;
 };
 
 template <class Op, class Given>
 PyObject* verified(void (*entry)(const Op&), const Given& arguments, int64_t rows, bool tree) {
   arguments.require();
-  const Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
-  run(entry, arguments.op(outputs.results(), outputs.more()), arguments.target_logits);
+  Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
+  Op op = arguments.op(outputs.results(), outputs.more());
+  if constexpr (std::is_same_v<Op, VerifyChain>)
+    if (are_few(arguments.target_logits)) op.aside = &outputs;
+  run(entry, op, arguments.target_logits);
   return outputs.tuple();
 }
 
