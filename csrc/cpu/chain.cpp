@@ -1,5 +1,6 @@
 // Rules for a chain of drafts.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <deque>
 #include <thread>
@@ -24,9 +25,13 @@ class ChainRequest : Request {
   }
 
   // Whether this thread takes part.
-  bool join(Lockstep& lockstep, bool called) {
+  bool join(Lockstep& lockstep, bool is_caller) {
     lockstep_ = &lockstep;
-    return lockstep.join(share_, called);
+    if (!lockstep.join(share_, is_caller)) return false;
+    // Where it begins is on its way while it looks at what else there is.
+    const int64_t begin = std::countr_zero(share_.pieces) * piece_tiles(tiles_of(op_.vocab), threads_);
+    prefetch(target_row(0), begin * kTile, kTile);
+    return true;
   }
 
   // Whether this is the thread that writes results.
@@ -160,10 +165,10 @@ bool verify_in_lockstep(const VerifyChain& op, const Kernels& kernels, int64_t t
   auto member = [&] {
     SharedPass nobody_helps;
     ChainRequest request(op, kernels, threads, 0, nobody_helps);
-    const bool called = std::this_thread::get_id() == caller;
-    if (!request.join(lockstep, called)) return;
+    const bool is_caller = std::this_thread::get_id() == caller;
+    if (!request.join(lockstep, is_caller)) return;
     request.run();
-    if (called && !request.leads() && op.aside != nullptr) op.aside->run();
+    if (is_caller && !request.leads() && op.aside != nullptr) op.aside->run();
   };
   run(several, [](void* context) { (*static_cast<decltype(member)*>(context))(); }, &member);
   return true;

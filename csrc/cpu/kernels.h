@@ -119,7 +119,7 @@ struct Kernels {
   // positive. `first` is a multiple of 4, `count` of 64.
   void (*arrivals)(const float* weights, int64_t first, int64_t count, const Noise&, float* out);
 
-  // The first arrival, lowest index on ties.
+  // The first of `count` arrivals, a multiple of 64 of them; lowest index on ties.
   Arrival (*first_arrival)(const float* arrivals, int64_t count);
 
   // Words of the counters first, first + 1, ...: four each.

@@ -398,9 +398,12 @@ void arrivals(const float* weights, int64_t first, int64_t count, const Noise& n
 }
 
 Arrival first_arrival(const float* times, int64_t count) {
-  V::F earliest = V::load(times);
-  for (int64_t i = V::width; i < count; i += V::width) earliest = V::min(earliest, V::load(times + i));
-  const float time = V::reduce_min(earliest);
+  constexpr int kAtOnce = 4;  // one after the other, minima wait for each other
+  V::F earliest[kAtOnce];
+  for (V::F& lane : earliest) lane = V::set(INFINITY);
+  for (int64_t i = 0; i < count; i += kAtOnce * V::width)
+    for (int j = 0; j < kAtOnce; ++j) earliest[j] = V::min(earliest[j], V::load(times + i + j * V::width));
+  const float time = V::reduce_min(V::min(V::min(earliest[0], earliest[1]), V::min(earliest[2], earliest[3])));
   int64_t index = 0;
   while (!V::any(V::at_least(V::set(time), V::load(times + index)))) index += V::width;
   while (times[index] != time) ++index;

@@ -48,10 +48,10 @@ class Lockstep {
   // A thread comes, and takes a piece; false if it came too late. Whoever has a piece does it in all rows, so that
   // nobody is waited for who was never there. The last is for the thread that called: it comes in any case, and has
   // other things to do while the one that leads ends the request.
-  bool join(Share& share, bool called) {
+  bool join(Share& share, bool is_caller) {
     ahead = {};
-    const uint32_t last = count_ - 1, piece = called ? last : next_.fetch_add(1, std::memory_order_relaxed);
-    if (piece >= last && !called) return false;
+    const uint32_t piece = is_caller ? count_ - 1 : next_piece();
+    if (piece == count_) return false;
     share.pieces = uint64_t(1) << piece;
     return true;
   }
@@ -70,7 +70,7 @@ class Lockstep {
       pieces[piece].done.store(done, std::memory_order_release);
     };
     for (uint64_t left = share.pieces; left != 0; left &= left - 1) finish(uint32_t(std::countr_zero(left)));
-    for (uint32_t piece; share.row == 1 && (piece = next_.fetch_add(1, std::memory_order_relaxed)) < count_ - 1;) {
+    for (uint32_t piece; share.row == 1 && (piece = next_piece()) != count_;) {
       share.pieces |= uint64_t(1) << piece;
       finish(piece);
     }
@@ -83,6 +83,12 @@ class Lockstep {
   }
 
  private:
+  // One that nobody has, of all but the last; `count_` if there is none.
+  uint32_t next_piece() {
+    const uint32_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+    return piece + 1 < count_ ? piece : count_;
+  }
+
   alignas(64) std::atomic<uint32_t> next_{0};
   alignas(64) const uint32_t count_;
   const uint64_t call_;

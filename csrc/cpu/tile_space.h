@@ -36,13 +36,18 @@ struct TileSpace {
   std::vector<Piece> pieces;
   std::vector<int32_t> found;
 
-  // The pass fills it; only what is behind the last tile is made empty here.
+  // The pass fills it; only what is behind the last tile is made empty here, once: it stays so.
   void resize(int64_t tiles) {
+    if (tiles == tiles_) return;
+    tiles_ = tiles;
     const auto padded = size_t((tiles + kRaceBlock - 1) / kRaceBlock * kRaceBlock);
     for (auto* tile : {&level, &weight, &arrival}) tile->resize(padded);
     std::fill(level.begin() + tiles, level.end(), -INFINITY);
     std::fill(weight.begin() + tiles, weight.end(), 0.0f);
   }
+
+ private:
+  int64_t tiles_ = -1;
 };
 
 }  // namespace specdec
