@@ -84,31 +84,29 @@ class Request {
   }
 
   void pass_over(RowView& row) {
-    DraftLaw none{.point_mass = true};
-    pass_over(row, none);
+    pass_over(row, [] {}, [] { return NAN; });
   }
 
-  // Gets the draft's logit besides. The way there is long, to a page that nobody was at: one thread goes, with the last
-  // piece, which is the shortest.
-  void pass_over(RowView& row, DraftLaw& draft) {
-    const auto drafted = [&] { return draft.point_mass ? NAN : logit_of(draft.row, draft.token); };
+  // With what `fetch` asks for on its way meanwhile. The result of `look`, behind the pass: side by side one thread
+  // looks for all, since the way is long, to a page that nobody was at; nan if each may look for itself.
+  template <class F, class G>
+  float pass_over(RowView& row, const F& fetch, const G& look) {
+    Found found;
     if (lockstep_ == nullptr) {
-      draft.logit = drafted();
+      fetch();
       row.pass_all(pass_);
     } else {
       const auto work = [&](uint32_t piece) {
-        const float logit = piece + 1 == row.pieces() ? drafted() : NAN;  // on its way during the pass
-        Found found = row.pass(piece);
-        found.drafted = logit;
-        return found;
+        const bool last = piece + 1 == row.pieces();  // and the shortest
+        if (last) fetch();
+        Found own = row.pass(piece);
+        if (last) own.looked = look();
+        return own;
       };
-      for (;; row.move_to(lockstep_->space(share_))) {
-        const Found found = lockstep_->run(share_, work);
-        draft.logit = found.drafted;
-        if (row.finish(found)) break;
-      }
+      while (found = lockstep_->run(share_, work), !row.finish(found)) row.move_to(lockstep_->space(share_));
     }
     large_ = row.large();
+    return found.looked;
   }
 
   // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
@@ -136,10 +134,14 @@ class Request {
       return law;
     }
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
+    const auto fetch = [&] {
+      __builtin_prefetch(stats);
+      prefetch(law.row, token, 1);
+    };
+    law.token = token;
+    law.logit = pass_over(target, fetch, [&] { return is_greedy(stats[0]) ? NAN : logit_of(law.row, token); });
     law.point_mass = is_greedy(stats[0]);
     law.dist = {stats[0], stats[1], stats[2], 0.0f};
-    law.token = token;
-    pass_over(target, law);
     return law;
   }
 

@@ -15,13 +15,13 @@ struct Found {
   FixedPoint total = 0;  // of their weights
   bool shared = true;    // whether these are sums from the row's base, and `total` is anything
   float logit = NAN;     // that was asked for, if it is among them
-  float drafted = NAN;   // the draft's, if this piece was to get it
+  float looked = NAN;    // what one piece looks at for all
 
   void add(const Found& other) {
     total += other.total;
     shared = shared && other.shared;
     if (!std::isnan(other.logit)) logit = other.logit;
-    if (!std::isnan(other.drafted)) drafted = other.drafted;
+    if (!std::isnan(other.looked)) looked = other.looked;
   }
 };
 
