@@ -111,7 +111,7 @@ MUTANTS_OF_THREADS = {
     ),
     "one memory for two rows": ("lockstep.h", "turns[share.row % 2].space", "turns[0].space"),
     "one line for two rows": ("lockstep.h", "turns[share.row % 2].pieces", "turns[0].pieces"),
-    "any thread does what is the caller's": ("chain.cpp", "if (is_caller && ", "if (!is_caller && "),
+    "any thread does what is the caller's": ("chain.cpp", "if (is_caller && !request.leads() && ", "if ("),
     "help is done before it is written": (
         "team.h",
         "done_.fetch_add(1, std::memory_order_release)",
