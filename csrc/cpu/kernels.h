@@ -15,7 +15,7 @@ constexpr int64_t kRaceBlock = 64;
 // What a kernel may write behind the end of a tile.
 constexpr int64_t kTileSlack = 16;
 
-// Sums of a row's tiles are added up in fixed point, in units of 1 / kFixedOne: exact, so it makes no difference where
+// Sums of a row's tiles are added up in fixed point, in units of 2^-kFixedBits: exact, so it makes no difference where
 // the row is cut. What is below a unit is lost.
 using FixedPoint = unsigned __int128;
 constexpr int kFixedBits = 75;
@@ -73,7 +73,6 @@ struct Arrival {
 
 struct Kernels {
   const char* name;
-  int64_t lanes;
 
   // All passes take tiles [begin, end), begin a multiple of 16, and may write up to the next multiple of 16.
 

@@ -14,7 +14,6 @@ namespace {
 
 const Kernels kAvx2Kernels = {
     "avx2",
-    avx2::V::width,
     avx2::tile_max,
     avx2::largest,
     avx2::some_large,

@@ -14,7 +14,6 @@ namespace {
 
 const Kernels kAvx512Kernels = {
     "avx512",
-    avx512::V::width,
     avx512::tile_max,
     avx512::largest,
     avx512::some_large,

@@ -14,7 +14,6 @@ namespace {
 
 const Kernels kScalarKernels = {
     "scalar",
-    scalar::V::width,
     scalar::tile_max,
     scalar::largest,
     scalar::some_large,

@@ -103,7 +103,10 @@ class Request {
         if (last) own.looked = look();
         return own;
       };
-      while (found = lockstep_->run(share_, work), !row.finish(found)) row.move_to(lockstep_->space(share_));
+      for (;; row.move_to(lockstep_->space(share_))) {
+        found = lockstep_->run(share_, work);
+        if (row.finish(found)) break;
+      }
     }
     large_ = row.large();
     return found.looked;

@@ -12,8 +12,8 @@ namespace specdec {
 
 // What a pass over some tiles of a row found.
 struct Found {
-  FixedPoint total = 0;  // of their weights
-  bool shared = true;    // whether these are sums from the row's base, and `total` is anything
+  FixedPoint total = 0;  // of their weights, if they
+  bool shared = true;    // are all sums from the row's base
   float logit = NAN;     // that was asked for, if it is among them
   float looked = NAN;    // what one piece looks at for all
 

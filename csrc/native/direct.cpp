@@ -326,8 +326,8 @@ PyObject* verified(void (*entry)(const Op&), const Given& arguments, int64_t row
   arguments.require();
   Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
   Op op = arguments.op(outputs.results(), outputs.more());
-  if constexpr (std::is_same_v<Op, VerifyChain>)
-    if (are_few(arguments.target_logits)) op.aside = &outputs;
+  if constexpr (requires { op.aside; })
+    if (are_few(arguments.target_logits)) op.aside = &outputs;  // whose thread keeps the lock
   run(entry, op, arguments.target_logits);
   return outputs.tuple();
 }
