@@ -270,13 +270,17 @@ class RowView {
     float* best = weights[1];
     int64_t winner = -1;
     float winning = INFINITY;
-    Arrival next = first_tile(noise);
+    const auto announced = [&](const Arrival& arrival) {
+      prefetch(source_.row(), arrival.index * kTile, kTile);
+      announce(arrival.index);
+      return arrival;
+    };
+    Arrival next = announced(first_tile(noise));
     // The bound and the weights are rounded apart: leave room for that.
     while (next.time < INFINITY && next.time * 0.9999f < winning) {
       const Arrival here = next;
       bounds[here.index] = INFINITY;
-      next = first_of(bounds);
-      announce(next.index);
+      next = announced(first_of(bounds));
       token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
       const float time = float(double(here.time) * double(space_->weight[size_t(here.index)]) / (sum * total_));
