@@ -135,8 +135,9 @@ def test_threads_of_a_cpu_wait_for_each_other(mutant, tmp_path):
     except subprocess.TimeoutExpired:
         assert mutant is not None  # what comes of a race may be that all wait forever
     else:
-        as_one = (result.returncode, result.stdout) == (0, "the same\n")
-        assert as_one == (mutant is None), result.stdout + result.stderr[-3000:]
+        raced = "WARNING: ThreadSanitizer: data race" in result.stderr
+        assert raced == (mutant is not None), result.stderr[-3000:]
+        assert raced or (result.returncode, result.stdout) == (0, "the same\n")
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
