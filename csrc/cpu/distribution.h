@@ -58,7 +58,7 @@ class RowView {
           const Outlook& outlook = {}, TileSpace* together = nullptr)
       : kernels_(kernels),
         source_(source),
-        token_(outlook.token),
+        known_{outlook.token},
         next_(reinterpret_cast<uintptr_t>(outlook.next)),
         scale_(sampling.scale),
         filters_(sampling.filters),
@@ -76,14 +76,14 @@ class RowView {
   Found pass(uint32_t piece) {
     Found found = pass_over(piece);
     const auto [begin, end] = tiles_of_piece(piece);
-    if (token_ >= begin * kTile && token_ < end * kTile) found.logit = source_.logit(token_);
+    if (known_.token >= begin * kTile && known_.token < end * kTile) found.logit = source_.logit(known_.token);
     return found;
   }
 
   // With what all pieces found. False if they have to be done again: a base far above the row cost the sums their
   // digits.
   [[nodiscard]] bool finish(const Found& found) {
-    logit_ = found.logit;
+    known_.logit = found.logit;
     if (is_greedy(scale_)) return finish_greedy(), true;
     return finish_sampled(found);
   }
@@ -125,7 +125,7 @@ class RowView {
   // Of one token, in double precision.
   double logprob(int64_t token) const {
     if (is_greedy(scale_)) return token == argmax_ ? 0.0 : -INFINITY;
-    const float logit = token == token_ && !std::isnan(logit_) ? logit_ : source_.logit(token);
+    const float logit = known_.of(token, [&] { return source_.logit(token); });
     return logit < cutoff_ ? -INFINITY : double(scale_) * double(logit) - lse_;
   }
 
@@ -310,7 +310,7 @@ class RowView {
 
   // A logit of the row that few are far above. A draft is a better guess than any sample.
   float some_large() const {
-    const float logit = token_ < 0 ? NAN : logit_of(source_.row(), token_);
+    const float logit = known_.token < 0 ? NAN : logit_of(source_.row(), known_.token);
     return std::isfinite(logit) ? logit : kernels_.some_large(source_.row(), 0, tiles_);
   }
 
@@ -433,7 +433,7 @@ class RowView {
 
   const Kernels& kernels_;
   Source source_;
-  int64_t token_;
+  KnownLogit known_;  // if the pass found it
   uintptr_t next_;
   float scale_;
   Filters filters_;
@@ -441,7 +441,6 @@ class RowView {
   TileSpace *space_, *own_;
   float base_ = -INFINITY;  // of the weights of tiles, if all share it
   bool guessed_ = false;    // and it may lie far above the row
-  float logit_ = NAN;       // of the token that was asked for, if the pass found it
   float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;

@@ -141,8 +141,8 @@ class Request {
       __builtin_prefetch(stats);
       prefetch(law.row, token, 1);
     };
-    law.token = token;
-    law.logit = pass_over(target, fetch, [&] { return is_greedy(stats[0]) ? NAN : logit_of(law.row, token); });
+    const auto look = [&] { return is_greedy(stats[0]) ? NAN : logit_of(law.row, token); };
+    law.known = {token, pass_over(target, fetch, look)};
     law.point_mass = is_greedy(stats[0]);
     law.dist = {stats[0], stats[1], stats[2], 0.0f};
     return law;

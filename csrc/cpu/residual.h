@@ -15,18 +15,17 @@ struct DraftLaw {
   bool valid = true;
   Row row{};
   Distribution dist{};
-  int64_t token = -1;  // that is mostly asked for, and its logit if it is known
-  float logit = NAN;
+  KnownLogit known{};
 
-  double prob(int64_t of) const {
+  double prob(int64_t token) const {
     if (point_mass) return 1.0;
-    const float logit = of == token && !std::isnan(this->logit) ? this->logit : logit_of(row, of);
+    const float logit = known.of(token, [&] { return logit_of(row, token); });
     if (logit < dist.cutoff) return 0.0;
     return std::exp(double(dist.scale) * double(logit) - (double(dist.lse_high) + double(dist.lse_low)));
   }
 
   // Whether the row, and the scalars that came with it, say anything about this token.
-  bool usable(int64_t of) const { return valid && std::isfinite(prob(of)); }
+  bool usable(int64_t token) const { return valid && std::isfinite(prob(token)); }
 
   // That of every token divided by `factor`.
   Distribution divided_by(double factor) const {

@@ -254,8 +254,8 @@ bool are_few(const View& logits) {
 }
 
 template <class Op>
-void run(void (*entry)(const Op&), const Op& op, const View& logits) {
-  if (are_few(logits)) return entry(op);
+void run(void (*entry)(const Op&), const Op& op, bool keeps_lock) {
+  if (keeps_lock) return entry(op);
   struct OthersRun {
     PyThreadState* state = PyEval_SaveThread();
     ~OthersRun() { PyEval_RestoreThread(state); }
@@ -326,9 +326,10 @@ PyObject* verified(void (*entry)(const Op&), const Given& arguments, int64_t row
   arguments.require();
   Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
   Op op = arguments.op(outputs.results(), outputs.more());
+  const bool keeps_lock = are_few(arguments.target_logits);
   if constexpr (requires { op.aside; })
-    if (are_few(arguments.target_logits)) op.aside = &outputs;  // whose thread keeps the lock
-  run(entry, op, arguments.target_logits);
+    if (keeps_lock) op.aside = &outputs;
+  run(entry, op, keeps_lock);
   return outputs.tuple();
 }
 
@@ -385,7 +386,7 @@ PyObject* sample(PyObject* const* objects) {
                                         next.tensor(), next.law(),    next.integer() != 0};
   arguments.require();
   const Draws draws(arguments.logits.size(0), -1);
-  run(entries->sample, arguments.op(draws.results()), arguments.logits);
+  run(entries->sample, arguments.op(draws.results()), are_few(arguments.logits));
   return draws.tuple(types.sample);
 }
 
@@ -397,7 +398,8 @@ PyObject* sample_children(PyObject* const* objects) {
   const auto how = Children(next.integer());
   arguments.require();
   const Draws draws(arguments.logits.size(0), children);
-  run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how}, arguments.logits);
+  run(entries->sample_children, SampleChildren{arguments.op(draws.results()), children, how},
+      are_few(arguments.logits));
   return draws.tuple(types.drawn_children);
 }
 
