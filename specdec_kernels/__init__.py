@@ -1,6 +1,6 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
-from specdec_kernels.ops import LogitBias, Penalties, noise_words, sample, verify_chain
+from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, noise_words, sample, verify_chain
 from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.kv import compact_kv
@@ -15,6 +15,7 @@ __all__ = [
     "LogitBias",
     "Penalties",
     "Sample",
+    "TokenCounts",
     "TreeLinks",
     "Verified",
     "VerifiedTree",

@@ -14,6 +14,7 @@ from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, functio
 from specdec_kernels.ops.processing import LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.straight import straight_to
+from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LogitBias",
     "Penalties",
     "RuleName",
+    "TokenCounts",
     "noise_words",
     "sample",
     "verify_chain",

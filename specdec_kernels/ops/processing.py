@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
+from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, unique_ids
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Penalties:
     ``logit = logit / repetition if logit > 0 else logit * repetition`` for tokens of prompt and output;
     ``logit -= frequency * count + presence`` for tokens of the output, where the drafts before a row count as output.
 
+    The texts come either as ``prompt`` and ``output``, which are counted in every call, or as ``counts``, which a loop
+    keeps from step to step; what is None is empty.
+
     Source: Keskar et al., arXiv:1909.05858 (repetition); OpenAI's API (presence, frequency).
     """
 
-    prompt: Tensor
+    prompt: Tensor | None = None
     """int64 or int32 [B, Lp], -1 where there is none."""
-    output: Tensor
+    output: Tensor | None = None
     """int64 or int32 [B, Lo], the tokens generated so far, -1 where there is none."""
     repetition: Tensor | float = 1.0
     """float32 [B] or float, positive; 1 is off."""
@@ -37,6 +41,8 @@ class Penalties:
     """float32 [B] or float; 0 is off."""
     frequency: Tensor | float = 0.0
     """float32 [B] or float; 0 is off."""
+    counts: TokenCounts | None = None
+    """Of B requests and the vocabulary of the logits."""
 
 
 class LogitBias(NamedTuple):
@@ -53,11 +59,44 @@ NO_EDITS: Edits = (None, None, None, None)
 
 
 def _texts(name: str, value: object, size: int, dim: str, vocab: int) -> Tensor:
-    """Token ids [size, *] with everything that is none moved to ``vocab``."""
-    ids = validate.tensor(name, value, validate.ID_DTYPES, f"{dim}, *", (size, None)).long()
+    """Token ids int32 [size, *] with everything that is none moved to ``vocab``."""
+    ids = validate.tensor(name, value, validate.ID_DTYPES, f"{dim}, *", (size, None))
     if ids.is_cpu and not torch.compiler.is_compiling() and ((ids < -1) | (ids >= vocab)).any():
         raise ValueError(f"{name} must be -1 or in [0, {vocab}), got {ids.tolist()}")
-    return ids.masked_fill((ids < 0) | (ids > vocab), vocab)
+    return _ids_or_none(ids, vocab)
+
+
+def _ids_or_none(ids: Tensor, vocab: int) -> Tensor:
+    return ids.masked_fill((ids < 0) | (ids > vocab), vocab).int()
+
+
+def _counted(penalties: Penalties, logits: Tensor, size: int, dim: str) -> tuple[Tensor, Tensor]:
+    """The ids of prompt and output, int32 [size, M], ascending, and how often each occurs there, int32 [size, M, 2]."""
+    vocab, held = logits.shape[-1], penalties.counts
+    texts = [
+        logits.new_empty((size, 0), dtype=torch.int32)
+        if (text := getattr(penalties, name)) is None
+        else _texts(f"penalties.{name}", text, size, dim, vocab)
+        for name in ("prompt", "output")
+    ]
+    validate.same_device("logits", logits, prompt=texts[0], output=texts[1])
+    if held is None:
+        ids = unique_ids(torch.cat(texts, 1), vocab)
+        counts = torch.zeros((*ids.shape, 2), dtype=torch.int32, device=ids.device)
+        for column, text in enumerate(texts):
+            count_tokens(ids, counts, column, text, vocab)
+        return ids, counts
+    if not isinstance(held, TokenCounts):
+        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(held)}")
+    if penalties.prompt is not None or penalties.output is not None:
+        raise ValueError("penalties must have either counts, or prompt and output, got both")
+    if (len(held), held.vocab_size) != (size, vocab):
+        raise ValueError(
+            f"penalties.counts must be of {dim} = {size} requests and V = {vocab} ids, got {len(held)} and "
+            f"{held.vocab_size}"
+        )
+    validate.same_device("logits", logits, counts=held.ids)
+    return held.ids, held.counts
 
 
 def edits(
@@ -78,39 +117,31 @@ def edits(
     if penalties is None and bias is None:
         return NO_EDITS
     vocab, device = logits.shape[-1], logits.device
-    nothing = torch.empty((size, 0), dtype=torch.int64, device=device)
-    prompt = output = biased = drafted = nothing
-    values = nothing.float()
+    ids = biased = drafted = torch.empty((size, 0), dtype=torch.int32, device=device)
+    counts = torch.empty((size, 0, 2), dtype=torch.int32, device=device)
+    values = torch.empty((size, 0), dtype=torch.float32, device=device)
     strengths: tuple[float | Tensor, ...] = (1.0, 0.0, 0.0)
     if penalties is not None:
         if not isinstance(penalties, Penalties):
             raise TypeError(f"penalties must be Penalties, got {validate.describe(penalties)}")
-        prompt = _texts("penalties.prompt", penalties.prompt, size, dim, vocab)
-        output = _texts("penalties.output", penalties.output, size, dim, vocab)
+        ids, counts = _counted(penalties, logits, size, dim)
         strengths = tuple(
             validate.parameter(name, getattr(penalties, name), size, dim)
             for name in ("repetition", "presence", "frequency")
         )
         if draft_tokens is not None:
-            drafted = draft_tokens.long()
-            drafted = drafted.masked_fill((drafted < 0) | (drafted > vocab), vocab)
+            drafted = _ids_or_none(draft_tokens, vocab)
     if bias is not None:
         if not isinstance(bias, tuple) or len(bias) != 2:
             raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
         biased = _texts("logit_bias[0]", bias[0], size, dim, vocab)
         values = validate.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{dim}, M", tuple(biased.shape))
-    validate.same_device("logits", logits, prompt=prompt, output=output, logit_bias=biased)
-    end = torch.full((size, 1), vocab, dtype=torch.int64, device=device)
-    ids = torch.cat([prompt, output, biased, drafted, end], 1).sort(1).values
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    ids = ids.masked_fill(again, vocab).sort(1).values
-    counts = torch.zeros((size, ids.shape[1], 2), dtype=torch.int32, device=device)
-    for column, text in enumerate((prompt, output)):
-        counts[..., column].scatter_add_(1, torch.searchsorted(ids, text), torch.ones_like(text, dtype=torch.int32))
+    validate.same_device("logits", logits, logit_bias=biased)
+    end = torch.full((size, 1), vocab, dtype=torch.int32, device=device)
+    ids, counts = insert_ids(ids, counts, torch.cat([biased, drafted, end], 1), vocab)
     added = torch.zeros(ids.shape, dtype=torch.float32, device=device)
     added.scatter_add_(1, torch.searchsorted(ids, biased), values)
-    return ids.int(), counts, added, validate.columns(strengths, size, device)
+    return ids, counts, added, validate.columns(strengths, size, device)
 
 
 def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | None:

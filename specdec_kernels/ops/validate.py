@@ -175,7 +175,9 @@ def columns(values: Sequence[float | Tensor], size: int, device: torch.device) -
     """Parameters side by side: float32 [size, len(values)]."""
     return torch.stack(
         [
-            value.to(torch.float32) if isinstance(value, Tensor) else torch.full((size,), float(value), device=device)
+            value.to(torch.float32)
+            if isinstance(value, Tensor)
+            else torch.full((size,), float(value), dtype=torch.float32, device=device)
             for value in values
         ],
         1,
