@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import tiny
+from tiny import tiny
 
 from specdec_kernels.bench.adaptive import Replayed, Timed, _rates, _seconds_by_rows
 from specdec_kernels.decode import generate
-from specdec_kernels.decode.drafters import Drafting, ModelDrafter
+from specdec_kernels.decode.drafters import DraftConfig, ModelDrafter
 
 #: Seconds a step by its rows, and of drafting a draft.
 STEP, DRAFT = {1: 1.0, 2: 1.1, 3: 1.3}, 0.05
@@ -51,7 +51,7 @@ def test_a_text_is_taken_apart_as_it_was_the_first_time(temperature: float, sibl
     target = Replayed(model)
     options = {"rule": "coupled" if temperature else "token", "temperature": temperature, "seed": 1}
     text = generate(target, [[1, 2]], max_new_tokens=20, **options)[0].tokens
-    drafter = ModelDrafter(tiny(2), drafting=Drafting(siblings=siblings))
+    drafter = ModelDrafter(tiny(2), config=DraftConfig(siblings=siblings))
     with torch.no_grad():  # what it scores now is of no account
         model.lm_head.weight.neg_()
     for _ in range(2):

@@ -12,47 +12,33 @@ import numpy as np
 import pytest
 import torch
 from test_law import g_test, limit
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import VOCAB, Altered, slow_greedy, tiny
 
 from specdec_kernels._native import SuffixIndex
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
-    Drafting,
+    DraftConfig,
     FeatureDrafter,
     FeatureModel,
-    FirstOf,
+    FallbackDrafter,
     Growth,
-    LookupDrafter,
+    NGramDrafter,
     MedusaDrafter,
     MedusaModel,
     ModelDrafter,
-    RuleDrafter,
+    CallableDrafter,
     TreeDrafter,
     adaptive,  # its clock
 )
 from specdec_kernels.decode.drafters.autoregressive import _with_siblings
+from specdec_kernels.decode.drafters.feature import FeatureSession
 from specdec_kernels.decode.drafters.feature_model import REPEATS
-
-VOCAB = 11
+from specdec_kernels.decode.drafters.histories import Histories
 
 #: Two of a request's drafts lie beside each other; where it is unsure, drafting stops.
-SIBLINGS = Drafting(min_confidence=0.3, cooling=0.7, siblings=1)
-
-
-def tiny(seed, vocab=VOCAB, layers=1, sharp=3.0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, sharp / 32**0.5)
-        model.model.embed_tokens.weight.normal_(0, 1)
-    return model
+SIBLINGS = DraftConfig(min_confidence=0.3, temperature_scale=0.7, siblings=1)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +49,10 @@ def target_model():
 SHORTLIST = [0, 2, 3, 5, 8]
 
 
-def feature_drafter(model, middle=(), repeats=0.0, kind=FeatureDrafter, drafting=Drafting()):
+def feature_drafter(model, middle=(), repeats=0.0, config=DraftConfig()):
     torch.manual_seed(5)
     network = FeatureModel(model.config, torch.tensor(SHORTLIST), middle).eval()
-    return kind(with_repeats(network, repeats), model, drafting)
+    return FeatureDrafter(with_repeats(network, repeats), model, config)
 
 
 @torch.no_grad()
@@ -90,23 +76,25 @@ def drafters(model):
         "feature": feature_drafter(model),
         "feature of two layers": feature_drafter(model, (1,)),
         "feature with repeats": feature_drafter(model, repeats=0.5),
-        "lookup": LookupDrafter(1),
-        "rule": RuleDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
-        "first of": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2))),
-        "nested": FirstOf(
-            RuleDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
+        "lookup": NGramDrafter(1),
+        "rule": CallableDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
+        "first of": FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2))),
+        "nested": FallbackDrafter(
+            CallableDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
         ),
-        "confident": ModelDrafter(tiny(2), drafting=Drafting(min_confidence=0.3, cooling=0.7)),
+        "confident": ModelDrafter(tiny(2), config=DraftConfig(min_confidence=0.3, temperature_scale=0.7)),
         "tree": TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
         "tree of self": TreeDrafter(ModelDrafter(model), Growth(depth=2, width=3, children=4)),
         "feature tree": TreeDrafter(feature_drafter(model, repeats=0.5), Growth(depth=3, width=2, children=2)),
         "medusa": medusa_drafter(model),
-        "first of trees": FirstOf(LookupDrafter(2), medusa_drafter(model)),
-        "siblings": ModelDrafter(tiny(2), drafting=SIBLINGS),
-        "siblings of features": feature_drafter(model, repeats=0.5, drafting=Drafting(siblings=2)),
-        "first of siblings": FirstOf(LookupDrafter(2), ModelDrafter(tiny(2), drafting=SIBLINGS)),
-        "adaptive": FirstOf(AdaptiveDrafter(LookupDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)),
-        "adaptive siblings": AdaptiveDrafter(FirstOf(LookupDrafter(2), ModelDrafter(model, drafting=SIBLINGS))),
+        "first of trees": FallbackDrafter(NGramDrafter(2), medusa_drafter(model)),
+        "siblings": ModelDrafter(tiny(2), config=SIBLINGS),
+        "siblings of features": feature_drafter(model, repeats=0.5, config=DraftConfig(siblings=2)),
+        "first of siblings": FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2), config=SIBLINGS)),
+        "adaptive": FallbackDrafter(
+            AdaptiveDrafter(NGramDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)
+        ),
+        "adaptive siblings": AdaptiveDrafter(FallbackDrafter(NGramDrafter(2), ModelDrafter(model, config=SIBLINGS))),
     }
 
 
@@ -122,13 +110,11 @@ def test_greedy_text_is_the_targets(target_model, name, num_draft):
     lengths = [20, 7, 13, 30]
     drafter = drafters(target_model)[name]
     results = generate(
-        TransformersTarget(target_model), PROMPTS, drafter=drafter, num_draft=num_draft, max_new_tokens=lengths
-    )
+        TransformersTarget(target_model), PROMPTS, drafter=drafter, num_draft=num_draft, max_new_tokens=lengths,
+        temperature=0.0,
+    )  # fmt: skip
     for prompt, length, result in zip(PROMPTS, lengths, results, strict=True):
-        text = list(prompt)
-        for _ in range(length):
-            text.append(int(target_model(torch.tensor([text])).logits[0, -1].argmax()))
-        assert result.tokens == text[len(prompt) :]
+        assert result.tokens == slow_greedy(target_model, prompt, length)
         assert result.finished == "length"
 
 
@@ -137,10 +123,9 @@ def test_greedy_text_is_the_targets(target_model, name, num_draft):
 def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
     drafter = drafters(target_model)[name]
     for prompt in PROMPTS:
-        plain = generate(TransformersTarget(target_model), [prompt], max_new_tokens=21)
-        windows = generate(
-            TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, max_new_tokens=21
-        )
+        options = {"max_new_tokens": 21, "temperature": 0.0}
+        plain = generate(TransformersTarget(target_model), [prompt], **options)
+        windows = generate(TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, **options)
         assert windows[0].tokens == plain[0].tokens
 
 
@@ -185,8 +170,8 @@ def exact_law(model, prompt, temperature, length):
 def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be
     the token rule): the joint law of the text is the target's."""
-    model = tiny(7, vocab=3, sharp=2.0)
-    small, drafting = tiny(8, vocab=3, sharp=2.0), Drafting(min_confidence=0.4, cooling=0.6)
+    model = tiny(7, vocab=3, sharp=0.8)
+    small, drafting = tiny(8, vocab=3, sharp=0.8), DraftConfig(min_confidence=0.4, temperature_scale=0.6)
     network = FeatureModel(model.config, torch.tensor([0, 2]))
     # What drafts and steps take is all the same to the law; here it lets the adaptive drafter change its mind.
     spans = random.Random(0)
@@ -194,13 +179,13 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
     monkeypatch.setattr(adaptive, "time", SimpleNamespace(perf_counter=ticks.__next__))
     drafter = {
         "model": lambda: ModelDrafter(small),
-        "confident": lambda: ModelDrafter(small, drafting=drafting),
-        "lookup": lambda: LookupDrafter(1),
+        "confident": lambda: ModelDrafter(small, config=drafting),
+        "lookup": lambda: NGramDrafter(1),
         "feature": lambda: FeatureDrafter(with_repeats(network.eval(), 1.0), model),
         "adaptive": lambda: AdaptiveDrafter(ModelDrafter(small)),
-        "tree": lambda: TreeDrafter(ModelDrafter(small, drafting=Drafting(cooling=0.8)), Growth(2, 2, 2)),
-        "siblings": lambda: ModelDrafter(small, drafting=replace(drafting, siblings=1)),
-        "adaptive siblings": lambda: AdaptiveDrafter(ModelDrafter(small, drafting=Drafting(siblings=1))),
+        "tree": lambda: TreeDrafter(ModelDrafter(small, config=DraftConfig(temperature_scale=0.8)), Growth(2, 2, 2)),
+        "siblings": lambda: ModelDrafter(small, config=replace(drafting, siblings=1)),
+        "adaptive siblings": lambda: AdaptiveDrafter(ModelDrafter(small, config=DraftConfig(siblings=1))),
         "medusa": lambda: medusa_drafter(model, (0, 2)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
@@ -225,27 +210,26 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
 def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
     """The control for trees: children drawn at a temperature, and only the likelier ones proposed."""
 
-    class Dropping(TreeDrafter):
-        def propose(self, step):
-            draft = super().propose(step)
-            return (
-                replace(draft, parents=draft.parents.masked_fill(draft.tokens == 0, -1))
-                if draft.logits is not None
-                else draft
-            )
+    def dropping(draft, step):
+        return (
+            replace(draft, parents=draft.parents.masked_fill(draft.tokens == 0, -1))
+            if draft.logits is not None
+            else draft
+        )
 
-    model, count = tiny(7, vocab=3, sharp=2.0), 16_000
+    model, count = tiny(7, vocab=3, sharp=0.8), 16_000
     law = exact_law(model, [1, 2], 0.8, 1)
     seen = {}
-    for kind in (TreeDrafter, Dropping):
+    drafter = TreeDrafter(ModelDrafter(tiny(8, vocab=3, sharp=0.8)))
+    for kind in (drafter, Altered(drafter, dropping)):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * count, drafter=kind(ModelDrafter(tiny(8, vocab=3, sharp=2.0))),
-            num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
+            TransformersTarget(model), [[1, 2]] * count, drafter=kind, num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
         )  # fmt: skip
         counts = Counter(result.tokens[0] for result in results)
         seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
-    assert seen[TreeDrafter][0] < limit(seen[TreeDrafter][1])
-    assert seen[Dropping][0] > limit(seen[Dropping][1])
+    exact, altered = seen.values()
+    assert exact[0] < limit(exact[1])
+    assert altered[0] > limit(altered[1])
 
 
 def test_trees_have_branches_and_are_accepted(target_model):
@@ -260,34 +244,33 @@ def test_trees_have_branches_and_are_accepted(target_model):
 def test_a_sibling_that_is_withheld_is_a_wrong_law():
     """The control for siblings: one that was drawn and is not to somebody's liking is proposed all the same."""
 
-    class Withholding(ModelDrafter):
-        def propose(self, step):
-            draft = super().propose(step)
-            if not isinstance(draft, TreeDraft) or draft.parents.shape[1] < 3:
-                return draft
-            parents = draft.parents.clone()
-            parents[:, 2] = parents[:, 2].masked_fill(draft.tokens[:, 2] == 0, -1)
-            return replace(draft, parents=parents)
+    def withholding(draft, step):
+        if not isinstance(draft, TreeDraft) or draft.parents.shape[1] < 3:
+            return draft
+        parents = draft.parents.clone()
+        parents[:, 2] = parents[:, 2].masked_fill(draft.tokens[:, 2] == 0, -1)
+        return replace(draft, parents=parents)
 
-    model, count, seen = tiny(1, vocab=3, sharp=2.0), 4_000, {}  # two tokens are left of it once a draft is rejected
+    model, count, seen = tiny(5, vocab=3, sharp=1.2), 8_000, {}
     law = exact_law(model, [1, 2], 0.8, 1)
-    for kind in (ModelDrafter, Withholding):
-        drafter = kind(tiny(3, vocab=3, sharp=2.0), drafting=Drafting(siblings=1))
+    drafter = ModelDrafter(tiny(9, vocab=3, sharp=1.2), config=DraftConfig(siblings=1))
+    for kind in (drafter, Altered(drafter, withholding)):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * count, drafter=drafter, num_draft=2, max_new_tokens=3,
+            TransformersTarget(model), [[1, 2]] * count, drafter=kind, num_draft=2, max_new_tokens=3,
             temperature=0.8, seed=list(range(count)),
         )  # fmt: skip
         counts = Counter(result.tokens[0] for result in results)
         seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
-    assert seen[ModelDrafter][0] < limit(seen[ModelDrafter][1])
-    assert seen[Withholding][0] > limit(seen[Withholding][1])
+    exact, altered = seen.values()
+    assert exact[0] < limit(exact[1])
+    assert altered[0] > limit(altered[1])
 
 
 def test_siblings_are_met_where_the_chain_is_not():
     """Beside each draft lies another one: more is accepted than by the chain, of as many levels."""
-    model, means = tiny(7, vocab=9, sharp=2.0), {}
+    model, means = tiny(7, vocab=9, sharp=0.8), {}
     for siblings in (0, 1, 2):
-        drafter = ModelDrafter(tiny(8, vocab=9, sharp=2.0), drafting=Drafting(siblings=siblings))
+        drafter = ModelDrafter(tiny(8, vocab=9, sharp=0.8), config=DraftConfig(siblings=siblings))
         statistics = Statistics()
         generate(
             TransformersTarget(model), [[1, 2]] * 400, drafter=drafter, num_draft=2 * (1 + siblings),
@@ -309,22 +292,22 @@ def test_a_chain_with_siblings_is_cut_to_the_nodes_that_are_wanted():
 
 def test_windows_take_chains_alone(target_model):
     with pytest.raises(ValueError, match="fixed_rows takes chains of drafts, not trees; got fixed_rows=8"):
-        generate(TransformersTarget(target_model, 8), [[1, 2]], drafter=drafters(target_model)["tree"], seed=1)
+        generate(
+            TransformersTarget(target_model, 8), [[1, 2]], drafter=drafters(target_model)["tree"], max_new_tokens=9
+        )
 
 
 def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():
     """The control of the test above: a drafter that hides a drawn token it does not like changes the law."""
 
-    class Hiding(ModelDrafter):
-        def propose(self, step):
-            draft = super().propose(step)
-            return Draft(draft.tokens.masked_fill(draft.tokens == 0, -1), draft.logits, draft.stats)
+    def hiding(draft, step):
+        return Draft(draft.tokens.masked_fill(draft.tokens == 0, -1), draft.logits, draft.stats)
 
-    model, count = tiny(7, vocab=3, sharp=2.0), 16_000
+    model, count = tiny(7, vocab=3, sharp=0.8), 16_000
     law = exact_law(model, [1, 2], 0.8, 1)
     results = generate(
-        TransformersTarget(model), [[1, 2]] * count, drafter=Hiding(tiny(8, vocab=3, sharp=2.0)), num_draft=1,
-        max_new_tokens=2, temperature=0.8, seed=list(range(count)),
+        TransformersTarget(model), [[1, 2]] * count, drafter=Altered(ModelDrafter(tiny(8, vocab=3, sharp=0.8)), hiding),
+        num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
     )  # fmt: skip
     seen = Counter(result.tokens[0] for result in results)
     statistic, freedom = g_test(np.array([float(seen[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
@@ -332,13 +315,13 @@ def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():
 
 
 def test_stop_tokens_end_a_text_inside_an_accepted_run(target_model):
-    plain = generate(TransformersTarget(target_model), [PROMPTS[0]], max_new_tokens=20)[0].tokens
+    plain = slow_greedy(target_model, PROMPTS[0], 20)
     stop = plain[5]
     expected = plain[: plain.index(stop) + 1]
     statistics = Statistics()
     result = generate(
         TransformersTarget(target_model), [PROMPTS[0], PROMPTS[2]], drafter=ModelDrafter(target_model), num_draft=7,
-        max_new_tokens=20, stop_tokens={stop}, statistics=statistics,
+        max_new_tokens=20, temperature=0.0, stop_tokens={stop}, statistics=statistics,
     )[0]  # fmt: skip
     assert result.tokens == expected
     assert result.finished == "stop"
@@ -353,6 +336,7 @@ def test_streaming_says_who_wrote_what(target_model):
             drafter=ModelDrafter(target_model),
             num_draft=4,
             max_new_tokens=10,
+            temperature=0.0,
         )
     )
     assert [t.drafted for t in tokens] == [True] * 4 + [False] + [True] * 4 + [False]
@@ -402,15 +386,15 @@ def test_bad_constructions(target_model):
     with pytest.raises(ValueError, match="fixed_rows must be None or at least 1, got 0"):
         TransformersTarget(target_model, 0)
     with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, got 2"):
-        generate(TransformersTarget(target_model, 3), [[1, 2], [3]])
+        generate(TransformersTarget(target_model, 3), [[1, 2], [3]], max_new_tokens=9)
     with pytest.raises(ValueError, match="min_match must be at least 1, got 0"):
-        LookupDrafter(0)
+        NGramDrafter(0)
     with pytest.raises(ValueError, match="vocab_size must be at least the drafter's own 11, got 5"):
         ModelDrafter(target_model, vocab_size=5)
     with pytest.raises(ValueError, match=r"min_confidence must be in \[0, 1\], got 2"):
-        Drafting(min_confidence=2)
+        DraftConfig(min_confidence=2)
     with pytest.raises(ValueError, match="cooling must be finite and not negative, got -1"):
-        Drafting(cooling=-1)
+        DraftConfig(temperature_scale=-1)
     assert generate(TransformersTarget(target_model), []) == []
 
 
@@ -458,40 +442,38 @@ def test_followers_against_a_slow_search():
 
 
 @pytest.mark.parametrize("tree", [False, True])
-def test_what_followed_the_longest_repetition_is_drafted(target_model, tree):
+def test_what_followed_the_longest_repetition_is_drafted(target_model, tree, monkeypatch):
     """By a drafter that favours repetitions above all that its network says, of every request of a batch."""
-    checked = 0
+    checked, plain, extend = 0, FeatureSession.with_repetitions, Histories.extend
 
-    class Watched(FeatureDrafter):
-        def recalled(self, logits, paths):
-            nonlocal checked
-            favoured = super().recalled(logits, paths)
-            rows = len(logits) // len(self.texts)
-            for row, best in enumerate(favoured.argmax(1).tolist()):
-                found = followers(self.texts[row // rows], [int(tokens[row]) for tokens in paths])
-                lengths = {token: min(n, REPEATS) for token, n in found.items() if token in SHORTLIST}
-                expected = [token for token, n in lengths.items() if n == max(lengths.values())]
-                if expected:
-                    assert SHORTLIST[best] in expected
-                    checked += 1
-                else:
-                    assert torch.equal(favoured[row], logits[row])
-            return favoured
+    def extended(histories, tokens):
+        extend(histories, tokens)
+        own = getattr(histories, "tokens", [[] for _ in tokens])
+        histories.tokens = [[*before, *new] for before, new in zip(own, tokens, strict=True)]
 
-        def begin(self, prompts, features):
-            self.texts = [list(prompt) for prompt in prompts]
-            super().begin(prompts, features)
+    def selected(histories, slots):
+        histories.indices = [histories.indices[slot] for slot in slots]
+        histories.tokens = [histories.tokens[slot] for slot in slots]
 
-        def commit(self, tokens, features):
-            super().commit(tokens, features)
-            for text, new in zip(self.texts, tokens, strict=True):
-                text.extend(new)
+    def watched(session, logits, paths):
+        nonlocal checked
+        favoured, known = plain(session, logits, paths), session._histories.tokens
+        rows = len(logits) // len(known)
+        for row, best in enumerate(favoured.argmax(1).tolist()):
+            found = followers(known[row // rows], [int(tokens[row]) for tokens in paths])
+            lengths = {token: min(n, REPEATS) for token, n in found.items() if token in SHORTLIST}
+            expected = [token for token, n in lengths.items() if n == max(lengths.values())]
+            if expected:
+                assert SHORTLIST[best] in expected
+                checked += 1
+            else:
+                assert torch.equal(favoured[row], logits[row])
+        return favoured
 
-        def select(self, requests):
-            super().select(requests)
-            self.texts = [self.texts[slot] for slot in requests.tolist()]
-
-    drafter = feature_drafter(target_model, repeats=1e4, kind=Watched)
+    monkeypatch.setattr(FeatureSession, "with_repetitions", watched)
+    monkeypatch.setattr(Histories, "extend", extended)
+    monkeypatch.setattr(Histories, "select", selected)
+    drafter = feature_drafter(target_model, repeats=1e4)
     generate(
         TransformersTarget(target_model), PROMPTS, num_draft=5, max_new_tokens=[12, 20, 9, 16], seed=1, temperature=0.9,
         drafter=TreeDrafter(drafter, Growth(depth=3, width=2, children=2)) if tree else drafter,

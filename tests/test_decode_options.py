@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_decode import NAMES, PROMPTS, VOCAB, drafters, tiny
+from test_decode import NAMES, PROMPTS, drafters
+from tiny import VOCAB, Altered, tiny
 
 from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
-from specdec_kernels.decode.drafters import AdaptiveDrafter, RuleDrafter
+from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter
 from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost
 from specdec_kernels.decode.protocols import Step
 
@@ -21,15 +22,20 @@ def target_model():
 
 def decode(model, name=None, prompts=PROMPTS, **options):
     drafter = None if name is None else drafters(model)[name]
-    options = {"num_draft": 4, "max_new_tokens": 16, "seed": 3, **options}
+    options = {"num_draft": 4, "max_new_tokens": 16, "seed": 3, "temperature": 0.0, **options}
     return [r.tokens for r in generate(TransformersTarget(model), prompts, drafter=drafter, **options)]
 
 
 OPTIONS = {
     "filters": {"temperature": 0.9, "top_k": [4, 5, 6, 0], "top_p": 0.9, "min_p": 0.05},
-    "penalties": {"temperature": 0.9, "repetition": [1.3, 1.0, 1.0, 1.1], "presence": 0.3, "frequency": 0.2},
+    "penalties": {
+        "temperature": 0.9,
+        "repetition_penalty": [1.3, 1.0, 1.0, 1.1],
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+    },
     "bias": {"temperature": 0.7, "logit_bias": {3: 2.0, 5: -50.0}},
-    "greedy": {"repetition": 1.5, "logit_bias": [{}, {1: 3.0}, {}, {}]},
+    "greedy": {"repetition_penalty": 1.5, "logit_bias": [{}, {1: 3.0}, {}, {}]},
 }
 
 
@@ -68,9 +74,11 @@ def test_a_grammar_gets_the_accepted_and_drafted_prefix(target_model):
         asked.append(list(text))
         return only_even(text)
 
-    drafter = RuleDrafter(lambda text, count: [2, 4, 5, 6][:count])  # the third is not allowed
+    drafter = CallableDrafter(lambda text, count: [2, 4, 5, 6][:count])  # the third is not allowed
     target = TransformersTarget(target_model)
-    text = generate(target, [[1]], drafter=drafter, num_draft=4, max_new_tokens=9, grammar=grammar)[0].tokens
+    text = generate(target, [[1]], drafter=drafter, num_draft=4, max_new_tokens=9, temperature=0.0, grammar=grammar)[
+        0
+    ].tokens
     assert all(token % 2 == 0 for prefix in asked for token in prefix)
     assert [] in asked
     assert [2, 4] in asked
@@ -87,7 +95,7 @@ def test_greedy_penalties_against_a_plain_loop(target_model):
             logits[token] -= 0.4 * text.count(token) + 0.1
         text.append(int(logits.argmax()))
     for name in ("self", "lookup", "model", "tree", "tree of self"):
-        penalties = {"repetition": 1.2, "frequency": 0.4, "presence": 0.1}
+        penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.1}
         assert decode(target_model, name, [prompt], **penalties) == [text]
 
 
@@ -107,13 +115,13 @@ def test_logprobs_are_the_targets(target_model):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"heat": 1}, TypeError, "sampling parameters must be among .*'temperature'.* got 'heat'"),
+        ({"heat": 1}, TypeError, "has no argument 'heat': its arguments are target, prompts, .*temperature"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\] \(1: off\), got 0.0"),
         ({"top_k": 1.5}, TypeError, "top_k must be an int"),
-        ({"repetition": 0.0}, ValueError, "repetition must be finite and positive"),
+        ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be finite and positive"),
         ({"min_p": torch.tensor([0.1])}, TypeError, "min_p must be a number, got float32"),
         ({"logit_bias": 3}, TypeError, "logit_bias must map token ids to numbers, got 3"),
-        ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias\[0\] must be -1 or in \[0, 11\)"),
+        ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias must hold token ids in \[0, 11\), got 99"),
         ({"grammar": "even"}, TypeError, "grammar must be a function of the tokens generated, got 'even'"),
         ({"rule": "all"}, ValueError, "rule must be one of"),
     ],
@@ -159,15 +167,14 @@ def test_a_bent_cost_learns_what_is_no_line():
 
 def test_steps_without_drafts_are_timed_now_and_then():
     """Else nothing tells whether drafting pays."""
-    drafter = AdaptiveDrafter(RuleDrafter(lambda text, count: [1] * count))
-    drafter.begin([[1]], None)
+    drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count))
+    session = drafter.begin([[1]], None)
     asked = []
     every = Costs.PLAIN_EVERY + 1
     for position in range(2 * every + 10):
-        step = Step(torch.tensor([4]), torch.tensor([1]), torch.tensor([position]), torch.tensor([1.0]))
-        asked.append(drafter.propose(step).tokens.shape[1])
+        asked.append(session.propose(step_of([4], position)).tokens.shape[1])
         drafter.costs._since -= 1.0  # every pass takes a second, so drafts that are all right pay
-        drafter.commit([[1] * (asked[-1] + 1)], None)
+        session.commit([[1] * (asked[-1] + 1)], None)
     assert [i for i, count in enumerate(asked) if count == 0] == [0, every, 2 * every]
 
 
@@ -187,97 +194,104 @@ def test_gains_follow_what_was_accepted():
     assert all(a >= b for a, b in pairwise(gains))
 
 
-def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001)):
-    """A drafter that knows what K drafts and R rows cost: (first, every further one)."""
-    drafter = AdaptiveDrafter(RuleDrafter(lambda text, count: [1] * count))
-    drafter.begin([[1]] * batch, None)
+def step_of(num_draft, position=0):
+    one = torch.ones(len(num_draft), dtype=torch.int64)
+    return Step(num_draft, one, one * position, 1.0)
+
+
+def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001), siblings=0):
+    """A drafter that knows what K drafts and R rows cost, (first, every further one), and a stream of it."""
+    drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count))
+    drafter.siblings = siblings
     for _ in range(50):
         for count in (1, 2, 4):
             drafter.drafting.add(count, drafting[0] + drafting[1] * (count - 1))
             drafter.costs.step.add(count, scoring[0] + scoring[1] * (count - 1))
     drafter.costs._steps = 0
-    return drafter
+    return drafter, drafter.begin([[1]] * batch, None)
 
 
-def teach(drafter, request, accepted, proposed=8):
+def teach(session, request, accepted, proposed=8):
     for _ in range(60):
-        drafter._acceptance[request].add(proposed, accepted)
+        session.acceptance[request].add(proposed, accepted)
+
+
+def best(made, most):
+    drafter, session = made
+    return drafter.best(most, session.acceptance)
 
 
 def test_the_choice_follows_gain_and_cost():
     eager, wary, dear = adaptive(), adaptive(), adaptive(drafting=(0.05, 0.05))
-    teach(eager, 0, accepted=8)
-    assert eager.best([8]) == [(8, 0)]
-    teach(wary, 0, accepted=0)
-    assert wary.best([8]) == [(0, 0)]
-    teach(dear, 0, accepted=1)
-    assert dear.best([8]) == [(0, 0)]
+    teach(eager[1], 0, accepted=8)
+    assert best(eager, [8]) == [(8, 0)]
+    teach(wary[1], 0, accepted=0)
+    assert best(wary, [8]) == [(0, 0)]
+    teach(dear[1], 0, accepted=1)
+    assert best(dear, [8]) == [(0, 0)]
     two = adaptive(batch=2, scoring=(0.03, 0.003))
-    teach(two, 0, accepted=0)
-    teach(two, 1, accepted=3)
-    assert two.best([8, 8]) == [(0, 0), (3, 0)]
-    assert two.best([8, 1]) == [(0, 0), (1, 0)]
+    teach(two[1], 0, accepted=0)
+    teach(two[1], 1, accepted=3)
+    assert best(two, [8, 8]) == [(0, 0), (3, 0)]
+    assert best(two, [8, 1]) == [(0, 0), (1, 0)]
+    two[1].select([1])
+    assert best(two, [8]) == [(3, 0)]
 
 
 def test_siblings_lie_where_they_pay():
     """Those of the first draft, which is rejected half the time for what lies beside it, and of no other."""
-    drafter = adaptive(scoring=(0.03, 0.001))
-    drafter._siblings = 1
+    made = adaptive(scoring=(0.03, 0.001), siblings=1)
     for time in range(60):
         rejected = time % 2 == 0
-        drafter._acceptance[0].add(2, 0 if rejected else 2, siblings=2, beside=rejected)
-    assert drafter.best([8]) == [(7, 1)]
-    assert drafter.best([2]) == [(2, 0)]
-    assert drafter.best([1]) == [(1, 0)]
+        made[1].acceptance[0].add(2, 0 if rejected else 2, siblings=2, beside=rejected)
+    assert best(made, [8]) == [(7, 1)]
+    assert best(made, [2]) == [(2, 0)]
+    assert best(made, [1]) == [(1, 0)]
 
 
-def test_no_more_is_asked_for_than_is_wanted():
+def test_no_more_is_drafted_than_is_wanted():
     """Not even in the first step, of which nothing is known."""
     asked = []
 
-    class Asked(RuleDrafter):
-        siblings = 1
+    def noted(draft, step):
+        asked.append((list(step.num_draft), list(step.length)))
+        return draft
 
-        def propose(self, step):
-            asked.append((step.num_draft.tolist(), step.length.tolist()))
-            return super().propose(step)
-
-    drafter = AdaptiveDrafter(Asked(lambda text, count: [1] * count))
-    drafter.begin([[1]] * 4, None)
+    inner = Altered(CallableDrafter(lambda history, count: [1] * count), noted)
+    inner.siblings = 1
+    drafter = AdaptiveDrafter(inner)
     drafter.costs._steps = 0
-    one = torch.ones(4, dtype=torch.int64)
-    drafter.propose(Step(torch.tensor([0, 1, 4, 5]), one, one, 1.0))
+    drafter.begin([[1]] * 4, None).propose(step_of([0, 1, 4, 5]))
     assert asked == [([0, 1, 4, 5], [0, 1, 2, 3])]
 
 
 def test_no_drafts_are_tried_again_now_and_then():
-    drafter = adaptive()
-    teach(drafter, 0, accepted=0, proposed=1)
+    drafter, session = adaptive()
+    teach(session, 0, accepted=0, proposed=1)
     asked = []
-    for position in range(100):
-        step = Step(torch.tensor([4]), torch.tensor([1]), torch.tensor([position]), torch.tensor([1.0]))
-        draft = drafter.propose(step)
+    for position in range(300):
+        draft = session.propose(step_of([4], position))
         asked.append(draft.tokens.shape[1])
         drafter.costs._rows = 0  # no clock in a test
-        drafter.commit([[0]], None)
+        session.commit([[0]], None)
     assert set(asked) == {0, 1}
     tried = [i for i, count in enumerate(asked) if count]
     gaps = [b - a for a, b in pairwise(tried)]
-    assert tried[0] == 8
-    assert gaps == sorted(gaps)
-    assert gaps[0] == 17
+    assert tried[0] == AdaptiveDrafter.PATIENCE[0]
+    assert gaps[:3] == [17, 33, 65]
+    assert max(gaps) == 1 + AdaptiveDrafter.PATIENCE[1]
 
 
 def test_a_drafter_that_is_not_asked_learns_nothing():
     """Under another drafter that speaks first, commits go by without a proposal."""
-    drafter = adaptive()
-    before = drafter._acceptance[0].gains(2)
-    drafter.commit([[1, 2, 3]], None)
-    assert drafter._acceptance[0].gains(2) == before
-    assert isinstance(drafter.propose(Step(*(torch.tensor([2]),) * 4)), Draft)
+    _, session = adaptive()
+    before = session.acceptance[0].gains(2)
+    session.commit([[1, 2, 3]], None)
+    assert session.acceptance[0].gains(2) == before
+    assert isinstance(session.propose(step_of([2])), Draft)
 
 
 def test_sampling_defaults_change_nothing():
-    assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    assert Sampling() == Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     assert not Sampling().penalised
-    assert Sampling(presence=0.1).penalised
+    assert Sampling(presence_penalty=0.1).penalised

@@ -55,4 +55,4 @@ def test_what_followed_before_is_favoured():
     logits = torch.zeros(3, 5).bfloat16()
     expected = torch.zeros(3, 5)
     expected[0, 4], expected[2, 0], expected[2, 1] = 1, 3, REPEATS
-    assert torch.equal(made.recall(logits, row, token, length), expected.bfloat16())
+    assert torch.equal(made.favour(logits, row, token, length), expected.bfloat16())

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
-from specdec_kernels.decode.drafters import RuleDrafter
+from specdec_kernels.decode.drafters import CallableDrafter
 
 TOKENS = 40
 FIXED_ROWS = 8
@@ -41,11 +41,11 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     plain = text(None, 0)
     assert text(load_drafter("lookup", model), 7) == plain
     assert text(load_drafter("auto", model), 5) == plain
-    nonsense = RuleDrafter(lambda tokens, count: [tokens[-1]] * count)
+    nonsense = CallableDrafter(lambda tokens, count: [tokens[-1]] * count)
     assert text(nonsense, 3) == plain
     # Drafts that are all right, as many as fit: every accepted row was scored at another index.
     start = len(prompt)
-    assert text(RuleDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
+    assert text(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
 @pytest.mark.parametrize("kind", ["story", "edit"])

@@ -25,7 +25,7 @@ from torch import Tensor
 from specdec_kernels._native import SuffixIndex
 from specdec_kernels.cli.models import load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
-from specdec_kernels.decode.drafters.texts import placed_followers
+from specdec_kernels.decode.drafters.histories import placed_followers
 from training.collect import FEATURE_LAYERS
 
 STEP_WEIGHTS = (1.0, 0.8, 0.7)
@@ -110,9 +110,9 @@ def _shift(x: Tensor, by: int) -> Tensor:
 
 
 def repetitions(model: FeatureModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.recall` favours: the slot, the output that
+    """int64 [4, N], of all drafts of a batch that :meth:`FeatureModel.favour` favours: the slot, the output that
     drafts, the draft's place in the short list, and how many tokens it followed before."""
-    places, found = model.places(), []
+    places, found = model.offsets(), []
     for slot, (tokens, wanted) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
         index = SuffixIndex()
         for position, token in enumerate(tokens):
@@ -148,7 +148,7 @@ def losses(
         draft_logits = (output[keep].to(head.dtype) @ head.T).float()
         kept = keep[slot, position]
         row = keep.flatten().cumsum(0).view_as(keep)[slot, position] - 1
-        draft_logits = model.recall(draft_logits, *(x[kept] for x in (row, *favoured)))
+        draft_logits = model.favour(draft_logits, *(x[kept] for x in (row, *favoured)))
         loss = -(target * draft_logits.log_softmax(-1)).sum(-1).mean()
         if temperature is None:
             agreements.append((target.argmax(-1) == draft_logits.argmax(-1)).float().mean())

@@ -1,8 +1,17 @@
 """The thin decoding loop: propose, score, verify, commit."""
 
-from specdec_kernels.decode.loop import Generation, Token, generate, stream
+from specdec_kernels.decode.loop import Ending, Generation, Token, generate, stream
 from specdec_kernels.decode.packed import pack_linear
-from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target, TreeDraft
+from specdec_kernels.decode.protocols import (
+    Draft,
+    Drafter,
+    DrafterSession,
+    Scores,
+    Step,
+    Target,
+    TargetSession,
+    TreeDraft,
+)
 from specdec_kernels.decode.requests import Grammar, Sampling
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.targets import TransformersTarget
@@ -10,6 +19,8 @@ from specdec_kernels.decode.targets import TransformersTarget
 __all__ = [
     "Draft",
     "Drafter",
+    "DrafterSession",
+    "Ending",
     "Generation",
     "Grammar",
     "Sampling",
@@ -17,6 +28,7 @@ __all__ = [
     "Statistics",
     "Step",
     "Target",
+    "TargetSession",
     "Token",
     "TransformersTarget",
     "TreeDraft",

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, Step, Target, TreeDraft
-from specdec_kernels.decode.requests import Request, filters, processing, requests
+from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.decode.names import explains_names
+from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target, TreeDraft, counted
+from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
+from specdec_kernels.decode.tensors import ids_of
 from specdec_kernels.ops import BackendName, RuleName, verify_chain
+from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
 
+Ending = Literal["", "stop", "length", "invalid", "dead_end"]
 
-@dataclass(frozen=True)
-class Token:
+
+class Token(NamedTuple):
     """One token of one request, as it is streamed."""
 
     request: int
+    """Index of its prompt."""
     token: int
+    """Its id; -1 where a request ends without one, ``finished`` being "invalid" or "dead_end"."""
     drafted: bool
-    """Whether it was a draft that was accepted; False for a token drawn by the verification."""
-    finished: Literal["", "stop", "length"] = ""
-    """Why the request ends with this token; empty if it does not."""
+    """Whether it was a draft that was accepted; False for a bonus or recovered token."""
+    finished: Ending = ""
+    """Why the request ends here: a stop token, ``max_new_tokens``, logits of the target that are no distribution (nan,
+    +inf, nothing finite), a grammar that allows nothing. Empty if it goes on."""
     logprob: float = float("nan")
-    """Natural logarithm of its probability under the target's law, after all processing; nan unless asked for."""
+    """Natural logarithm of its probability under the target's distribution, after all processing; nan unless
+    requested."""
 
 
 @dataclass(frozen=True)
-class _Verification:
+class Generation:
+    """One finished request."""
+
+    tokens: list[int] = field(default_factory=list)
+    """What the prompt was continued with."""
+    drafted: list[bool] = field(default_factory=list)
+    """Of each token, whether it was a draft that was accepted."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token; nan unless requested."""
+    finished: Ending = ""
+    """As of :class:`Token`."""
+
+
+@dataclass(frozen=True)
+class _Options:
     """How drafts are verified."""
 
+    num_draft: int
     rule: RuleName
     logprobs: bool
     backend: BackendName | None
+    stop_tokens: frozenset[int]
 
 
-@torch.inference_mode()
+@explains_names
 def stream(
     target: Target,
     prompts: Sequence[Sequence[int]],
@@ -48,243 +73,375 @@ def stream(
     drafter: Drafter | None = None,
     num_draft: int = 4,
     max_new_tokens: int | Sequence[int] = 128,
-    seed: int | Sequence[int] | None = None,
-    stop_tokens: Collection[int] = (),
+    seed: int | Sequence[int | None] | None = None,
+    stop_tokens: Collection[int] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = TOP_K_OFF,
+    top_p: float | Sequence[float] = TOP_P_OFF,
+    min_p: float | Sequence[float] = MIN_P_OFF,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    frequency_penalty: float | Sequence[float] = 0.0,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = {},
+    grammar: Grammar | Sequence[Grammar | None] | None = None,
     rule: RuleName = "token",
     logprobs: bool = False,
     statistics: Statistics | None = None,
     backend: BackendName | None = None,
-    **sampling: Any,
 ) -> Iterator[Token]:
     """Decode a batch, yielding each token as soon as it is verified.
 
-    The text has exactly the target's distribution, whatever the drafter. With the same seed a request gives the same
-    text alone and in any batch, as far as the target's logits are the same there and the drafter drafts the same; under
-    the rule ``"coupled"`` whatever is drafted.
+    The tokens have exactly the target's distribution, whatever the drafter. With the same seed a request gives the same
+    tokens alone and in any batch, as far as the target's logits are the same there and the drafter drafts the same;
+    under the rule ``"coupled"`` whatever is drafted. Arguments are checked, and the prompts read, when it is called.
 
     Args:
         target: see :mod:`specdec_kernels.decode.targets`.
         prompts: token ids, at least one each.
         drafter: see :mod:`specdec_kernels.decode.drafters`; ``None`` decodes plainly, one token a step.
         num_draft: drafts a step at most; of a tree, its nodes beside the root.
-        max_new_tokens, seed: one for all requests, or a list with one each. Seed ``None`` draws one.
-        stop_tokens: ids that end a request; the id itself is the last token yielded.
+        max_new_tokens: one for all requests, or a list with one each.
+        seed: in [-2^63, 2^63), likewise; ``None`` draws one.
+        stop_tokens: ids that end a request; the id itself is the last token yielded. ``None``: the model's own end
+            tokens; ``()``: none.
+        temperature, top_k, top_p, min_p: see :func:`specdec_kernels.sample`; one for all, or a list with one each.
+        repetition_penalty, presence_penalty, frequency_penalty: see :class:`specdec_kernels.Penalties`; likewise.
+        logit_bias: by token id, what is added to the logits; likewise.
+        grammar: see :class:`~specdec_kernels.decode.Sampling`; likewise.
         rule: of :func:`specdec_kernels.verify_chain`. For trees of drawn drafts "token" is "recursive" and "block" is
             "traversal"; trees of point masses are walked.
         logprobs: yield the log-probability of every token.
         statistics: filled in as decoding goes.
         backend: of :func:`specdec_kernels.verify_chain`.
-        **sampling: fields of :class:`Sampling`, each one for all requests or a list with one each.
 
     Yields:
-        :class:`Token`, in the order of the text for every request.
+        :class:`Token`, in the order of every request's tokens.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    for name, value, method, example in (
+        ("target", target, "begin", "TransformersTarget(model)"),
+        ("drafter", drafter, "begin", "ModelDrafter(model)"),
+    ):
+        if not (hasattr(value, method) or (name == "drafter" and value is None)):
+            raise TypeError(f"{name} must be a {name.capitalize()}, such as {example}, got {type(value).__name__}")
+    if isinstance(num_draft, bool) or not isinstance(num_draft, int):
+        raise TypeError(f"num_draft must be an int, got {num_draft!r}")
     if num_draft < 0:
         raise ValueError(f"num_draft must not be negative, got {num_draft}")
-    statistics = statistics if statistics is not None else Statistics()
-    verification = _Verification(rule, logprobs, backend)
-    active = requests(prompts, seed, max_new_tokens, sampling)
-    if not active:
-        return
-    with statistics.timed("prompt"):
-        features = target.begin(
-            [request.prompt for request in active], () if drafter is None else drafter.feature_layers
-        )
-        if drafter is not None:
-            drafter.begin([request.prompt for request in active], features)
-    while active:
-        emitted, scores = _step(target, drafter, active, num_draft, verification, statistics)
-        finished = [False] * len(active)
-        for slot, (request, tokens) in enumerate(zip(active, emitted, strict=True)):
-            for index, token in enumerate(tokens):
-                request.generated.append(token)
-                statistics.emitted += 1
-                end: Literal["", "stop", "length"] = ""
-                if token in stop_tokens:
-                    end = "stop"
-                elif request.remaining == 0:
-                    end = "length"
-                score = scores[slot][index] if logprobs else float("nan")
-                yield Token(request.index, token, index < len(tokens) - 1, end, score)
-                if end:
-                    finished[slot] = True
-                    break
-        if any(finished):
-            going_on = [slot for slot, done in enumerate(finished) if not done]
-            active = [active[slot] for slot in going_on]
-            if active:
-                target.select(torch.tensor(going_on))
-                if drafter is not None:
-                    drafter.select(torch.tensor(going_on))
+    if rule not in _TREE_RULES:
+        raise ValueError(f"rule must be one of {sorted(_TREE_RULES)}, got {rule!r}")
+    stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
+    sampling = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "grammar": grammar,
+    }  # fmt: skip
+    requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling)
+    if not requests:
+        return iter(())
+    options = _Options(num_draft, rule, logprobs, backend, stops)
+    return iter(_Loop(target, drafter, requests, options, Statistics() if statistics is None else statistics))
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What the verification of one step decided."""
-
-    tokens: Tensor
-    num_accepted: Tensor
-    valid: Tensor
-    logprobs: Tensor
-    features: Tensor | None
-    """[B, R, H]: the target's before each token."""
-    proposed: list[tuple[int, int]]
-    """Of each request (drafts, how deep they go)."""
-
-
-def _step(
+@explains_names
+def generate(
     target: Target,
-    drafter: Drafter | None,
-    active: Sequence[Request],
-    num_draft: int,
-    verification: _Verification,
-    statistics: Statistics,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """One round for the whole batch: the tokens each request gains, and their log-probabilities if asked for."""
-    most = min(num_draft, target.room() - 1)
-    law = filters(active)
-    step = Step(
-        num_draft=torch.tensor([min(most, request.remaining - 1) for request in active]),
-        seed=torch.tensor([request.seed for request in active]),
-        position=torch.tensor([request.position for request in active]),
-        coupled=verification.rule == "coupled",
-        **law,
-    )
-    with statistics.timed("draft"):
-        draft = drafter.propose(step) if drafter is not None else Draft.nothing(len(active))
-    decide = _verified_tree if isinstance(draft, TreeDraft) else _verified_chain
-    outcome = decide(target, draft, active, step, verification, statistics, law)  # type: ignore[arg-type]
-    counts = outcome.num_accepted.tolist()
-    emitted = [row[: count + 1] for row, count in zip(outcome.tokens.tolist(), counts, strict=True)]
-    with statistics.timed("draft"):
-        if drafter is not None:
-            drafter.commit(emitted, outcome.features)
-    statistics.steps += 1
-    statistics.invalid += int((~outcome.valid).sum())
-    for (proposed, depth), count in zip(outcome.proposed, counts, strict=True):
-        statistics.count(proposed, count, depth)
-    return emitted, outcome.logprobs.tolist()
+    prompts: Sequence[Sequence[int]],
+    *,
+    drafter: Drafter | None = None,
+    num_draft: int = 4,
+    max_new_tokens: int | Sequence[int] = 128,
+    seed: int | Sequence[int | None] | None = None,
+    stop_tokens: Collection[int] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = TOP_K_OFF,
+    top_p: float | Sequence[float] = TOP_P_OFF,
+    min_p: float | Sequence[float] = MIN_P_OFF,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    frequency_penalty: float | Sequence[float] = 0.0,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = {},
+    grammar: Grammar | Sequence[Grammar | None] | None = None,
+    rule: RuleName = "token",
+    logprobs: bool = False,
+    statistics: Statistics | None = None,
+    backend: BackendName | None = None,
+) -> list[Generation]:
+    """Decode a batch to the end; arguments as of :func:`stream`.
 
-
-def _last(active: Sequence[Request]) -> Tensor:
-    """int64 [B, 1]: the last token of every text."""
-    return torch.tensor([[(request.generated or request.prompt)[-1]] for request in active])
-
-
-def _verified_chain(
-    target: Target,
-    draft: Draft,
-    active: Sequence[Request],
-    step: Step,
-    verification: _Verification,
-    statistics: Statistics,
-    law: dict[str, Any],
-) -> _Outcome:
-    with statistics.timed("draft"):
-        lengths = torch.minimum((draft.tokens >= 0).long().cumprod(1).sum(1), step.num_draft)
-        draft = _trimmed(draft, lengths)
-    rows = torch.cat([_last(active), draft.tokens.clamp(min=0)], 1)
-    with statistics.timed("target"):
-        scores = target.score(rows, lengths + 1)
-    with statistics.timed("verify"):
-        verified = verify_chain(
-            scores.logits,
-            draft.tokens,
-            draft.logits,
-            draft.stats,
-            seed=step.seed,
-            position=step.position,
-            rule=verification.rule,
-            logprobs=verification.logprobs,
-            backend=verification.backend,
-            **law,
-            **processing(active, draft, scores.logits.shape[-1]),
-        )
-    with statistics.timed("target"):
-        target.keep(verified.num_accepted.long() + 1)
-    proposed = [(length, length) for length in lengths.tolist()]
-    accepted = verified.num_accepted, verified.valid, verified.logprobs
-    return _Outcome(verified.tokens, *accepted, scores.features, proposed)
+    Returns:
+        One :class:`Generation` for each prompt, in their order.
+    """
+    named = dict(locals())
+    tokens = stream(named.pop("target"), named.pop("prompts"), **named)
+    endings: list[Ending] = [""] * len(prompts)
+    results = [Generation() for _ in prompts]
+    for token in tokens:
+        endings[token.request] = token.finished
+        if token.token >= 0:
+            result = results[token.request]
+            result.tokens.append(token.token)
+            result.drafted.append(token.drafted)
+            result.logprobs.append(token.logprob)
+    return [
+        Generation(result.tokens, result.drafted, result.logprobs, ending)
+        for result, ending in zip(results, endings, strict=True)
+    ]
 
 
 #: The rules of a chain, carried over to trees.
 _TREE_RULES: dict[RuleName, TreeRuleName] = {"token": "recursive", "block": "traversal", "coupled": "coupled"}
 
 
-def _verified_tree(
-    target: Target,
-    draft: TreeDraft,
-    active: Sequence[Request],
-    step: Step,
-    verification: _Verification,
-    statistics: Statistics,
-    law: dict[str, Any],
-) -> _Outcome:
-    live, tokens = draft.live, draft.tokens.clone()
-    tokens[:, :1] = _last(active)
-    with statistics.timed("target"):
-        scores = target.score_tree(tokens, draft.parents)
-    with statistics.timed("verify"):
-        rule = _TREE_RULES[verification.rule]
-        verified = verify_tree(
-            scores.logits,
-            tokens,
-            draft.parents,
-            draft.logits,
-            draft.stats,
-            seed=step.seed,
-            position=step.position,
-            # Point masses gain nothing by being tested one after the other.
-            rule=rule if draft.logits is not None or rule == "coupled" else "walk",
-            siblings=draft.siblings,
-            logprobs=verification.logprobs,
-            backend=verification.backend,
-            **law,
-            **processing(active, draft, scores.logits.shape[-1]),
+class _Outcome(NamedTuple):
+    """What the verification of one step decided."""
+
+    verified: Verified | VerifiedTree
+    scores: Scores
+    features: Tensor | None
+    """[B, R, H]: the target's before each token."""
+    tokens: list[list[int]]
+    """The accepted drafts and the bonus or recovered token."""
+    logprobs: list[list[float]]
+    drawn_from: list[int]
+    """The row that each request's last token was drawn from."""
+    valid: list[bool]
+    masks: Tensor | None
+    """What grammars allowed after each row, on the CPU."""
+    proposed: list[tuple[int, int]]
+    """Of each request (drafts, how deep they go)."""
+
+
+class _Loop:
+    """One stream: its sessions with target and drafter, and the requests that go on."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        requests: list[Request],
+        options: _Options,
+        statistics: Statistics,
+    ) -> None:
+        self._options, self._statistics = options, statistics
+        self._device, self._vocab = target.device, target.vocab_size
+        prompts = [request.prompt for request in requests]
+        self._batch = Batch(requests, self._vocab, self._device, options.stop_tokens)
+        with torch.inference_mode(), statistics.timed("prompt"):
+            limits = [request.max_new_tokens for request in requests]
+            self._target = target.begin(prompts, limits, () if drafter is None else drafter.feature_layers)
+            self._drafter = None if drafter is None else drafter.begin(prompts, self._target.features)
+
+    def __iter__(self) -> Iterator[Token]:
+        while self._batch.requests:
+            with torch.inference_mode():
+                gained = self._step()
+            yield from gained
+
+    def _step(self) -> list[Token]:
+        """One round for the whole batch: the tokens that its requests gain."""
+        batch, statistics = self._batch, self._statistics
+        most = min(self._options.num_draft, self._target.max_rows() - 1)
+        step = Step(
+            num_draft=[min(most, request.remaining - 1) for request in batch.requests],
+            seed=batch.seed,
+            position=batch.position,
+            greedy=batch.greedy,
+            coupled=self._options.rule == "coupled",
+            **batch.filters,
         )
-    with statistics.timed("target"):
-        target.keep_path(verified.nodes)
-        features = scores.features
-        if features is not None:
-            path = verified.nodes.long().clamp(min=0)[..., None]
-            features = features.gather(1, path.expand(-1, -1, features.shape[2]))
-    depths = tree_positions(draft.parents).amax(1).tolist()
-    proposed = list(zip((live.sum(1) - 1).tolist(), depths, strict=True))
-    accepted = verified.num_accepted, verified.valid, verified.logprobs
-    return _Outcome(verified.tokens, *accepted, features, proposed)
+        with statistics.timed("draft"):
+            draft = self._proposed(step)
+        outcome = self._verify_tree(draft, step) if isinstance(draft, TreeDraft) else self._verify_chain(draft, step)
+        with statistics.timed("draft"):
+            batch.advance(outcome.verified.tokens, outcome.verified.num_accepted, outcome.tokens)
+            if self._drafter is not None:
+                self._drafter.commit(outcome.tokens, outcome.features)
+        statistics.steps += 1
+        for (proposed, depth), new in zip(outcome.proposed, outcome.tokens, strict=True):
+            statistics.count(proposed, len(new) - 1, depth)
+        gained, going_on = [], []
+        for slot, request in enumerate(batch.requests):
+            own = self._gained(request, slot, outcome)
+            gained += own
+            if not own[-1].finished:
+                going_on.append(slot)
+        if len(going_on) < len(batch.requests):
+            self._select(going_on)
+        return gained
+
+    def _gained(self, request: Request, slot: int, outcome: _Outcome) -> list[Token]:
+        """The tokens of one request's step, up to its end."""
+        failure = "" if outcome.valid[slot] else self._failure(slot, outcome)
+        new = outcome.tokens[slot]
+        gained = []
+        for index, token in enumerate(new[:-1] if failure else new):
+            request.generated.append(token)
+            self._statistics.emitted += 1
+            ended: Ending = ""
+            if token in self._options.stop_tokens:
+                ended = "stop"
+            elif request.remaining == 0:
+                ended = "length"
+            score = outcome.logprobs[slot][index] if self._options.logprobs else float("nan")
+            gained.append(Token(request.index, token, index < len(new) - 1, ended, score))
+            if ended:
+                return gained
+        if failure:
+            self._statistics.invalid += 1
+            gained.append(Token(request.index, -1, False, failure))
+        return gained
+
+    def _failure(self, slot: int, outcome: _Outcome) -> Ending:
+        """Why the row that a request's last token was drawn from is no distribution; nothing if another one was read
+        that is not (which no token was drawn from)."""
+        row = outcome.drawn_from[slot]
+        logits = outcome.scores.logits[slot, row].float()
+        if outcome.masks is not None:
+            mask = outcome.masks[slot, row].to(logits.device)
+            if not bool(mask.any()):
+                return "dead_end"
+            ids = torch.arange(self._vocab, device=logits.device)
+            logits = logits.masked_fill((mask[ids // 32] >> ids % 32 & 1) == 0, -torch.inf)
+        usable = bool(logits.isfinite().any()) and not bool((logits.isnan() | (logits == torch.inf)).any())
+        return "" if usable else "invalid"
+
+    def _select(self, slots: list[int]) -> None:
+        if not slots:
+            self._batch.requests = []
+            return
+        self._batch.select(slots)
+        self._target.select(slots)
+        if self._drafter is not None:
+            self._drafter.select(slots)
+
+    def _proposed(self, step: Step) -> Draft | TreeDraft:
+        """What is drafted, on the target's device, up to the first draft that was drawn from no distribution."""
+        if self._drafter is None:
+            return Draft.nothing(len(step.num_draft)).to(self._device)
+        draft = self._drafter.propose(step)
+        if draft.logits is None and draft.tokens.is_cpu and draft.tokens.numel():
+            largest = int(draft.tokens.max())
+            if largest >= self._vocab:
+                raise ValueError(f"drafter must propose token ids in [0, {self._vocab}), got {largest}")
+        draft = draft.to(self._device)
+        if isinstance(draft, TreeDraft):
+            return _usable_tree(draft)
+        counts = [min(own, most) for own, most in zip(counted(draft), step.num_draft, strict=True)]
+        return _usable(draft.first(counts))
+
+    def _verify_chain(self, draft: Draft, step: Step) -> _Outcome:
+        counts = draft.counts
+        assert counts is not None, "they were counted"
+        masks = None
+        if self._batch.has_grammars:
+            chain = TreeDraft.of(draft)
+            masks = self._batch.masks(chain.tokens.tolist(), chain.parents.tolist())
+        with self._statistics.timed("target"):
+            rows = torch.cat([self._batch.last, draft.tokens.clamp(min=0)], 1)
+            scores = self._target.score(rows, [count + 1 for count in counts])
+        with self._statistics.timed("verify"):
+            verified = verify_chain(
+                scores.logits,
+                draft.tokens,
+                draft.logits,
+                draft.stats,
+                rule=self._options.rule,
+                **self._verification(step, masks),
+            )
+            tokens, accepted, valid, logprobs, proposed = self._read(verified, verified.num_proposed[:, None])
+        with self._statistics.timed("target"):
+            self._target.commit([count + 1 for (count,) in accepted])
+        return _Outcome(
+            verified,
+            scores,
+            scores.features,
+            [own[: count + 1] for own, (count,) in zip(tokens, accepted, strict=True)],
+            logprobs,
+            [count for (count,) in accepted],
+            [bool(own) for (own,) in valid],
+            masks,
+            [(count, count) for (count,) in proposed],
+        )
+
+    def _verify_tree(self, draft: TreeDraft, step: Step) -> _Outcome:
+        tokens = torch.cat([self._batch.last, draft.tokens[:, 1:]], 1)
+        masks = self._batch.masks(tokens.tolist(), draft.parents.tolist()) if self._batch.has_grammars else None
+        with self._statistics.timed("target"):
+            scores = self._target.score_tree(tokens, draft.parents)
+        with self._statistics.timed("verify"):
+            rule = _TREE_RULES[self._options.rule]
+            verified = verify_tree(
+                scores.logits,
+                tokens,
+                draft.parents,
+                draft.logits,
+                draft.stats,
+                # Point masses gain nothing by being tested one after the other.
+                rule=rule if draft.logits is not None or rule == "coupled" else "walk",
+                siblings=draft.siblings,
+                **self._verification(step, masks),
+            )
+            shape = [draft.live.sum(1, keepdim=True) - 1, tree_positions(draft.parents).amax(1, keepdim=True)]
+            new, accepted, valid, logprobs, nodes, proposed, depth = self._read(verified, verified.nodes, *shape)
+        paths = [own[: count + 1] for own, (count,) in zip(nodes, accepted, strict=True)]
+        with self._statistics.timed("target"):
+            self._target.commit_path(paths)
+            features = scores.features
+            if features is not None:
+                path = verified.nodes.long().clamp(min=0)[..., None]
+                features = features.gather(1, path.expand(-1, -1, features.shape[2]))
+        return _Outcome(
+            verified,
+            scores,
+            features,
+            [own[: count + 1] for own, (count,) in zip(new, accepted, strict=True)],
+            logprobs,
+            [path[-1] for path in paths],
+            [bool(own) for (own,) in valid],
+            masks,
+            [(count, deep) for (count,), (deep,) in zip(proposed, depth, strict=True)],
+        )
+
+    def _verification(self, step: Step, masks: Tensor | None) -> dict[str, Any]:
+        """What chains and trees are verified with."""
+        return {
+            "seed": step.seed, "position": step.position, "logprobs": self._options.logprobs,
+            "backend": self._options.backend, **self._batch.filters, **self._batch.processing(masks),
+        }  # fmt: skip
+
+    def _read(self, verified: Verified | VerifiedTree, *more: Tensor) -> list[list[list[Any]]]:
+        """Tokens, accepted drafts, whether valid, log-probabilities (none unless requested) and more columns [B, *] as
+        lists: the one time in a step that the host waits for the device. Float64 holds ids exactly."""
+        nothing = verified.tokens[:, :0]
+        whole = [verified.tokens, verified.num_accepted[:, None], verified.valid[:, None]]
+        columns = [*whole, verified.logprobs if self._options.logprobs else nothing, *more]
+        rows = torch.cat([column.double() for column in columns], 1).tolist()
+        lists, start = [], 0
+        for place, column in enumerate(columns):
+            end = start + column.shape[1]
+            kind = float if place == len(whole) else int
+            lists.append([[kind(value) for value in row[start:end]] for row in rows])
+            start = end
+        return lists
 
 
-def _trimmed(draft: Draft, lengths: Tensor) -> Draft:
-    """The first ``lengths [B]`` drafts of every request, -1 behind them."""
-    longest = int(lengths.max())
-
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, :longest]
-
-    tokens = draft.tokens[:, :longest].masked_fill(torch.arange(longest) >= lengths[:, None], -1)
-    return Draft(tokens, cut(draft.logits), cut(draft.stats))
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished request."""
-
-    tokens: list[int]
-    drafted: list[bool]
-    logprobs: list[float]
-    finished: Literal["", "stop", "length"]
+def _usable(draft: Draft) -> Draft:
+    """A chain up to its first draft that was drawn from no distribution (nan, +inf, nothing finite)."""
+    if draft.stats is not None:
+        bad = draft.stats.isnan().any(-1)
+    elif draft.logits is not None:
+        bad = (draft.logits.isnan() | (draft.logits == torch.inf)).any(-1) | ~draft.logits.isfinite().any(-1)
+    else:
+        return draft
+    return replace(draft, tokens=draft.tokens.masked_fill(bad.cumsum(1) > 0, -1))
 
 
-def generate(target: Target, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-    """Decode a batch to the end; arguments as :func:`stream`, results in the order of the prompts."""
-    results = [Generation([], [], [], "") for _ in prompts]
-    for token in stream(target, prompts, **options):
-        result = results[token.request]
-        result.tokens.append(token.token)
-        result.drafted.append(token.drafted)
-        result.logprobs.append(token.logprob)
-        results[token.request] = replace(result, finished=token.finished)
-    return results
+def _usable_tree(draft: TreeDraft) -> TreeDraft:
+    """A tree up to its first node that was drawn from no distribution."""
+    if draft.stats is None:
+        return draft
+    bad = draft.stats.isnan().any(-1).gather(1, draft.parents.clamp(min=0)) & (draft.parents >= 0)
+    return replace(draft, parents=draft.parents.masked_fill(bad.cumsum(1) > 0, -1))

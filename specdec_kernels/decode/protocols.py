@@ -1,17 +1,26 @@
-"""What the loop asks of a target and of a drafter."""
+"""What the loop asks of a target and of a drafter.
+
+A target and a drafter are what streams have in common: a model, and how it is used. What belongs to one stream of
+tokens (caches, histories) lives in the session that :meth:`Target.begin` and :meth:`Drafter.begin` return, so one
+model serves any number of streams. Sessions are told numbers of tokens as Python ints, which the loop knows from its
+one read of the verification's results, so that none of them waits for a device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.decode.tensors import ids_of, padded, to_device
 from specdec_kernels.ops.tree_rules import SiblingsName
+
+Record = TypeVar("Record", "Draft", "TreeDraft", "Step")
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,12 @@ class Scores:
     logits: Tensor
     """[B, R, V]."""
     features: Tensor | None
-    """[B, R, H], what the LM head read; None where nobody wants it."""
+    """[B, R, H], the outputs of the layers that were requested, side by side; None if none were."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed tokens and the law they were drawn from, as :func:`specdec_kernels.verify_chain` takes them."""
+    """Proposed tokens and what they were drawn from, as :func:`specdec_kernels.verify_chain` takes them."""
 
     tokens: Tensor
     """int64 [B, K], -1 after the last draft of a request."""
@@ -34,23 +43,52 @@ class Draft:
     """[B, K, V]; None where every draft is a point mass."""
     stats: Tensor | None = None
     """float32 [B, K, 3]; scale inf marks a point mass."""
+    temperature: Tensor | float | None = None
+    """What the drafts were drawn at, float32 [B] or one for all; needed where there are logits without stats."""
+    counts: Sequence[int] | None = None
+    """Drafts of each request; None has them counted in ``tokens``, for which the loop waits."""
 
     @staticmethod
     def nothing(batch: int) -> Draft:
         """No drafts at all."""
-        return Draft(torch.empty((batch, 0), dtype=torch.int64))
+        return Draft(torch.empty((batch, 0), dtype=torch.int64, device="cpu"), counts=[0] * batch)
 
     @staticmethod
     def point_masses(drafts: Sequence[Sequence[int]]) -> Draft:
-        """Lists of token ids that were not drawn from anything."""
-        longest = max(len(draft) for draft in drafts)
-        rows = [[*draft, *[-1] * (longest - len(draft))] for draft in drafts]
-        return Draft(torch.tensor(rows, dtype=torch.int64).reshape(len(drafts), longest))
+        """Lists of token ids that were not drawn from anything.
+
+        Raises:
+            TypeError, ValueError: something in them is no token id.
+        """
+        checked = [ids_of("draft", draft) for draft in drafts]
+        return Draft(padded(checked, -1), counts=[len(draft) for draft in checked])
+
+    def to(self, device: torch.device) -> Draft:
+        """The same on a device."""
+        return _moved(self, device)
+
+    def first(self, counts: Sequence[int]) -> Draft:
+        """The first ``counts[b]`` drafts of each request, -1 behind them."""
+        longest = max(counts)
+        tokens, logits, stats = (None if x is None else x[:, :longest] for x in (self.tokens, self.logits, self.stats))
+        assert tokens is not None
+        if any(count < longest for count in counts):
+            own = to_device(counts, torch.int64, tokens.device)[:, None]
+            tokens = tokens.masked_fill(torch.arange(longest, device=tokens.device) >= own, -1)
+        return replace(self, tokens=tokens, logits=logits, stats=stats, counts=counts)
+
+
+def counted(draft: Draft) -> Sequence[int]:
+    """Drafts of each request, counted if they are not known."""
+    if draft.counts is not None:
+        return draft.counts
+    counts: list[int] = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
+    return counts
 
 
 @dataclass(frozen=True)
 class TreeDraft:
-    """A tree of proposed tokens, as :func:`specdec_kernels.verify_tree` takes it. Node 0 is the text's last token."""
+    """A tree of proposed tokens, as :func:`specdec_kernels.verify_tree` takes it; node 0 is the last token so far."""
 
     tokens: Tensor
     """int64 [B, N]; of the root and of what is no node, any id."""
@@ -60,6 +98,8 @@ class TreeDraft:
     """[B, N, V], what the children of each node were drawn from; None where every draft is a point mass."""
     stats: Tensor | None = None
     """float32 [B, N, 3]; scale inf marks a node whose children are point masses."""
+    temperature: Tensor | float | None = None
+    """What the children were drawn at, float32 [B] or one for all; needed where there are logits without stats."""
     siblings: SiblingsName = "without_replacement"
     """How the children of a node were drawn."""
 
@@ -70,6 +110,10 @@ class TreeDraft:
         parents = torch.where(live, torch.arange(live.shape[1], device=live.device), -1)
         tokens = functional.pad(draft.tokens.clamp(min=0), (1, 0))
         return TreeDraft(tokens, functional.pad(parents, (1, 0), value=-1))
+
+    def to(self, device: torch.device) -> TreeDraft:
+        """The same on a device."""
+        return _moved(self, device)
 
     def chains(self) -> list[list[int]]:
         """Of each request the tokens of its first nodes, as far as each hangs from the one before."""
@@ -85,10 +129,11 @@ class TreeDraft:
 
 @dataclass(frozen=True)
 class Step:
-    """What a drafter may depend on. The verification's coins are not among it, which keeps the law exact."""
+    """What a drafter may depend on. The uniforms of the verification are not among it, which keeps the distribution
+    exact."""
 
-    num_draft: Tensor
-    """int64 [B]: drafts wanted at most; of a tree, the nodes beside the root."""
+    num_draft: Sequence[int]
+    """Drafts wanted at most of each request; of a tree, the nodes beside the root."""
     seed: Tensor
     """int64 [B]."""
     position: Tensor
@@ -99,53 +144,101 @@ class Step:
     top_p: Tensor | float = TOP_P_OFF
     min_p: Tensor | float = MIN_P_OFF
     """The target's filters, as the temperature."""
-    length: Tensor | None = None
-    """int64 [B]: drafts of a chain, where siblings beside its first ones are the rest of those wanted; None leaves that
-    to the drafter."""
+    greedy: bool = False
+    """Whether the temperature of every request is 0."""
+    length: Sequence[int] | None = None
+    """Drafts of a chain, where siblings beside its first ones are the rest of those wanted; None leaves that to the
+    drafter."""
     coupled: bool = False
     """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
 
+    def to(self, device: torch.device) -> Step:
+        """The same on a device."""
+        return _moved(self, device)
 
-class Target(Protocol):
-    """A model that scores rows against a cache of keys and values, and takes rows back."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], feature_layers: Sequence[int]) -> Tensor | None:
-        """Read all of each prompt but its last token; the features [B, R, H] of what was read, if any are wanted: the
-        outputs of these layers side by side, the last layer's after the final norm."""
+def _moved(record: Record, device: torch.device) -> Record:
+    """A dataclass with its tensors on a device."""
+    found = {field.name: getattr(record, field.name) for field in fields(record)}
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name, value in found.items()
+        if isinstance(value, Tensor) and value.device != device
+    }
+    return replace(record, **moved) if moved else record
 
-    def room(self) -> int:
+
+class TargetSession(Protocol):
+    """One stream's rows in a target: appended, scored, and taken back."""
+
+    features: Tensor | None
+    """[B, R, H] of what was read of the prompts, if any layers were requested: their outputs side by side, the last
+    layer's after the final norm."""
+
+    def max_rows(self) -> int:
         """Rows a request can be given in the next step, at least one."""
 
-    def score(self, tokens: Tensor, counts: Tensor) -> Scores:
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
         """Append ``counts[b]`` of the rows ``tokens[b]`` to each request and score them."""
 
-    def keep(self, rows: Tensor) -> None:
-        """Of the rows just scored, keep the first ``rows[b]``."""
+    def commit(self, counts: Sequence[int]) -> None:
+        """Of the rows just scored, keep the first ``counts[b]``."""
 
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
         """Append a tree ``tokens[b]``, ``parents[b]`` to each request and score its nodes, each after its own path."""
 
-    def keep_path(self, nodes: Tensor) -> None:
-        """Of the tree just scored, keep the path ``nodes[b]``, -1 behind its end."""
+    def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of the tree just scored, keep the nodes ``paths[b]``, a path from the root."""
 
-    def select(self, requests: Tensor) -> None:
-        """Go on with these requests only, in this order."""
+    def select(self, slots: Sequence[int]) -> None:
+        """Go on with the requests in these slots only, in this order."""
 
 
-class Drafter(Protocol):
-    """Something that proposes tokens."""
+class Target(Protocol):
+    """A model that scores rows against what it has read."""
 
-    feature_layers: Sequence[int]
-    """Layers of the target whose outputs it reads, -1 the last; none of them if it reads tokens alone."""
+    @property
+    def device(self) -> torch.device:
+        """Where its logits are."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        """Start; ``features[b, t]`` is the target's feature at prompt token t, the last token not among them."""
+    @property
+    def vocab_size(self) -> int:
+        """Columns of its logits."""
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """The model's own end tokens."""
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
+    ) -> TargetSession:
+        """Read all of each prompt but its last token.
+
+        Raises:
+            ValueError: it cannot score such histories as it should, before anything is read.
+        """
+
+
+class DrafterSession(Protocol):
+    """One stream's drafts."""
 
     def propose(self, step: Step) -> Draft | TreeDraft:
         """Tokens to verify."""
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        """What each request's text was continued with; ``features[b, i]`` is the target's before ``tokens[b][i]``."""
+        """What each request was continued with; ``features[b, i]`` is the target's before ``tokens[b][i]``."""
 
-    def select(self, requests: Tensor) -> None:
-        """Go on with these requests only, in this order."""
+    def select(self, slots: Sequence[int]) -> None:
+        """Go on with the requests in these slots only, in this order."""
+
+
+class Drafter(Protocol):
+    """Something that proposes tokens."""
+
+    @property
+    def feature_layers(self) -> Sequence[int]:
+        """Layers of the target whose outputs it reads, -1 the last; none of them if it reads tokens alone."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> DrafterSession:
+        """Start a stream; ``features[b, t]`` is the target's feature at prompt token t, the last token not among
+        them."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
-from specdec_kernels.decode.protocols import Draft, TreeDraft
-from specdec_kernels.ops import LogitBias, Penalties, validate
+from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.decode.tensors import CPU, ids_of, padded, to_device
+from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, validate
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
 Grammar = Callable[[Sequence[int]], Tensor]
+
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -26,32 +29,36 @@ class Sampling:
         TypeError, ValueError: naming the parameter, what was expected and what came.
     """
 
-    temperature: float = 0.0
+    temperature: float = 1.0
+    """0 is greedy."""
     top_k: int = TOP_K_OFF
     top_p: float = TOP_P_OFF
     min_p: float = MIN_P_OFF
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """By token id."""
     grammar: Grammar | None = None
-    """Called for every row of a step, with the text that the row continues."""
+    """Called for every row of a step, with the tokens generated before it; never with what it did not allow, nor with
+    what comes after a stop token. A mask may be narrower than the logits, whose other ids are then not allowed: padded
+    vocabularies."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency"):
+        for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):
             if isinstance(value := getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a number, got {validate.describe(value)}")
             validate.parameter(name, value, 1, "B")
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        ids_of("logit_bias", self.logit_bias)
         if self.grammar is not None and not callable(self.grammar):
             raise TypeError(f"grammar must be a function of the tokens generated, got {self.grammar!r}")
 
     @property
     def penalised(self) -> bool:
         """Whether any penalty is on."""
-        return (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+        return tuple(getattr(self, name) for name in _PENALTIES) != (1.0, 0.0, 0.0)
 
 
 @dataclass
@@ -76,6 +83,44 @@ class Request:
         return self.max_new_tokens - len(self.generated)
 
 
+def make_requests(
+    prompts: Any, vocab: int, seed: Any, max_new_tokens: Any, sampling: Mapping[str, Any]
+) -> list[Request]:
+    """Check the arguments of a batch, each one for all or a list, and make its requests.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__iter__"):
+        raise TypeError(f"prompts must be a list of lists of token ids, got {shortened(prompts)}")
+    every = list(prompts)
+    if any(hasattr(prompt, "__index__") and not hasattr(prompt, "__len__") for prompt in every):
+        raise TypeError(f"prompts must be a list of lists of token ids, [prompt] for one, got {shortened(every)}")
+    histories = [ids_of(f"prompts[{index}]", prompt, vocab) for index, prompt in enumerate(every)]
+    for index, prompt in enumerate(histories):
+        if not prompt:
+            raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
+    count = len(histories)
+    columns = {name: _each(name, value, count) for name, value in sampling.items()}
+    seeds, limits = _each("seed", seed, count), _each("max_new_tokens", max_new_tokens, count)
+    made = []
+    for index, (own_seed, limit) in enumerate(zip(seeds, limits, strict=True)):
+        if own_seed is None:
+            own_seed = secrets.randbits(63)
+        if isinstance(own_seed, bool) or not isinstance(own_seed, int):
+            raise TypeError(f"seed must be an int, a list of int, or None, got {own_seed!r}")
+        if not -(1 << 63) <= own_seed < 1 << 63:
+            raise ValueError(f"seed must be in [-2^63, 2^63), got {own_seed}")
+        if isinstance(limit, bool) or not isinstance(limit, int):
+            raise TypeError(f"max_new_tokens must be an int or a list of int, got {limit!r}")
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+        own = Sampling(**{name: column[index] for name, column in columns.items()})
+        ids_of("logit_bias", own.logit_bias, vocab)
+        made.append(Request(index, histories[index], own_seed, limit, own))
+    return made
+
+
 def _each(name: str, value: Any, count: int) -> list[Any]:
     """One value for every request, or a list of one each."""
     if isinstance(value, (list, tuple)):
@@ -85,83 +130,106 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return [value] * count
 
 
-def requests(
-    prompts: Sequence[Sequence[int]], seed: Any, max_new_tokens: Any, sampling: Mapping[str, Any]
-) -> list[Request]:
-    """Check the options of a batch, each one for all or a list, and make its requests."""
-    count = len(prompts)
-    known = [f.name for f in fields(Sampling)]
-    for name in sampling:
-        if name not in known:
-            raise TypeError(f"sampling parameters must be among {known}, got {name!r}")
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
-    columns = {name: _each(name, value, count) for name, value in sampling.items()}
-    seeds, limits = _each("seed", seed, count), _each("max_new_tokens", max_new_tokens, count)
-    made = []
-    for index, (own_seed, limit) in enumerate(zip(seeds, limits, strict=True)):
-        if own_seed is None:
-            own_seed = secrets.randbits(63)
-        if not isinstance(own_seed, int):
-            raise TypeError(f"seed must be an int, a list of int, or None, got {own_seed!r}")
-        if not isinstance(limit, int) or limit < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {limit!r}")
-        own = Sampling(**{name: column[index] for name, column in columns.items()})
-        made.append(Request(index, prompts[index], own_seed, limit, own))
-    return made
+class Batch:
+    """The requests that go on, and what the operators are told of them, on the target's device."""
 
+    def __init__(self, requests: list[Request], vocab: int, device: torch.device, stop_tokens: Collection[int]) -> None:
+        self.requests = requests
+        self._vocab, self._device, self._stop_tokens = vocab, device, stop_tokens
+        self.seed = to_device([request.seed for request in requests], torch.int64, device)
+        self.position = to_device([request.position for request in requests], torch.int64, device)
+        """Tokens of each request so far."""
+        self.last = to_device([[request.prompt[-1]] for request in requests], torch.int64, device)
+        """The last of them, [B, 1]."""
+        self._counts: TokenCounts | None = None
+        if any(request.sampling.penalised for request in requests):
+            self._counts = TokenCounts([request.prompt for request in requests], vocab, device)
+        self._collect()
 
-# --- as the operators take them ---------------------------------------------------------------------------------------
-
-
-def filters(batch: Sequence[Request]) -> dict[str, Any]:
-    """Temperature and filters: one for all where they are equal, else one of each a request."""
-    samplings = [request.sampling for request in batch]
-    columns: dict[str, list[Any]] = {"temperature": [float(s.temperature) for s in samplings]}
-    columns |= {name: [getattr(s, name) for s in samplings] for name in ("top_k", "top_p", "min_p")}
-    alike = {name: all(value == values[0] for value in values) for name, values in columns.items()}
-    return {name: values[0] if alike[name] else torch.tensor(values) for name, values in columns.items()}
-
-
-def processing(batch: Sequence[Request], draft: Draft | TreeDraft, vocab: int) -> dict[str, Any]:
-    """Penalties, bias and masks for the rows of one step."""
-    samplings = [request.sampling for request in batch]
-    arguments: dict[str, Any] = {}
-    if any(s.penalised for s in samplings):
-        strengths = {
-            name: torch.tensor([float(getattr(s, name)) for s in samplings])
-            for name in ("repetition", "presence", "frequency")
+    def _collect(self) -> None:
+        """What depends on the parameters of the requests that go on, and on nothing else."""
+        samplings = [request.sampling for request in self.requests]
+        self.greedy = all(s.temperature < MIN_TEMPERATURE for s in samplings)
+        self.filters: dict[str, Any] = {
+            "temperature": self._column([float(s.temperature) for s in samplings]),
+            "top_k": self._column([s.top_k for s in samplings], torch.int64),
+            "top_p": self._column([float(s.top_p) for s in samplings]),
+            "min_p": self._column([float(s.min_p) for s in samplings]),
         }
-        texts = (_padded([request.prompt for request in batch]), _padded([request.generated for request in batch]))
-        arguments["penalties"] = Penalties(*texts, **strengths)
-    if any(s.logit_bias for s in samplings):
-        arguments["logit_bias"] = LogitBias(
-            _padded([list(s.logit_bias) for s in samplings]),
-            _padded([list(s.logit_bias.values()) for s in samplings], 0.0),
-        )
-    if any(s.grammar is not None for s in samplings):
-        arguments["bitmask"] = _masks(batch, draft if isinstance(draft, TreeDraft) else TreeDraft.of(draft), vocab)
-    return arguments
+        """Temperature and filters: one for all where they are equal, else one of each a request."""
+        self._fixed: dict[str, Any] = {}
+        if self._counts is not None:
+            strengths = {name: self._column([float(getattr(s, name)) for s in samplings]) for name in _PENALTIES}
+            self._fixed["penalties"] = Penalties(counts=self._counts, **strengths)
+        if any(s.logit_bias for s in samplings):
+            self._fixed["logit_bias"] = LogitBias(
+                padded([list(s.logit_bias) for s in samplings], -1, device=self._device),
+                padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32, self._device),
+            )
+
+    def _column(self, values: list[Any], dtype: torch.dtype = torch.float32) -> Any:
+        if all(value == values[0] for value in values):
+            return values[0]
+        return to_device(values, dtype, self._device)
+
+    def processing(self, masks: Tensor | None) -> dict[str, Any]:
+        """Penalties, bias and masks for the rows of one step."""
+        return self._fixed if masks is None else {**self._fixed, "bitmask": masks.to(self._device, non_blocking=True)}
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether what may follow must be asked for every row."""
+        return any(request.sampling.grammar is not None for request in self.requests)
+
+    def masks(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Tensor:
+        """What the grammars allow after each node, int32 [B, N, ceil(V/32)]; everything after a node that is not
+        allowed, since it is rejected, and after a stop token, since nothing follows."""
+        words = -(-self._vocab // 32)
+        masks = torch.full((len(tokens), len(tokens[0]), words), -1, dtype=torch.int32, device=CPU)
+        for slot, request in enumerate(self.requests):
+            if (grammar := request.sampling.grammar) is None:
+                continue
+            histories: dict[int, list[int]] = {0: list(request.generated)}
+            masks[slot, 0] = _allowed(grammar, histories[0], self._vocab)
+            for node, (token, up) in enumerate(zip(tokens[slot], parents[slot], strict=True)):
+                ended = node == 0 or up not in histories or token in self._stop_tokens
+                if not ended and int(masks[slot, up, token // 32]) >> token % 32 & 1:
+                    histories[node] = [*histories[up], token]
+                    masks[slot, node] = _allowed(grammar, histories[node], self._vocab)
+        return masks
+
+    def advance(self, tokens: Tensor, num_accepted: Tensor, new: Sequence[Sequence[int]]) -> None:
+        """Go on behind what was verified: ``tokens [B, R]``, of each request the first ``num_accepted[b] + 1``, which
+        are ``new[b]``."""
+        gained = num_accepted.long()[:, None]
+        self.last = tokens.gather(1, gained)
+        self.position = self.position + gained[:, 0] + 1
+        if self._counts is not None:
+            self._counts.extend(new)
+
+    def select(self, slots: Sequence[int]) -> None:
+        """Go on with the requests in these slots only."""
+        index = to_device(slots, torch.int64, self._device)
+        self.requests = [self.requests[slot] for slot in slots]
+        self.seed, self.position, self.last = self.seed[index], self.position[index], self.last[index]
+        if self._counts is not None:
+            self._counts.select(slots)
+        self._collect()
 
 
-def _padded(rows: Sequence[Sequence[Any]], padding: float = -1) -> Tensor:
-    longest = max(map(len, rows))
-    padded = [[*row, *[padding] * (longest - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64 if isinstance(padding, int) else torch.float32)
+def _allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:
+    """What a grammar allows after a history, int32 [ceil(V/32)], nothing behind the vocabulary.
 
-
-def _masks(batch: Sequence[Request], draft: TreeDraft, vocab: int) -> Tensor:
-    """What the grammars allow after each node, int32 [B, N, ceil(V/32)]; everything after a node that is not allowed,
-    since it is rejected."""
-    masks = torch.full((*draft.tokens.shape, -(-vocab // 32)), -1, dtype=torch.int32)
-    for slot, request in enumerate(batch):
-        if request.sampling.grammar is None:
-            continue
-        texts: dict[int, list[int]] = {0: list(request.generated)}
-        masks[slot, 0] = request.sampling.grammar(texts[0])
-        for node, (token, up) in enumerate(zip(draft.tokens[slot].tolist(), draft.parents[slot].tolist(), strict=True)):
-            if up in texts and int(masks[slot, up, token // 32]) >> token % 32 & 1:
-                texts[node] = [*texts[up], token]
-                masks[slot, node] = request.sampling.grammar(texts[node])
-    return masks
+    Raises:
+        TypeError, ValueError: it gave something else.
+    """
+    words, mask = -(-vocab // 32), grammar(history)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32:
+        raise TypeError(f"grammar must give int32 [{words}], a bit for each id, got {validate.describe(mask)}")
+    if mask.numel() != mask.shape[-1] or mask.numel() > words:
+        raise ValueError(f"grammar must give at most {words} words for {vocab} ids, got {validate.describe(mask)}")
+    allowed = torch.zeros(words, dtype=torch.int32, device=CPU)
+    allowed[: mask.numel()] = mask.flatten().cpu()
+    if vocab % 32:
+        allowed[-1] &= (1 << vocab % 32) - 1
+    return allowed

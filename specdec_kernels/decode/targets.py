@@ -1,7 +1,8 @@
-"""Targets: any causal transformers model whose cache can be cropped."""
+"""Targets: causal transformers models."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,99 +11,144 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.cache import RaggedCache
+from specdec_kernels.decode.probe import Use, probe
 from specdec_kernels.decode.protocols import Scores
-from specdec_kernels.decode.ragged_cache import RaggedCache
+from specdec_kernels.decode.tensors import padded
 from specdec_kernels.ops.trees import tree_mask, tree_positions
 
 
-def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tokens [B, R], 0 where there is none, and counts [B])."""
-    rows = max((len(sequence) for sequence in sequences), default=0)
-    tokens = torch.tensor([[*sequence, *[0] * (rows - len(sequence))] for sequence in sequences], device=device)
-    counts = torch.tensor([len(sequence) for sequence in sequences], device=device)
-    return tokens.reshape(len(sequences), rows).long(), counts
-
-
 class TransformersTarget:
-    """A ``transformers`` causal language model as a :class:`~specdec_kernels.decode.protocols.Target`.
+    """A ``transformers`` causal language model as a :class:`~specdec_kernels.decode.Target`, for any number of streams.
+
+    Whether the model scores rows as the loop needs it is not taken for granted: before it is first used for chains, for
+    batches and for trees, a few rows that are scored as the loop scores them are compared with a plain pass.
 
     Args:
-        model: any causal model with a croppable cache (full attention in every layer).
-        fixed_rows: score in windows of exactly this many rows, at fixed places of the text. Passes over different
+        model: any causal model whose layers attend to the whole history, in evaluation mode.
+        fixed_rows: score in windows of exactly this many rows, at fixed offsets of the history. Passes over different
             numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
             on how it was drafted. In a window every token is always scored in the same row of the same shape,
             whatever was drafted, so it does not. The price: rows of the window that are known already are scored
-            again, and drafts end with the window. For a batch of one.
+            again, and drafts end with the window. For chains of a batch of one.
+        check: compare with a plain pass before first use, which costs a few passes over some tokens.
 
     Raises:
-        ValueError: ``fixed_rows`` below 1, or with several prompts.
+        TypeError, ValueError: a model that the loop cannot use, with the reason; ``fixed_rows`` below 1.
     """
 
-    def __init__(self, model: Any, fixed_rows: int | None = None) -> None:
+    def __init__(self, model: Any, fixed_rows: int | None = None, *, check: bool = True) -> None:
+        model_facts.check_model(model)
+        if fixed_rows is not None and (isinstance(fixed_rows, bool) or not isinstance(fixed_rows, int)):
+            raise TypeError(f"fixed_rows must be None or an int, got {fixed_rows!r}")
         if fixed_rows is not None and fixed_rows < 1:
             raise ValueError(f"fixed_rows must be None or at least 1, got {fixed_rows}")
-        self.model = model
-        self.fixed_rows = fixed_rows
-        self._feature_layers: Sequence[int] = ()
+        self.model, self.fixed_rows, self.check = model, fixed_rows, check
+        self.vocab_size = model_facts.vocab_size(model)
 
-    @torch.inference_mode()
-    def begin(self, prompts: Sequence[Sequence[int]], feature_layers: Sequence[int]) -> Tensor | None:
-        if self.fixed_rows is not None and len(prompts) != 1:
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return model_facts.stop_tokens(self.model)
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
+    ) -> TransformersSession:
+        model_facts.check_model(self.model)
+        if self.fixed_rows is not None:  # windows are scored whole
+            max_new_tokens = [-(-count // self.fixed_rows) * self.fixed_rows for count in max_new_tokens]
+        model_facts.check_lengths(self.model, prompts, max_new_tokens)
+        self.try_out("batches" if len(prompts) > 1 else "chains")
+        if self.fixed_rows is None:
+            return TransformersSession(self, prompts, feature_layers, max_new_tokens)
+        if len(prompts) != 1:
             raise ValueError(f"fixed_rows needs a batch of one prompt, got {len(prompts)}")
-        self._feature_layers = feature_layers
-        self._cache = RaggedCache(self.model.config, len(prompts), self.model.device)
-        self._window = torch.empty((1, 0), dtype=torch.int64, device=self.model.device)
-        tokens, counts = padded([prompt[:-1] for prompt in prompts], self.model.device)
-        if tokens.shape[1] == 0:
-            return None
-        return self._run(tokens, counts, logits_to_keep=1).features
+        return WindowSession(self, prompts, feature_layers, max_new_tokens)
 
-    def room(self) -> int:
-        return sys.maxsize if self.fixed_rows is None else self.fixed_rows - self._window.shape[1]
+    def try_out(self, use: Use) -> None:
+        """Check that the model can be used so, unless that was done before or is not wanted.
 
-    @torch.inference_mode()
-    def score(self, tokens: Tensor, counts: Tensor) -> Scores:
-        if self.fixed_rows is None:
-            return self._run(tokens, counts)
-        known, rows = self._window.shape[1], tokens.shape[1]
-        self._window = torch.cat([self._window, tokens], 1)
-        padding = (0, self.fixed_rows - known - rows)
-        scores = self._run(functional.pad(self._window, padding), counts * 0 + self.fixed_rows)
-        new = slice(known, known + rows)
-        self._known = known
-        return Scores(scores.logits[:, new], None if scores.features is None else scores.features[:, new])
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.check:
+            unchecked = TransformersTarget(self.model, check=False)
+            probe(self.model, use, lambda prompts: TransformersSession(unchecked, prompts, (), [0] * len(prompts)))
 
-    def keep(self, rows: Tensor) -> None:
-        if self.fixed_rows is None:
-            self._cache.keep(rows)
-            return
-        self._window = self._window[:, : self._known + int(rows)]
-        if self._window.shape[1] == self.fixed_rows:
-            self._window = self._window[:, :0]
-        else:
-            self._cache.crop(self.fixed_rows)
+
+class TransformersSession:
+    """One stream of a :class:`TransformersTarget`."""
+
+    def __init__(
+        self,
+        target: TransformersTarget,
+        prompts: Sequence[Sequence[int]],
+        feature_layers: Sequence[int],
+        max_new_tokens: Sequence[int],
+    ) -> None:
+        self._target, self._model, self._feature_layers = target, target.model, feature_layers
+        self._longest = max(map(len, prompts)) + max(max_new_tokens)
+        additive = model_facts.additive_mask(self._model)
+        self._cache = RaggedCache(self._model.config, len(prompts), target.device, additive)
+        self._positions = _takes(self._model, "position_ids")
+        read = [list(prompt[:-1]) for prompt in prompts]
+        self.features: Tensor | None = None
+        if any(read):
+            tokens = padded(read, 0, device=target.device)
+            last = {"logits_to_keep": 1} if _takes(self._model, "logits_to_keep") else {}
+            self.features = self._run(tokens, [len(tokens) for tokens in read], **last).features
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each request that were read."""
+        return self._cache.lengths
+
+    def max_rows(self) -> int:
+        return sys.maxsize
+
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
+        return self._run(tokens, counts)
+
+    def commit(self, counts: Sequence[int]) -> None:
+        self._cache.commit(counts)
 
     @torch.inference_mode()
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
-        if self.fixed_rows is not None:
-            raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self.fixed_rows}")
+        self._check_trees()
         depth = tree_positions(parents).clamp(min=0)
         outputs = self._cache.run_tree(
-            self.model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
+            self._model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
         )
         return self._scores(outputs)
 
-    def keep_path(self, nodes: Tensor) -> None:
-        self._cache.keep_path(nodes)
+    def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
+        self._cache.commit_path(paths)
 
-    def select(self, requests: Tensor) -> None:
-        self._cache.select(requests)
+    def select(self, slots: Sequence[int]) -> None:
+        self._cache.select(slots)
 
-    def _run(self, tokens: Tensor, counts: Tensor, **options: Any) -> Scores:
+    def _check_trees(self) -> None:
+        model_facts.check_tree_attention(self._model)
+        window = model_facts.column_window(self._model)
+        if window is not None and self._longest > window:
+            raise ValueError(
+                f"drafts must be chains beyond the local window of {window} tokens of {type(self._model).__name__}, got"
+                f" a tree and histories of up to {self._longest} tokens"
+            )
+        self._target.try_out("trees")
+
+    @torch.inference_mode()
+    def _run(self, tokens: Tensor, counts: Sequence[int], **options: Any) -> Scores:
         outputs = self._cache.run(
-            self.model,
+            self._model,
             counts,
             tokens.shape[1],
+            self._positions,
             input_ids=tokens,
             output_hidden_states=bool(self._feature_layers),
             **options,
@@ -112,3 +158,40 @@ class TransformersTarget:
     def _scores(self, outputs: Any) -> Scores:
         layers = [outputs.hidden_states[layer] for layer in self._feature_layers]
         return Scores(outputs.logits, torch.cat(layers, -1) if layers else None)
+
+
+class WindowSession(TransformersSession):
+    """One stream that is scored in windows of fixed rows."""
+
+    def __init__(self, target: TransformersTarget, *arguments: Any) -> None:
+        assert target.fixed_rows is not None, "that is what makes it one"
+        self._rows = target.fixed_rows
+        self._window = torch.empty((1, 0), dtype=torch.int64, device=target.device)
+        super().__init__(target, *arguments)
+
+    def max_rows(self) -> int:
+        return self._rows - self._window.shape[1]
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
+        self._known, rows = self._window.shape[1], tokens.shape[1]
+        self._window = torch.cat([self._window, tokens], 1)
+        padding = (0, self._rows - self._known - rows)
+        scores = self._run(functional.pad(self._window, padding), [self._rows])
+        new = slice(self._known, self._known + rows)
+        return Scores(scores.logits[:, new], None if scores.features is None else scores.features[:, new])
+
+    def commit(self, counts: Sequence[int]) -> None:
+        self._window = self._window[:, : self._known + counts[0]]
+        if self._window.shape[1] == self._rows:
+            self._window = self._window[:, :0]
+        else:
+            self._cache.commit([0])
+
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self._rows}")
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model's forward pass has an argument of this name."""
+    return name in inspect.signature(model.forward).parameters

@@ -35,11 +35,11 @@ class Penalties:
     """int64 or int32 [B, Lp], -1 where there is none."""
     output: Tensor | None = None
     """int64 or int32 [B, Lo], the tokens generated so far, -1 where there is none."""
-    repetition: Tensor | float = 1.0
+    repetition_penalty: Tensor | float = 1.0
     """float32 [B] or float, positive; 1 is off."""
-    presence: Tensor | float = 0.0
+    presence_penalty: Tensor | float = 0.0
     """float32 [B] or float; 0 is off."""
-    frequency: Tensor | float = 0.0
+    frequency_penalty: Tensor | float = 0.0
     """float32 [B] or float; 0 is off."""
     counts: TokenCounts | None = None
     """Of B requests and the vocabulary of the logits."""
@@ -127,7 +127,7 @@ def edits(
         ids, counts = _counted(penalties, logits, size, dim)
         strengths = tuple(
             validate.parameter(name, getattr(penalties, name), size, dim)
-            for name in ("repetition", "presence", "frequency")
+            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
         )
         if draft_tokens is not None:
             drafted = _ids_or_none(draft_tokens, vocab)

@@ -148,9 +148,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_k": (lambda x: 0 <= x < 1 << 24, "at least 1 (or 0: off)"),
     "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
     "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
-    "repetition": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
-    "presence": (math.isfinite, "finite (0: off)"),
-    "frequency": (math.isfinite, "finite (0: off)"),
+    "repetition_penalty": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
+    "presence_penalty": (math.isfinite, "finite (0: off)"),
+    "frequency_penalty": (math.isfinite, "finite (0: off)"),
 }
 
 

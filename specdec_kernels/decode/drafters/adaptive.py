@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, Step, TreeDraft
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
 
 
 class LinearCost:
@@ -182,9 +181,9 @@ class AdaptiveDrafter:
     The expected tokens of a step follow from the running acceptance, its time from measured times of drafting and
     scoring (Leviathan et al., arXiv:2211.17192, section 3.5, with measured costs in place of constants); in a batch
     each draft goes to the request where it gains most. The choice depends on earlier steps and on clocks, never on the
-    coins of the step nor on a drawn token, so the law of the text is exact (algorithms.md, 10). What is drafted depends
-    on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may give
-    another text.
+    uniforms of the step nor on a drawn token, so the distribution is exact (docs/algorithms.md, 10). What is drafted
+    depends on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may
+    give another text.
 
     Where siblings can lie beside the drafts of a chain, it also chooses how many of them have some.
 
@@ -200,82 +199,23 @@ class AdaptiveDrafter:
         self.drafter, self.costs = drafter, Costs() if costs is None else costs
         self.feature_layers = drafter.feature_layers
         self.drafting = LinearCost(slope=0.5, origin=1.0)
-        self._siblings: int = getattr(drafter, "siblings", 0)
+        """Measured seconds of drafting, by drafts; of all streams, as the costs."""
+        self.siblings: int = getattr(drafter, "siblings", 0)
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self.drafter.begin(prompts, features)
-        self._acceptance = [Acceptance() for _ in prompts]
-        self._chains: list[list[int]] = [[] for _ in prompts]
-        self._shapes: list[Shape] = [(0, 0)] * len(prompts)
-        self._asked = False
-        self._idle, self._patience = 0, self.PATIENCE[0]
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AdaptiveSession:
+        return AdaptiveSession(self, self.drafter.begin(prompts, features), len(prompts))
 
-    def propose(self, step: Step) -> Draft | TreeDraft:
-        start = time.perf_counter()
-        self._shapes = self._choose(step.num_draft.tolist())
-        lengths, beside = torch.tensor(self._shapes).unbind(1)
-        draft: Draft | TreeDraft = Draft.nothing(len(lengths))
-        if bool(lengths.any()):
-            nodes = torch.minimum(lengths + self._siblings * beside, step.num_draft)
-            draft = self.drafter.propose(replace(step, num_draft=nodes, length=lengths))
-        if isinstance(draft, TreeDraft):
-            if not self._siblings:
-                raise TypeError("drafter must draft chains, got a drafter of trees")
-            rows, self._chains = int(draft.live.sum()), draft.chains()
-        else:
-            drafted = (draft.tokens >= 0).long().cumprod(1).sum(1).tolist()
-            self._chains = [tokens[:count] for tokens, count in zip(draft.tokens.tolist(), drafted, strict=True)]
-            rows = len(drafted) + sum(drafted)
-        self._asked = True
-        if longest := max(map(len, self._chains)):
-            self.drafting.add(longest, time.perf_counter() - start)
-        self.costs.proposed(rows / len(self._chains))
-        return draft
-
-    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self.costs.scored()
-        if self._asked:
-            steps = zip(self._acceptance, self._chains, self._shapes, tokens, strict=True)
-            for acceptance, chain, (_, siblings), new in steps:
-                if chain:
-                    accepted = len(new) - 1
-                    beside = accepted > 0 and list(new[:accepted]) != chain[:accepted]
-                    acceptance.add(len(chain), accepted - beside, siblings, beside)
-            self._idle = 0 if any(self._chains) else self._idle + 1
-        self._asked = False
-        self.drafter.commit(tokens, features)
-
-    def select(self, requests: Tensor) -> None:
-        self.drafter.select(requests)
-        self._acceptance = [self._acceptance[slot] for slot in requests.tolist()]
-
-    def _choose(self, most: list[int]) -> list[Shape]:
-        """What to ask for, at most so many drafts of each request."""
-        if self.costs.plain_is_due:
-            return [(0, 0)] * len(most)
-        if not self.drafting.known:
-            widest = [(limit + self._siblings) // (1 + self._siblings) for limit in most]
-            return [(length, length if self._siblings else 0) for length in widest]
-        wanted = self.best(most)
-        if any(length for length, _ in wanted) or not any(most):
-            self._patience = self.PATIENCE[0]
-            return wanted
-        if self._idle < self._patience:
-            return wanted
-        self._patience = min(2 * self._patience, self.PATIENCE[1])
-        self._idle = 0
-        return [(min(1, limit), 0) for limit in most]
-
-    def best(self, most: Sequence[int]) -> list[Shape]:
-        """The drafts with the most expected tokens a second: gains in falling order, as many as pay."""
+    def best(self, most: Sequence[int], acceptance: Sequence[Acceptance]) -> list[Shape]:
+        """Of each request's drafts, at most so many, those with the most expected tokens a second: gains in falling
+        order, as many as pay."""
         batch = len(most)
         lengths, beside = [0] * batch, [0] * batch
         best = list(zip(lengths, beside, strict=True))
         tokens, nodes = float(batch), 0
         rate = tokens / self.costs.step.at(1.0)
-        for gain, place, siblings, request in self._gains(most):
-            more = self._siblings if siblings else 1
-            if lengths[request] + self._siblings * beside[request] + more > most[request]:
+        for gain, place, siblings, request in self._gains(most, acceptance):
+            more = self.siblings if siblings else 1
+            if lengths[request] + self.siblings * beside[request] + more > most[request]:
                 continue
             (beside if siblings else lengths)[request] = place + 1
             tokens, nodes = tokens + gain, nodes + more
@@ -284,14 +224,85 @@ class AdaptiveDrafter:
                 rate, best = tokens / seconds, list(zip(lengths, beside, strict=True))
         return best
 
-    def _gains(self, most: Sequence[int]) -> list[tuple[float, int, bool, int]]:
+    def _gains(self, most: Sequence[int], acceptance: Sequence[Acceptance]) -> list[tuple[float, int, bool, int]]:
         """(gain, place, whether of siblings, request), the largest first, siblings behind what they lie beside."""
         gains = []
         for request, limit in enumerate(most):
             least = math.inf  # neither rises from one place to the next, or nothing would hang together
-            for place, (chain, siblings) in enumerate(self._acceptance[request].gains(limit)):
+            for place, (chain, siblings) in enumerate(acceptance[request].gains(limit)):
                 gains.append((chain, place, False, request))
-                if self._siblings:
+                if self.siblings:
                     least = min(least, chain, siblings)
                     gains.append((least, place, True, request))
         return sorted(gains, key=lambda gain: (-gain[0], gain[1:]))
+
+
+class AdaptiveSession:
+    """One stream of an :class:`AdaptiveDrafter`: what its requests accepted so far."""
+
+    def __init__(self, drafter: AdaptiveDrafter, session: DrafterSession, batch: int) -> None:
+        self._drafter, self._session = drafter, session
+        self.acceptance = [Acceptance() for _ in range(batch)]
+        self._drafted = [0] * batch  # drafts of each chain
+        self._chains: list[list[int]] | None = None  # the chains themselves, where they have siblings
+        self._shapes: list[Shape] = [(0, 0)] * batch
+        self._asked = False
+        self._idle, self._patience = 0, drafter.PATIENCE[0]
+
+    def propose(self, step: Step) -> Draft | TreeDraft:
+        start = time.perf_counter()
+        self._shapes = self._choose(step.num_draft)
+        lengths = [length for length, _ in self._shapes]
+        draft: Draft | TreeDraft = Draft.nothing(len(lengths))
+        if any(lengths):
+            nodes = [length + self._drafter.siblings * beside for length, beside in self._shapes]
+            wanted = [min(pair) for pair in zip(nodes, step.num_draft, strict=True)]
+            draft = self._session.propose(replace(step, num_draft=wanted, length=lengths))
+        if isinstance(draft, TreeDraft):
+            if not self._drafter.siblings:
+                raise TypeError("drafter must draft chains, got a drafter of trees")
+            self._chains = draft.chains()
+            rows, self._drafted = int(draft.live.sum()), [len(chain) for chain in self._chains]
+        else:
+            self._chains, self._drafted = None, list(counted(draft))
+            rows = len(lengths) + sum(self._drafted)
+        self._asked = True
+        if longest := max(self._drafted):
+            self._drafter.drafting.add(longest, time.perf_counter() - start)
+        self._drafter.costs.proposed(rows / len(lengths))
+        return draft
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._drafter.costs.scored()
+        if self._asked:
+            for slot, new in enumerate(tokens):
+                drafted, accepted = self._drafted[slot], len(new) - 1
+                if drafted:
+                    chain = None if self._chains is None else self._chains[slot]
+                    beside = chain is not None and accepted > 0 and list(new[:accepted]) != chain[:accepted]
+                    self.acceptance[slot].add(drafted, accepted - beside, self._shapes[slot][1], beside)
+            self._idle = 0 if any(self._drafted) else self._idle + 1
+        self._asked = False
+        self._session.commit(tokens, features)
+
+    def select(self, slots: Sequence[int]) -> None:
+        self._session.select(slots)
+        self.acceptance = [self.acceptance[slot] for slot in slots]
+
+    def _choose(self, most: Sequence[int]) -> list[Shape]:
+        """What to draft, at most so many of each request."""
+        drafter = self._drafter
+        if drafter.costs.plain_is_due:
+            return [(0, 0)] * len(most)
+        if not drafter.drafting.known:
+            widest = [(limit + drafter.siblings) // (1 + drafter.siblings) for limit in most]
+            return [(length, length if drafter.siblings else 0) for length in widest]
+        wanted = drafter.best(most, self.acceptance)
+        if any(length for length, _ in wanted) or not any(most):
+            self._patience = drafter.PATIENCE[0]
+            return wanted
+        if self._idle < self._patience:
+            return wanted
+        self._patience = min(2 * self._patience, drafter.PATIENCE[1])
+        self._idle = 0
+        return [(min(1, limit), 0) for limit in most]

@@ -6,23 +6,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
-from specdec_kernels.decode.ragged_cache import RaggedCache
-from specdec_kernels.decode.targets import padded
+from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops import BackendName, sample
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName, sample_children
 
 
 @dataclass(frozen=True)
-class Drafting:
-    """How a model drafts. None of it changes the law of the text, only its speed.
+class DraftConfig:
+    """How a model drafts. None of it changes the distribution of the text, only its speed.
 
     Raises:
         ValueError: a value out of its range.
@@ -30,11 +30,12 @@ class Drafting:
 
     min_confidence: float = 0.0
     """Drafting stops once the model's own probability of all drafts so far, at temperature 1, falls below this. That
-    depends on the drafts and their law alone, and every token drawn is proposed: algorithms.md, 10. 0 never stops."""
+    depends on the drafts and their distributions alone, and every token drawn is proposed: docs/algorithms.md, 10. 0
+    never stops; anything else waits for the device at every draft."""
 
-    cooling: float = 1.0
-    """Drafts are drawn at this times the request's temperature, and handed over with the scalars of that law. A drafter
-    knows less than its target and spreads its probability wider; drawing colder makes up for it."""
+    temperature_scale: float = 1.0
+    """Drafts are drawn at this times the request's temperature, and passed on with the scalars of that distribution. A
+    drafter knows less than its target and spreads its probability wider; drawing colder makes up for it."""
 
     siblings: int = 0
     """Drafts beside each one of a chain, which end where they are: another token in its place, for one more row in the
@@ -44,54 +45,90 @@ class Drafting:
     """Of :func:`specdec_kernels.sample`."""
 
     def __post_init__(self) -> None:
-        if self.siblings < 0:
-            raise ValueError(f"siblings must not be negative, got {self.siblings}")
+        if isinstance(self.siblings, bool) or not isinstance(self.siblings, int) or self.siblings < 0:
+            raise ValueError(f"siblings must be an int and not negative, got {self.siblings!r}")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
-        if not 0 <= self.cooling < float("inf"):
-            raise ValueError(f"cooling must be finite and not negative, got {self.cooling}")
+        if not 0 <= self.temperature_scale < float("inf"):
+            raise ValueError(f"temperature_scale must be finite and not negative, got {self.temperature_scale}")
 
 
-def how_children_are_drawn(step: Step) -> ChildrenName:
-    """Of all requests of a step alike: the likeliest tokens where all are greedy."""
-    hot = step.temperature
-    sampled = bool((hot > 0).any()) if isinstance(hot, Tensor) else hot > 0
-    return "top" if not sampled else "race" if step.coupled else "without_replacement"
+class AutoregressiveDrafter(Protocol):
+    """A drafter with a model of its own; see :class:`~specdec_kernels.decode.Drafter`."""
+
+    config: DraftConfig
+
+    @property
+    def feature_layers(self) -> Sequence[int]:
+        """As of every drafter."""
+
+    @property
+    def siblings(self) -> int:
+        """Drafts beside each one of a chain."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AutoregressiveSession:
+        """Start a stream."""
 
 
-def drawn_children(rows: Tensor, count: int, row: Tensor | int, step: Step, drafting: Drafting) -> DrawnChildren:
+def children_method(step: Step) -> ChildrenName:
+    """How the children of all requests of a step are drawn: the likeliest tokens where all are greedy."""
+    return "top" if step.greedy else "race" if step.coupled else "without_replacement"
+
+
+def drawn_children(rows: Tensor, count: int, row: Tensor | int, step: Step, config: DraftConfig) -> DrawnChildren:
     """Children of nodes by the drafter's logits there, [B * nodes, S], the nodes of a request one after the other;
     ``row`` as :func:`specdec_kernels.sample_children` wants it."""
-    how, nodes = how_children_are_drawn(step), len(rows) // len(step.seed)
+    method, nodes = children_method(step), len(rows) // len(step.seed)
     each: dict[str, Any] = {name: getattr(step, name) for name in ("seed", "position", "top_k", "top_p", "min_p")}
     each["temperature"] = step.temperature
-    if how == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
+    if method == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
         each = {"seed": step.seed, "position": step.position}
-    elif how == "without_replacement":
-        each["temperature"] = step.temperature * drafting.cooling
+    elif method == "without_replacement":
+        each["temperature"] = step.temperature * config.temperature_scale
     spread: dict[str, Any] = {
         name: x.repeat_interleave(nodes) if isinstance(x, Tensor) and nodes > 1 else x for name, x in each.items()
     }
-    return sample_children(rows, count, how, row=row, backend=drafting.backend, **spread)
+    return sample_children(rows, count, method, row=row, backend=config.backend, **spread)
 
 
-class AutoregressiveDrafter(ABC):
-    """Keeps a cache in step with the text, and drafts ahead of it.
+class AutoregressiveSession(ABC):
+    """One stream of a drafter with a model: a cache in step with the histories, and drafts ahead of them.
 
     Tokens that were committed since the last draft are read together with the first draft's pass, so that K drafts
-    take K passes; what was read of the drafts themselves is taken back.
+    take K passes; what was read of the drafts themselves is taken back. A history that is longer than the model's
+    context is drafted no more.
+
+    Args:
+        drafter_config: how to draft.
+        model_config: transformers' configuration of the model.
+        device: of the model.
+        vocab: of the target.
+        context: positions that the model has; ``None`` for any number.
+        prompts, features: as of :meth:`Drafter.begin`.
     """
 
-    feature_layers: Sequence[int] = ()
-
-    def __init__(self, config: Any, device: torch.device, vocab_size: int, drafting: Drafting) -> None:
-        self._config, self._device, self._vocab, self.drafting = config, device, vocab_size, drafting
+    def __init__(
+        self,
+        drafter_config: DraftConfig,
+        model_config: Any,
+        device: torch.device,
+        vocab: int,
+        context: int | None,
+        prompts: Sequence[Sequence[int]],
+        features: Tensor | None,
+        additive: torch.dtype | None = None,
+    ) -> None:
+        self.config, self.device, self._vocab, self._context = drafter_config, device, vocab, context
         self._logits: Tensor | None = None
-        self._pending: list[list[int]] = []
+        self._cache = RaggedCache(model_config, len(prompts), device, additive)
+        self._pending: list[list[int]] = [[] for _ in prompts]
         self._pending_features: list[Tensor] | None = None
+        self._exhausted = [False] * len(prompts)  # histories longer than the context
+        self._append(*self._read_prompt(prompts, features))
+        self._read_ahead()
 
     @abstractmethod
-    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Read rows; the logits [B, S] after the last real row of each request, and its features [B, H]."""
 
     @abstractmethod
@@ -104,22 +141,34 @@ class AutoregressiveDrafter(ABC):
 
     def drop_tree(self) -> None:
         """Take back the rows of the tree."""
-        self._cache.keep_path(torch.full((len(self._pending), 1), -1))
+        self._cache.commit_path([[] for _ in self._pending])
 
-    def wanted(self, step: Step) -> Tensor:
-        """int64 [B]: drafts wanted of each request, none where there is nothing to draft from."""
-        return step.num_draft
+    def wanted(self, step: Step) -> list[int]:
+        """Drafts wanted of each request: none where there is nothing to draft from, and no more than its context has
+        positions for, the last draft not being read."""
+        return [
+            0 if exhausted or not pending else count if self._context is None else min(count, self._context - read)
+            for exhausted, pending, count, read in zip(
+                self._exhausted, self._pending, step.num_draft, self._lengths(), strict=True
+            )
+        ]
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each request less one, once what is pending is read."""
+        read = zip(self._cache.lengths, self._pending, strict=True)
+        return [length + len(pending) - 1 for length, pending in read]
 
     def read_pending(self) -> tuple[Tensor, Tensor | None]:
         """Read what was committed since the last draft: logits [B, S] after it, and its features [B, H]."""
-        tokens, counts = padded(self._pending, self._device)
+        counts = [len(pending) for pending in self._pending]
+        tokens = padded(self._pending, 0, device=self.device)
         read = self._advance(tokens, self._padded_features(), counts)
         self._pending = [[] for _ in self._pending]
         self._pending_features = None
         return read
 
-    def recalled(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
-        """Logits [R, S] with what the drafter remembers of the texts themselves: of row r behind the drafts
+    def with_repetitions(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
+        """Logits [R, S] with what the drafter knows of the histories themselves: of row r behind the drafts
         ``paths[0][r], paths[1][r], ...``; each request has as many rows, one after the other."""
         return logits
 
@@ -137,12 +186,28 @@ class AutoregressiveDrafter(ABC):
         """Write the S logits into rows of the vocabulary's width that hold -inf elsewhere."""
         rows.copy_(logits)
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self._cache = RaggedCache(self._config, len(prompts), self._device)
-        self._pending = [[] for _ in prompts]
-        self._pending_features = None
-        self._read_prompt(prompts, features)
-        self._read_ahead()
+    def _read_prompt(
+        self, prompts: Sequence[Sequence[int]], features: Tensor | None
+    ) -> tuple[Sequence[Sequence[int]], list[Tensor] | None]:
+        """Tokens to read, and the features before them."""
+        return prompts, None
+
+    def _append(self, tokens: Sequence[Sequence[int]], features: list[Tensor] | None) -> None:
+        """Have tokens read with the next draft, unless they do not fit the context any more."""
+        for pending, new in zip(self._pending, tokens, strict=True):
+            pending.extend(new)
+        if features is not None:
+            before = self._pending_features
+            self._pending_features = (
+                features if before is None else [torch.cat(pair) for pair in zip(before, features, strict=True)]
+            )
+        if self._context is not None:
+            for slot, last in enumerate(self._lengths()):
+                self._exhausted[slot] |= last >= self._context
+                if self._exhausted[slot]:
+                    self._pending[slot] = []
+                    if self._pending_features is not None:
+                        self._pending_features[slot] = self._pending_features[slot][:0]
 
     @torch.inference_mode()
     def _read_ahead(self) -> None:
@@ -160,99 +225,88 @@ class AutoregressiveDrafter(ABC):
         if features is not None:
             self._pending_features = [each[count:] for each, count in zip(features, ahead, strict=True)]
 
-    def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self._pending = [list(prompt) for prompt in prompts]
-
-    @property
-    def siblings(self) -> int:
-        """Drafts beside each one of a chain."""
-        return self.drafting.siblings
-
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
-        width, each = 1 + self.siblings, self.wanted(step)
-        chains = (each // width).clamp(min=1) if step.length is None else step.length
-        most, wanted = each.tolist(), torch.minimum(each, chains).tolist()
-        batch, longest = len(wanted), max(wanted)
+        step = step.to(self.device)
+        siblings = self.config.siblings
+        width, most = 1 + siblings, self.wanted(step)
+        chains = [max(1, count // width) for count in most] if step.length is None else step.length
+        wanted = [min(pair) for pair in zip(most, chains, strict=True)]
+        longest = max(wanted)
         if longest == 0:
-            return Draft.nothing(batch)
+            return Draft.nothing(len(wanted))
         logits, features = self.read_pending()
+        committed = self._cache.mark()
         drafts: list[Tensor] = []
         beside: list[Tensor] = []
         stats: list[Tensor] = []
-        full = self._buffer(batch, 1 + longest * width, logits.dtype)
-        one = torch.ones(batch, dtype=torch.int64, device=self._device)
-        confidence = [1.0] * batch
+        full = self._buffer(len(wanted), 1 + longest * width, logits.dtype)
+        confidence = [1.0] * len(wanted)
         for row in range(longest):
-            logits = self.recalled(logits, drafts)
+            logits = self.with_repetitions(logits, drafts)
             self._scatter(full[:, row], logits)
             # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
             rows = full[:, row] if step.coupled else logits
-            drawn, law = self._drawn(rows, row, step)
+            drawn, distribution = self._drawn(rows, row, step)
             ids = drawn if step.coupled else self.ids(drawn.clamp(min=0)).masked_fill(drawn < 0, -1)
             drafts.append(ids[:, 0])
             beside.append(ids[:, 1:])
-            stats.append(law)
-            if self.drafting.min_confidence > 0:
+            stats.append(distribution)
+            if self.config.min_confidence > 0:
                 surprise = functional.cross_entropy(rows.float(), drawn[:, 0], reduction="none").tolist()
                 confidence = [before * math.exp(-s) for before, s in zip(confidence, surprise, strict=True)]
-                sure = [value >= self.drafting.min_confidence for value in confidence]
+                sure = [value >= self.config.min_confidence for value in confidence]
                 wanted = [most if goes_on else min(most, row + 1) for most, goes_on in zip(wanted, sure, strict=True)]
             if row + 1 >= max(wanted):
                 break
             previous = None if features is None else features[:, None]
-            logits, features = self._advance(drafts[-1][:, None], previous, one)
+            goes_on = [int(row + 1 < count) for count in wanted]
+            logits, features = self._advance(drafts[-1][:, None], previous, goes_on)
         drafted = len(drafts)
-        self._cache.crop(drafted - 1)
-        chain, laws = torch.stack(drafts, 1), torch.stack(stats, 1)
+        self._cache.restore(committed)
+        chain, scalars = torch.stack(drafts, 1), torch.stack(stats, 1)
         if width > 1:
             tokens, parents = _with_siblings(chain.tolist(), torch.stack(beside, 1).tolist(), wanted, most)
-            if how_children_are_drawn(step) != "without_replacement":
+            if children_method(step) != "without_replacement":
                 return TreeDraft(tokens, parents)
             nodes = tokens.shape[1]
-            return TreeDraft(tokens, parents, full[:, :nodes], functional.pad(laws, (0, 0, 0, nodes - drafted)))
-        behind = torch.arange(drafted, device=self._device) >= torch.tensor(wanted, device=self._device)[:, None]
-        return Draft(chain.masked_fill(behind, -1), full[:, :drafted], laws)
+            return TreeDraft(tokens, parents, full[:, :nodes], functional.pad(scalars, (0, 0, 0, nodes - drafted)))
+        return Draft(chain, full[:, :drafted], scalars, counts=[drafted] * len(wanted)).first(wanted)
 
     def _drawn(self, rows: Tensor, row: int, step: Step) -> tuple[Tensor, Tensor]:
         """What is drafted by rows [B, S], the draft of the chain first: indices [B, 1 + siblings], -1 where there are
-        fewer, and the scalars of the law [B, 3]."""
-        if self.siblings:
-            first = row if step.coupled else row * (1 + self.siblings)  # no two draws share a row
-            children = drawn_children(rows, 1 + self.siblings, first, step, self.drafting)
+        fewer, and the scalars of the distribution [B, 3]."""
+        if siblings := self.config.siblings:
+            first = row if step.coupled else row * (1 + siblings)  # no two draws share a row
+            children = drawn_children(rows, 1 + siblings, first, step, self.config)
             return children.tokens, children.stats
         drawn = sample(
             rows,
             seed=step.seed,
             position=step.position,
             row=row,
-            temperature=step.temperature * self.drafting.cooling,
+            temperature=step.temperature * self.config.temperature_scale,
             top_k=step.top_k,
             top_p=step.top_p,
             min_p=step.min_p,
             coupled=step.coupled,
-            backend=self.drafting.backend,
+            backend=self.config.backend,
         )
         return drawn.tokens[:, None], drawn.stats
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        for pending, new in zip(self._pending, tokens, strict=True):
-            pending.extend(new)
-        if features is not None:
-            new_features = [features[slot, : len(new)] for slot, new in enumerate(tokens)]
-            if self._pending_features is None:
-                self._pending_features = new_features
-            else:
-                self._pending_features = [
-                    torch.cat(pair) for pair in zip(self._pending_features, new_features, strict=True)
-                ]
+        if features is None:
+            self._append(tokens, None)
+        else:
+            features = features.to(self.device)
+            self._append(tokens, [features[slot, : len(new)] for slot, new in enumerate(tokens)])
 
-    def select(self, requests: Tensor) -> None:
-        self._cache.select(requests)
-        keep = requests.tolist()
-        self._pending = [self._pending[slot] for slot in keep]
+    def select(self, slots: Sequence[int]) -> None:
+        self._cache.select(slots)
+        self._pending = [self._pending[slot] for slot in slots]
+        self._exhausted = [self._exhausted[slot] for slot in slots]
         if self._pending_features is not None:
-            self._pending_features = [self._pending_features[slot] for slot in keep]
+            self._pending_features = [self._pending_features[slot] for slot in slots]
 
     def _padded_features(self) -> Tensor | None:
         if self._pending_features is None:
@@ -264,8 +318,16 @@ class AutoregressiveDrafter(ABC):
     def _buffer(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
         """Rows [B, K, V] for the draft logits, reused: what a drafter does not write stays -inf."""
         if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
-            self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self._device)
+            self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self.device)
         return self._logits[:batch, :length]
+
+
+def last_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Of ``x [B, R, ...]`` the last of each request's first ``counts[b]`` rows; any row where there is none."""
+    if all(count == x.shape[1] for count in counts):
+        return x[:, -1]
+    rows = to_device([max(0, count - 1) for count in counts], torch.int64, x.device)
+    return x[torch.arange(len(counts), device=x.device), rows]
 
 
 def _with_siblings(
@@ -281,11 +343,4 @@ def _with_siblings(
         siblings = [(token, up) for up in range(length) for token in others[up] if token >= 0][: nodes - length]
         tokens = [0, *chain[:length], *(token for token, _ in siblings)]
         trees.append((tokens, [-1, *range(length), *(up for _, up in siblings)]))
-    longest = max(len(tokens) for tokens, _ in trees)
-    padded_trees = torch.tensor(
-        [
-            [[*tokens, *[0] * (longest - len(tokens))] for tokens, _ in trees],
-            [[*parents, *[-1] * (longest - len(parents))] for _, parents in trees],
-        ]
-    )
-    return padded_trees[0], padded_trees[1]
+    return padded([tokens for tokens, _ in trees], 0), padded([parents for _, parents in trees], -1)

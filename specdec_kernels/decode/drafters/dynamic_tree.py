@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from specdec_kernels.decode.drafters.autoregressive import (
     AutoregressiveDrafter,
+    AutoregressiveSession,
+    children_method,
     drawn_children,
-    how_children_are_drawn,
 )
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
+from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName
 
@@ -56,11 +58,11 @@ class TreeDrafter:
     """Drafts a tree where a model's drafter drafts a chain: level by level, the best ``width`` nodes get children.
 
     Greedy: children are the likeliest tokens, and the nodes with the likeliest paths are proposed; the tree depends on
-    the text alone, so its drafts are point masses and dropping some withholds nothing that was drawn.
+    the history alone, so its drafts are point masses and dropping some withholds nothing that was drawn.
 
     At a temperature: children are drawn without replacement. How many of a node's draws are revealed is decided by what
     was revealed before, never by the draws themselves, and what was revealed is proposed: dropping an unlikely draw
-    would change the law it was drawn from (algorithms.md, 10).
+    would change the distribution it was drawn from (docs/algorithms.md, 10).
 
     Under the rule "coupled" children are the first arrivals of the race that the target will hold; any of them may be
     dropped.
@@ -76,57 +78,68 @@ class TreeDrafter:
         self.drafter, self.growth = drafter, growth
         self.feature_layers = drafter.feature_layers
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self.drafter.begin(prompts, features)
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> TreeSession:
+        return TreeSession(self.drafter.begin(prompts, features), self.growth)
+
+
+class TreeSession:
+    """One stream of a :class:`TreeDrafter`."""
+
+    def __init__(self, session: AutoregressiveSession, growth: Growth) -> None:
+        self._session, self._growth = session, growth
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self.drafter.commit(tokens, features)
+        self._session.commit(tokens, features)
 
-    def select(self, requests: Tensor) -> None:
-        self.drafter.select(requests)
+    def select(self, slots: Sequence[int]) -> None:
+        self._session.select(slots)
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
-        each = self.drafter.wanted(step)
-        wanted = int(each.max())
-        if wanted == 0:
+        session, growth = self._session, self._growth
+        each = session.wanted(step)
+        most = max(each)
+        if most == 0:
             return Draft.nothing(len(each))
-        how = how_children_are_drawn(step)
-        likeliest = self.growth.dynamic and how != "without_replacement"
-        plan = _Likeliest(each) if likeliest else _Revealed(each, self.growth.dynamic)
-        logits, features = self.drafter.read_pending()
+        step = step.to(session.device)
+        method = children_method(step)
+        wanted = to_device(each, torch.int64, session.device)
+        likeliest = growth.dynamic and method != "without_replacement"
+        plan = _Likeliest(wanted) if likeliest else _Revealed(wanted, growth.dynamic)
+        logits, features = session.read_pending()
         logits, features = logits[:, None], None if features is None else features[:, None]
         # Level 0 is the root: one node, which is in the cache already.
-        ancestors = torch.empty((len(logits), 1, 0), dtype=torch.bool)
-        index = torch.zeros((len(logits), 1), dtype=torch.int64)  # of the nodes among all candidates, the root first
-        value = torch.zeros((len(logits), 1))  # logarithm of a path's worth
+        device = logits.device
+        ancestors = torch.empty((len(logits), 1, 0), dtype=torch.bool, device=device)
+        index = torch.zeros((len(logits), 1), dtype=torch.int64, device=device)  # among all candidates, the root first
+        value = torch.zeros((len(logits), 1), dtype=torch.float32, device=device)  # logarithm of a path's worth
         paths: list[Tensor] = []  # to the nodes, [B, width] each
         levels: list[_Level] = []
-        deepest = min(self.growth.depth, wanted)
+        deepest = min(growth.depth, most)
         for depth in range(deepest):
-            logits = self.drafter.recalled(logits.flatten(0, 1), [tokens.flatten() for tokens in paths])
-            rows = self.drafter.full_rows(logits)
-            levels.append(_Level.of(rows, self._draw(rows, how, step, depth, wanted), value, index))
+            logits = session.with_repetitions(logits.flatten(0, 1), [tokens.flatten() for tokens in paths])
+            rows = session.full_rows(logits)
+            levels.append(_Level.of(rows, self._draw(rows, method, step, depth, most), value, index))
             plan.look(levels[-1], depth)
             if depth + 1 == deepest or not plan.goes_on:
                 break
-            value, chosen = plan.values.topk(min(self.growth.width, plan.values.shape[1]))
+            value, chosen = plan.values.topk(min(growth.width, plan.values.shape[1]))
             index = 1 + sum(level.tokens.shape[1] for level in levels[:-1]) + chosen
             slot = levels[-1].slot.gather(1, chosen)
             ancestors = _extended(ancestors, slot)
             tokens = levels[-1].tokens.gather(1, chosen).clamp(min=0)
             paths = [*(before.gather(1, slot) for before in paths), tokens]
             above = None if features is None else _rows_at(features, slot)
-            logits, features = self.drafter.advance_tree(tokens, above, ancestors, depth)
-        self.drafter.drop_tree()
-        return _tree(levels, plan.kept(), how)
+            logits, features = session.advance_tree(tokens, above, ancestors, depth)
+        session.drop_tree()
+        return _tree(levels, plan.kept(), method)
 
-    def _draw(self, rows: Tensor, how: ChildrenName, step: Step, depth: int, wanted: int) -> DrawnChildren:
+    def _draw(self, rows: Tensor, method: ChildrenName, step: Step, depth: int, most: int) -> DrawnChildren:
         """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
-        width = len(rows) // len(step.seed)
-        first = depth * self.growth.width + torch.arange(width).repeat(len(step.seed))  # no two draws share a row
-        row = depth if how == "race" else first * self.growth.children
-        return drawn_children(rows, min(self.growth.children, wanted), row, step, self.drafter.drafting)
+        growth, width = self._growth, len(rows) // len(step.seed)
+        index = torch.arange(width, device=rows.device).repeat(len(step.seed))
+        row = depth if method == "race" else (depth * growth.width + index) * growth.children  # none twice
+        return drawn_children(rows, min(growth.children, most), row, step, self._session.config)
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,7 @@ class _Level:
     def of(rows: Tensor, drawn: DrawnChildren, value: Tensor, index: Tensor) -> _Level:
         batch, width = value.shape
         count = drawn.tokens.shape[1]
-        slot = torch.arange(width).repeat_interleave(count).expand(batch, -1)
+        slot = torch.arange(width, device=value.device).repeat_interleave(count).expand(batch, -1)
         logprobs = drawn.logprobs.reshape(batch, width, count).nan_to_num(-torch.inf).clamp(max=0.0)
         return _Level(
             drawn.tokens.reshape(batch, -1), logprobs, value, index.gather(1, slot), slot,
@@ -193,13 +206,14 @@ class _Revealed:
         self._wanted, self._left, self._dynamic = wanted, wanted.clone(), dynamic
         self._least = (LEAST_CHANCE / wanted.clamp(min=1)).log()[:, None]
         self._promises, self._shown = list[Tensor](), list[Tensor]()
-        self.values = torch.empty(0)
+        self.values: Tensor
         """Of the latest level, [B, M]: logarithm of the chance that a revealed node is accepted."""
 
     def look(self, level: _Level, depth: int) -> None:
         count = level.logprobs.shape[2]
-        accepted = torch.tensor([ACCEPTED[min(j, len(ACCEPTED) - 1)] for j in range(count)])
-        tested = torch.cat([torch.ones(1), (1 - accepted).cumprod(0)[:-1]])
+        device = level.logprobs.device
+        accepted = to_device([ACCEPTED[min(j, len(ACCEPTED) - 1)] for j in range(count)], torch.float32, device)
+        tested = functional.pad((1 - accepted).cumprod(0)[:-1], (1, 0), value=1.0)
         promise = (level.value[..., None] + (tested * accepted).log()).flatten(1)
         # No deeper than a request alone would go.
         promise = promise.masked_fill((level.tokens < 0) | (depth >= self._wanted[:, None]), -torch.inf)
@@ -209,7 +223,8 @@ class _Revealed:
         if self._dynamic:  # what was revealed may be looked at
             probs = level.logprobs.exp()
             among = probs / (1 - (probs.cumsum(2) - probs)).clamp(min=1e-6)
-            at_zero, rise = torch.tensor([ACCEPTED_BY_PROBABILITY[min(j, 1)] for j in range(count)]).unbind(1)
+            lines = [ACCEPTED_BY_PROBABILITY[min(j, 1)] for j in range(count)]
+            at_zero, rise = to_device(lines, torch.float32, device).unbind(1)
             worth = (level.value[..., None] + (tested * (at_zero + rise * among.clamp(max=1.0))).log()).flatten(1)
         self.values = worth.masked_fill(~shown, -torch.inf)
         self.values = self.values.masked_fill(self.values + float(accepted[0].log()) < self._least, -torch.inf)
@@ -233,7 +248,9 @@ class _Revealed:
 def _rank(values: Tensor) -> Tensor:
     """Place of each value in falling order, earlier ones first on ties."""
     order = values.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(values.shape[1]).expand_as(order).contiguous())
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(values.shape[1], device=values.device).expand_as(order).contiguous()
+    )
 
 
 def _rows_at(x: Tensor, slot: Tensor) -> Tensor:
@@ -244,18 +261,19 @@ def _rows_at(x: Tensor, slot: Tensor) -> Tensor:
 def _extended(ancestors: Tensor, slot: Tensor) -> Tensor:
     """Which of the tree's rows the next level attends to: what its parents did, and each node itself."""
     batch, width = slot.shape
-    return torch.cat([_rows_at(ancestors, slot), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
+    itself = torch.eye(width, dtype=torch.bool, device=slot.device).expand(batch, -1, -1)
+    return torch.cat([_rows_at(ancestors, slot), itself], 2)
 
 
-def _tree(levels: Sequence[_Level], kept: Tensor, how: ChildrenName) -> TreeDraft:
+def _tree(levels: Sequence[_Level], kept: Tensor, method: ChildrenName) -> TreeDraft:
     """The candidates that are kept, in their order: parents come first, siblings as they were drawn."""
     tokens, parent = (torch.cat([getattr(level, name) for level in levels], 1) for name in ("tokens", "parent"))
     nodes = int(kept.sum(1).max())
     node_of = functional.pad(kept.long().cumsum(1).masked_fill(~kept, nodes + 1), (1, 0))  # of a candidate, the root 0
-    empty = torch.full((len(tokens), nodes + 2), -1, dtype=torch.int64)  # the last column takes what is not kept
+    empty = tokens.new_full((len(tokens), nodes + 2), -1)  # the last column takes what is not kept
     parents = empty.scatter(1, node_of[:, 1:], node_of.gather(1, parent))[:, :-1]
     ids = empty.scatter(1, node_of[:, 1:], tokens)[:, :-1].clamp(min=0)
-    if how != "without_replacement":
+    if method != "without_replacement":
         return TreeDraft(ids, parents)
     rows, stats, index = (
         torch.cat([getattr(level, name) for level in levels], 1) for name in ("rows", "stats", "nodes")

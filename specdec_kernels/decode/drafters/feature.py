@@ -10,98 +10,122 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
+from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitModel
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
-from specdec_kernels.decode.drafters.texts import Texts, placed_followers
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafters.histories import Histories, placed_followers
+from specdec_kernels.decode.tensors import to_device
 
 
-class FeatureDrafter(AutoregressiveDrafter):
+class FeatureDrafter:
     """A trained :class:`FeatureModel` with the embeddings and the head of its target.
 
     Args:
         model: trained for exactly this target.
         target: the target's transformers model.
-        drafting: when to stop, how boldly to draw.
+        config: when to stop, how boldly to draw.
         eight_bits: draft with weights of eight bits, by C++ for CPUs, which takes a third of the time.
 
     Raises:
         ValueError: ``eight_bits`` where that cannot run.
-        RuntimeError: the model favours repetitions, and the native module was not built for this Python.
     """
 
     def __init__(
-        self, model: FeatureModel, target: Any, drafting: Drafting = Drafting(), eight_bits: bool = False
+        self, model: FeatureModel, target: Any, config: DraftConfig = DraftConfig(), eight_bits: bool = False
     ) -> None:
-        super().__init__(model.config, target.device, target.config.vocab_size, drafting)
-        self.shortlist, self.feature_layers = model.shortlist, model.layers
-        self._embed = target.get_input_embeddings()
+        self.config, self.network = config, model
+        self.feature_layers: Sequence[int] = model.layers
+        self.vocab_size, self.context = model_facts.vocab_size(target), model_facts.context_length(target)
+        self.embed = target.get_input_embeddings()
         head = target.get_output_embeddings().weight.detach()[model.shortlist]
-        self.model: Callable[..., Tensor] = EightBitModel(model) if eight_bits else model
-        self._head: Callable[[Tensor], Tensor] = (
+        self.forward: Callable[..., Tensor] = EightBitModel(model) if eight_bits else model
+        self.head: Callable[[Tensor], Tensor] = (
             EightBitLinear(head) if eight_bits else partial(functional.linear, weight=head)
         )
-        self._recall = model.recall
-        self._places = model.places()
-        self._texts = Texts("FeatureDrafter") if bool(model.repeats.any()) else None
+        self.offsets = model.offsets()
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        super().begin(prompts, features)
-        if self._texts is not None:
-            self._texts.begin(prompts)
+    @property
+    def siblings(self) -> int:
+        return self.config.siblings
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FeatureSession:
+        return FeatureSession(self, prompts, features)
+
+
+class FeatureSession(AutoregressiveSession):
+    """One stream of a :class:`FeatureDrafter`.
+
+    Raises:
+        RuntimeError: the model favours repetitions, and the native module was not built for this Python.
+    """
+
+    def __init__(self, drafter: FeatureDrafter, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        network = drafter.network
+        self._drafter, self._shortlist = drafter, network.shortlist
+        self._histories = Histories("FeatureDrafter", prompts) if bool(network.repeats.any()) else None
+        super().__init__(
+            drafter.config, network.config, network.shortlist.device, drafter.vocab_size, drafter.context, prompts,
+            features,
+        )  # fmt: skip
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         super().commit(tokens, features)
-        if self._texts is not None:
-            self._texts.extend(tokens)
+        if self._histories is not None:
+            self._histories.extend(tokens)
 
-    def select(self, requests: Tensor) -> None:
-        super().select(requests)
-        if self._texts is not None:
-            self._texts.select(requests)
+    def select(self, slots: Sequence[int]) -> None:
+        super().select(slots)
+        if self._histories is not None:
+            self._histories.select(slots)
 
-    def recalled(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
-        if self._texts is None:
+    def with_repetitions(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
+        if self._histories is None:
             return logits
+        indices = self._histories.indices
         ahead: list[list[int]] = torch.stack(list(paths), 1).tolist() if paths else [[]] * len(logits)
-        rows = len(ahead) // len(self._texts.indices)
+        rows = len(ahead) // len(indices)
         found = [
-            (row, place, length)
+            (row, offset, length)
             for row, path in enumerate(ahead)
-            for place, length in placed_followers(self._texts.indices[row // rows], path, self._places)
+            for offset, length in placed_followers(indices[row // rows], path, self._drafter.offsets)
         ]
-        return self._recall(logits, *torch.tensor(found, device=logits.device).unbind(1)) if found else logits
+        if not found:
+            return logits
+        return self._drafter.network.favour(logits, *to_device(found, torch.int64, logits.device).unbind(1))
 
-    def _read_prompt(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+    def _read_prompt(
+        self, prompts: Sequence[Sequence[int]], features: Tensor | None
+    ) -> tuple[Sequence[Sequence[int]], list[Tensor] | None]:
         # The feature at each token is read together with the token after it.
-        self._pending = [list(prompt[1:]) for prompt in prompts]
-        if features is not None:
-            self._pending_features = [features[slot, : len(prompt) - 1] for slot, prompt in enumerate(prompts)]
-
-    def wanted(self, step: Step) -> Tensor:
-        # A prompt of one token has no feature before it: its first step goes without drafts.
-        return step.num_draft * torch.tensor([bool(pending) for pending in self._pending])
+        if features is None:
+            return [prompt[1:] for prompt in prompts], None
+        features = features.to(self.device)
+        return [prompt[1:] for prompt in prompts], [features[slot, : len(p) - 1] for slot, p in enumerate(prompts)]
 
     def ids(self, index: Tensor) -> Tensor:
-        return self.shortlist[index]
+        return self._shortlist[index]
 
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:
-        rows.index_copy_(1, self.shortlist, logits)
+        rows.index_copy_(1, self._shortlist, logits)
 
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
         assert features is not None, "every node has a parent that was read"
-        depths = torch.full_like(tokens, depth)
-        outputs = self._cache.run_tree(self.model, ancestors, depths, embeddings=self._embed(tokens), features=features)
-        return self._head(outputs), outputs
+        drafter = self._drafter
+        outputs = self._cache.run_tree(
+            drafter.forward, ancestors, torch.full_like(tokens, depth), embeddings=drafter.embed(tokens),
+            features=features,
+        )  # fmt: skip
+        return drafter.head(outputs), outputs
 
-    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         if features is None:
             raise ValueError("features must come with the tokens: the target was not asked for them, got None")
+        drafter = self._drafter
         outputs = self._cache.run(
-            self.model, counts, tokens.shape[1], embeddings=self._embed(tokens), features=features
+            drafter.forward, counts, tokens.shape[1], embeddings=drafter.embed(tokens), features=features
         )
-        last = outputs[:, -1] if len(counts) == 1 else outputs[torch.arange(len(counts)), counts - 1]
-        return self._head(last), last
+        last = last_rows(outputs, counts)
+        return drafter.head(last), last

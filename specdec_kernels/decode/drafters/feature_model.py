@@ -117,11 +117,11 @@ class FeatureModel(nn.Module):
         attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return self.finish(x, attended.reshape(batch, self.heads, rows, self.head_dim))
 
-    def places(self) -> dict[int, int]:
-        """The place in the short list of every id that can be drafted."""
-        return {token: place for place, token in enumerate(self.shortlist.tolist())}
+    def offsets(self) -> dict[int, int]:
+        """The offset in the short list of every id that can be drafted."""
+        return {token: offset for offset, token in enumerate(self.shortlist.tolist())}
 
-    def recall(self, logits: Tensor, row: Tensor, token: Tensor, length: Tensor) -> Tensor:
+    def favour(self, logits: Tensor, row: Tensor, token: Tensor, length: Tensor) -> Tensor:
         """Logits [R, S] of which ``logits[row[i], token[i]]`` is higher, for a token that followed ``length[i]`` tokens
         before as it would follow the last of row ``row[i]``'s; int64 [N] each."""
         favour = self.repeats[length.clamp(max=REPEATS) - 1].to(logits.dtype)

@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter, Drafting
+from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 
 
-class ModelDrafter(AutoregressiveDrafter):
+class ModelDrafter:
     """Any causal transformers model with the target's tokenizer.
 
     Args:
         model: its vocabulary may be smaller than the target's: the rest is then never drafted.
         vocab_size: of the target; ``None`` where it is the model's own.
-        drafting: when to stop, how boldly to draw.
+        config: when to stop, how boldly to draw.
 
     Raises:
-        ValueError: the model's vocabulary is larger than the target's.
+        TypeError, ValueError: the model cannot draft, or its vocabulary is larger than the target's.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None, drafting: Drafting = Drafting()) -> None:
-        own = model.config.vocab_size
+    feature_layers: Sequence[int] = ()
+
+    def __init__(self, model: Any, vocab_size: int | None = None, config: DraftConfig = DraftConfig()) -> None:
+        model_facts.check_model(model)
+        own = model_facts.vocab_size(model)
         if vocab_size is not None and own > vocab_size:
             raise ValueError(f"vocab_size must be at least the drafter's own {own}, got {vocab_size}")
-        super().__init__(model.config, model.device, vocab_size or own, drafting)
-        self.model = model
+        self.model, self.config, self.own_vocab, self.vocab_size = model, config, own, vocab_size or own
 
-    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        known = tokens.where(tokens < self.model.config.vocab_size, 0)  # any id will do for a token it does not have
-        outputs = self._cache.run(self.model, counts, tokens.shape[1], input_ids=known)
-        return outputs.logits[torch.arange(len(counts)), counts - 1], None
+    @property
+    def siblings(self) -> int:
+        return self.config.siblings
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> ModelSession:
+        return ModelSession(self, prompts)
+
+
+class ModelSession(AutoregressiveSession):
+    """One stream of a :class:`ModelDrafter`."""
+
+    def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]]) -> None:
+        self._model, self._own_vocab = drafter.model, drafter.own_vocab
+        super().__init__(
+            drafter.config,
+            drafter.model.config,
+            drafter.model.device,
+            drafter.vocab_size,
+            model_facts.context_length(drafter.model),
+            prompts,
+            None,
+            model_facts.additive_mask(drafter.model),
+        )
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Ids that the model has: any will do for a token that it does not."""
+        return tokens.where(tokens < self._own_vocab, 0)
+
+    def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        outputs = self._cache.run(self._model, counts, tokens.shape[1], input_ids=self._known(tokens))
+        return last_rows(outputs.logits, counts), None
 
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
-        known = tokens.where(tokens < self.model.config.vocab_size, 0)
-        outputs = self._cache.run_tree(self.model, ancestors, torch.full_like(tokens, depth), input_ids=known)
+        model_facts.check_tree_attention(self._model)
+        depths = torch.full_like(tokens, depth)
+        outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=self._known(tokens))
         return outputs.logits, None
 
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:

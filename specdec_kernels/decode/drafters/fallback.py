@@ -1,0 +1,117 @@
+"""Two drafters: one that is sure of itself when it speaks, and one for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.tensors import to_device
+
+
+class FallbackDrafter:
+    """Drafts of ``first`` (point masses, such as n-grams) where it has any, else those of ``second``.
+
+    Which of the two drafted depends on the history alone, so the distribution stays exact. A chain of ``first`` in a
+    batch with trees of ``second`` is tested as they are, which gives what the chain alone gives, bit for bit. Where
+    ``second`` drafts trees of point masses whatever the temperature (it says so by ``walked = True``), chains of
+    ``first`` are passed on as trees, whoever else is in the batch: a point mass that is walked meets other noise than
+    one tested.
+
+    Raises:
+        ValueError: both read the target's features, of different layers.
+    """
+
+    def __init__(self, first: Drafter, second: Drafter) -> None:
+        self.first, self.second = first, second
+        self.walked: bool = getattr(second, "walked", False)
+        self.siblings: int = getattr(second, "siblings", 0)
+        if first.feature_layers and second.feature_layers and first.feature_layers != second.feature_layers:
+            raise ValueError(
+                f"second must read the layers that first reads, {first.feature_layers}, got {second.feature_layers}"
+            )
+        self.feature_layers = first.feature_layers or second.feature_layers
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FallbackSession:
+        return FallbackSession(self.first.begin(prompts, features), self.second.begin(prompts, features), self.walked)
+
+
+class FallbackSession:
+    """One stream of a :class:`FallbackDrafter`."""
+
+    def __init__(self, first: DrafterSession, second: DrafterSession, walked: bool) -> None:
+        self._first, self._second, self._walked = first, second, walked
+
+    def propose(self, step: Step) -> Draft | TreeDraft:
+        sure = self._first.propose(step)
+        if isinstance(sure, TreeDraft):
+            raise TypeError("first must draft chains of point masses, got a drafter of trees")
+        sure_counts = counted(sure)
+        if all(sure_counts):
+            return TreeDraft.of(sure) if self._walked else sure
+        left = [0 if sure_of else count for sure_of, count in zip(sure_counts, step.num_draft, strict=True)]
+        rest = self._second.propose(replace(step, num_draft=left))
+        if not any(sure_counts):
+            return rest
+        sure = sure.to(rest.tokens.device)
+        has_draft = to_device([count > 0 for count in sure_counts], torch.bool, rest.tokens.device)
+        if isinstance(rest, TreeDraft):
+            return _merged_trees(TreeDraft.of(sure), rest, has_draft)
+        counts = None if rest.counts is None else [a or b for a, b in zip(sure_counts, rest.counts, strict=True)]
+        return replace(_merged(sure, rest, has_draft), counts=counts)
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._first.commit(tokens, features)
+        self._second.commit(tokens, features)
+
+    def select(self, slots: Sequence[int]) -> None:
+        self._first.select(slots)
+        self._second.select(slots)
+
+
+def _longer(x: Tensor, length: int, value: float) -> Tensor:
+    """``x [B, K, ...]`` with ``value`` behind its K."""
+    return functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, length - x.shape[1]), value=value)
+
+
+def _merged_trees(sure: TreeDraft, rest: TreeDraft, has_draft: Tensor) -> TreeDraft:
+    """One tree a request; among drafts that were drawn, a point mass has scale inf."""
+    nodes = max(sure.tokens.shape[1], rest.tokens.shape[1])
+    pairs = ((sure.tokens, rest.tokens), (sure.parents, rest.parents))
+    tokens, parents = (torch.where(has_draft[:, None], _longer(a, nodes, -1), _longer(b, nodes, -1)) for a, b in pairs)
+    tokens = tokens.clamp(min=0)
+    if rest.logits is None:
+        return TreeDraft(tokens, parents)
+    stats = _marked(_longer(_stats(rest), nodes, 0.0), has_draft)
+    return TreeDraft(tokens, parents, _longer(rest.logits, nodes, 0.0), stats, siblings=rest.siblings)
+
+
+def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:
+    """One draft of both: among drafts that were drawn, a point mass has scale inf."""
+    length = max(sure.tokens.shape[1], rest.tokens.shape[1])
+    tokens = torch.where(has_draft[:, None], _longer(sure.tokens, length, -1), _longer(rest.tokens, length, -1))
+    if rest.logits is None:
+        return Draft(tokens)
+    return Draft(tokens, _longer(rest.logits, length, 0.0), _marked(_longer(_stats(rest), length, 0.0), has_draft))
+
+
+def _stats(draft: Draft | TreeDraft) -> Tensor:
+    """The scalars of what drafts with logits were drawn from: [B, K or N, 3]."""
+    if draft.stats is not None:
+        return draft.stats
+    if draft.logits is None or draft.temperature is None:
+        raise ValueError("second must propose stats or a temperature with its logits, got neither")
+    heat = torch.as_tensor(draft.temperature, dtype=torch.float32, device=draft.logits.device).reshape(-1, 1)
+    scale = heat.reciprocal().expand(draft.logits.shape[:2])
+    logsumexp = (draft.logits.float() * scale[..., None]).logsumexp(-1)
+    return torch.stack([scale, torch.full_like(scale, -torch.inf), logsumexp], -1)
+
+
+def _marked(stats: Tensor, certain: Tensor) -> Tensor:
+    """Scalars of distributions, those of these requests point masses."""
+    point_mass = to_device([torch.inf, -torch.inf, 0.0], torch.float32, stats.device)
+    return torch.where(certain[:, None, None], point_mass, stats)

@@ -1,0 +1,44 @@
+"""The histories of a batch, as drafters that look back at them keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specdec_kernels._native import SuffixIndex
+
+
+class Histories:
+    """A suffix index of every request's prompt and new tokens.
+
+    Args:
+        user: who needs them, for the message of the error.
+        prompts: what the requests begin with.
+
+    Raises:
+        RuntimeError: the native module was not built for this Python.
+    """
+
+    def __init__(self, user: str, prompts: Sequence[Sequence[int]]) -> None:
+        try:
+            from specdec_kernels._native import SuffixIndex
+        except ImportError as error:
+            raise RuntimeError(f"{user} needs the native module: {error} (pip install -e .)") from None
+        self.indices: list[SuffixIndex] = [SuffixIndex() for _ in prompts]
+        self.extend(prompts)
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Add tokens to each request's history."""
+        for index, new in zip(self.indices, tokens, strict=True):
+            index.extend(new)
+
+    def select(self, slots: Sequence[int]) -> None:
+        """Go on with the requests in these slots only."""
+        self.indices = [self.indices[slot] for slot in slots]
+
+
+def placed_followers(index: SuffixIndex, ahead: Sequence[int], offsets: Mapping[int, int]) -> list[tuple[int, int]]:
+    """(offset, length) of what followed a suffix of a history and of tokens ``ahead`` of it, where it has an offset."""
+    followers = zip(*index.followers(ahead), strict=True)
+    return [(offsets[token], length) for token, length in followers if token in offsets]

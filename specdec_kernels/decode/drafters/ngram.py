@@ -1,0 +1,55 @@
+"""Prompt lookup: continue as the history did the last time that it looked like this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specdec_kernels.decode.drafters.histories import Histories
+from specdec_kernels.decode.protocols import Draft, Step
+
+
+class NGramDrafter:
+    """Drafts what followed the longest suffix of the history that occurred before; point masses.
+
+    Args:
+        min_match: tokens of that suffix at least; below it nothing is drafted.
+
+    Raises:
+        TypeError, ValueError: ``min_match`` is no int, or below 1.
+        RuntimeError: the native module was not built for this Python.
+    """
+
+    feature_layers: Sequence[int] = ()
+
+    def __init__(self, min_match: int = 2) -> None:
+        if isinstance(min_match, bool) or not isinstance(min_match, int):
+            raise TypeError(f"min_match must be an int, got {min_match!r}")
+        if min_match < 1:
+            raise ValueError(f"min_match must be at least 1, got {min_match}")
+        self.min_match = min_match
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> NGramSession:
+        return NGramSession(self.min_match, prompts)
+
+
+class NGramSession:
+    """One stream of a :class:`NGramDrafter`."""
+
+    def __init__(self, min_match: int, prompts: Sequence[Sequence[int]]) -> None:
+        self._min_match, self._histories = min_match, Histories("NGramDrafter", prompts)
+
+    def propose(self, step: Step) -> Draft:
+        return Draft.point_masses(
+            [
+                index.continuation(count) if index.match()[0] >= self._min_match else []
+                for index, count in zip(self._histories.indices, step.num_draft, strict=True)
+            ]
+        )
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._histories.extend(tokens)
+
+    def select(self, slots: Sequence[int]) -> None:
+        self._histories.select(slots)

@@ -1,0 +1,144 @@
+"""What a transformers model says of itself, and the histories that it can score as the loop scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part that writes text, also of a multimodal model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def vocab_size(model: Any) -> int:
+    """Columns of its logits.
+
+    Raises:
+        ValueError: its configuration does not say.
+    """
+    size = getattr(text_config(model), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"model must have a vocab_size in its text configuration, got {size!r} in {_name(model)}")
+    return size
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """The end tokens of its generation configuration, else of its configuration."""
+    for config in (getattr(model, "generation_config", None), text_config(model)):
+        configured = getattr(config, "eos_token_id", None)
+        if configured is not None:
+            return frozenset(configured if isinstance(configured, (list, tuple)) else [configured])
+    return frozenset()
+
+
+def special_tokens(model: Any) -> frozenset[int]:
+    """Ids that its configuration gives a meaning: padding, ends, places of images."""
+    found = stop_tokens(model)
+    for config in (model.config, text_config(model)):
+        values = config.to_dict().items()
+        found |= {value for name, value in values if name.endswith("token_id") and isinstance(value, int)}
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Whether a model is one that the loop knows how to use.
+
+    Raises:
+        TypeError, ValueError: with the reason why not.
+    """
+    is_module: bool = isinstance(model, torch.nn.Module)
+    if not is_module or not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise TypeError(f"model must be a transformers model, got {_name(model)}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a decoder alone, got the encoder-decoder {_name(model)}")
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"model must have a language-modelling head, got {_name(model)}")
+    if model.training:
+        raise ValueError(f"model must be in evaluation mode (model.eval()), got {_name(model)} in training mode")
+
+
+def context_length(model: Any) -> int | None:
+    """Positions a history may have, None for any number."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if isinstance(length := getattr(config, name, None), int):
+            return length
+    return None
+
+
+def column_window(model: Any) -> int | None:
+    """Keys that a local layer looks back at by column of the cache, whatever token is there (GPT-Neo); else None."""
+    config = text_config(model)
+    return config.window_size if "local" in getattr(config, "attention_layers", ()) else None
+
+
+def check_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
+    """Whether a batch of prompts, each with so many tokens more, can be scored step by step.
+
+    Raises:
+        ValueError: a history gets longer than the model's context, or its rotary frequencies would change on the way.
+    """
+    lengths = [len(prompt) + count - 1 for prompt, count in zip(prompts, max_new_tokens, strict=True)]  # that are read
+    limit = context_length(model)
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"max_new_tokens must leave prompt and new tokens within the {limit} positions of {_name(model)}, the "
+                f"last token not counted, got {length} for prompt {index} of {len(prompt)} tokens"
+            )
+    for original in _original_lengths(text_config(model)):
+        longer = max(lengths) > original
+        if longer and not all(len(prompt) - 1 > original for prompt in prompts):
+            raise ValueError(
+                f"max_new_tokens must keep every history of a batch within {original} tokens, or all prompts must be "
+                f"longer than that: behind it the rotary frequencies of {_name(model)} are others (longrope), and what "
+                f"was read before would have to be read again; got prompts of {[len(prompt) for prompt in prompts]} "
+                f"tokens and {max(lengths)} at the end"
+            )
+    window = column_window(model)
+    if window is not None and len(prompts) > 1 and max(lengths) > window:
+        raise ValueError(
+            f"prompts must be one at a time beyond the local window of {window} tokens of {_name(model)}, which it "
+            f"measures by column of its cache, got a batch of {len(prompts)} with up to {max(lengths)} tokens"
+        )
+
+
+def additive_mask(model: Any) -> torch.dtype | None:
+    """How a model is told what a row of a tree attends to: the dtype of a mask that is added to its scores, or None for
+    a mask of bool."""
+    dtype: torch.dtype = model.dtype
+    return dtype if _attention(model) == "eager" else None
+
+
+def check_tree_attention(model: Any) -> None:
+    """Whether a model's attention takes the masks of trees.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if _attention(model) not in ("eager", "sdpa"):
+        raise ValueError(
+            f"model must have attn_implementation 'eager' or 'sdpa' to score trees, got {_attention(model)!r}: draft "
+            "chains, or load it with one of these"
+        )
+
+
+def _attention(model: Any) -> str:
+    return getattr(model.config, "_attn_implementation", None) or "eager"
+
+
+def _original_lengths(config: Any) -> Iterator[int]:
+    """Lengths at which rotary frequencies change. (Dynamic NTK scaling changes them at ``max_position_embeddings``.)"""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else parameters.values()  # or of each type of layer
+    for kind in kinds:
+        if isinstance(kind, Mapping) and kind.get("rope_type") == "longrope":
+            original = kind.get("original_max_position_embeddings")
+            yield original or config.original_max_position_embeddings
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__

@@ -1,0 +1,46 @@
+"""Python numbers as tensors: always with a dtype and a device of their own, whatever PyTorch's defaults are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from reprlib import repr as shortened
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, or lists of equally many of them, as a tensor on a device that nothing waits for."""
+    tensor = torch.tensor(values, dtype=dtype, device=CPU)
+    if device.type == "cpu":
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def padded(
+    rows: Sequence[Sequence[Any]], value: float, dtype: torch.dtype = torch.int64, device: torch.device = CPU
+) -> Tensor:
+    """[B, longest]: rows of different lengths, ``value`` behind each."""
+    longest = max(map(len, rows), default=0)
+    filled = [[*row, *[value] * (longest - len(row))] for row in rows]
+    return to_device(filled, dtype, device).reshape(len(rows), longest)
+
+
+def ids_of(name: str, value: Any, end: int = 1 << 63) -> list[int]:
+    """Token ids in [0, end) as a list of ints.
+
+    Raises:
+        TypeError, ValueError: naming what was expected and what came.
+    """
+    try:
+        ids = [index(token) for token in (value.tolist() if isinstance(value, Tensor) else value)]
+    except TypeError:
+        raise TypeError(f"{name} must be a list of token ids, got {shortened(value)}") from None
+    for place, token in enumerate(ids):
+        if not 0 <= token < end:
+            raise ValueError(f"{name} must hold token ids in [0, {end}), got {token} at index {place}")
+    return ids
