@@ -51,8 +51,11 @@ SHORTLIST = [0, 2, 3, 5, 8]
 
 def feature_drafter(model, middle=(), repeats=0.0, config=DraftConfig()):
     torch.manual_seed(5)
-    network = FeatureModel(model.config, torch.tensor(SHORTLIST), middle).eval()
-    return FeatureDrafter(with_repeats(network, repeats), model, config)
+    network = FeatureModel(model.config, torch.tensor(SHORTLIST), middle).to(model.dtype).eval()
+    drafter = FeatureDrafter(with_repeats(network, repeats), model, config)
+    head = drafter.head
+    drafter.head = lambda x: head(x).float()  # as steady() has it
+    return drafter
 
 
 @torch.no_grad()
@@ -64,38 +67,53 @@ def with_repeats(network, each):
 def medusa_drafter(model, shortlist=SHORTLIST):
     torch.manual_seed(6)
     paths = torch.tensor([[0, -1], [1, -1], [0, 0], [0, 1], [1, 0]])
-    return MedusaDrafter(MedusaModel(model.config.hidden_size, torch.tensor(shortlist), paths).eval(), model)
+    network = MedusaModel(model.config.hidden_size, torch.tensor(shortlist), paths).to(model.dtype)
+    return MedusaDrafter(network.eval(), model)
 
 
-def drafters(model):
+class Made(dict):
+    """Drafters that are made when they are looked up."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+
+def drafters(model, tiny=tiny):
+    """One of each kind and combination, with drafting models that ``tiny`` makes."""
     costs = Costs()
-    return {
-        "model": ModelDrafter(tiny(2)),
-        "small vocabulary": ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
-        "self": ModelDrafter(model),
-        "feature": feature_drafter(model),
-        "feature of two layers": feature_drafter(model, (1,)),
-        "feature with repeats": feature_drafter(model, repeats=0.5),
-        "lookup": NGramDrafter(1),
-        "rule": CallableDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
-        "first of": FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2))),
-        "nested": FallbackDrafter(
-            CallableDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
-        ),
-        "confident": ModelDrafter(tiny(2), config=DraftConfig(min_confidence=0.3, temperature_scale=0.7)),
-        "tree": TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
-        "tree of self": TreeDrafter(ModelDrafter(model), Growth(depth=2, width=3, children=4)),
-        "feature tree": TreeDrafter(feature_drafter(model, repeats=0.5), Growth(depth=3, width=2, children=2)),
-        "medusa": medusa_drafter(model),
-        "first of trees": FallbackDrafter(NGramDrafter(2), medusa_drafter(model)),
-        "siblings": ModelDrafter(tiny(2), config=SIBLINGS),
-        "siblings of features": feature_drafter(model, repeats=0.5, config=DraftConfig(siblings=2)),
-        "first of siblings": FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2), config=SIBLINGS)),
-        "adaptive": FallbackDrafter(
-            AdaptiveDrafter(NGramDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)
-        ),
-        "adaptive siblings": AdaptiveDrafter(FallbackDrafter(NGramDrafter(2), ModelDrafter(model, config=SIBLINGS))),
-    }
+    return Made(
+        {
+            "model": lambda: ModelDrafter(tiny(2)),
+            "small vocabulary": lambda: ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
+            "self": lambda: ModelDrafter(model),
+            "feature": lambda: feature_drafter(model),
+            "feature of two layers": lambda: feature_drafter(model, (1,)),
+            "feature with repeats": lambda: feature_drafter(model, repeats=0.5),
+            "lookup": lambda: NGramDrafter(1),
+            "rule": lambda: CallableDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
+            "first of": lambda: FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2))),
+            "nested": lambda: FallbackDrafter(
+                CallableDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
+            ),
+            "confident": lambda: ModelDrafter(tiny(2), config=DraftConfig(min_confidence=0.3, temperature_scale=0.7)),
+            "tree": lambda: TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
+            "tree of self": lambda: TreeDrafter(ModelDrafter(model), Growth(depth=2, width=3, children=4)),
+            "feature tree": lambda: TreeDrafter(
+                feature_drafter(model, repeats=0.5), Growth(depth=3, width=2, children=2)
+            ),
+            "medusa": lambda: medusa_drafter(model),
+            "first of trees": lambda: FallbackDrafter(NGramDrafter(2), medusa_drafter(model)),
+            "siblings": lambda: ModelDrafter(tiny(2), config=SIBLINGS),
+            "siblings of features": lambda: feature_drafter(model, repeats=0.5, config=DraftConfig(siblings=2)),
+            "first of siblings": lambda: FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2), config=SIBLINGS)),
+            "adaptive": lambda: FallbackDrafter(
+                AdaptiveDrafter(NGramDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)
+            ),
+            "adaptive siblings": lambda: AdaptiveDrafter(
+                FallbackDrafter(NGramDrafter(2), ModelDrafter(model, config=SIBLINGS))
+            ),
+        }
+    )
 
 
 NAMES = list(drafters(tiny(1, layers=2)))

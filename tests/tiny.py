@@ -53,3 +53,26 @@ class Altered:
             commit=session.commit,
             select=session.select,
         )
+
+
+class _RoundedHead(torch.nn.Module):
+    """A head whose logits are rounded to float32."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    @property
+    def weight(self):
+        return self.head.weight
+
+    def forward(self, x):
+        return self.head(x).float()
+
+
+def steady(model):
+    """A model that computes in float64 and gives logits in float32: the same to the last bit whatever else is in the
+    batch, so that texts can be compared token by token without a word about rounding."""
+    model = model.double()
+    model.set_output_embeddings(_RoundedHead(model.get_output_embeddings()))
+    return model

@@ -155,7 +155,7 @@ class RaggedCache:
             self._live = torch.cat([self._mask(), index < own], 1)
         if positions:  # no row is behind the last real one, which may be the last position there is
             inputs["position_ids"] = (lengths + torch.minimum(index, own - 1)).clamp(min=0)
-        outputs = self._forward(forward, None if self._live is None else self._live.long(), rows, inputs)
+        outputs = self._forward(forward, self._attended(counts), rows, inputs)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._fresh, self._fresh_columns = list(counts), rows
         return outputs
@@ -177,7 +177,7 @@ class RaggedCache:
         history = self._mask()[:, None, :start].expand(-1, rows, -1)
         mask = torch.cat([history, ancestors], 2)[:, None]
         if self._additive is not None:
-            lowest = torch.finfo(self._additive).min
+            lowest = max(torch.finfo(self._additive).min, torch.finfo(torch.float32).min)  # softmax may be in float32
             mask = torch.zeros(mask.shape, dtype=self._additive, device=mask.device).masked_fill(~mask, lowest)
         lengths = to_device(self.lengths, torch.int64, self._device)[:, None]
         outputs = self._forward(forward, mask, rows, {"position_ids": lengths + depth, **inputs})
@@ -218,6 +218,17 @@ class RaggedCache:
         if self._live is not None:
             self._live = self._live[index]
         self._reset(self.columns, [self.lengths[slot] for slot in slots])
+
+    def _attended(self, counts: Sequence[int]) -> Tensor | None:
+        """The mask of a run, int64 [B, columns]. A request that has nothing to read, and has read nothing, attends to
+        its first hole: a row that attends to nothing may become nan, and a nan is seen through every mask."""
+        if self._live is None:
+            return None
+        mask = self._live.long()
+        for slot, count in enumerate(counts):
+            if self.lengths[slot] + count == 0:
+                mask[slot, 0] = 1
+        return mask
 
     def _mask(self) -> Tensor:
         """bool [B, columns]: which columns hold a token."""
