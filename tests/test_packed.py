@@ -227,7 +227,9 @@ def test_a_layer_on_another_device_is_an_ordinary_one():
     layer = packed().to("meta")
     with torch.no_grad():
         assert layer(torch.empty(2, 40, dtype=torch.bfloat16, device="meta")).shape == (2, 24)
-    check(layer.to_empty(device="cpu").apply(lambda x: nn.init.ones_(x.weight)).requires_grad_(False))
+    layer.to_empty(device="cpu").load_state_dict(linear(seed=2).state_dict())
+    check(layer)
+    assert is_packed(layer)
 
 
 @packs
