@@ -8,7 +8,6 @@ whole run. What else the machine did while one way had its turn falls on all of 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from specdec_kernels.bench.decoding import Decoder, name_of
-from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.machine import machine, save
+from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Scores, Statistics, TransformersTarget
 from specdec_kernels.ops import RuleName
@@ -102,9 +102,9 @@ Cell = tuple[float, str, int | None]
 Texts = list[list[Timed]]
 
 
-def main(out: Path, seeds: int, console: Console) -> None:
+def main(out: Path | None, seeds: int, console: Console) -> None:
     """Decode every prompt with every number of drafts, in turn, several times and in another order each time."""
-    decoder = Decoder(console)
+    decoder = Decoder()
     results: dict[Cell, Texts] = {cell: [] for cell in product(RULES, PROMPTS, LENGTHS)}
     work = [
         (temperature, kind, prompt, seed)
@@ -112,7 +112,7 @@ def main(out: Path, seeds: int, console: Console) -> None:
         for prompt in prompts
         if temperature or not seed  # greedy texts are the same with any seed
     ]
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("decoding", total=len(work) * len(LENGTHS) * REPEATS)
         for temperature, kind, prompt, seed in work:
             target = Replayed(decoder.model)
@@ -131,14 +131,11 @@ def main(out: Path, seeds: int, console: Console) -> None:
     costs = _seconds_by_rows(run for texts in results.values() for text in texts for run in text)
     rates = {cell: _rates(texts, costs) for cell, texts in results.items()}
     console.print(_table({cell: rate["tokens_per_second"] for cell, rate in rates.items()}))
-    out.mkdir(parents=True, exist_ok=True)
     rows = [
         {"temperature": temperature, "kind": kind, "drafts": name_of(length), **rate}
         for (temperature, kind, length), rate in rates.items()
     ]
-    found = {"machine": machine(), "seconds_by_rows": costs, "results": rows}
-    (out / "adaptive.json").write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"wrote {out / 'adaptive.json'}")
+    save(out, "adaptive", machine(), seconds_by_rows=costs, results=rows)
 
 
 def _seconds_by_rows(runs: Iterable[Timed]) -> dict[int, float]:

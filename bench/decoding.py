@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.console import Console
-
 from specdec_kernels.cli.generate import Session, Settings
-from specdec_kernels.cli.models import SMOLLM2, load_drafter
+from specdec_kernels.cli.models import SMOLLM2, DrafterName, load_drafter
 from specdec_kernels.decode import Statistics, Target
 from specdec_kernels.ops import RuleName
 
 TOKENS = 96
-KIND = "auto"
+KIND: DrafterName = "auto"
 
 
 class Decoder:
     """One model for all ways to decode it."""
 
-    def __init__(self, console: Console) -> None:
-        self._session = Session(Settings(SMOLLM2, None, KIND, None, TOKENS, 0, None, "bfloat16"), console)
+    def __init__(self) -> None:
+        self._session = Session(Settings(SMOLLM2, None, KIND, None, TOKENS, 0, None, "bfloat16"))
         self.model = self._session.model
         self._adaptive, self._fixed = self._session.drafter, load_drafter(KIND, self.model)
 

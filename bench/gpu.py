@@ -7,7 +7,6 @@ Without a GPU the same code runs on the CPU for tests, by the clock and without 
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +24,9 @@ from torch import Tensor
 from specdec_kernels import Verified, verify_chain_workspace
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
 from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
-from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.machine import machine, save
 from specdec_kernels.bench.run import percentiles
+from specdec_kernels.cli.consoles import notes
 from specdec_kernels.ops.backends import BACKENDS
 from specdec_kernels.selftest.gpu import clusters, launches
 
@@ -288,8 +288,8 @@ def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(out: Path, quick: bool, console: Console, clock: GraphClock | WallClock | None = None) -> None:
-    """Run the grid. Results are written after every case, under the name of the machine."""
+def main(out: Path | None, quick: bool, console: Console, clock: GraphClock | WallClock | None = None) -> None:
+    """Run the grid. Results are written after every case, under the name of the GPU."""
     if clock is None:
         if not torch.cuda.is_available():
             raise RuntimeError("there is no GPU to time: torch sees none")
@@ -297,18 +297,17 @@ def main(out: Path, quick: bool, console: Console, clock: GraphClock | WallClock
     bandwidth = clock.copy_bandwidth()
     where = machine() | {"gpu": torch.cuda.get_device_name() if clock.device == "cuda" else "none"}
     where |= {"copy_gigabytes_per_second": bandwidth / 1e9, "cuda": torch.version.cuda}
-    path = out / (re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()) + ".json")
-    out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower())
     rows: list[dict[str, Any]] = []
     grid = list(cases(quick))
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("timing", total=len(grid))
         for case in grid:
             progress.update(task, description=case.name)
             rows.append(measure(case, clock, bandwidth))
-            path.write_text(json.dumps({"machine": where, "results": rows}, indent=1) + "\n")
+            save(out, name, where, results=rows)
             progress.advance(task)
     console.print(table(rows))
     console.print(where)
-    plot(rows, where, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}")
+    if out is not None:
+        plot(rows, where, out / f"{name}.png")

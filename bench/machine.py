@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -23,3 +24,11 @@ def machine() -> dict[str, Any]:
         "specdec_kernels": __version__,
         "backend": BACKENDS["cpu"].detail,
     }
+
+
+def save(out: Path | None, name: str, where: dict[str, Any], **results: Any) -> None:
+    """Write ``out/name.json``, the machine first; nothing where nobody named a directory."""
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({"machine": where, **results}, indent=1) + "\n")

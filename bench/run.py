@@ -1,8 +1,7 @@
-"""Time every case, side by side in one run; write JSON and a plot."""
+"""Time every case, side by side in one run; write JSON and a plot where a directory is named."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.table import Table
 
 from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
 from specdec_kernels.bench.contenders import contenders, fused
-from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.machine import machine, save
+from specdec_kernels.cli.consoles import notes
 
 #: Hand-tuned PyTorch, of which the fastest counts.
 LEAN = ("lean rows", "lean batch", "lean filtered")
@@ -123,11 +123,11 @@ def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(out: Path, quick: bool, console: Console) -> None:
+def main(out: Path | None, quick: bool, console: Console) -> None:
     """Run the grid."""
     grid = list(cases(quick))
     rows = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("timing", total=len(grid))
         for case in grid:
             progress.update(task, description=case.name)
@@ -136,8 +136,6 @@ def main(out: Path, quick: bool, console: Console) -> None:
     console.print(table(rows))
     where = machine()
     console.print(where)
-    if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "cpu.json").write_text(json.dumps({"machine": where, "results": rows}, indent=1) + "\n")
+    save(out, "cpu", where, results=rows)
+    if out is not None:
         plot(rows, where, out / "cpu.png")
-        console.print(f"wrote {out / 'cpu.json'} and {out / 'cpu.png'}")

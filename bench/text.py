@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -15,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specdec_kernels.bench.decoding import Decoder, name_of
-from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.machine import machine, save
+from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics
 from specdec_kernels.ops import RuleName
@@ -49,12 +49,12 @@ def ways() -> Iterator[Way]:
     yield Way(0.8, "block", None)
 
 
-def main(out: Path, seeds: int, console: Console) -> None:
+def main(out: Path | None, seeds: int, console: Console) -> None:
     """Decode every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
-    chosen, decoder = list(ways()), Decoder(console)
+    chosen, decoder = list(ways()), Decoder()
     results = {(way, kind): Statistics() for way in chosen for kind in PROMPTS}
     work = [(kind, prompt, seed) for seed in range(seeds) for kind, prompts in PROMPTS.items() for prompt in prompts]
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("decoding", total=len(work) * len(chosen))
         for (kind, prompt, seed), way in product(work, chosen):
             progress.update(task, description=way.name, advance=1)
@@ -65,10 +65,8 @@ def main(out: Path, seeds: int, console: Console) -> None:
                 decoder.decode(*arguments, Statistics())  # warm up
             decoder.decode(*arguments, results[way, kind])
     console.print(_table(chosen, results))
-    out.mkdir(parents=True, exist_ok=True)
     rows = [{**asdict(way), "kind": kind, **asdict(statistics)} for (way, kind), statistics in results.items()]
-    (out / "text.json").write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-    console.print(f"wrote {out / 'text.json'}")
+    save(out, "text", machine(), results=rows)
 
 
 def _table(chosen: list[Way], results: dict[tuple[Way, str], Statistics]) -> Table:

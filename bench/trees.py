@@ -3,7 +3,6 @@ at equal numbers of rows."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from specdec_kernels import compact_kv, sample_children, tree_mask, verify_tree
 from specdec_kernels.bench.cases import COLD_BYTES, DRAFT_NOISE, TEMPERATURE
-from specdec_kernels.bench.machine import machine
+from specdec_kernels.bench.machine import machine, save
+from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.generate import Session, Settings
 from specdec_kernels.cli.models import DRAFTING, load_drafter
 from specdec_kernels.cli.prompts import PROMPTS
@@ -242,10 +242,10 @@ def ways() -> Iterator[Way]:
                 yield Way(temperature, drafter, "block" if temperature else "token", rows)
 
 
-def text(console: Console) -> list[dict[str, Any]]:
+def text() -> list[dict[str, Any]]:
     """Every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
     settings = Settings("smollm2", None, "none", 0, TOKENS, 0, None, "bfloat16")
-    session = Session(settings, console)
+    session = Session(settings)
     # A chain that stops where it is not sure would leave rows unused.
     unstopped = replace(DRAFTING, min_confidence=0.0)
     drafters: dict[str, Drafter | None] = {
@@ -254,7 +254,7 @@ def text(console: Console) -> list[dict[str, Any]]:
     chosen = list(ways())
     results = {way: Statistics() for way in chosen}
     work = [(seed, prompt) for seed in range(SEEDS) for prompts in PROMPTS.values() for prompt in prompts]
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("decoding", total=len(work) * len(chosen))
         for (seed, prompt), way in product(work, chosen):
             session.settings = replace(settings, num_draft=way.rows - 1, rule=way.rule)
@@ -306,15 +306,12 @@ def kernel_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def main(out: Path, console: Console) -> None:
-    """Time the kernels, then the text; print both, write JSON."""
+def main(out: Path | None, console: Console) -> None:
+    """Time the kernels, then the text; print both."""
     torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
     kernels = [*masks(), *keys_and_values(), *verification()]
     console.print(kernel_table(kernels))
-    decoded = text(console)
+    decoded = text()
     console.print(text_table(decoded))
     console.print(f"{mean(row['invalid'] for row in decoded):g} invalid rows")
-    out.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine(), "kernels": kernels, "text": decoded}
-    (out / "trees.json").write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"wrote {out / 'trees.json'}")
+    save(out, "trees", machine(), kernels=kernels, text=decoded)

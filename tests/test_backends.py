@@ -34,11 +34,11 @@ def test_the_command_line_of_the_suite():
     assert result.stdout.count(" 0 wrong") == 2
     result = run_python(*command, "--backend", "abacus")
     assert result.returncode == 2
-    assert "backend must be one of ['cpu', 'cuda', 'reference', 'triton']," in result.stdout.replace("\n", " ")
+    assert "backend must be one of ['cpu', 'cuda', 'reference', 'triton']," in result.stderr
     if not torch.cuda.is_available():
         result = run_python(*command, "--device", "cuda")
         assert result.returncode == 2
-        assert "device cuda cannot be tested: torch sees no GPU" in result.stdout
+        assert result.stderr == "error: device cuda cannot be tested: torch sees no GPU\n"
 
 
 def test_what_the_suite_calls_on_a_gpu_runs():

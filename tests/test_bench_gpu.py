@@ -63,7 +63,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 def test_without_a_gpu_the_command_says_so():
     result = run_python("-m", "specdec_kernels.cli.main", "bench", "--device", "cuda")
     assert result.returncode == 2
-    assert "there is no GPU to time" in result.stdout
+    assert result.stderr == "error: there is no GPU to time: torch sees none\n"
     result = run_python("-m", "specdec_kernels.cli.main", "bench", "trees", "--device", "cuda")
     assert result.returncode == 2
-    assert "device must be cpu for 'trees'" in result.stdout
+    assert "device must be cpu for 'trees'" in result.stderr

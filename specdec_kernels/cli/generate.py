@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import Progress
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from specdec_kernels.cli.models import DRAFTING, WITH_SIBLINGS, load_drafter, load_target
+from specdec_kernels.cli.consoles import console, notes
+from specdec_kernels.cli.models import (
+    DRAFTING,
+    WITH_SIBLINGS,
+    DrafterName,
+    check_drafter,
+    load_drafter,
+    load_target,
+    model_path,
+)
 from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.cli.text_stream import TextStream
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.decode import Statistics, Target, Token, TransformersTarget, stream
+from specdec_kernels.decode.requests import requests
 from specdec_kernels.ops import RuleName, noise_words
 
 #: Drafts a step at most where their number is chosen step by step, and of a tree.
@@ -33,7 +47,7 @@ class Settings:
 
     target: str
     draft: str | None
-    drafter: str
+    drafter: DrafterName
     num_draft: int | None
     """None chooses it step by step."""
     max_new_tokens: int
@@ -45,13 +59,28 @@ class Settings:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    def sampling(self, temperature: float) -> dict[str, Any]:
+        """As the loop takes it."""
+        return {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+
+
+def check(settings: Settings, temperatures: Sequence[float]) -> None:
+    """Refuse before a model is loaded what would be refused with it.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: naming the option, what was expected and what came.
+    """
+    for temperature in temperatures:
+        requests([[0]], settings.seed, settings.max_new_tokens, settings.sampling(temperature))
+    check_drafter(settings.drafter, model_path(settings.target), settings.draft)
+
 
 class Session:
     """The loaded models."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
-        self.settings, self.console = settings, console
-        with console.status("loading the models"):
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        with notes.status("loading the models"):
             self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
             adaptive = settings.num_draft is None
             # Windows of fixed rows take chains alone.
@@ -99,28 +128,31 @@ class Session:
             num_draft=self._most_drafts(),
             max_new_tokens=self.settings.max_new_tokens,
             rule=self.settings.rule,
-            temperature=temperature,
-            top_k=self.settings.top_k,
-            top_p=self.settings.top_p,
-            min_p=self.settings.min_p,
+            **self.settings.sampling(temperature),
             seed=self.settings.seed if seed is None else seed,
             stop_tokens=self.stop_tokens,
             statistics=statistics,
         )
 
 
-def _print_stream(session: Session, tokens: Iterator[Token]) -> list[int]:
-    """Write tokens as they come, coloured by who wrote them."""
+def _print_stream(session: Session, tokens: Iterator[Token], to: Console = console) -> list[int]:
+    """Write tokens as they come, on a terminal coloured by who wrote them."""
     written: list[int] = []
-    shown = ""
+    text = TextStream(session.tokenizer)
+
+    def show(piece: str, style: str) -> None:
+        if to.is_terminal and not to.no_color and piece:
+            piece = Style.parse(style).render(piece, color_system=ColorSystem.STANDARD)
+        to.file.write(piece)  # past the console's own methods, which would wrap lines and expand tabs
+        to.file.flush()
+
+    style = DRAWN
     for token in tokens:
         written.append(token.token)
-        text = session.tokenizer.decode(written, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            continue  # half a character
-        session.console.print(Text(text[len(shown) :], style=ACCEPTED if token.drafted else DRAWN), end="")
-        shown = text
-    session.console.print()
+        style = ACCEPTED if token.drafted else DRAWN
+        show(text.add(token.token), style)
+    show(text.end(), style)
+    show("\n", "none")
     return written
 
 
@@ -141,31 +173,29 @@ def write(session: Session, prompt: str, temperature: float, show_tree: bool = F
     """Stream one answer; picture its most accepted tree of drafts."""
     statistics = Statistics()
     watched = None
-    if show_tree:
-        if session.drafter is None:
-            raise ValueError("show_tree needs a drafter, got drafter='none'")
+    if show_tree and session.drafter is not None:
         session.drafter = watched = Watched(session.drafter)
     _print_stream(session, session.decode(prompt, temperature, True, statistics))
-    session.console.print(_summary(statistics), style="dim", highlight=False)
+    notes.print(_summary(statistics), style="dim", highlight=False, soft_wrap=True)
     if watched is not None and watched.best is not None:
         draft, emitted = watched.best
         key = Text.assemble(
             ("accepted", ACCEPTED), ", ", ("drawn by the verification", DRAWN), ", ", ("rejected", REJECTED)
         )
-        session.console.print(key)
-        session.console.print(picture(draft, emitted, lambda token: str(session.tokenizer.decode([token]))))
+        notes.print(key)
+        notes.print(picture(draft, emitted, lambda token: str(session.tokenizer.decode([token]))))
 
 
 def compare(session: Session, prompt: str, temperature: float) -> None:
     """Stream one answer, then decode it plainly; print both rates."""
     statistics, plain = Statistics(), Statistics()
     list(session.decode(prompt, temperature, True, Statistics()))  # warm up
-    session.console.print(Text.assemble(("drafted", ACCEPTED), " and ", ("drawn by the verification", DRAWN)))
+    notes.print(Text.assemble(("drafted", ACCEPTED), " and ", ("drawn by the verification", DRAWN)))
     text = _print_stream(session, session.decode(prompt, temperature, True, statistics))
     alone = [token.token for token in session.decode(prompt, temperature, False, plain)]
-    session.console.print(f"with drafts:    {_summary(statistics)}", highlight=False)
-    session.console.print(f"without drafts: {_summary(plain)}", highlight=False)
-    session.console.print(f"speed-up {statistics.tokens_per_second / plain.tokens_per_second:.2f}x", style="bold")
+    notes.print(f"with drafts:    {_summary(statistics)}", highlight=False, soft_wrap=True)
+    notes.print(f"without drafts: {_summary(plain)}", highlight=False, soft_wrap=True)
+    notes.print(f"speed-up {statistics.tokens_per_second / plain.tokens_per_second:.2f}x", style="bold")
     if text != alone and (temperature == 0 or session.settings.rule == "coupled"):
         _report_divergence(session, prompt, text, alone, temperature)
 
@@ -187,7 +217,7 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
     if temperature > 0:
         scores = _race(scores, temperature, session.settings.seed, ids.shape[1])
     margin = abs(float(scores[text[first]] - scores[alone[first]]))
-    session.console.print(
+    notes.print(
         f"the texts part at token {first}, where what decides (logits, with their noise at a temperature) is "
         f"{margin:.3g} apart: passes over different numbers of rows round differently; --fixed-rows makes them equal",
         style="dim",
@@ -198,12 +228,12 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
 def measure(session: Session, temperatures: tuple[float, ...]) -> None:
     """With and without drafts over the built-in prompts, in one run, alternating."""
     first_prompt = next(iter(PROMPTS.values()))[0]
-    session.console.print(Text.assemble(first_prompt + "\n", ("drafted", ACCEPTED), ", ", ("drawn", DRAWN), ":"))
-    _print_stream(session, session.decode(first_prompt, temperatures[0], True, Statistics()))
+    notes.print(Text.assemble(first_prompt + "\n", ("drafted", ACCEPTED), ", ", ("drawn", DRAWN), ":"))
+    _print_stream(session, session.decode(first_prompt, temperatures[0], True, Statistics()), notes)
     table = Table(
         "temperature", "prompts", "plain tokens/s", "tokens/s", "tokens a step", "accepted by position", "speed-up"
     )
-    with Progress(console=session.console, transient=True) as progress:
+    with Progress(console=notes, transient=True) as progress:
         texts = {temperature: TEXTS if temperature > 0 else 1 for temperature in temperatures}
         task = progress.add_task("measuring", total=2 * sum(texts.values()) * sum(map(len, PROMPTS.values())))
         for temperature in temperatures:
@@ -226,4 +256,4 @@ def measure(session: Session, temperatures: tuple[float, ...]) -> None:
             table.add_row(
                 f"{temperature:g}", "mean", "", "", "", "", f"[bold]{mean(ratios):.2f}x[/bold]", end_section=True
             )
-    session.console.print(table)
+    console.print(table)

