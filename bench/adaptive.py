@@ -9,7 +9,7 @@ whole run. What else the machine did while one way had its turn falls on all of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -27,7 +27,7 @@ from specdec_kernels.bench.decoding import Decoder, name_of
 from specdec_kernels.bench.machine import machine, save
 from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.prompts import PROMPTS
-from specdec_kernels.decode import Scores, Statistics, TransformersTarget
+from specdec_kernels.decode import Scores, Statistics, TargetSession, TransformersTarget
 from specdec_kernels.ops import RuleName
 from specdec_kernels.ops.trees import tree_positions
 
@@ -39,24 +39,31 @@ REPEATS = 2
 
 
 class Replayed(TransformersTarget):
-    """A target that scores as ever, which takes the time it takes, and gives the logits that it gave the first time.
+    """A target that scores as always, which takes the time it takes, and gives the logits that it gave the first time.
 
     Passes over different numbers of rows round differently; texts would part, and with them what there is to accept.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._table: list[Tensor] = []  # of the text as far as it is known
+        self.table: list[Tensor] = []  # of the text as far as it is known
 
-    def begin(self, *arguments: Any) -> Tensor | None:
+    def begin(self, *arguments: Any, **named: Any) -> ReplayedSession:
         """From the start of the text."""
-        self._at = 0
-        return super().begin(*arguments)
+        return ReplayedSession(super().begin(*arguments, **named), self.table)
+
+
+class ReplayedSession:
+    """One stream of it, of a batch of one."""
+
+    def __init__(self, session: TargetSession, table: list[Tensor]) -> None:
+        self._session, self._table, self._at = session, table, 0
+        self.features, self.max_rows, self.select = session.features, session.max_rows, session.select
 
     @torch.inference_mode()
-    def score(self, tokens: Tensor, counts: Tensor) -> Scores:
-        """Of rows behind a wrong draft nothing is asked; the others are those of the text."""
-        scores = super().score(tokens, counts)
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
+        """Rows behind a wrong draft do not matter; the others are those of the text."""
+        scores = self._session.score(tokens, counts)
         if self._at == len(self._table):  # the first time, without drafts
             self._table.append(scores.logits[0, -1].clone())
         for row, logits in enumerate(self._table[self._at : self._at + tokens.shape[1]]):
@@ -65,22 +72,22 @@ class Replayed(TransformersTarget):
 
     @torch.inference_mode()
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
-        """Likewise: only the nodes of the text are come to, and behind them it goes on as it did."""
-        scores = super().score_tree(tokens, parents)
+        """Likewise: only the nodes of the text are visited, and behind them it goes on as it did."""
+        scores = self._session.score_tree(tokens, parents)
         for node, depth in enumerate(tree_positions(parents)[0].tolist()):
             if self._at + depth < len(self._table):
                 scores.logits[0, node] = self._table[self._at + depth]
         return scores
 
-    def keep(self, rows: Tensor) -> None:
+    def commit(self, counts: Sequence[int]) -> None:
         """Follow the text."""
-        self._at += int(rows)
-        super().keep(rows)
+        self._at += counts[0]
+        self._session.commit(counts)
 
-    def keep_path(self, nodes: Tensor) -> None:
+    def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
         """Likewise."""
-        self._at += int((nodes >= 0).sum())
-        super().keep_path(nodes)
+        self._at += len(paths[0])
+        self._session.commit_path(paths)
 
 
 @dataclass

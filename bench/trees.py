@@ -249,7 +249,7 @@ def text() -> list[dict[str, Any]]:
     # A chain that stops where it is not sure would leave rows unused.
     unstopped = replace(DRAFTING, min_confidence=0.0)
     drafters: dict[str, Drafter | None] = {
-        name: load_drafter(name, session.model, drafting=unstopped) for name in ("none", "model", *TREES)
+        name: load_drafter(name, session.model, config=unstopped) for name in ("none", "model", *TREES)
     }
     chosen = list(ways())
     results = {way: Statistics() for way in chosen}

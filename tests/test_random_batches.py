@@ -177,10 +177,16 @@ def random_case(own):
         if own.random() < 0.5:
             sampling[name] = [off] * count
     return SimpleNamespace(
-        kind=own.choice(list(MODELS)), prompts=prompts, limits=limits, sampling=sampling, rule=own.choice(["token", "block", "coupled"]),
-        name=own.choice(NAMES), num_draft=own.choice([0, 1, 2, 4, 4, 7]), seeds=[own.randrange(1 << 40) for _ in prompts],
+        kind=own.choice(list(MODELS)),
+        prompts=prompts,
+        limits=limits,
+        sampling=sampling,
+        rule=own.choice(["token", "block", "coupled"]),
+        name=own.choice(NAMES),
+        num_draft=own.choice([0, 1, 2, 4, 4, 7]),
+        seeds=[own.randrange(1 << 40) for _ in prompts],
         stops=own.sample(range(VOCAB), own.choice([0, 0, 1, 2])),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("start", range(0, BATCHES, CHUNK))

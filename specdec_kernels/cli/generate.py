@@ -30,7 +30,7 @@ from specdec_kernels.cli.text_stream import TextStream
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.decode import Statistics, Target, Token, TransformersTarget, stream
-from specdec_kernels.decode.requests import requests
+from specdec_kernels.decode.requests import make_requests
 from specdec_kernels.ops import RuleName, noise_words
 
 #: Drafts a step at most where their number is chosen step by step, and of a tree.
@@ -71,7 +71,7 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
         TypeError, ValueError, FileNotFoundError: naming the option, what was expected and what came.
     """
     for temperature in temperatures:
-        requests([[0]], settings.seed, settings.max_new_tokens, settings.sampling(temperature))
+        make_requests([[0]], 1, settings.seed, settings.max_new_tokens, settings.sampling(temperature))
     check_drafter(settings.drafter, model_path(settings.target), settings.draft)
 
 
@@ -84,8 +84,8 @@ class Session:
             self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
             adaptive = settings.num_draft is None
             # Windows of fixed rows take chains alone.
-            drafting = WITH_SIBLINGS if adaptive and settings.fixed_rows is None else DRAFTING
-            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, drafting)
+            config = WITH_SIBLINGS if adaptive and settings.fixed_rows is None else DRAFTING
+            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, config)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:
@@ -147,12 +147,18 @@ def _print_stream(session: Session, tokens: Iterator[Token], to: Console = conso
         to.file.flush()
 
     style = DRAWN
+    ending = ""
     for token in tokens:
+        if token.token < 0:
+            ending = token.finished
+            break
         written.append(token.token)
         style = ACCEPTED if token.drafted else DRAWN
         show(text.add(token.token), style)
     show(text.end(), style)
     show("\n", "none")
+    if ending:
+        notes.print(f"the text ends here, since the model gave no distribution of what follows ({ending})")
     return written
 
 
@@ -174,7 +180,8 @@ def write(session: Session, prompt: str, temperature: float, show_tree: bool = F
     statistics = Statistics()
     watched = None
     if show_tree and session.drafter is not None:
-        session.drafter = watched = Watched(session.drafter)
+        watched = Watched(session.drafter)
+        session.drafter = watched
     _print_stream(session, session.decode(prompt, temperature, True, statistics))
     notes.print(_summary(statistics), style="dim", highlight=False, soft_wrap=True)
     if watched is not None and watched.best is not None:

@@ -16,12 +16,12 @@ from specdec_kernels.decode import Drafter, pack_linear
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
-    Drafting,
+    DraftConfig,
     FeatureDrafter,
     FeatureModel,
-    FirstOf,
+    FallbackDrafter,
     Growth,
-    LookupDrafter,
+    NGramDrafter,
     MedusaDrafter,
     MedusaModel,
     ModelDrafter,
@@ -43,7 +43,7 @@ SURE_MATCH = 2
 #: Measured on SmolLM2: another draft costs a fiftieth of a target's pass; over recorded texts, drawn at 0.8, stopping
 #: at 0.3 is expected to give 2.5% fewer tokens a second, at 0.03 or 0.1 less than 1% fewer. At 0.9 times the
 #: temperature 0.530 of first drafts are accepted, at 1 it is 0.526.
-DRAFTING = Drafting(min_confidence=0.06, cooling=0.9)
+DRAFTING = DraftConfig(min_confidence=0.06, temperature_scale=0.9)
 
 #: The same with another token beside every draft: where rows cost next to nothing.
 WITH_SIBLINGS = replace(DRAFTING, siblings=1)
@@ -137,7 +137,7 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
 
 
 def load_drafter(
-    kind: str, target: Any, draft: str | None = None, adaptive: bool = False, drafting: Drafting = DRAFTING
+    kind: str, target: Any, draft: str | None = None, adaptive: bool = False, config: DraftConfig = DRAFTING
 ) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
@@ -147,8 +147,8 @@ def load_drafter(
             (heads, drafting a static tree) or ``none``.
         target: the target's transformers model.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
-        adaptive: choose the number of drafts step by step; trees are as large as they are asked to be.
-        drafting: how a model drafts.
+        adaptive: choose the number of drafts step by step; trees are as large as ``num_draft`` says.
+        config: how a model drafts.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`check_drafter`.
@@ -162,15 +162,15 @@ def load_drafter(
     if kind == "none":
         return None
     if kind == "lookup":
-        return chosen(LookupDrafter())
+        return chosen(NGramDrafter())
     if kind == "medusa":
         return MedusaDrafter(MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype), target)
     model: AutoregressiveDrafter
     if draft is not None:
-        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, drafting)
+        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, config)
     else:
         features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
-        model = FeatureDrafter(features, target, drafting, eight_bits_run(target.device))
+        model = FeatureDrafter(features, target, config, eight_bits_run(target.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))
-    return chosen(model) if kind == "model" else FirstOf(chosen(LookupDrafter(SURE_MATCH)), chosen(model))
+    return chosen(model) if kind == "model" else FallbackDrafter(chosen(NGramDrafter(SURE_MATCH)), chosen(model))

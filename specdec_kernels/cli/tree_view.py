@@ -8,13 +8,13 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor
 
-from specdec_kernels.decode import Draft, Drafter, Step, TreeDraft
+from specdec_kernels.decode import Draft, Drafter, DrafterSession, Step, TreeDraft
 
 ACCEPTED, DRAWN, REJECTED = "green", "bold yellow", "dim"
 
 
 class Watched:
-    """Another drafter, for one request, whose most accepted tree is remembered."""
+    """Another drafter, for one request at a time, whose most accepted tree is kept."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
@@ -22,25 +22,30 @@ class Watched:
         self.best: tuple[TreeDraft, Sequence[int]] | None = None
         """The tree, and the tokens that the text went on with."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        """Start."""
-        self.drafter.begin(prompts, features)
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> WatchedSession:
+        """Start a stream."""
+        return WatchedSession(self, self.drafter.begin(prompts, features))
+
+
+class WatchedSession:
+    """One stream of it."""
+
+    def __init__(self, watched: Watched, session: DrafterSession) -> None:
+        self._watched, self._session = watched, session
+        self.select = session.select
 
     def propose(self, step: Step) -> Draft | TreeDraft:
         """What the drafter proposes."""
-        self._draft = self.drafter.propose(step)
+        self._draft = self._session.propose(step)
         return self._draft
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        """Remember the step if it is the best so far."""
+        """Keep the step if it is the best so far."""
         tree = self._draft if isinstance(self._draft, TreeDraft) else TreeDraft.of(self._draft)
-        if tree.tokens.shape[1] > 1 and (self.best is None or len(tokens[0]) > len(self.best[1])):
-            self.best = tree, list(tokens[0])
-        self.drafter.commit(tokens, features)
-
-    def select(self, requests: Tensor) -> None:
-        """Go on with these requests only."""
-        self.drafter.select(requests)
+        best = self._watched.best
+        if tree.tokens.shape[1] > 1 and (best is None or len(tokens[0]) > len(best[1])):
+            self._watched.best = tree, list(tokens[0])
+        self._session.commit(tokens, features)
 
 
 def picture(draft: TreeDraft, emitted: Sequence[int], decode: Callable[[int], str]) -> Tree:
