@@ -18,17 +18,17 @@ from specdec_kernels._native import SuffixIndex
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
+    CallableDrafter,
     Costs,
     DraftConfig,
+    FallbackDrafter,
     FeatureDrafter,
     FeatureModel,
-    FallbackDrafter,
     Growth,
-    NGramDrafter,
     MedusaDrafter,
     MedusaModel,
     ModelDrafter,
-    CallableDrafter,
+    NGramDrafter,
     TreeDrafter,
     adaptive,  # its clock
 )
@@ -241,7 +241,8 @@ def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
     drafter = TreeDrafter(ModelDrafter(tiny(8, vocab=3, sharp=0.8)))
     for kind in (drafter, Altered(drafter, dropping)):
         results = generate(
-            TransformersTarget(model), [[1, 2]] * count, drafter=kind, num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
+            TransformersTarget(model), [[1, 2]] * count, drafter=kind, num_draft=1, max_new_tokens=2, temperature=0.8,
+            seed=list(range(count)),
         )  # fmt: skip
         counts = Counter(result.tokens[0] for result in results)
         seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))

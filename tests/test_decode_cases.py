@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 from dataclasses import replace
 from itertools import zip_longest
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_two_streams_over_one_target_are_read_in_turns(model):
         drafter = drafters(model)[name]
         options = {"drafter": drafter, "num_draft": 3, "max_new_tokens": 14, "temperature": 0.8}
         for seed in (1, 2):
-            alone[seed] = [list(stream(target, prompts, seed=seed, **options)) for prompts in (PROMPTS[:2], PROMPTS[2:])]
+            alone[seed] = [
+                list(stream(target, prompts, seed=seed, **options)) for prompts in (PROMPTS[:2], PROMPTS[2:])
+            ]
         streams = [stream(target, prompts, seed=1, **options) for prompts in (PROMPTS[:2], PROMPTS[2:])]
         turns = [[], []]
         for pair in zip_longest(*streams):
@@ -159,9 +162,11 @@ def test_the_probe_tells_what_a_model_cannot_do():
     model = by_column()
     tree = TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=2, width=2, children=2))
     assert greedy(model, PROMPTS[:1])[0].tokens == slow_greedy(model, PROMPTS[0], 12)
-    with pytest.raises(ValueError, match="must score rows of batches .* they differ by .*: decode its prompts one at"):
+    with pytest.raises(ValueError, match=r"must score rows of batches .* they differ by .*: decode its prompts one at"):
         greedy(model, PROMPTS)
-    with pytest.raises(ValueError, match="must score rows of trees .* they differ by .*: draft chains, or switch this"):
+    with pytest.raises(
+        ValueError, match=r"must score rows of trees .* they differ by .*: draft chains, or switch this"
+    ):
         greedy(model, PROMPTS[:1], drafter=tree)
     unchecked = generate(TransformersTarget(model, check=False), PROMPTS, temperature=0.0, max_new_tokens=12)
     assert [r.tokens for r in unchecked] != [slow_greedy(model, prompt, 12) for prompt in PROMPTS]  # the control
@@ -191,9 +196,13 @@ def test_requests_of_a_batch_reach_the_end_of_the_context(name):
 
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
     model = gpt2(32)
-    with pytest.raises(ValueError, match="max_new_tokens must leave prompt and new tokens within the 32 positions of GP"):
+    with pytest.raises(
+        ValueError, match="max_new_tokens must leave prompt and new tokens within the 32 positions of GP"
+    ):
         stream(TransformersTarget(model), [[1] * 28, [1]], max_new_tokens=6)
-    with pytest.raises(ValueError, match="within the 32 positions .*, the last token not counted, got 40 for prompt 0"):
+    with pytest.raises(
+        ValueError, match=r"within the 32 positions .*, the last token not counted, got 40 for prompt 0"
+    ):
         greedy(model, [[1] * 40], max_new_tokens=1)
 
 
@@ -273,7 +282,11 @@ def test_a_grammar_is_not_asked_what_follows_a_stop_token(model):
         assert all(token % 2 for token in history)
         return mask_of(1, 3, 5, 7, 9)
 
-    for propose in (lambda history, count: [7] * count, lambda history, count: [3, 7, 3, 5][:count], lambda h, c: [2] * c):
+    for propose in (
+        lambda history, count: [7] * count,
+        lambda history, count: [3, 7, 3, 5][:count],
+        lambda h, c: [2] * c,
+    ):
         drafter = CallableDrafter(propose)
         for rule in ("token", "block", "coupled"):
             options = {"rule": rule, "drafter": drafter, "stop_tokens": {7}, "grammar": grammar, "temperature": 2.0}
@@ -300,7 +313,11 @@ def test_masks_of_padded_vocabularies(model):
         (torch.zeros(1), TypeError, r"grammar must give int32 \[1\], a bit for each id, got float32 \[1\]"),
         (torch.zeros(1, dtype=torch.int64), TypeError, r"grammar must give int32 \[1\].*got int64 \[1\]"),
         ([1], TypeError, r"grammar must give int32 \[1\].*got \[1\]"),
-        (torch.zeros(2, dtype=torch.int32), ValueError, r"grammar must give at most 1 words for 11 ids, got int32 \[2\]"),
+        (
+            torch.zeros(2, dtype=torch.int32),
+            ValueError,
+            r"grammar must give at most 1 words for 11 ids, got int32 \[2\]",
+        ),
         (torch.zeros(2, 1, dtype=torch.int32), ValueError, r"at most 1 words for 11 ids, got int32 \[2, 1\]"),
     ],
 )
@@ -390,7 +407,9 @@ def test_a_drafter_of_nan_changes_nothing(model, name):
     statistics = Statistics()
     options = {"rule": "coupled", "temperature": 0.8, "seed": [1, 2, 3, 4], "max_new_tokens": 10}
     plain = generate(TransformersTarget(model), PROMPTS, **options)
-    spoilt = generate(TransformersTarget(model), PROMPTS, drafter=Altered(drafter, spoiled), statistics=statistics, **options)
+    spoilt = generate(
+        TransformersTarget(model), PROMPTS, drafter=Altered(drafter, spoiled), statistics=statistics, **options
+    )
     assert [r.tokens for r in spoilt] == [r.tokens for r in plain]
     for rule in ("token", "block"):
         results = generate(
@@ -426,7 +445,8 @@ def test_the_default_temperature_is_one(model):
     assert Sampling().temperature == 1.0
     options = {"max_new_tokens": 12, "seed": 5}
     drawn = generate(TransformersTarget(model), PROMPTS, **options)
-    assert drawn == generate(TransformersTarget(model), PROMPTS, temperature=1.0, **options) or str(drawn)
+    hot = generate(TransformersTarget(model), PROMPTS, temperature=1.0, **options)
+    assert [r.tokens for r in drawn] == [r.tokens for r in hot]
     assert [r.tokens for r in drawn] != [r.tokens for r in greedy(model, PROMPTS)]
 
 
@@ -464,7 +484,11 @@ def test_a_lookup_wants_the_tokens_it_says():
 
 
 BAD = [
-    ({"prompts": [1, 2, 3]}, TypeError, r"prompts must be a list of lists of token ids, \[prompt\] for one, got \[1, 2"),
+    (
+        {"prompts": [1, 2, 3]},
+        TypeError,
+        r"prompts must be a list of lists of token ids, \[prompt\] for one, got \[1, 2",
+    ),
     ({"prompts": "hello"}, TypeError, "prompts must be a list of lists of token ids, got 'hello'"),
     ({"prompts": ["hello"]}, TypeError, r"prompts\[0\] must be a list of token ids, got 'hello'"),
     ({"prompts": [[1], []]}, ValueError, "prompts must not be empty, got an empty prompt at index 1"),
@@ -490,7 +514,11 @@ BAD = [
     ({"logit_bias": {11: 1.0}}, ValueError, r"logit_bias must hold token ids in \[0, 11\), got 11"),
     ({"logit_bias": {"a": 1.0}}, TypeError, "logit_bias must be a list of token ids"),
     ({"drafter": CallableDrafter(lambda h, c: [11] * c)}, ValueError, r"drafter must propose .* \[0, 11\), got 11"),
-    ({"drafter": CallableDrafter(lambda h, c: [1 << 40] * c)}, ValueError, r"drafter must propose .*, got 1099511627776"),
+    (
+        {"drafter": CallableDrafter(lambda h, c: [1 << 40] * c)},
+        ValueError,
+        r"drafter must propose .*, got 1099511627776",
+    ),
     ({"drafter": CallableDrafter(lambda h, c: [1 << 70] * c)}, ValueError, r"draft must hold token ids in \[0, "),
     ({"drafter": CallableDrafter(lambda h, c: [-2] * c)}, ValueError, r"draft must hold token ids in \[0, .*, got -2"),
     ({"drafter": CallableDrafter(lambda h, c: [None])}, TypeError, r"draft must be a list of token ids, got \[None\]"),
@@ -509,11 +537,13 @@ def test_errors_name_the_argument(model, function, change, error, message):
 def test_what_is_no_target_or_no_drafter(model):
     with pytest.raises(TypeError, match=r"target must be a Target, such as TransformersTarget\(model\), got LlamaFor"):
         generate(model, [[1]])
-    with pytest.raises(TypeError, match=r"drafter must be a Drafter, such as ModelDrafter\(model\), got LlamaForCausalLM"):
+    with pytest.raises(
+        TypeError, match=r"drafter must be a Drafter, such as ModelDrafter\(model\), got LlamaForCausalLM"
+    ):
         generate(TransformersTarget(model), [[1]], drafter=model)
-    with pytest.raises(TypeError, match="propose must be a function of"):
+    with pytest.raises(TypeError, match=r"propose must be a function of"):
         CallableDrafter([1, 2])
-    with pytest.raises(TypeError, match="min_match must be an int, got 1.5"):
+    with pytest.raises(TypeError, match=r"min_match must be an int, got 1.5"):
         NGramDrafter(1.5)
 
 
@@ -531,20 +561,17 @@ def test_errors_come_before_anything_is_read(model):
 def test_a_multimodal_configuration(model):
     """Its vocabulary is that of its text."""
     other = tiny(1, layers=2)
-    text = other.config
-    other.config = SimpleNamespace(
-        get_text_config=lambda decoder=True: text, to_dict=text.to_dict, _attn_implementation="sdpa"
-    )
+    text = copy.deepcopy(other.config)
+    other.config.get_text_config = lambda decoder=True: text
+    del other.config.vocab_size
     assert [r.tokens for r in greedy(other, PROMPTS)] == [r.tokens for r in greedy(model, PROMPTS)]
-    text = SimpleNamespace(eos_token_id=None)
+    text.vocab_size = None
     with pytest.raises(ValueError, match="model must have a vocab_size in its text configuration, got None"):
         TransformersTarget(other)
 
 
 def test_signatures_can_be_read():
     """By help(), and by an editor."""
-    import inspect
-
     for function in (generate, stream):
         named = inspect.signature(function).parameters
         assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in named.values())

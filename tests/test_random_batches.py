@@ -1,5 +1,5 @@
-"""Random batches (lengths, limits, stop tokens, drafters, rules, trees, parameters of each request, requests that end at
-any time) against slow references that run every request alone, in full, without a cache.
+"""Random batches (lengths, limits, stop tokens, drafters, rules, trees, parameters of each request, ends at any time)
+against slow references that run every request alone, in full, without a cache.
 
 SPECDEC_RANDOM_BATCHES says how many; `make test-long` has thousands.
 """

@@ -17,14 +17,14 @@ from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
     DraftConfig,
+    FallbackDrafter,
     FeatureDrafter,
     FeatureModel,
-    FallbackDrafter,
     Growth,
-    NGramDrafter,
     MedusaDrafter,
     MedusaModel,
     ModelDrafter,
+    NGramDrafter,
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter

@@ -139,6 +139,14 @@ class AutoregressiveSession(ABC):
         and their own by ``ancestors [B, R, T]``; ``features [B, R, H]`` are those of their parents. The logits [B, R,
         S] after each and its features."""
 
+    def _depths(self, tokens: Tensor, depth: int) -> Tensor:
+        """``depth`` for every node ``tokens [B, R]``, but no position behind the context, where no node is wanted."""
+        depths = torch.full_like(tokens, depth)
+        if self._context is None:
+            return depths
+        room = [max(0, self._context - 1 - length) for length in self._cache.lengths]
+        return torch.minimum(depths, to_device(room, torch.int64, self.device)[:, None])
+
     def drop_tree(self) -> None:
         """Take back the rows of the tree."""
         self._cache.commit_path([[] for _ in self._pending])

@@ -115,9 +115,8 @@ class FeatureSession(AutoregressiveSession):
         assert features is not None, "every node has a parent that was read"
         drafter = self._drafter
         outputs = self._cache.run_tree(
-            drafter.forward, ancestors, torch.full_like(tokens, depth), embeddings=drafter.embed(tokens),
-            features=features,
-        )  # fmt: skip
+            drafter.forward, ancestors, self._depths(tokens, depth), embeddings=drafter.embed(tokens), features=features
+        )
         return drafter.head(outputs), outputs
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
@@ -69,8 +68,8 @@ class ModelSession(AutoregressiveSession):
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
         model_facts.check_tree_attention(self._model)
-        depths = torch.full_like(tokens, depth)
-        outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=self._known(tokens))
+        depths, known = self._depths(tokens, depth), self._known(tokens)
+        outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=known)
         return outputs.logits, None
 
     def _scatter(self, rows: Tensor, logits: Tensor) -> None:
