@@ -7,6 +7,7 @@ import inspect
 import re
 from dataclasses import replace
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,9 +201,7 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
         ValueError, match="max_new_tokens must leave prompt and new tokens within the 32 positions of GP"
     ):
         stream(TransformersTarget(model), [[1] * 28, [1]], max_new_tokens=6)
-    with pytest.raises(
-        ValueError, match=r"within the 32 positions .*, the last token not counted, got 40 for prompt 0"
-    ):
+    with pytest.raises(ValueError, match=r"within the 32 positions .*, the last token not counted, got 40 for prompt"):
         greedy(model, [[1] * 40], max_new_tokens=1)
 
 
@@ -565,7 +564,7 @@ def test_a_multimodal_configuration(model):
     other.config.get_text_config = lambda decoder=True: text
     del other.config.vocab_size
     assert [r.tokens for r in greedy(other, PROMPTS)] == [r.tokens for r in greedy(model, PROMPTS)]
-    text.vocab_size = None
+    text = SimpleNamespace(eos_token_id=None)
     with pytest.raises(ValueError, match="model must have a vocab_size in its text configuration, got None"):
         TransformersTarget(other)
 

@@ -25,12 +25,20 @@ _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 class Sampling:
     """How the tokens of one request are drawn; see :func:`specdec_kernels.sample` for what each means.
 
+    Fields:
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters; 0, 1 and 0 are off.
+        repetition_penalty, presence_penalty, frequency_penalty: see :class:`specdec_kernels.Penalties`.
+        logit_bias: what is added to the logits, by token id.
+        grammar: called for every row of a step, with the tokens generated before it; never with what it did not allow,
+            nor with what comes after a stop token. It gives int32 [ceil(V/32)], a bit for each id in xgrammar's layout.
+            A mask may be narrower than the logits, whose other ids are then not allowed: padded vocabularies.
+
     Raises:
         TypeError, ValueError: naming the parameter, what was expected and what came.
     """
 
     temperature: float = 1.0
-    """0 is greedy."""
     top_k: int = TOP_K_OFF
     top_p: float = TOP_P_OFF
     min_p: float = MIN_P_OFF
@@ -38,11 +46,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """By token id."""
     grammar: Grammar | None = None
-    """Called for every row of a step, with the tokens generated before it; never with what it did not allow, nor with
-    what comes after a stop token. A mask may be narrower than the logits, whose other ids are then not allowed: padded
-    vocabularies."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):

@@ -149,7 +149,7 @@ class _Level:
     tokens: Tensor
     """-1 where there is none."""
     logprobs: Tensor
-    """Under the law of the row, [B, width, children]."""
+    """Under the distribution of the row, [B, width, children]."""
     value: Tensor
     """Of the parents, [B, width]."""
     parent: Tensor
