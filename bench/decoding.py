@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from specdec_kernels.cli.generate import Session, Settings
-from specdec_kernels.cli.models import SMOLLM2, DrafterName, load_drafter
+from specdec_kernels.cli.models import SMOLLM2, DrafterName, check_device, load_drafter
 from specdec_kernels.decode import Statistics, Target
 from specdec_kernels.ops import RuleName
 
@@ -16,8 +16,9 @@ KIND: DrafterName = "auto"
 class Decoder:
     """One model for all ways to decode it."""
 
-    def __init__(self) -> None:
-        self._session = Session(Settings(SMOLLM2, None, KIND, None, TOKENS, 0, None, "bfloat16"))
+    def __init__(self, device: str = "cpu") -> None:
+        check_device(device)
+        self._session = Session(Settings(SMOLLM2, None, KIND, None, TOKENS, 0, None, "bfloat16", device=device))
         self.model = self._session.model
         self._adaptive, self._fixed = self._session.drafter, load_drafter(KIND, self.model)
 

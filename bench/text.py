@@ -49,9 +49,9 @@ def ways() -> Iterator[Way]:
     yield Way(0.8, "block", None)
 
 
-def main(out: Path | None, seeds: int, console: Console) -> None:
+def main(out: Path | None, seeds: int, console: Console, device: str = "cpu") -> None:
     """Decode every prompt in every way, the ways in turn, so that a slow minute of the machine hits them all."""
-    chosen, decoder = list(ways()), Decoder()
+    chosen, decoder = list(ways()), Decoder(device)
     results = {(way, kind): Statistics() for way in chosen for kind in PROMPTS}
     work = [(kind, prompt, seed) for seed in range(seeds) for kind, prompts in PROMPTS.items() for prompt in prompts]
     with Progress(console=notes, transient=True) as progress:

@@ -20,6 +20,7 @@ from specdec_kernels.cli.models import (
     DRAFTING,
     WITH_SIBLINGS,
     DrafterName,
+    check_device,
     check_drafter,
     load_drafter,
     load_target,
@@ -58,6 +59,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    device: str = "cpu"
 
     def sampling(self, temperature: float) -> dict[str, Any]:
         """As the loop takes it."""
@@ -73,6 +75,7 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
     for temperature in temperatures:
         make_requests([[0]], 1, settings.seed, settings.max_new_tokens, settings.sampling(temperature))
     check_drafter(settings.drafter, model_path(settings.target), settings.draft)
+    check_device(settings.device)
 
 
 class Session:
@@ -81,7 +84,9 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         with notes.status("loading the models"):
-            self.model, self.tokenizer = load_target(settings.target, getattr(torch, settings.precision))
+            self.model, self.tokenizer = load_target(
+                settings.target, getattr(torch, settings.precision), settings.device
+            )
             adaptive = settings.num_draft is None
             # Windows of fixed rows take chains alone.
             config = WITH_SIBLINGS if adaptive and settings.fixed_rows is None else DRAFTING
@@ -219,8 +224,8 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
     """Where two texts part that should be equal, and how close the two tokens were there."""
     first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
     with torch.inference_mode():
-        ids = torch.tensor([session.encode(prompt) + text[:first]])
-        scores = session.model(ids, logits_to_keep=1).logits[0, -1].float()
+        ids = torch.tensor([session.encode(prompt) + text[:first]], device=session.model.device)
+        scores = session.model(ids, logits_to_keep=1).logits[0, -1].float().cpu()
     if temperature > 0:
         scores = _race(scores, temperature, session.settings.seed, ids.shape[1])
     margin = abs(float(scores[text[first]] - scores[alone[first]]))

@@ -93,6 +93,7 @@ def generate(
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = "bfloat16",
+    device: Annotated[Device, typer.Option(help="Where the models are.")] = "cpu",
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,
     show_tree: Annotated[
         bool, typer.Option("--show-tree", help="After the answer, picture its most accepted tree of drafts.")
@@ -102,8 +103,9 @@ def generate(
     from specdec_kernels.cli import generate as commands
 
     settings = commands.Settings(
-        target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule, top_k, top_p, min_p
-    )
+        target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule, top_k, top_p, min_p,
+        device,
+    )  # fmt: skip
     temperatures = (temperature,) if temperature is not None else (0.0,) if prompt else (0.0, 0.8)
     with _errors_in_a_line():
         if prompt == "":
@@ -133,7 +135,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Directory for JSON and plots.", show_default="nothing is written")
     ] = None,
-    device: Annotated[Device, typer.Option(help="cuda: time the kernels on the GPU.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="cuda: time kernels or text on the GPU.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive: texts a prompt at a temperature.")] = 3,
 ) -> None:
@@ -141,16 +143,16 @@ def bench(
     with _errors_in_a_line():
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        if device == "cuda":
+        if subject == "text":
+            from specdec_kernels.bench.text import main as decode
+
+            decode(out, seeds, console, device)
+        elif device == "cuda":
             from specdec_kernels.bench.gpu import main as on_gpu
 
             if subject != "kernels":
                 raise ValueError(f"device must be cpu for {subject!r}: it is timed there, got 'cuda'")
             on_gpu(out, quick, console)
-        elif subject == "text":
-            from specdec_kernels.bench.text import main as decode
-
-            decode(out, seeds, console)
         elif subject == "adaptive":
             from specdec_kernels.bench.adaptive import main as adapt
 

@@ -98,19 +98,31 @@ def model_path(name: str) -> Path:
     return path
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
+def check_device(device: str) -> None:
+    """Whether models can be on such a device here.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu where PyTorch finds no GPU, got 'cuda'")
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """A causal model, as :func:`model_path` finds it; its linear layers packed where they can be."""
     from transformers import AutoModelForCausalLM
 
     _quiet()
-    return pack_linear(AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype).eval())
+    return pack_linear(AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype).eval().to(device))
 
 
-def load_target(name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_target(
+    name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
     """(model, tokenizer)."""
     from transformers import AutoTokenizer
 
-    model = load_model(name, dtype)
+    model = load_model(name, dtype, device)
     return model, AutoTokenizer.from_pretrained(model.name_or_path)
 
 
@@ -164,12 +176,13 @@ def load_drafter(
     if kind == "lookup":
         return chosen(NGramDrafter())
     if kind == "medusa":
-        return MedusaDrafter(MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype), target)
+        heads = MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype).to(target.device)
+        return MedusaDrafter(heads, target)
     model: AutoregressiveDrafter
     if draft is not None:
-        model = ModelDrafter(load_model(draft, target.dtype), target.config.vocab_size, config)
+        model = ModelDrafter(load_model(draft, target.dtype, target.device), target.config.vocab_size, config)
     else:
-        features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype)
+        features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype).to(target.device)
         model = FeatureDrafter(features, target, config, eight_bits_run(target.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))

@@ -1,5 +1,5 @@
 """The feature drafter with weights of eight bits, for CPUs: a draft takes as long as its weights take to read and its
-operators to start, so the layer is one operator in C++, and nothing that is drafted can change the distribution of the text."""
+operators to start, so the layer is one operator in C++, and no draft changes the distribution of the text."""
 
 from __future__ import annotations
 
