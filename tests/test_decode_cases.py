@@ -420,6 +420,20 @@ def test_a_drafter_of_nan_changes_nothing(model, name):
     assert statistics.accepted > 0
 
 
+@RULES
+def test_ids_that_are_all_biased_away_are_seen(model, rule):
+    """And a token that is biased away is never the one."""
+    options = {"rule": rule, "max_new_tokens": 5, "seed": list(range(4)), "temperature": 2.0}
+    never = dict.fromkeys(range(VOCAB), float("-inf"))
+    results = generate(TransformersTarget(model), PROMPTS, logit_bias=[never, {}, {3: float("-inf")}, {}], **options)
+    assert (results[0].tokens, results[0].finished) == ([], "invalid")
+    assert [r.finished for r in results[1:]] == ["length"] * 3
+    some = {token: float("-inf") for token in range(VOCAB) if token not in (2, 7)}
+    for result in generate(TransformersTarget(model), PROMPTS, logit_bias=some, **options):
+        assert set(result.tokens) <= {2, 7}
+        assert len(result.tokens) == 5
+
+
 # --- stop tokens, defaults --------------------------------------------------------------------------------------------
 
 
@@ -511,6 +525,9 @@ BAD = [
     ({"nonsense": 1}, TypeError, "has no argument 'nonsense': its arguments are target, prompts"),
     ({"rule": "tokens"}, ValueError, r"rule must be one of \['block', 'coupled', 'token'\], got 'tokens'"),
     ({"logit_bias": {11: 1.0}}, ValueError, r"logit_bias must hold token ids in \[0, 11\), got 11"),
+    ({"logit_bias": {1: float("nan")}}, ValueError, r"logit_bias must be below inf \(-inf: never\), got nan for 1"),
+    ({"logit_bias": {1: float("inf")}}, ValueError, r"logit_bias must be below inf \(-inf: never\), got inf for 1"),
+    ({"logit_bias": {1: "2"}}, TypeError, "logit_bias must map token ids to numbers, got '2' for 1"),
     ({"logit_bias": {"a": 1.0}}, TypeError, "logit_bias must be a list of token ids"),
     ({"drafter": CallableDrafter(lambda h, c: [11] * c)}, ValueError, r"drafter must propose .* \[0, 11\), got 11"),
     (

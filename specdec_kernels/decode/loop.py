@@ -281,7 +281,7 @@ class _Loop:
 
     def _gained(self, request: Request, slot: int, outcome: _Outcome) -> list[Token]:
         """The tokens of one request's step, up to its end."""
-        failure = "" if outcome.valid[slot] else self._failure(slot, outcome)
+        failure = "" if outcome.valid[slot] else self._failure(request, slot, outcome)
         new = outcome.tokens[slot]
         gained = []
         for index, token in enumerate(new[:-1] if failure else new):
@@ -301,11 +301,13 @@ class _Loop:
             gained.append(Token(request.index, -1, False, failure))
         return gained
 
-    def _failure(self, slot: int, outcome: _Outcome) -> Ending:
+    def _failure(self, request: Request, slot: int, outcome: _Outcome) -> Ending:
         """Why the row that a request's last token was drawn from is no distribution; nothing if another one was read
         that is not (which no token was drawn from)."""
         row = outcome.drawn_from[slot]
-        logits = outcome.scores.logits[slot, row].float()
+        logits = outcome.scores.logits[slot, row].float().clone()
+        for token, bias in request.sampling.logit_bias.items():
+            logits[token] += bias
         if outcome.masks is not None:
             mask = outcome.masks[slot, row].to(logits.device)
             if not bool(mask.any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,11 @@ class Sampling:
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         ids_of("logit_bias", self.logit_bias)
+        for token, value in self.logit_bias.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"logit_bias must map token ids to numbers, got {value!r} for {token}")
+            if not value < math.inf:
+                raise ValueError(f"logit_bias must be below inf (-inf: never), got {value} for {token}")
         if self.grammar is not None and not callable(self.grammar):
             raise TypeError(f"grammar must be a function of the tokens generated, got {self.grammar!r}")
 
