@@ -75,6 +75,12 @@ def column_window(model: Any) -> int | None:
     return config.window_size if "local" in getattr(config, "attention_layers", ()) else None
 
 
+def unchanging_lengths(model: Any) -> list[int]:
+    """Tokens of a history behind which something about the model is different, each for a reason of its own."""
+    config = text_config(model)
+    return [*_original_lengths(config), *(n for n in (context_length(model), column_window(model)) if n is not None)]
+
+
 def check_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
     """Whether a batch of prompts, each with so many tokens more, can be scored step by step.
 

@@ -54,13 +54,13 @@ def probe(model: Any, use: Use, begin: Begin) -> None:
     """
     done = _passed.setdefault(model, set())
     key = (use, getattr(model.config, "_attn_implementation", None), model.dtype, model.device)
-    limit = model_facts.context_length(model)
-    if key in done or (limit is not None and limit < _LONGEST):
+    longest = min(_LONGEST, *model_facts.unchanging_lengths(model))
+    if key in done or longest < _SHORTEST:
         return
     advice = f"{_WHAT_TO_DO[use]}, or switch this check off with TransformersTarget(model, check=False)"
     difference, computed = 0.0, model.dtype
     try:
-        for ids, logits in _TRIALS[use](begin, model, _ids(model)):
+        for ids, logits in _TRIALS[use](begin, model, _ids(model), longest):
             difference, computed = max(difference, _difference(model, ids, logits)), logits.dtype
     except Exception as error:
         raise ValueError(f"model {type(model).__name__} cannot score {use}: {error}; {advice}") from error
@@ -73,8 +73,10 @@ def probe(model: Any, use: Use, begin: Begin) -> None:
     done.add(key)
 
 
-#: Ids that are tried, and tokens of the longest history that is made of them.
-_IDS, _LONGEST = 9, 10
+#: Ids that are tried, all different; tokens of the longest history that is made of them where the model has so many
+#: positions, and the fewest that tell anything. A row that looks at its column in place of its position is the further
+#: off the more holes lie between them.
+_IDS, _LONGEST, _SHORTEST = 9, 40, 12
 
 
 def _ids(model: Any) -> list[int]:
@@ -88,53 +90,54 @@ def _ids(model: Any) -> list[int]:
 
 def _difference(model: Any, ids: Sequence[int], logits: Tensor) -> float:
     """How far the logits [R, V] of the last rows are from a plain pass, relative to their spread; of the worst row."""
-    tokens = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
-    plain = model(input_ids=tokens, use_cache=False).logits[0, -len(logits) :].float()
+    plain = model(input_ids=_rows(model, [ids]), use_cache=False).logits[0, -len(logits) :].float()
     spread = (plain - plain.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return float(((logits.float() - plain).norm(dim=-1) / spread).max())
 
 
-def _chains(begin: Begin, model: Any, ids: Sequence[int]) -> Iterator[Rows]:
+def _chains(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterator[Rows]:
     """Rows that are taken back, and what comes in their place."""
-    stream = begin([ids[:3]])
-    wrong = [ids[2], ids[7], ids[8]]
-    yield [*ids[:2], *wrong], stream.score(_rows(model, [wrong]), [3]).logits[0]
+    start = longest // 2 - 4
+    stream = begin([_taken(ids, 0, start + 1)])
+    wrong = _taken(ids, start, 1) + _taken(ids, start + 3, longest - start - 1)
+    yield _taken(ids, 0, start) + wrong, stream.score(_rows(model, [wrong]), [len(wrong)]).logits[0]
     stream.commit([1])
-    yield ids[:6], stream.score(_rows(model, [ids[3:6]]), [3]).logits[0]
+    yield _taken(ids, 0, start + 4), stream.score(_rows(model, [_taken(ids, start + 1, 3)]), [3]).logits[0]
 
 
-def _batches(begin: Begin, model: Any, ids: Sequence[int]) -> Iterator[Rows]:
+def _batches(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterator[Rows]:
     """Histories of different lengths that keep different numbers of rows, one of which goes on alone."""
-    short, long = ids[6:], ids
-    stream = begin([short[:1], long[:5]])
+    first, short = (6, 0), longest // 3  # a hole that a row sees its own history behind
+    stream = begin([_taken(ids, 6, short), _taken(ids, 0, longest - 6)])
     for kept in ([1, 3], [2, 1]):
-        starts = [stream.lengths[0], stream.lengths[1]]
-        rows = [_continued(history, start, 3) for history, start in zip((short, long), starts, strict=True)]
+        starts = list(stream.lengths)
+        rows = [_taken(ids, own + start, 3) for own, start in zip(first, starts, strict=True)]
         scores = stream.score(_rows(model, rows), [3, 3]).logits
-        for slot, (history, start) in enumerate(zip((short, long), starts, strict=True)):
-            yield [*history[:start], *rows[slot]], scores[slot]
+        for slot, (own, start) in enumerate(zip(first, starts, strict=True)):
+            yield _taken(ids, own, start + 3), scores[slot]
         stream.commit(kept)
     stream.select([0])
     start = stream.lengths[0]
-    row = _continued(short, start, 1)
-    yield [*short[:start], *row], stream.score(_rows(model, [row]), [1]).logits[0]
+    yield _taken(ids, 6, start + 1), stream.score(_rows(model, [_taken(ids, 6 + start, 1)]), [1]).logits[0]
 
 
-def _continued(history: Sequence[int], start: int, count: int) -> list[int]:
-    """Ids of a history from a place on, from its beginning again behind its end."""
-    return [history[index % len(history)] for index in range(start, start + count)]
+def _taken(ids: Sequence[int], start: int, count: int) -> list[int]:
+    """So many ids from a place on, from the first again behind the last."""
+    return [ids[index % len(ids)] for index in range(start, start + count)]
 
 
-def _trees(begin: Begin, model: Any, ids: Sequence[int]) -> Iterator[Rows]:
-    """A node with two children, the second of which is followed, and what comes behind it."""
+def _trees(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterator[Rows]:
+    """A node with many children, the last of which is followed, and what comes behind it."""
     stream = begin([ids[:3]])
-    nodes, parents = [ids[2], ids[3], ids[4], ids[5], ids[6]], [-1, 0, 0, 2, 1]
+    children = longest - 6
+    nodes = [ids[2], *_taken(ids, 3, children), ids[5], ids[6]]
+    parents = [-1, *[0] * children, 1, children]
     tree = torch.tensor([parents], dtype=torch.int64, device=model.device)
     scores = stream.score_tree(_rows(model, [nodes]), tree).logits[0]
-    for path in ([0, 2, 3], [0, 1, 4]):
+    for path in ([0, 1, children + 1], [0, children, children + 2]):
         yield [*ids[:2], *(nodes[node] for node in path)], scores[path]
-    stream.commit_path([[0, 2, 3]])
-    history = [*ids[:3], ids[4], ids[5]]
+    stream.commit_path([path])
+    history = [*ids[:2], *(nodes[node] for node in path)]
     yield [*history, *ids[7:9]], stream.score(_rows(model, [ids[7:9]]), [2]).logits[0]
 
 
