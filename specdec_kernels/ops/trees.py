@@ -89,7 +89,8 @@ def tree_positions(parents: Tensor) -> Tensor:
     """
     tree = checked(parents)
     if tree.is_cpu and not torch.compiler.is_compiling():
-        return torch.tensor([_depths(row) for row in tree.tolist()], dtype=torch.int32).reshape(tree.shape)
+        depths = [_depths(row) for row in tree.tolist()]
+        return torch.tensor(depths, dtype=torch.int32, device=tree.device).reshape(tree.shape)
     live = live_nodes(tree)
     up = torch.where(live, tree, -1).clamp(min=0)
     depth = (live & (tree >= 0)).long()

@@ -81,7 +81,7 @@ def check_ids(draft_tokens: Tensor, num_draft: Tensor | None, cu_rows: Tensor | 
     live = (draft_tokens == -1).cumsum(1) == 0
     for limit in (num_draft, None if cu_rows is None else cu_rows.diff() - 1):
         if limit is not None:
-            live &= torch.arange(draft_tokens.shape[1]) < limit[:, None]
+            live &= torch.arange(draft_tokens.shape[1], device=draft_tokens.device) < limit[:, None]
     bad = (live & ((draft_tokens < -1) | (draft_tokens >= vocab))).nonzero()
     if len(bad):
         b, i = bad[0].tolist()
