@@ -35,8 +35,8 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
 
     def text(drafter, num_draft):
         target = TransformersTarget(model, FIXED_ROWS)
-        options = {"max_new_tokens": TOKENS, "stop_tokens": stop, "temperature": 0.0, "num_draft": num_draft}
-        return generate(target, [prompt], drafter=drafter, **options)[0].tokens
+        options = {
+            "drafter": drafter,
             "num_draft": num_draft,
             "max_new_tokens": TOKENS,
             "stop_tokens": stop,
