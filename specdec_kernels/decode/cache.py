@@ -192,10 +192,10 @@ class RaggedCache:
         start = self.columns - rows
         if any(list(path) != list(range(len(path))) for path in paths):  # else all are where they belong
             nodes = padded(paths, -1, device=self._device)
-            alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads
+            alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads, and under autocast keys from values
             for layer in self.layers:
                 for cache in layer.in_use():
-                    alike.setdefault((cache.shape, cache.stride()), []).append(cache)
+                    alike.setdefault((cache.shape, cache.stride(), cache.dtype), []).append(cache)
             for caches in alike.values():
                 compact_kv(caches, nodes, start)
         self._fresh, self._fresh_columns = [0] * len(paths), rows
