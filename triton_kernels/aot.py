@@ -82,7 +82,8 @@ def _verify_chain(dtype: str) -> dict[str, str]:
     return {
         **_IDS, **_SCALARS, **_PROCESSING, **dict.fromkeys(strides, "i64"), "target_ptr": f"*{dtype}",
         "head_ptr": f"*{dtype}", "head_row_stride": "i64", "width": "i32",
-        "draft_ptr": f"*{dtype}", "draft_stats_ptr": "*fp32", "tokens_ptr": "*i64", "num_draft_ptr": "*i32",
+        "draft_ptr": f"*{dtype}", "draft_stats_ptr": "*fp32", "draft_temperatures_ptr": "*fp32",
+        "draft_temperature": "fp32", "tokens_ptr": "*i64", "num_draft_ptr": "*i32",
         "cu_rows_ptr": "*i64", "sampling_ptr": "*fp32", "longest": "i32", "tables_ptr": "*fp32",
         "memory_ptr": "*fp64", "counters_ptr": "*i32", "batch": "i32", "slices": "i32",
         "out_tokens_ptr": "*i64", "out_accepted_ptr": "*i32", "out_valid_ptr": "*i1", "out_counters_ptr": "*i32",
@@ -104,7 +105,7 @@ def _verify_tree(dtype: str) -> dict[str, str]:
 #: What is given where logits are made of hidden states.
 _HEAD = ("head_ptr",)
 #: What the plain call of a serving loop leaves out.
-_EXTRAS = ("sampling_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
+_EXTRAS = ("sampling_ptr", "draft_temperatures_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
 #: What a call leaves out by the kind of its drafts.
 _DRAFTS = {"point mass": ("draft_ptr", "draft_stats_ptr"), "dense": ("draft_stats_ptr",), "statistics": ()}
 #: (rule, kind of drafts, whether everything else is given too) beside the plain token rule.

@@ -70,6 +70,8 @@ def verify_chain_lm_head(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     num_draft: Tensor | None,
@@ -86,7 +88,7 @@ def verify_chain_lm_head(
             vocab, width, ENTRIES=places, ROWS=together, UPCAST=hidden.device.type == "cpu", num_warps=warps,
         )  # fmt: skip
     return verify_chain(
-        hidden, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, None, sampling, temperature,
-        TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
+        hidden, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position, num_draft,
+        None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
         weight=weight, tables=tables,
     )  # fmt: skip

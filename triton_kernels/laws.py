@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,9 +13,11 @@ from specdec_kernels.triton_kernels.rows import (
     STAGES,
     TILE,
     Law,
+    gap,
+    is_steep,
     largest_token,
+    law_scalars,
     load_block,
-    load_logits,
     log_prob,
     measure_row,
     summary,
@@ -22,6 +25,23 @@ from specdec_kernels.triton_kernels.rows import (
 )
 
 GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
+# The least float there is.
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def scale_of(temperature):
+    """inf: greedy."""
+    greedy = temperature < GREEDY_BELOW
+    return tl.where(greedy, float("inf"), 1.0 / tl.where(greedy, 1.0, temperature))
+
+
+@triton.jit
+def draft_scale_of(temperatures_ptr, temperature, index):
+    """Of the drafts of a request that came without stats."""
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + index)
+    return scale_of(temperature)
 
 
 @triton.jit
@@ -31,9 +51,7 @@ def sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, index):
         own = sampling_ptr + 4 * index
         temperature, top_p, min_p = tl.load(own), tl.load(own + 2), tl.load(own + 3)
         top_k = tl.load(own + 1).to(tl.int32)
-    greedy = temperature < GREEDY_BELOW
-    scale = tl.where(greedy, float("inf"), 1.0 / tl.where(greedy, 1.0, temperature))
-    return scale, top_k, top_p, min_p
+    return scale_of(temperature), top_k, top_p, min_p
 
 
 @triton.jit
@@ -48,7 +66,7 @@ def measure(rows, i, scale, top, pivot, TILES: tl.constexpr):
         logits = load_block(rows, i, start, TILES)
         above = (logits >= pivot) & (logits > float("-inf"))
         count += tl.sum(above.to(tl.int32), axis=1)
-        mass += tl.sum(tl.where(above, tl.exp(scale * (logits - top)), 0.0), axis=1)
+        mass += tl.sum(tl.where(above, tl.exp(gap(scale, logits, top)), 0.0), axis=1)
         least = tl.minimum(least, tl.min(tl.where(above, logits, float("inf")), axis=1))
         below = tl.maximum(below, tl.max(tl.where(above, float("-inf"), logits), axis=1))
     return tl.sum(count), tl.sum(mass), tl.min(least), tl.max(below)
@@ -63,7 +81,7 @@ def largest_reaching(rows, i, scale, top, goal, low, BY_MASS: tl.constexpr, TILE
     while low < high:
         middle = 0.5 * low + 0.5 * high
         if low == float("-inf"):
-            middle = high - reach
+            middle = tl.maximum(high - reach, LEAST)
             reach *= 2.0
         middle = tl.where(middle > low, middle, high)
         count, mass, least, below = measure(rows, i, scale, top, middle, TILES)
@@ -117,19 +135,21 @@ def tabled_law(
     argmax = tl.full([], -1, tl.int64)
     greedy = scale == float("inf")
     finite = table_scale(scale)
-    logsumexp, tile, valid, top, largest = summary(rows, finite, table, key, tag, RACE, ENTRIES)
+    logsumexp = tl.full([], 0.0, tl.float64)
+    total, tile, valid, top, largest = summary(rows, finite, table, key, tag, RACE, ENTRIES)
     if greedy | (valid == 0):
-        logsumexp = tl.full([], 0.0, tl.float64)
         cutoff = top
         argmax = largest_token(rows, i, top, largest)
     else:
         if rows.head is None:  # nothing is filtered out of rows that are not there to be searched
-            if keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0):
+            filters = keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)
+            if filters & (is_steep(scale, top) == 0):
                 pivot = filter_pivot(rows, i, sampling, top, TILES)
                 tl.debug_barrier()  # everybody has read what is overwritten now
                 cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
                 tl.debug_barrier()
-                logsumexp, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
+                total, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
+        scale, cutoff, logsumexp = law_scalars(scale, cutoff, total, top)
     return Law(scale, cutoff, logsumexp, argmax, tile), valid
 
 
@@ -157,6 +177,7 @@ def raw_logprob(rows, i, token, key, table, ENTRIES: tl.constexpr, TILES: tl.con
     """Of a token under the plain softmax of row i."""
     one = tl.full([], 1.0, tl.float32)
     measure_row(rows, i, one, table, ENTRIES, TILES)
-    logsumexp, _tile, valid, _top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
-    score = load_logits(rows, i, token, token, token + 1).to(tl.float64) - logsumexp
+    total, tile, valid, top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
+    scale, cutoff, logsumexp = law_scalars(one, tl.full([], float("-inf"), tl.float32), total, top)
+    score = log_prob(rows, i, Law(scale, cutoff, logsumexp, tl.full([], -1, tl.int64), tile), token)
     return tl.where(valid, score.to(tl.float32), float("nan"))

@@ -20,6 +20,7 @@ from specdec_kernels.triton_kernels.rows import (
     draw_from_row,
     draw_inside,
     first_arrival,
+    law_scalars,
     load_logits,
     log_prob,
     measure_row,
@@ -33,7 +34,7 @@ from specdec_kernels.triton_kernels.rows import (
 TARGET = tl.constexpr(int(Purpose.TARGET))
 
 # Where `remember` puts the reach of a row.
-REACH = tl.constexpr(8)
+REACH = tl.constexpr(9)
 
 # Tiles that are looked at one by one before a pass over the row is the quicker way.
 MOST_LOOKS = tl.constexpr(64)
@@ -87,13 +88,13 @@ def next_child(tree, node, after):
 
 @triton.jit
 def draft_law(
-    draft_rows, stats_ptr, i, token, needed, key, table, TABLED: tl.constexpr, ENTRIES: tl.constexpr,
+    draft_rows, stats_ptr, draft_scale, i, token, needed, key, table, TABLED: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """(the law that draft i was drawn from, the draft's probability, whether both are usable): its own softmax, or the
-    scalars handed over; the point mass on it where there are no logits, or where no law is ``needed``. ``TABLED``: the
-    draft's row was measured."""
-    scale = tl.full([], 1.0, tl.float32)
+    """(the law that draft i was drawn from, the draft's probability, whether both are usable): its own softmax at
+    ``draft_scale``, or the scalars handed over; the point mass on it where there are no logits, where it was drawn
+    greedily, or where no law is ``needed``. ``TABLED``: the draft's row was measured."""
+    scale = tl.full([], 0.0, tl.float32) + draft_scale
     cutoff = tl.full([], float("-inf"), tl.float32)
     logsumexp = tl.full([], 0.0, tl.float64)
     prob = tl.full([], 1.0, tl.float64)
@@ -107,11 +108,14 @@ def draft_law(
                 scale, cutoff = tl.load(stats), tl.load(stats + 1)
                 logsumexp = tl.load(stats + 2).to(tl.float64)
                 argmax = tl.where(scale == float("inf"), token, -1)
+            elif scale == float("inf"):
+                argmax = token
             else:
                 no_tag = tl.full([], 0, tl.int64)
                 if not TABLED:
                     measure_row(draft_rows, i, scale, table, ENTRIES, TILES)
-                logsumexp, _tile, usable, _top, _first = summary(draft_rows, scale, table, key, no_tag, False, ENTRIES)
+                total, _tile, usable, top, _first = summary(draft_rows, scale, table, key, no_tag, False, ENTRIES)
+                scale, cutoff, logsumexp = law_scalars(scale, cutoff, total, top)
             if argmax < 0:
                 prob = tl.exp(log_prob(draft_rows, i, Law(scale, cutoff, logsumexp, argmax, argmax), token))
                 usable = usable & (prob < float("inf"))
@@ -120,27 +124,28 @@ def draft_law(
 
 @triton.jit
 def remember(place, law, draft, reach):
-    """The laws of a row and its reach, in nine doubles."""
-    tl.store(place, law.cutoff.to(tl.float64))
-    tl.store(place + 1, law.logsumexp)
-    tl.store(place + 2, law.argmax.to(tl.float64))
-    tl.store(place + 3, law.tile.to(tl.float64))
-    tl.store(place + 4, draft.scale.to(tl.float64))
-    tl.store(place + 5, draft.cutoff.to(tl.float64))
-    tl.store(place + 6, draft.logsumexp)
-    tl.store(place + 7, draft.argmax.to(tl.float64))
+    """The laws of a row and its reach, in ten doubles."""
+    tl.store(place, law.scale.to(tl.float64))
+    tl.store(place + 1, law.cutoff.to(tl.float64))
+    tl.store(place + 2, law.logsumexp)
+    tl.store(place + 3, law.argmax.to(tl.float64))
+    tl.store(place + 4, law.tile.to(tl.float64))
+    tl.store(place + 5, draft.scale.to(tl.float64))
+    tl.store(place + 6, draft.cutoff.to(tl.float64))
+    tl.store(place + 7, draft.logsumexp)
+    tl.store(place + 8, draft.argmax.to(tl.float64))
     tl.store(place + REACH, reach)
 
 
 @triton.jit
-def recalled_laws(place, scale, factor):
+def recalled_laws(place, factor):
     """(law of the target, of the draft, of the draft divided by ``factor``)."""
     law = Law(
-        scale, tl.load(place).to(tl.float32), tl.load(place + 1), tl.load(place + 2).to(tl.int64),
-        tl.load(place + 3).to(tl.int64),
+        tl.load(place).to(tl.float32), tl.load(place + 1).to(tl.float32), tl.load(place + 2),
+        tl.load(place + 3).to(tl.int64), tl.load(place + 4).to(tl.int64),
     )  # fmt: skip
-    draft_scale, draft_cutoff = tl.load(place + 4).to(tl.float32), tl.load(place + 5).to(tl.float32)
-    logsumexp, argmax = tl.load(place + 6), tl.load(place + 7).to(tl.int64)
+    draft_scale, draft_cutoff = tl.load(place + 5).to(tl.float32), tl.load(place + 6).to(tl.float32)
+    logsumexp, argmax = tl.load(place + 7), tl.load(place + 8).to(tl.int64)
     draft = Law(draft_scale, draft_cutoff, logsumexp, argmax, argmax)
     return law, draft, Law(draft_scale, draft_cutoff, logsumexp + tl.log(factor), argmax, argmax)
 
@@ -202,7 +207,7 @@ def race_below(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRI
     bounds until none of the others can win. Exact, and about 1 / (what is left of the probability) tiles are looked at;
     where that is next to nothing, a pass over the row will be quicker."""
     tiles = tl.arange(0, ENTRIES)
-    weights = tile_weights(rows, law.scale, law.logsumexp, table, ENTRIES)
+    weights = tile_weights(rows, law, table, ENTRIES)
     bounds = tl.where(
         weights > 0, exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights, float("inf")
     )

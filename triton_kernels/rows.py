@@ -9,17 +9,22 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from specdec_kernels.contract import STEEP as _STEEP
 from specdec_kernels.contract import TILE as _TILE
 from specdec_kernels.contract import Level, Purpose
 from specdec_kernels.triton_kernels.noise import exponentials
 
 TILE = tl.constexpr(_TILE)
+STEEP = tl.constexpr(_STEEP)
+# Beyond it what a head makes anew, rounded anew, is no longer the logit that was measured.
+STEEP_HEAD = tl.constexpr(2.0**20)
 TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
 COUPLED = tl.constexpr(int(Purpose.COUPLED))
 # Blocks of a row that are asked for before the first is there, and one.
 STAGES = tl.constexpr(4)
 # Entries of a hidden state that are multiplied at a time.
 DEPTH = tl.constexpr(64)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
 
@@ -190,11 +195,17 @@ def first_arrival(times, ids):
 
 
 @triton.jit
+def gap(scale, x, base):
+    """scale * (x - base), in halves: the difference of two floats may be none."""
+    return 2.0 * scale * (0.5 * x - 0.5 * base)
+
+
+@triton.jit
 def tile_sums(logits, scale):
     """Of tiles of logits [.., TILE] the largest, and the sum of exp(scale * (logit - that)). A nan or +inf shows in the
     sum and not in the maximum."""
     maxima = tl.max(tl.where(logits < float("inf"), logits, float("-inf")), axis=1)
-    return maxima, tl.sum(tl.exp(scale * (logits - usable_base(maxima)[:, None])), axis=1)
+    return maxima, tl.sum(tl.exp(gap(scale, logits, usable_base(maxima)[:, None])), axis=1)
 
 
 @triton.jit
@@ -233,32 +244,48 @@ def measure_row(rows, i, scale, table, ENTRIES: tl.constexpr, TILES: tl.constexp
 
 
 @triton.jit
-def tile_weights(rows, scale, base, table, ENTRIES: tl.constexpr):
-    """What the tiles of a row weigh, from its table: the sums of exp(scale * logit - base), [ENTRIES]."""
+def tile_weights(rows, law, table, ENTRIES: tl.constexpr):
+    """What the tiles of a row weigh under its law, from its table: [ENTRIES]."""
     tiles = tl.arange(0, ENTRIES)
     there = tiles < tl.cdiv(rows.vocab, TILE)
     maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
-    high, low = split(base)
-    return tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(tl.fma(maxima, scale, -high) - low)
+    return tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * probs(maxima, law)
 
 
 @triton.jit
 def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
-    """What the table of a row says: (logsumexp in float64, the tile that wins the tile race if ``RACE``, whether the
-    row is valid, the largest logit, the first tile that has it)."""
+    """What the table of a row says: (the sum of exp(scale * (logit - the largest)) in float64, the tile that wins the
+    tile race if ``RACE``, whether the row is valid, the largest logit, the first tile that has it)."""
     tiles = tl.arange(0, ENTRIES)
     there = tiles < tl.cdiv(rows.vocab, TILE)
     maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
     top = tl.max(maxima)
-    weights = tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(scale * (maxima - usable_base(top)))
+    weights = tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(gap(scale, maxima, usable_base(top)))
     total = tl.sum(weights)
-    logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(total.to(tl.float64))
     winner = tl.full([], 0, tl.int64)
     if RACE:
         times = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
         winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
     largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
-    return logsumexp, winner, (total > 0) & (total < float("inf")), top, largest
+    valid = (total > 0) & (total < float("inf"))
+    if rows.head is not None:
+        valid = valid & (tl.abs(scale * top) < STEEP_HEAD)
+    return total.to(tl.float64), winner, valid, top, largest
+
+
+@triton.jit
+def is_steep(scale, top):
+    """Whether a row weighs nothing but its largest logits (docs/noise.md)."""
+    return tl.abs(scale * top) >= STEEP
+
+
+@triton.jit
+def law_scalars(scale, cutoff, total, top):
+    """(scale, cutoff, logsumexp) of a valid row, from its ``summary``; ``cutoff``: the smallest logit measured."""
+    steep = is_steep(scale, top)
+    scale = tl.where(steep, 0.0, scale)
+    logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(total)
+    return scale, tl.where(steep, top, cutoff), logsumexp
 
 
 @triton.jit
@@ -280,10 +307,19 @@ def split(x):
 
 
 @triton.jit
+def fma(x, y, z):
+    """Triton's interpreter rounds the product."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:  # noqa: RET505 - of a constant: one of the two is compiled
+        return tl.fma(x, y, z)
+
+
+@triton.jit
 def probs(logits, law):
     """[logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats."""
     high, low = split(law.logsumexp)
-    return tl.where(logits < law.cutoff, 0.0, tl.exp(tl.fma(logits, law.scale, -high) - low))
+    return tl.where(logits < law.cutoff, 0.0, tl.exp(fma(logits, law.scale, -high) - low))
 
 
 @triton.jit

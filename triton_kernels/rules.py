@@ -25,9 +25,9 @@ COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
 # What is known of a row once it was judged, in doubles, behind what `remember` stores of it: whether it is valid,
 # whether its draft can be tested, whether it passes, the coupled draw, the draft's probability under target and draft.
-VALID, TESTED, PASSED = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
-DRAWN, PROB, DRAFT_PROB = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
-MEMORY = tl.constexpr(15)
+VALID, TESTED, PASSED = tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
+DRAWN, PROB, DRAFT_PROB = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15)
+MEMORY = tl.constexpr(16)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def load_draft(rows, i, drafted):
 
 @triton.jit
 def judge(
-    rows, draft_rows, stats_ptr, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
+    rows, draft_rows, stats_ptr, draft_scale, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
     """Look at row i, whose target's and draft's ``tables`` are made, and remember all that a rule asks of it. Whether
@@ -60,7 +60,7 @@ def judge(
         # A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
         needed = tested & (law.argmax < 0)
         draft, draft_prob, lawful = draft_law(
-            draft_rows, stats_ptr, i, token, needed, key, tables + 2 * ENTRIES, True, ENTRIES, TILES
+            draft_rows, stats_ptr, draft_scale, i, token, needed, key, tables + 2 * ENTRIES, True, ENTRIES, TILES
         )
         tested = tested & lawful
         prob = tl.full([], 0.0, tl.float64)
@@ -80,7 +80,7 @@ def judge(
 
 @triton.jit
 def one_by_one(
-    rows, draft_rows, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
+    rows, draft_rows, drafted, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
     """Rules token and coupled, from what was judged: (drafts kept, emitted token, all rows valid?)."""
@@ -93,24 +93,24 @@ def one_by_one(
     if RULE == COUPLED_RULE:
         emitted = tl.load(place + DRAWN).to(tl.int64)
     else:
-        law, draft, _divided = recalled_laws(place, sampling[0], tl.full([], 1.0, tl.float64))
+        law, draft, _divided = recalled_laws(place, tl.full([], 1.0, tl.float64))
         table = tables_of(tables, kept, ENTRIES)
         emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid
 
 
 @triton.jit
-def recall(place, scale):
+def recall(place):
     """(law of the target, of the draft divided by reach, reach): (reach * target - draft)+ is in proportion to
     (target - draft / reach)+."""
     reach = tl.load(place + REACH)
-    law, _draft, divided = recalled_laws(place, scale, reach)
+    law, _draft, divided = recalled_laws(place, reach)
     return law, divided, reach
 
 
 @triton.jit
 def all_together(
-    rows, draft_rows, drafted, sampling, key, tables, memory, ENTRIES: tl.constexpr, TILES: tl.constexpr
+    rows, draft_rows, drafted, key, tables, memory, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow algorithms.md,
     2."""
@@ -137,7 +137,7 @@ def all_together(
     while deciding != 0:
         threshold = reach
         if kept < looked_at:
-            law, draft, here = recall(memory + kept * MEMORY, sampling[0])
+            law, draft, here = recall(memory + kept * MEMORY)
             threshold = tl.full([], 1.0, tl.float64)
             if here < 1.0:
                 left = here * residual_mass(rows, draft_rows, kept, law, draft, None, TILES)
@@ -151,7 +151,7 @@ def all_together(
     # The row after the last draft was not looked at: there is nothing to reject in it.
     place = memory + kept * MEMORY
     all_valid = all_valid & ((kept < drafted) | (tl.load(place + VALID) != 0))
-    law, draft, _here = recall(place, sampling[0])
+    law, draft, _here = recall(place)
     table = tables_of(tables, kept, ENTRIES)
     emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, table, ENTRIES, TILES)
     return kept, emitted, all_valid

@@ -18,6 +18,7 @@ from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import TreeRule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, measures_ahead, slices_of
 from specdec_kernels.triton_kernels.laws import (
+    draft_scale_of,
     raw_logprob,
     row_law,
     sampling_of,
@@ -65,9 +66,9 @@ COUPLED_RULE = tl.constexpr(int(TreeRule.COUPLED))
 # What is known of a node, in doubles, behind what `remember` stores of it: the mass of its residual, the draft's
 # probability of its rejected children, their factor (see `Rejected`), the last child that was looked at, whether mass
 # and reach are up to date; and as a rejected sibling its own factor.
-MASS, DRAFTED, FACTOR = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
-LAST, SETTLED, OWN_FACTOR = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
-MEMORY = tl.constexpr(15)
+MASS, DRAFTED, FACTOR = tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
+LAST, SETTLED, OWN_FACTOR = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15)
+MEMORY = tl.constexpr(16)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def drafted_prob(draft_rows, node, draft, token):
 
 @triton.jit
 def enter(
-    rows, draft_rows, stats_ptr, tree, node, reach, sampling, key, tables, memory, AHEAD: tl.constexpr,
+    rows, draft_rows, stats_ptr, draft_scale, tree, node, reach, sampling, key, tables, memory, AHEAD: tl.constexpr,
     ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Look at a node: remember its laws and a fresh state. Whether its row and its children's laws are usable."""
@@ -150,7 +151,9 @@ def enter(
     table = tables
     if AHEAD:
         table = tables_of(tables, node, ENTRIES) + 2 * ENTRIES
-    draft, _prob, usable = draft_law(draft_rows, stats_ptr, node, token, needed, key, table, AHEAD, ENTRIES, TILES)
+    draft, _prob, usable = draft_law(
+        draft_rows, stats_ptr, draft_scale, node, token, needed, key, table, AHEAD, ENTRIES, TILES
+    )  # fmt: skip
     if needed:
         while (child < tree.nodes) & usable:
             token = tl.load(tree.tokens + child)
@@ -190,12 +193,12 @@ def draft_left(draft_rows, tree, node, draft, last, drafted, TILES: tl.constexpr
 
 
 @triton.jit
-def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.constexpr):
+def settle(rows, draft_rows, tree, node, last, memory, TILES: tl.constexpr):
     """Mass and reach of a node after its latest rejection."""
     place = memory + node * MEMORY
     if tl.load(place + SETTLED) == 0:
         factor, reach, before = tl.load(place + FACTOR), tl.load(place + REACH), tl.load(place + MASS)
-        law, _draft, divided = recalled_laws(place, sampling[0], factor)
+        law, _draft, divided = recalled_laws(place, factor)
         rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
         mass = before  # a point mass is accepted where it is a child, and not touched by other children
         if law.argmax < 0:
@@ -211,7 +214,7 @@ def settle(rows, draft_rows, tree, node, last, sampling, memory, TILES: tl.const
 
 @triton.jit
 def top_down_or_bottom_up(
-    rows, draft_rows, stats_ptr, tree, sampling, key, tables, memory, RULE: tl.constexpr, AHEAD: tl.constexpr,
+    rows, draft_rows, stats_ptr, draft_scale, tree, sampling, key, tables, memory, RULE: tl.constexpr, AHEAD: tl.constexpr,
     ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to
@@ -226,7 +229,8 @@ def top_down_or_bottom_up(
     while deciding != 0:
         if entering != 0:
             fits = enter(
-                rows, draft_rows, stats_ptr, tree, node, below, sampling, key, tables, memory, AHEAD, ENTRIES, TILES
+                rows, draft_rows, stats_ptr, draft_scale, tree, node, below, sampling, key, tables, memory, AHEAD,
+                ENTRIES, TILES,
             )  # fmt: skip
             all_valid = all_valid & fits.to(tl.int32)
             entering = tl.full([], 0, tl.int32)
@@ -237,11 +241,11 @@ def top_down_or_bottom_up(
         if RULE == RECURSIVE:
             bottom_up = node < 0
         if (child < tree.nodes) | bottom_up:
-            settle(rows, draft_rows, tree, node, last, sampling, memory, TILES)
+            settle(rows, draft_rows, tree, node, last, memory, TILES)
         reach = tl.load(place + REACH)
         if child < tree.nodes:
             mass, drafted, factor = tl.load(place + MASS), tl.load(place + DRAFTED), tl.load(place + FACTOR)
-            law, draft, _divided = recalled_laws(place, sampling[0], factor)
+            law, draft, _divided = recalled_laws(place, factor)
             token = tl.load(tree.tokens + child)
             certain = draft.argmax >= 0
             # An earlier sibling of the same token: rejected before, with a factor of its own.
@@ -298,7 +302,7 @@ def top_down_or_bottom_up(
                 node = tl.load(tree.parents + node)
     place = memory + node * MEMORY
     last, factor = tl.load(place + LAST).to(tl.int64), tl.load(place + FACTOR)
-    law, _draft, divided = recalled_laws(place, sampling[0], factor)
+    law, _draft, divided = recalled_laws(place, factor)
     some = (last > node) & (last < tree.nodes)
     rejected = Rejected(tree, last, factor, memory + OWN_FACTOR, MEMORY)
     table = None
@@ -317,6 +321,8 @@ def verify_tree_kernel(
     parents_ptr,
     draft_ptr,
     draft_stats_ptr,
+    draft_temperatures_ptr,
+    draft_temperature,
     seed_ptr,
     position_ptr,
     sampling_ptr,
@@ -357,6 +363,7 @@ def verify_tree_kernel(
     b = (tl.program_id(0) % batch).to(tl.int64)
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
+    draft_scale = draft_scale_of(draft_temperatures_ptr, draft_temperature, b)
     first = b * nodes
     tokens, parents = tokens_ptr + first, parents_ptr + first
     live = tl.minimum(live_count(parents, nodes, BLOCK), nodes).to(tl.int64)
@@ -396,9 +403,9 @@ def verify_tree_kernel(
             measure(rows, own, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
-                    if (next_child(tree, own, own) < tree.nodes) & (sampling[0] < float("inf")):
-                        one = tl.full([], 1.0, tl.float32)
-                        measure(draft_rows, own, one, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
+                    drawn = (sampling[0] < float("inf")) & (draft_scale < float("inf"))
+                    if (next_child(tree, own, own) < tree.nodes) & drawn:
+                        measure(draft_rows, own, draft_scale, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
             decides = arrive(counters_ptr + b, (there * slices - 1).to(tl.int32))
             if decides:
                 tl.store(counters_ptr + b, 0)
@@ -406,7 +413,7 @@ def verify_tree_kernel(
         if (RULE == RECURSIVE) | (RULE == TRAVERSAL):
             memory = memory_ptr + first * MEMORY
             node, emitted, valid = top_down_or_bottom_up(
-                rows, draft_rows, stats, tree, sampling, key, tables, memory, RULE, AHEAD, ENTRIES, TILES
+                rows, draft_rows, stats, draft_scale, tree, sampling, key, tables, memory, RULE, AHEAD, ENTRIES, TILES
             )
         else:
             node, emitted, valid = walk(rows, tree, sampling, key, tables, RULE, AHEAD, ENTRIES, TILES)
@@ -443,6 +450,8 @@ def verify_tree(
     parents: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     sampling: Tensor | None,
@@ -477,11 +486,11 @@ def verify_tree(
         slices = slices_of(batch * nodes, config, target_logits.device) if ahead else 1
         tables = empty(torch.float32, batch * nodes * 4 if ahead else batch * 2, config.entries)
         if walks:
-            draft_logits = draft_stats = None
+            draft_logits = draft_stats = draft_temperatures = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         verify_tree_kernel[(batch * nodes * slices if ahead else batch,)](
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, sampling, temperature,
-            top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperatures,
+            draft_temperature, seed, position, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
             0 if edit_ids is None else edit_ids.shape[1], tables, memory,
             counters_at_rest(batch, target_logits.device) if ahead else accepted, tokens, path, accepted, valid,
             scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],

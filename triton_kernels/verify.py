@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
-from specdec_kernels.triton_kernels.laws import raw_logprob, sampling_of, table_scale
+from specdec_kernels.triton_kernels.laws import draft_scale_of, raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
 from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits, tables_of
 from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
@@ -48,6 +48,8 @@ def verify_chain_kernel(
     tokens_ptr,
     draft_ptr,
     draft_stats_ptr,
+    draft_temperatures_ptr,
+    draft_temperature,
     seed_ptr,
     position_ptr,
     num_draft_ptr,
@@ -95,6 +97,7 @@ def verify_chain_kernel(
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
     sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
     first_row = b * (longest + 1)
+    draft_scale = draft_scale_of(draft_temperatures_ptr, draft_temperature, b)
     logits = target_ptr + b * target_request_stride
     most = longest
     if cu_rows_ptr is not None:
@@ -148,14 +151,15 @@ def verify_chain_kernel(
                 measure(rows, i, table_scale(sampling[0]), part, slices, own, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
-                    if (i < drafted) & (sampling[0] < float("inf")):
-                        one = tl.full([], 1.0, tl.float32)
-                        measure(draft_rows, i, one, part, slices, own + 2 * ENTRIES, ENTRIES, TILES)
+                    if (i < drafted) & (sampling[0] < float("inf")) & (draft_scale < float("inf")):
+                        measure(draft_rows, i, draft_scale, part, slices, own + 2 * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
             tl.store(arrived + i, 0)
             # Where a program of this row read nothing, the stop it saw can be seen here.
             if seen(stopped) <= behind:
-                passed = judge(rows, draft_rows, stats, i, drafted, sampling, key, own, memory, RULE, ENTRIES, TILES)
+                passed = judge(
+                    rows, draft_rows, stats, draft_scale, i, drafted, sampling, key, own, memory, RULE, ENTRIES, TILES
+                )  # fmt: skip
                 if RULE != BLOCK_RULE:
                     if not INDEPENDENT:
                         if passed == 0:
@@ -165,11 +169,11 @@ def verify_chain_kernel(
                 tl.store(stopped, 0)
                 if RULE == BLOCK_RULE:
                     kept, emitted, valid = all_together(
-                        rows, draft_rows, drafted, sampling, key, tables, memory, ENTRIES, TILES
+                        rows, draft_rows, drafted, key, tables, memory, ENTRIES, TILES
                     )
                 else:
                     kept, emitted, valid = one_by_one(
-                        rows, draft_rows, drafted, sampling, key, tables, memory, RULE, ENTRIES, TILES
+                        rows, draft_rows, drafted, key, tables, memory, RULE, ENTRIES, TILES
                     )
                 independent = tl.full([], -1, tl.int32)
                 if INDEPENDENT:
@@ -194,7 +198,7 @@ def verify_chain_kernel(
                             place = memory + row * MEMORY
                             if tl.load(place + VALID) != 0:
                                 unit = tl.full([], 1.0, tl.float64)
-                                law, _draft, _divided = recalled_laws(place, sampling[0], unit)
+                                law, _draft, _divided = recalled_laws(place, unit)
                                 score = log_prob(rows, row, law, token)
                             raw_score = raw_logprob(plain, row, token, key, own, ENTRIES, TILES)
                         tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
@@ -206,6 +210,8 @@ def verify_chain(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     num_draft: Tensor | None,
@@ -248,12 +254,12 @@ def verify_chain(
             tables = empty(torch.float32, sizes[2]) if tables is None else tables
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
-            draft_logits = draft_stats = None
+            draft_logits = draft_stats = draft_temperatures = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
         verify_chain_kernel[(batch * rows * slices,)](
-            target_logits, weight, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows,
-            sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
+            target_logits, weight, draft_tokens, draft_logits, draft_stats, draft_temperatures,
+            draft_temperature, seed, position, num_draft, cu_rows, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
             0 if edit_ids is None else edit_ids.shape[1], tables, memory,
             at_rest, tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides,

@@ -69,6 +69,13 @@ struct LawArguments {
   }
 };
 
+// What drafts without stats were drawn at: each request its own temperature, or one for all.
+template <class Tensor>
+struct DraftTemperature {
+  std::optional<Tensor> each;
+  double all = 1.0;
+};
+
 // Where the results of a chain or a tree go.
 struct Results {
   int64_t* tokens;
@@ -80,7 +87,8 @@ struct Results {
 template <class Tensor>
 Verification verification(const Tensor& target_logits, const Tensor& draft_tokens,
                           const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& draft_stats,
-                          const Tensor& seed, const Tensor& position, const LawArguments<Tensor>& law, int64_t rows,
+                          const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed,
+                          const Tensor& position, const LawArguments<Tensor>& law, int64_t rows,
                           const Results& results, bool logprobs) {
   return {
       .batch = draft_tokens.size(0),
@@ -92,6 +100,8 @@ Verification verification(const Tensor& target_logits, const Tensor& draft_token
       .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
       .draft_stats = data_of<float>(draft_stats),
       .draft_rows = draft_tokens.size(1),
+      .draft_temperatures = data_of<float>(draft_temperature.each),
+      .draft_temperature = float(draft_temperature.all),
       .seed = data_of<int64_t>(seed),
       .position = data_of<int64_t>(position),
       .sampling = law.parameters(),
@@ -109,6 +119,7 @@ template <class Tensor>
 struct ChainArguments {
   Tensor target_logits, draft_tokens;
   std::optional<Tensor> draft_logits, draft_stats;
+  DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
   std::optional<Tensor> num_draft, cu_rows;
   LawArguments<Tensor> law;
@@ -130,14 +141,15 @@ struct ChainArguments {
                           : taken.logits(target_logits, {batch(), rows(), vocab}) &&
                                 taken.array(law.bitmask, ScalarType::Int, {batch(), rows(), words}));
     taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, num_draft) &&
+                  taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
                   taken.keys(seed, batch()) && taken.keys(position, batch()) && law.taken(taken, batch()) &&
                   (!workspace || taken.array(*workspace, ScalarType::Byte, {workspace->size(0)})));
   }
 
   VerifyChain op(const Results& results, int32_t* counters) const {
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position, law, rows(),
-                               results, logprobs),
+        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
+                               position, law, rows(), results, logprobs),
         .cu_rows = data_of<int64_t>(cu_rows),
         .num_draft = num_draft ? ids_of(*num_draft) : Ids{},
         .rule = rule,
@@ -154,6 +166,7 @@ template <class Tensor>
 struct TreeArguments {
   Tensor target_logits, draft_tokens, parents;
   std::optional<Tensor> draft_logits, draft_stats;
+  DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
   LawArguments<Tensor> law;
   TreeRule rule;
@@ -171,15 +184,16 @@ struct TreeArguments {
                   taken.logits(target_logits, {batch(), nodes(), vocab}) &&
                   (!draft_logits || taken.logits(*draft_logits, {batch(), nodes(), vocab})) &&
                   (!draft_stats || draft_logits) &&
-                  taken.array(draft_stats, ScalarType::Float, {batch(), nodes(), 3}) && taken.keys(seed, batch()) &&
-                  taken.keys(position, batch()) && law.taken(taken, batch()) &&
+                  taken.array(draft_stats, ScalarType::Float, {batch(), nodes(), 3}) &&
+                  taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
+                  taken.keys(seed, batch()) && taken.keys(position, batch()) && law.taken(taken, batch()) &&
                   taken.array(law.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
   }
 
   VerifyTree op(const Results& results, int32_t* out_nodes) const {
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, seed, position, law, nodes(),
-                               results, logprobs),
+        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
+                               position, law, nodes(), results, logprobs),
         .parents = data_of<int64_t>(parents),
         .rule = rule,
         .replacement = replacement,

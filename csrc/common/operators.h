@@ -72,8 +72,8 @@ struct Draws {
 // `verify_chain` by run(op, a tensor beside which to work).
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
-    Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats, Tensor seed,
-    Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
+    Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats,
+    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
     int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
     OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
     bool independent, OptionalTensor workspace) {
@@ -82,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
       draft_tokens,
       draft_logits,
       draft_stats,
+      {draft_temperatures, draft_temperature},
       seed,
       position,
       num_draft,
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
     Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
+    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
     double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
     OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
   const TreeArguments<Tensor> arguments{
@@ -133,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
       parents,
       draft_logits,
       draft_stats,
+      {draft_temperatures, draft_temperature},
       seed,
       position,
       {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},

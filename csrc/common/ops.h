@@ -40,6 +40,13 @@ SPECDEC_SHARED static inline float scale_of(float temperature) {
   return temperature < kMinTemperature ? INFINITY : 1.0f / temperature;
 }
 
+// Whether a row is steep (docs/noise.md): from 2^31 on no other float32 is so near to the largest logit that it would
+// have any weight, and the two floats of a logsumexp could not hold what the weights are relative to.
+constexpr float kSteep = 0x1p31f;
+SPECDEC_SHARED static inline bool is_steep(float scale, float largest) {
+  return largest * scale >= kSteep || largest * scale <= -kSteep;
+}
+
 // A sum of what is left is formed as one minus what is gone down to this; below, that would have no digits left.
 constexpr double kLeastDifference = 0.25;
 
@@ -142,6 +149,8 @@ struct Verification {
   int64_t token_strides[2];
   const float* draft_stats;  // [B, draft_rows, 3] contiguous, or null
   int64_t draft_rows;
+  const float* draft_temperatures = nullptr;  // [B], or null: one for all; not looked at where there are stats
+  float draft_temperature = 1.0f;
   const int64_t *seed, *position;  // [B]
   SamplingParameters sampling;
   Processing processing;
@@ -149,6 +158,10 @@ struct Verification {
   int32_t* out_accepted;                   // [B]
   bool* out_valid;                         // [B]
   float *out_logprobs, *out_raw_logprobs;  // [B, R], or both null
+
+  SPECDEC_SHARED float draft_scale(int64_t request) const {
+    return scale_of(draft_temperatures ? draft_temperatures[request] : draft_temperature);
+  }
 };
 
 // The numbers of rules and children are those of specdec_kernels/contract.py.

@@ -82,10 +82,19 @@ class Taken {
     return true;
   }
 
+  // One a request, or one for all; on a GPU looking would synchronise.
+  bool temperatures(const OptionalTensor& each, double all, int64_t count) const {
+    const auto fits = [](float x) { return std::isfinite(x) && x >= 0.0f; };
+    if (!array(each, ScalarType::Float, {count})) return false;
+    if (!each || !on_cpu_) return fits(float(all));
+    const auto* own = static_cast<const float*>(each->const_data_ptr());
+    return std::all_of(own, own + count, fits);
+  }
+
   bool sampling(const OptionalTensor& each, int64_t count, double temperature, int64_t top_k, double top_p,
                 double min_p) const {
-    return array(each, ScalarType::Float, {count, 4}) && std::isfinite(temperature) && temperature >= 0.0 &&
-           top_k >= 0 && top_k < 1 << 24 && top_p > 0.0 && top_p <= 1.0 && min_p >= 0.0 && min_p <= 1.0;
+    return array(each, ScalarType::Float, {count, 4}) && std::isfinite(float(temperature)) && temperature >= 0.0 &&
+           top_k >= 0 && top_p > 0.0 && top_p <= 1.0 && min_p >= 0.0 && min_p <= 1.0;
   }
 
   // Of `count` requests; all four or none.

@@ -396,9 +396,11 @@ class RowView {
       base = combined.base;
       total_ = combined.total;
     }
+    const bool steep = is_steep(scale_, base);  // then the largest logits are the tiles' own bases
+    if (steep) scale_ = 0.0f, cutoff_ = base;
     lse_ = double(scale_) * double(base) + std::log(total_);
     valid_ = std::isfinite(lse_);
-    if (valid_ && filters_.any()) filter(base);
+    if (valid_ && !steep && filters_.any()) filter(base);
     return true;
   }
 

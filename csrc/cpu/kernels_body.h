@@ -145,12 +145,23 @@ V::F sums_from(const Group<T>& group, V::F base, V::F scale2) {
   return V::mul(sums, V::exp2(V::sub(V::set(0.0f), rounding)));
 }
 
-// The same with a base for each tile, and in two operations that round nothing before they scale: for low temperatures.
+// scale * (x - base), in two operations that round nothing before they scale. In halves: the difference of two floats
+// may be none.
+class Gap {
+ public:
+  Gap(V::F base, V::F scale2) : half_base_(V::mul(base, V::set(-0.5f))), twice_(V::add(scale2, scale2)) {}
+  V::F operator()(V::F x) const { return V::mul(V::fma(x, V::set(0.5f), half_base_), twice_); }
+
+ private:
+  V::F half_base_, twice_;
+};
+
+// The same with a base for each tile: for low temperatures.
 template <class T>
 V::F sums_from_own(const Group<T>& group, V::F bases, V::F scale2) {
   float base[V::width];
   V::store(base, bases);
-  return group_sums(group, [&](int64_t g, V::F logit) { return V::mul(V::sub(logit, V::set(base[g])), scale2); });
+  return group_sums(group, [&](int64_t g, V::F logit) { return Gap(V::set(base[g]), scale2)(logit); });
 }
 
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
@@ -224,10 +235,10 @@ Combined combine(const float* tile_base, const float* tile_sum, int64_t padded_t
     largest = V::max(largest, V::either_of(weighs, V::load(tile_base + t), -INFINITY));
   }
   const float base = V::reduce_max(largest);
-  const V::F bases = usable_base(V::set(base)), scale2 = V::set(scale * kLog2e);
+  const Gap gap(usable_base(V::set(base)), V::set(scale * kLog2e));
   V::F total = V::set(0.0f);
   for (int64_t t = 0; t < padded_tiles; t += V::width) {
-    const V::F factor = V::exp2(V::mul(V::sub(V::load(tile_base + t), bases), scale2));
+    const V::F factor = V::exp2(gap(V::load(tile_base + t)));
     const V::F sum = V::load(tile_sum + t);
     const V::F weight = V::either_of(V::differs(sum, 0.0f), V::mul(sum, factor), 0.0f);
     total = V::add(total, weight);
@@ -263,7 +274,8 @@ int64_t find_at_least(const float* numbers, int64_t count, float x, int32_t* out
 }
 
 Above tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
-  const V::F scale2 = V::set(scale * kLog2e), bases = V::set(base), pivots = V::set(pivot);
+  const Gap gap(V::set(base), V::set(scale * kLog2e));
+  const V::F pivots = V::set(pivot);
   V::F mass = V::set(0.0f), least = V::set(INFINITY);
   int64_t count = 0;
   with_dtype(row.dtype, [&](auto element) {
@@ -272,7 +284,7 @@ Above tile_above(const Row& row, float scale, float base, float pivot, int64_t t
       const V::F x = V::load(logits + i);
       const V::M above = V::at_least(x, pivots);
       count += __builtin_popcount(V::bits(above));
-      mass = V::add(mass, V::keep(above, V::exp2(V::mul(V::sub(x, bases), scale2))));
+      mass = V::add(mass, V::keep(above, V::exp2(gap(x))));
       least = V::min(least, V::either_of(above, x, INFINITY));
     }
   });

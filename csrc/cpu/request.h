@@ -56,6 +56,7 @@ class Request {
         pass_(pass),
         scratch_(scratch()),
         sampling_(sampling_of(op.sampling, request)),
+        draft_scale_(op.draft_stats ? 1.0f : op.draft_scale(request)),
         edits_(edits_of(op.processing, request)) {
     // All places at once: growing later would move what the views hold on to.
     if (scratch_.targets.size() < size_t(places)) scratch_.targets.resize(size_t(places));
@@ -117,7 +118,7 @@ class Request {
   // the draft matters.
   DraftLaw score(RowView& target, int64_t i, int64_t token) {
     DraftLaw law;
-    if (token < 0 || op_.draft.data == nullptr || is_greedy(target.scale())) {
+    if (token < 0 || op_.draft.data == nullptr || is_greedy(target.scale()) || is_greedy(draft_scale_)) {
       pass_over(target);
       law.point_mass = true;
       return law;
@@ -125,7 +126,7 @@ class Request {
     law.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
-      RowView draft(kernels_, Source(law.row), {1.0f, {}}, threads_, scratch_.draft);
+      RowView draft(kernels_, Source(law.row), {draft_scale_, {}}, threads_, scratch_.draft);
       RowView* const rows[] = {&target, &draft};
       const uint32_t pieces = target.pieces();
       pass_.run(2 * pieces, [&](uint32_t piece) { rows[piece / pieces]->pass_and_keep(piece % pieces); });
@@ -195,6 +196,7 @@ class Request {
   SharedPass& pass_;
   Scratch& scratch_;
   const Sampling sampling_;
+  const float draft_scale_;  // of drafts that came without stats
   const Edits edits_;
   Lockstep* lockstep_ = nullptr;  // if threads decide for themselves
   Lockstep::Share share_;

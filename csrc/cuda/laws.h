@@ -63,7 +63,7 @@ class CutoffSearch {
       for (const float value : x) {
         if (value >= pivot && value > -INFINITY) {
           ++count;
-          sum += expf(scale_ * (value - top_));
+          sum += expf(gap(scale_, value, top_));
           least = fminf(least, value);
         } else {
           below = fmaxf(below, value);
@@ -83,7 +83,7 @@ class CutoffSearch {
     while (low < high) {
       float middle = 0.5f * low + 0.5f * high;
       if (low == -INFINITY) {
-        middle = high - reach;
+        middle = fmaxf(high - reach, -std::numeric_limits<float>::max());  // the least there is
         reach *= 2.0f;
       }
       if (!(middle > low)) middle = high;
@@ -121,13 +121,15 @@ SPECDEC_DEVICE LawOfRow law_of(const Team& team, const Rows& rows, int64_t i, co
   if (sampling.greedy() || !valid)
     return {{sampling.scale, found.top, 0.0, largest_token<P>(team, rows, i, found.top, found.largest), 0}, valid};
   float cutoff = -INFINITY;
-  if ((sampling.top_k > 0 && sampling.top_k < rows.vocab) || sampling.top_p < 1.0f || sampling.min_p > 0.0f) {
+  const bool filters = (sampling.top_k > 0 && sampling.top_k < rows.vocab) || sampling.top_p < 1.0f ||
+                       sampling.min_p > 0.0f;
+  if (filters && !is_steep(sampling.scale, found.top)) {
     const float pivot = CutoffSearch<P>(team, rows, i, table, sampling.scale, found.top).pivot(sampling);
     cutoff = tabulate<P>(team, rows, i, 0, tiles_of(rows.vocab), sampling.scale, pivot, table);
     cutoff = team.reduce(cutoff, Smaller());  // all have written
     found = summary(team, rows, sampling.scale, table, noise, race);
   }
-  return {{sampling.scale, cutoff, found.logsumexp, -1, found.winner}, valid};
+  return {law_from(found, sampling.scale, cutoff), valid};
 }
 
 }  // namespace specdec::cuda

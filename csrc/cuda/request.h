@@ -11,7 +11,7 @@ class RequestProgram {
   // `elements`: where the rows of the request begin; `first`: its first row among all masks.
   SPECDEC_DEVICE RequestProgram(const Team& team, const Verification& all, const Workspace& work, int64_t request,
                                 int64_t elements, int64_t first)
-      : team_(team), all_(all), work_(work), b_(request), sampling_(sampling_of(all.sampling, request)) {
+      : team_(team), all_(all), work_(work), b_(request), sampling_(sampling_of(all.sampling, request)), draft_scale_(all.draft_stats ? 1.0f : all.draft_scale(request)) {
     seed_ = uint64_t(all.seed[b_]), position_ = uint64_t(all.position[b_]);
     target_.logits = address(all.target, elements);
     target_.dtype = all.target.dtype, target_.stride = all.target.row_stride, target_.vocab = all.vocab;
@@ -24,8 +24,8 @@ class RequestProgram {
     draft_.dtype = all.draft.dtype, draft_.stride = all.draft.row_stride, draft_.vocab = all.vocab;
   }
 
-  // Whether drafts have logits.
-  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr; }
+  // Whether drafts were drawn from rows of logits.
+  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && draft_scale_ != INFINITY; }
   SPECDEC_DEVICE int64_t token(int64_t i) const { return all_.tokens[target_.first_draft + i * target_.draft_stride]; }
   SPECDEC_DEVICE Noise noise(int64_t i) const { return {seed_, position_, kTarget | uint32_t(i) << 16}; }
 
@@ -37,9 +37,9 @@ class RequestProgram {
       if (stats[0] != INFINITY) law = {stats[0], stats[1], double(stats[2]), -1, 0};
       return true;
     }
-    if (!measured) measure_row<false>(team_, draft_, i, 1.0f, table);
-    const Summary found = summary(team_, draft_, 1.0f, table, {}, false);
-    law = {1.0f, -INFINITY, found.logsumexp, -1, 0};
+    if (!measured) measure_row<false>(team_, draft_, i, draft_scale_, table);
+    const Summary found = summary(team_, draft_, draft_scale_, table, {}, false);
+    law = law_from(found, draft_scale_, -INFINITY);
     return found.valid;
   }
 
@@ -49,7 +49,7 @@ class RequestProgram {
     rows.held = -1;  // what is held may be processed
     measure_row<false>(team_, rows, i, 1.0f, table);
     const Summary raw = summary(team_, rows, 1.0f, table, {}, false);
-    return raw.valid ? float(double(logit<false>(rows, i, id)) - raw.logsumexp) : NAN;
+    return raw.valid ? float(log_prob<false>(rows, i, law_from(raw, 1.0f, -INFINITY), id)) : NAN;
   }
 
   // The winner of the tile race of weights that are nowhere above a row's probabilities, such as a residual; kNobody
@@ -64,8 +64,10 @@ class RequestProgram {
     const int64_t own = team_.rank() / kGroup + team_.rank() % kGroup * groups;  // of this thread, every size()-th
     for (int64_t tile = own; tile < tiles; tile += team_.size()) {
       Arrived bound;
-      const float share = float(double(law.scale) * double(fresh(table.maxima + tile)) - law.logsumexp);
-      take_part(bound, exponential(noise, tile), fresh(table.sums + tile) * expf(share), tile);
+      const float largest = fresh(table.maxima + tile);
+      const float share = float(double(law.scale) * double(largest) - law.logsumexp);
+      if (!(largest < law.cutoff))
+        take_part(bound, exponential(noise, tile), fresh(table.sums + tile) * expf(share), tile);
       bounds[tile] = bound.time;
     }
     Arrived first;
@@ -95,6 +97,7 @@ class RequestProgram {
   const Workspace& work_;
   const int64_t b_;
   const Sampling sampling_;
+  const float draft_scale_;  // of drafts that came without stats
   uint64_t seed_, position_;
   Rows target_, draft_;
 };

@@ -130,6 +130,9 @@ SPECDEC_DEVICE void load(const Rows& rows, int64_t i, int64_t first, float (&x)[
 // Subtracting -inf from -inf would give nan where the sum is 0.
 SPECDEC_DEVICE float usable_base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
+// scale * (x - base), in halves: the difference of two floats may be none.
+SPECDEC_DEVICE float gap(float scale, float x, float base) { return 2.0f * scale * (0.5f * x - 0.5f * base); }
+
 // A row is measured into its table: of every tile the largest logit, and the sum of exp(scale * (logit - that)) of
 // what is not below `pivot`. A nan or +inf shows in the sum and not in the maximum. All else that is asked about a row
 // is read from there, so it does not matter which team measured which tile. Returns the smallest logit that is not
@@ -157,7 +160,7 @@ SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64
     top = team.in_group(top, Larger());
     const float base = usable_base(top);
     SPECDEC_UNROLL
-    for (const float value : x) sum += expf(scale * (value - base));
+    for (const float value : x) sum += expf(gap(scale, value, base));
     sum = team.in_group(sum, Plus());
     if (there && team.rank() % kGroup == 0) table.maxima[tile] = top, table.sums[tile] = sum;
   });
@@ -166,7 +169,7 @@ SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64
 
 // What the table of a row says.
 struct Summary {
-  double logsumexp;
+  double total;     // the sum of exp(scale * (logit - top))
   float top;        // the largest logit
   int64_t largest;  // the first tile that has it
   int64_t winner;   // of the tile race
@@ -194,14 +197,21 @@ SPECDEC_PASS Summary summary(const Team& team, const Rows& rows, float scale, co
   double total = 0.0;
   Arrived first;
   for (int64_t tile = team.rank(); tile < tiles; tile += team.size()) {
-    const float weight = fresh(table.sums + tile) * expf(scale * (fresh(table.maxima + tile) - base));
+    const float weight = fresh(table.sums + tile) * expf(gap(scale, fresh(table.maxima + tile), base));
     total += double(weight);
     if (race) take_part(first, exponential(noise, tile), weight, tile);
   }
   total = team.reduce(total, Plus());
   if (race) first = team.reduce(first, Earlier());
-  return {double(scale) * double(peak.value) + log(total), peak.value, peak.tile, first.id,
-          total > 0.0 && total < INFINITY};
+  return {total, peak.value, peak.tile, first.id, total > 0.0 && total < INFINITY};
+}
+
+// The law of a row that is valid, `cutoff` the smallest logit that was measured. A steep row (docs/noise.md) weighs
+// nothing but its largest logits, by its table too.
+SPECDEC_DEVICE Law law_from(const Summary& found, float scale, float cutoff) {
+  const bool steep = is_steep(scale, found.top);
+  if (steep) scale = 0.0f, cutoff = found.top;
+  return {scale, cutoff, double(scale) * double(found.top) + log(found.total), -1, found.winner};
 }
 
 // The first id in a tile whose logit is `top`; 0 where no logit is finite.

@@ -23,7 +23,7 @@ struct Node {
 template <bool P>
 class TreeProgram : RequestProgram<P> {
   using Base = RequestProgram<P>;
-  using Base::all_, Base::b_, Base::draft_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
+  using Base::all_, Base::b_, Base::draft_, Base::draft_scale_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
   using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::race_below, Base::raw_logprob, Base::token,
       Base::work_;
 
@@ -60,7 +60,7 @@ class TreeProgram : RequestProgram<P> {
     measure_slice<P>(team_, target_, node_, sampling_.finite_scale(), part_, work_.slices, target_table(node_));
     const bool drafts = !walks() && dense() && all_.draft_stats == nullptr && next_child(node_, node_) < live_;
     if (drafts && !sampling_.greedy())
-      measure_slice<false>(team_, draft_, node_, 1.0f, part_, work_.slices, draft_table(node_));
+      measure_slice<false>(team_, draft_, node_, draft_scale_, part_, work_.slices, draft_table(node_));
     if (!team_.last_to_arrive(work_.counters + b_, int32_t(there * work_.slices - 1))) return false;
     if (team_.rank() == 0) work_.counters[b_] = 0;
     return true;

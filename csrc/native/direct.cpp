@@ -63,7 +63,7 @@ class Parts {
   }
 
  private:
-  static constexpr size_t kLine = 64, kMost = 8;
+  static constexpr size_t kLine = 64, kMost = 9;
 
   static void fetch_lines(const void* at, size_t lines) {
     for (size_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + i * kLine);
@@ -217,6 +217,13 @@ class Arguments {
   std::optional<View> optional() { return View::unless_none(*at_++); }
   int64_t integer() { return checked(PyLong_AsLongLong(*at_++)); }
 
+  // Of drafts: a number, one a request, or none.
+  DraftTemperature<View> draft_temperature() {
+    PyObject* const given = *at_++;
+    if (PyFloat_CheckExact(given)) return {std::nullopt, PyFloat_AS_DOUBLE(given)};
+    return {View::unless_none(given)};
+  }
+
   // Of what has no edits, temperature and filters one for all.
   LawArguments<View> law() {
     LawArguments<View> law{};
@@ -351,12 +358,13 @@ class Draws {
 };
 
 PyObject* verify_chain(PyObject* const* objects) {
-  if (!taken(objects, 8, 4, 2)) return Py_NewRef(Py_None);
+  if (!taken(objects, 9, 5, 2)) return Py_NewRef(Py_None);
   Arguments next(objects);
   const ChainArguments<View> arguments{next.tensor(),
                                        next.tensor(),
                                        next.optional(),
                                        next.optional(),
+                                       next.draft_temperature(),
                                        next.tensor(),
                                        next.tensor(),
                                        next.optional(),
@@ -370,12 +378,20 @@ PyObject* verify_chain(PyObject* const* objects) {
 }
 
 PyObject* verify_tree(PyObject* const* objects) {
-  if (!taken(objects, 7, 5, 2)) return Py_NewRef(Py_None);
+  if (!taken(objects, 8, 6, 2)) return Py_NewRef(Py_None);
   Arguments next(objects);
-  const TreeArguments<View> arguments{next.tensor(),       next.tensor(),      next.tensor(),
-                                      next.optional(),     next.optional(),    next.tensor(),
-                                      next.tensor(),       next.law(),         TreeRule(next.integer()),
-                                      next.integer() != 0, next.integer() != 0};
+  const TreeArguments<View> arguments{next.tensor(),
+                                      next.tensor(),
+                                      next.tensor(),
+                                      next.optional(),
+                                      next.optional(),
+                                      next.draft_temperature(),
+                                      next.tensor(),
+                                      next.tensor(),
+                                      next.law(),
+                                      TreeRule(next.integer()),
+                                      next.integer() != 0,
+                                      next.integer() != 0};
   return verified(entries->verify_tree, arguments, arguments.nodes(), true);
 }
 
@@ -447,8 +463,8 @@ PyMethodDef method(const char* name) {
           "See specdec_kernels/ops/straight.py."};
 }
 
-PyMethodDef functions[] = {method<verify_chain, 16>("verify_chain"),
-                           method<verify_tree, 15>("verify_tree"),
+PyMethodDef functions[] = {method<verify_chain, 17>("verify_chain"),
+                           method<verify_tree, 16>("verify_tree"),
                            method<sample, 10>("sample"),
                            method<sample_children, 11>("sample_children"),
                            {nullptr, nullptr, 0, nullptr}};

@@ -68,7 +68,7 @@ def sample(
         row: int64 [R] or int, in [0, 65536). Index of the drafted token in its step.
         temperature: float32 [R] or float, at least 0. 0 (and below 1e-5) is greedy: the largest logit, lowest id on
             ties, whatever the filters.
-        top_k: int64 or int32 [R] or int, at least 1; None or 0 is off.
+        top_k: int64 or int32 [R] or int, at least 1; None, 0 and whatever is not below V are off.
         top_p: float32 [R] or float, in (0, 1]; None or 1 is off.
         min_p: float32 [R] or float, in [0, 1]; None or 0 is off.
         bitmask: int32 [R, ceil(V/32)], bit ``v % 32`` of word ``v // 32`` set where id v is allowed (xgrammar's
@@ -124,6 +124,7 @@ def verify_chain(
     *,
     seed: Tensor | int,
     position: Tensor | int,
+    draft_temperature: Tensor | float | None = None,
     num_draft: Tensor | None = None,
     cu_rows: Tensor | None = None,
     temperature: Tensor | float = 1.0,
@@ -155,10 +156,12 @@ def verify_chain(
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
             [N, V], the rows of all requests one after the other.
         draft_tokens: int64 or int32 [B, K]. -1 ends a request's draft.
-        draft_logits: logits [B, K, V] the drafts were drawn from, at temperature 1 unless ``draft_stats`` is given.
-            ``None``: each draft is a point mass (n-gram, argmax). Rule ``"coupled"`` does not read them.
+        draft_logits: logits [B, K, V] the drafts were drawn from. ``None``: each draft is a point mass (n-gram, argmax).
+            With them comes one of the next two; rule ``"coupled"`` reads none of the three.
         draft_stats: float32 [B, K, 3], as :func:`sample` gave them: the drafts were drawn with those scalars, which
             carry the draft's own temperature and filters.
+        draft_temperature: float32 [B] or float, at least 0: the drafts were drawn from ``softmax(draft_logits /
+            draft_temperature)``, without filters; 0 (and below 1e-5) is greedy: each is a point mass.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step; it must grow with every step.
         num_draft: int64 or int32 [B], or None for K. Drafts beyond it are not looked at.
@@ -189,7 +192,8 @@ def verify_chain(
 
     Equivalent to, for one request and rule ``"token"``::
 
-        target, draft = torch.softmax(target_logits / temperature, -1), torch.softmax(draft_logits, -1)
+        target = torch.softmax(target_logits / temperature, -1)
+        draft = torch.softmax(draft_logits / draft_temperature, -1)
         for i, x in enumerate(draft_tokens):
             if not torch.rand(()) * draft[i, x] < target[i, x]:
                 return [*draft_tokens[:i], torch.multinomial((target[i] - draft[i]).clamp(min=0), 1)]
@@ -208,11 +212,15 @@ def verify_chain(
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
     if independent and rule == "block":
         raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
+    if rule == "coupled":
+        draft_temperature = None
+    elif draft_logits is not None or draft_temperature is not None:
+        draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
     plain = penalties is None and logit_bias is None and workspace is None
     if plain and (call := straight_to(backend, target_logits)) is not None:
         made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature,
-            top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
+            target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft,
+            cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
         )  # fmt: skip
         if made is not None:
             return made
@@ -224,7 +232,9 @@ def verify_chain(
         target_logits = validate.logits("target_logits", target_logits, "N, V", (None, None))
         cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
     vocab, device = target_logits.shape[-1], target_logits.device
-    drafts = validate.drafts(draft_tokens, vocab, device, draft_logits, draft_stats, seed, position, num_draft)
+    drafts = validate.drafts(
+        draft_tokens, vocab, device, draft_logits, draft_stats, draft_temperature, seed, position, num_draft
+    )
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
     edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
@@ -235,6 +245,7 @@ def verify_chain(
         draft_tokens=draft_tokens,
         draft_logits=drafts.logits,
         draft_stats=drafts.stats,
+        draft_temperature=drafts.temperatures,
         seed=drafts.seed,
         position=drafts.position,
         num_draft=drafts.num_draft,

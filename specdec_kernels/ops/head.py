@@ -18,6 +18,7 @@ def verify_chain_lm_head(
     *,
     seed: Tensor | int,
     position: Tensor | int,
+    draft_temperature: Tensor | float | None = None,
     num_draft: Tensor | None = None,
     temperature: Tensor | float = 1.0,
     backend: BackendName | None = None,
@@ -33,12 +34,14 @@ def verify_chain_lm_head(
     Args:
         hidden: float32, bfloat16 or float16 [B, K+1, H], what the LM head is applied to; any row stride.
         weight: of the same dtype [V, H], the LM head's; any row stride.
-        draft_tokens, draft_logits, draft_stats, seed, position, num_draft: as in :func:`verify_chain`.
+        draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft: as in
+            :func:`verify_chain`.
         temperature: float32 [B] or float, at least 0; 0 is greedy.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
-        :class:`Verified`, without log-probabilities.
+        :class:`Verified`, without log-probabilities. Triton cannot tell ties from rounding where the largest logit of a
+        row is 2^20 temperatures or more (greedy aside): there the row counts as not usable, and ``valid`` is False.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -63,7 +66,10 @@ def verify_chain_lm_head(
     head = validate.rows("weight", weight, (states.dtype,), "V, H", (None, states.shape[-1]))
     validate.some_tokens("weight", head, head.shape[0])
     device = states.device
-    drafts = validate.drafts(tokens, head.shape[0], device, draft_logits, draft_stats, seed, position, num_draft)
+    heat_of_drafts = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
+    drafts = validate.drafts(
+        tokens, head.shape[0], device, draft_logits, draft_stats, heat_of_drafts, seed, position, num_draft
+    )
     sampling, heat, *_ = validate.sampling(batch, "B", device, temperature, None, None, None)
     validate.same_device(
         "hidden",
@@ -72,6 +78,7 @@ def verify_chain_lm_head(
         draft_tokens=tokens,
         draft_logits=drafts.logits,
         draft_stats=drafts.stats,
+        draft_temperature=drafts.temperatures,
         seed=drafts.seed,
         position=drafts.position,
         num_draft=drafts.num_draft,

@@ -14,21 +14,22 @@ from torch import Tensor
 from specdec_kernels import reference
 
 _SAMPLING = "Tensor? sampling, float temperature, int top_k, float top_p, float min_p"
+_DRAFT = "Tensor? draft_logits, Tensor? draft_stats, Tensor? draft_temperatures, float draft_temperature"
 _PROCESSING = "Tensor? bitmask, Tensor? edit_ids, Tensor? edit_counts, Tensor? edit_bias, Tensor? penalties"
 
 _SCHEMAS = {
     "verify_chain": (
-        "(Tensor target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
+        f"(Tensor target_logits, Tensor draft_tokens, {_DRAFT}, Tensor seed, "
         f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
         "bool independent, Tensor(a!)? workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "verify_chain_lm_head": (
-        "(Tensor hidden, Tensor weight, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_stats, Tensor seed, "
+        f"(Tensor hidden, Tensor weight, Tensor draft_tokens, {_DRAFT}, Tensor seed, "
         "Tensor position, Tensor? num_draft, Tensor? sampling, float temperature) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "verify_tree": (
-        "(Tensor target_logits, Tensor draft_tokens, Tensor parents, Tensor? draft_logits, Tensor? draft_stats, "
+        f"(Tensor target_logits, Tensor draft_tokens, Tensor parents, {_DRAFT}, "
         f"Tensor seed, Tensor position, {_SAMPLING}, {_PROCESSING}, int rule, bool replacement, bool logprobs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),

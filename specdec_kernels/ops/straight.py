@@ -32,11 +32,11 @@ class Straight:
     argument is not one that the operators take."""
 
     verify_chain: Callable[..., Verified | None]
-    """(target_logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, cu_rows, temperature, top_k,
-    top_p, min_p, bitmask, number of the rule, logprobs, independent)."""
+    """(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft, cu_rows,
+    temperature, top_k, top_p, min_p, bitmask, number of the rule, logprobs, independent)."""
     verify_tree: Callable[..., VerifiedTree | None]
-    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, temperature, top_k, top_p,
-    min_p, bitmask, number of the rule, replacement, logprobs)."""
+    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, temperature,
+    top_k, top_p, min_p, bitmask, number of the rule, replacement, logprobs)."""
     sample: Callable[..., Sample | None]
     """(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)."""
     sample_children: Callable[..., DrawnChildren | None]
@@ -44,10 +44,10 @@ class Straight:
 
 
 def _by_dispatcher(
-    op: str, result: type[Result], keys: tuple[int, ...], numbers: int, *behind: object
+    op: str, result: type[Result], keys: tuple[int, ...], numbers: int, *behind: object, heat: int | None = None
 ) -> Callable[..., Result | None]:
     """An operator with the arguments above: which of them the noise is keyed on, where temperature and filters begin,
-    and what else the operator has behind all of them."""
+    what else the operator has behind all of them, and where the drafts' temperature is, if there is any."""
     operator = getattr(torch.ops.specdec, op).default
 
     def call(*arguments: Any) -> Result | None:
@@ -55,8 +55,11 @@ def _by_dispatcher(
         if law is None or any(type(arguments[key]) is not Tensor for key in keys):
             return None
         bitmask, *rest = arguments[numbers + 4 :]
+        given = arguments[:numbers]
+        if heat is not None:
+            given = (*given[:heat], *validate.one_or_each(given[heat], 1.0), *given[heat + 1 :])
         try:
-            return result._make(operator(*arguments[:numbers], None, *law, bitmask, *NO_EDITS, *rest, *behind))
+            return result._make(operator(*given, None, *law, bitmask, *NO_EDITS, *rest, *behind))
         except RuntimeError:
             return None
 
@@ -64,8 +67,8 @@ def _by_dispatcher(
 
 
 _DISPATCHED = Straight(
-    verify_chain=_by_dispatcher("verify_chain", Verified, (4, 5), 8, None),  # no workspace
-    verify_tree=_by_dispatcher("verify_tree", VerifiedTree, (5, 6), 7),
+    verify_chain=_by_dispatcher("verify_chain", Verified, (5, 6), 9, None, heat=4),  # no workspace
+    verify_tree=_by_dispatcher("verify_tree", VerifiedTree, (6, 7), 8, heat=5),
     sample=_by_dispatcher("sample", Sample, (1, 2, 3), 4),
     sample_children=_by_dispatcher("sample_children", DrawnChildren, (1, 2, 3), 4),
 )

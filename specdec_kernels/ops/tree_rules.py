@@ -114,6 +114,8 @@ def verify_tree(
     *,
     seed: Tensor | int,
     position: Tensor | int,
+    draft_temperature: Tensor | float | None = None,
+    siblings: SiblingsName | None = None,
     temperature: Tensor | float = 1.0,
     top_k: Tensor | int | None = None,
     top_p: Tensor | float | None = None,
@@ -122,7 +124,6 @@ def verify_tree(
     penalties: Penalties | None = None,
     logit_bias: LogitBias | None = None,
     rule: TreeRuleName = "walk",
-    siblings: SiblingsName = "without_replacement",
     logprobs: bool = False,
     backend: BackendName | None = None,
 ) -> VerifiedTree:
@@ -149,9 +150,14 @@ def verify_tree(
         draft_tokens: int64 or int32 [B, N]; of the root it is the last token of the text, and not looked at.
         parents: int64 or int32 [B, N]: -1 for node 0, the root; an earlier node for every other; -1 behind the last.
             The children of a node are tested in the order of their indices, which must be the order they were drawn in.
-        draft_logits: logits [B, N, V]; row n is what the children of node n were drawn from, at temperature 1 unless
-            ``draft_stats`` is given. ``None``: each draft is a point mass. Not read by "walk" and "coupled".
+        draft_logits: logits [B, N, V]; row n is what the children of node n were drawn from. ``None``: each draft is a
+            point mass. With them comes one of the next two, and ``siblings``; "walk" and "coupled" read none of the
+            four.
         draft_stats: float32 [B, N, 3], as :func:`sample_children` gave them.
+        draft_temperature: float32 [B] or float, as in :func:`verify_chain`: children were drawn at that temperature,
+            without filters.
+        siblings: how the children of a node were drawn, "without_replacement" or "iid". Children of ``"top"`` were not
+            drawn: hand them over without ``draft_logits``.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step, the root among them; grows with every step.
         temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
@@ -159,8 +165,7 @@ def verify_tree(
         penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
         logit_bias: see :class:`LogitBias`.
         rule: see above.
-        siblings: how the children of a node were drawn, where there are ``draft_logits``: "without_replacement" or
-        "iid". logprobs: also return the log-probabilities of the tokens.
+        logprobs: also return the log-probabilities of the tokens.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -197,13 +202,23 @@ def verify_tree(
     """
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
-    if siblings not in _SIBLINGS:
+    if siblings is not None and siblings not in _SIBLINGS:
         raise ValueError(f"siblings must be one of {sorted(_SIBLINGS)}, got {siblings!r}")
+    if rule in ("walk", "coupled"):
+        draft_temperature = None
+    elif draft_logits is not None or draft_temperature is not None:
+        draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
+        if siblings is None:
+            raise ValueError(
+                f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn "
+                "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go without "
+                "draft_logits)"
+            )
     if penalties is None and logit_bias is None and (call := straight_to(backend, target_logits)) is not None:
         law = temperature, top_k, top_p, min_p
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, seed, position, *law, bitmask,
-            _RULES[rule], siblings == "iid", logprobs,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, *law,
+            bitmask, _RULES[rule], siblings == "iid", logprobs,
         )  # fmt: skip
         if made is not None:
             return made
@@ -217,6 +232,7 @@ def verify_tree(
     if draft_logits is not None:
         draft_logits = validate.logits("draft_logits", draft_logits, "B, N, V", (batch, nodes, vocab))
     draft_stats = validate.stats(draft_stats, draft_logits, "B, N, 3", (batch, nodes, 3))
+    temperatures, heat = validate.one_or_each(draft_temperature, 1.0)
     seed = validate.integers("seed", seed, batch, "B", device)
     position = validate.integers("position", position, batch, "B", device)
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
@@ -229,6 +245,7 @@ def verify_tree(
         parents=tree,
         draft_logits=draft_logits,
         draft_stats=draft_stats,
+        draft_temperature=temperatures,
         seed=seed,
         position=position,
         sampling=sampling,
@@ -237,8 +254,8 @@ def verify_tree(
     tokens = _checked_tokens(tokens, tree, vocab)
     verify = function("verify_tree", backend, device)
     return VerifiedTree(
-        *verify(target_logits, tokens, tree, draft_logits, draft_stats, seed, position, sampling, *scalars, mask,
-                *edits, _RULES[rule], siblings == "iid", logprobs)
+        *verify(target_logits, tokens, tree, draft_logits, draft_stats, temperatures, heat, seed, position, sampling,
+                *scalars, mask, *edits, _RULES[rule], siblings == "iid", logprobs)
     )  # fmt: skip
 
 

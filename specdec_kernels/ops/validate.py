@@ -78,19 +78,47 @@ def draft_tokens(value: object) -> Tensor:
     return checked
 
 
+def draft_temperature(value: object, draft_logits: object, draft_stats: object) -> float | Tensor | None:
+    """``draft_temperature`` of a rule that reads ``draft_logits``: there where nothing else says how they were drawn
+    from, and nowhere else."""
+    if value is None:
+        if draft_logits is None or draft_stats is not None:
+            return None
+        raise ValueError(
+            "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' own "
+            "temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if greedy)"
+        )
+    if draft_logits is None:
+        raise ValueError("draft_temperature needs the draft_logits that it describes, got draft_logits=None")
+    if draft_stats is not None:
+        raise ValueError(
+            f"draft_temperature must be None with draft_stats, which carry the drafts' own, got {describe(value)}"
+        )
+    size = draft_logits.shape[0] if isinstance(draft_logits, Tensor) and draft_logits.dim() else 0
+    checked = parameter("draft_temperature", value, size, "B")
+    return checked.contiguous() if isinstance(checked, Tensor) else float(checked)
+
+
+def one_or_each(value: object, otherwise: float) -> tuple[Tensor | None, float]:
+    """A parameter as operators take it: one a request, or one for all."""
+    return (value, otherwise) if isinstance(value, Tensor) else (None, otherwise if value is None else value)  # type: ignore[return-value]
+
+
 class Drafts(NamedTuple):
     """What is known of the drafts of chains, beside the tokens; and what noise is keyed on."""
 
     logits: Tensor | None
     stats: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
     seed: Tensor
     position: Tensor
     num_draft: Tensor | None
 
 
 def drafts(
-    tokens: Tensor, vocab: int, device: torch.device, draft_logits: object, draft_stats: object, seed: object,
-    position: object, num_draft: object,
+    tokens: Tensor, vocab: int, device: torch.device, draft_logits: object, draft_stats: object, heat: object,
+    seed: object, position: object, num_draft: object,
 ) -> Drafts:  # fmt: skip
     """The same, checked; ``device`` is where ints are made tensors."""
     batch, longest = tokens.shape
@@ -98,6 +126,7 @@ def drafts(
     return Drafts(
         checked,
         stats(draft_stats, checked, "B, K, 3", (batch, longest, 3)),
+        *one_or_each(heat, 1.0),
         integers("seed", seed, batch, "B", device),
         integers("position", position, batch, "B", device),
         None if num_draft is None else tensor("num_draft", num_draft, ID_DTYPES, "B", (batch,)).contiguous(),
@@ -143,11 +172,18 @@ def integers(name: str, value: object, size: int, dim: str, device: torch.device
     return tensor(name, value, (torch.int64,), dim, (size,)).contiguous()
 
 
+#: The largest float32; a larger number would be infinite where float32 is all there is.
+_MOST = torch.finfo(torch.float32).max
+
+#: More than any vocabulary, and a whole number in float32.
+_MOST_TOP_K = 1 << 24
+
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: math.isfinite(x) and x >= 0, "finite and not negative"),
-    "top_k": (lambda x: 0 <= x < 1 << 24, "at least 1 (or 0: off)"),
+    "temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
+    "top_k": (lambda x: x >= 0, "at least 1 (or 0: off)"),
     "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
     "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
+    "draft_temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
     "repetition_penalty": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
     "presence_penalty": (math.isfinite, "finite (0: off)"),
     "frequency_penalty": (math.isfinite, "finite (0: off)"),
@@ -169,6 +205,10 @@ def parameter(name: str, value: object, size: int, dim: str) -> float | Tensor:
     if not in_range(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return value
+
+
+def _at_most(value: float | Tensor, most: int) -> float | Tensor:
+    return value.clamp(max=most) if isinstance(value, Tensor) else min(value, most)
 
 
 def columns(values: Sequence[float | Tensor], size: int, device: torch.device) -> Tensor:
@@ -201,7 +241,7 @@ def sampling(
     """The sampling parameters as the operators take them: one float32 [size, 4], or None and four scalars."""
     values = (
         parameter("temperature", temperature, size, dim),
-        TOP_K_OFF if top_k is None else parameter("top_k", top_k, size, dim),
+        TOP_K_OFF if top_k is None else _at_most(parameter("top_k", top_k, size, dim), _MOST_TOP_K),
         TOP_P_OFF if top_p is None else parameter("top_p", top_p, size, dim),
         MIN_P_OFF if min_p is None else parameter("min_p", min_p, size, dim),
     )

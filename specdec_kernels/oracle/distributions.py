@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec_kernels.contract import MIN_TEMPERATURE, TILE, Level, Purpose
+from specdec_kernels.contract import MIN_TEMPERATURE, STEEP, TILE, Level, Purpose
 from specdec_kernels.oracle.noise import Floats, Noise
 
 
@@ -66,8 +66,8 @@ def filter_cutoff(logits: Floats, scale: float, sampling: Sampling) -> tuple[flo
         mass = weights[: len(kept)]
         goal = float(np.float32(sampling.top_p)) * mass.sum()
         above = np.cumsum(mass) - mass
-        margin = float(np.min(np.abs(above - goal) / (above + goal)))
-        kept = kept[kept >= kept[np.sum(above < goal) - 1]]
+        margin = float(np.min(np.abs(above - goal) / np.maximum(above + goal, np.finfo(float).tiny)))
+        kept = kept[kept >= kept[max(np.sum(above < goal) - 1, 0)]]
     if sampling.min_p:
         ratio, least = np.exp(scale * (kept - kept[0])), float(np.float32(sampling.min_p))
         margin = min(margin, float(np.min(np.abs(ratio - least) / (ratio + least))))
@@ -76,12 +76,16 @@ def filter_cutoff(logits: Floats, scale: float, sampling: Sampling) -> tuple[flo
 
 
 def distribution(logits: Floats, sampling: Sampling) -> Distribution:
-    """Softmax of a valid row after temperature and filters; the point mass on the largest logit at temperature 0."""
+    """Softmax of a valid row after temperature and filters; the point mass on the largest logit at temperature 0; where
+    the row is steep (docs/noise.md), the same on each of its largest logits."""
+    top = float(logits.max())
     if is_greedy(sampling.temperature):
-        return Distribution(point_mass(len(logits), int(np.argmax(logits))), (np.inf, float(logits.max()), 0.0))
+        return Distribution(point_mass(len(logits), int(np.argmax(logits))), (np.inf, top, 0.0))
     scale = float(np.float32(1.0) / np.float32(sampling.temperature))
+    if abs(scale * top) >= STEEP:
+        largest = logits == top
+        return Distribution(largest / largest.sum(), (0.0, top, float(np.log(largest.sum()))))
     cutoff, margin = filter_cutoff(logits, scale, sampling)
-    top = logits.max()
     weights = np.where(logits >= cutoff, np.exp(scale * (logits - top)), 0.0)
     return Distribution(weights / weights.sum(), (scale, cutoff, float(scale * top + np.log(weights.sum()))), margin)
 
@@ -96,7 +100,7 @@ def point_mass(vocab: int, token: int) -> Floats:
 def probs_from_stats(logits: Floats, stats: Sequence[float]) -> Floats:
     """The law of a draft that came with its scalars: ``[logit >= cutoff] * exp(scale * logit - logsumexp)``."""
     scale, cutoff, logsumexp = (float(s) for s in stats)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         probs: Floats = np.where(logits < cutoff, 0.0, np.exp(scale * logits - logsumexp))
     return probs
 

@@ -55,6 +55,8 @@ class Step:
     sampling: Sampling
     processing: Processing
     margins: list[float] = field(default_factory=list)
+    draft_temperature: float = 1.0
+    """Of drafts that came without scalars."""
 
     @property
     def greedy(self) -> bool:
@@ -76,8 +78,11 @@ class Step:
 
     def certain(self, row: int) -> bool:
         """Whether the drafts of a row are point masses."""
-        declared = self.draft_stats is not None and np.isinf(self.draft_stats[row][0])
-        return self.greedy or self.draft_logits is None or bool(declared)
+        if self.greedy or self.draft_logits is None:
+            return True
+        if self.draft_stats is None:
+            return is_greedy(self.draft_temperature)
+        return bool(np.isinf(self.draft_stats[row][0]))
 
     def draft(self, row: int, token: int) -> Floats | None:
         """The law that ``token`` was drawn from in a draft row, None where the row or its scalars are not usable."""
@@ -86,7 +91,7 @@ class Step:
         assert self.draft_logits is not None
         draft_row = np.asarray(self.draft_logits[row], np.float64)
         if self.draft_stats is None:
-            return distribution(draft_row, PLAIN).probs if row_is_valid(draft_row) else None
+            return distribution(draft_row, Sampling(self.draft_temperature)).probs if row_is_valid(draft_row) else None
         probs = probs_from_stats(draft_row, self.draft_stats[row])
         return probs if np.isfinite(probs[token]) else None
 

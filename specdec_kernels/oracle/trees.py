@@ -166,6 +166,7 @@ def verify_tree(
     processing: Processing = UNPROCESSED,
     rule: TreeRule = TreeRule.WALK,
     replacement: bool = False,
+    draft_temperature: float = 1.0,
 ) -> Verified:
     """Verify one request; see :func:`specdec_kernels.verify_tree`.
 
@@ -174,7 +175,7 @@ def verify_tree(
     logits = np.asarray(target_logits, np.float64)
     tree = Tree(
         logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing, parents=parents,
-        replacement=replacement,
+        replacement=replacement, draft_temperature=draft_temperature,
     )  # fmt: skip
     if rule in (TreeRule.WALK, TreeRule.COUPLED):
         result = _walk(tree, rule)

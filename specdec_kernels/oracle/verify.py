@@ -83,6 +83,7 @@ def verify_chain(
     sampling: Sampling = PLAIN,
     processing: Processing = UNPROCESSED,
     rule: Rule = Rule.TOKEN,
+    draft_temperature: float = 1.0,
 ) -> Verified:
     """Verify one request; see :func:`specdec_kernels.verify_chain`.
 
@@ -90,6 +91,7 @@ def verify_chain(
     """
     target_logits = np.asarray(target_logits, np.float64)
     chain = Chain(target_logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing)
+    chain.draft_temperature = draft_temperature
     result = {Rule.TOKEN: _token_rule, Rule.BLOCK: _block_rule, Rule.COUPLED: _coupled_rule}[rule](chain)
     chain.margins = []
     result.num_proposed, result.num_independent = len(draft_tokens), _independent(chain, rule)

@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.contract import MIN_TEMPERATURE, TILE, Level, Purpose
+from specdec_kernels.contract import MIN_TEMPERATURE, STEEP, TILE, Level, Purpose
 from specdec_kernels.reference.noise import exponentials
+
+
+def scale_of(temperature: Tensor) -> Tensor:
+    """1 / temperature; inf is greedy."""
+    return torch.where(temperature < MIN_TEMPERATURE, torch.inf, 1.0 / temperature)
+
+
+def draft_temperatures_of(each: Tensor | None, all_of_them: float, rows: Tensor) -> Tensor:
+    """float32 ``[B, R]``, of drafts that came without stats: a request is a row of ``rows [B, R]``."""
+    if each is None:
+        return torch.full(rows.shape, all_of_them, dtype=torch.float32, device=rows.device)
+    return each[:, None].expand(rows.shape)
 
 
 class Sampling(NamedTuple):
@@ -27,8 +39,13 @@ class Sampling(NamedTuple):
         if sampling is None:
             sampling = torch.tensor([scalars], dtype=torch.float32).to(rows.device).expand(rows.shape[0], 4)
         temperature, top_k, top_p, min_p = sampling.unbind(-1)
-        scale = torch.where(temperature < MIN_TEMPERATURE, torch.inf, 1.0 / temperature)
-        return Sampling(scale, top_k.long(), top_p, min_p)
+        return Sampling(scale_of(temperature), top_k.long(), top_p, min_p)
+
+    @staticmethod
+    def plain(scale: Tensor) -> Sampling:
+        """Without filters."""
+        one = torch.ones_like(scale)
+        return Sampling(scale, torch.zeros_like(scale, dtype=torch.int64), one, torch.zeros_like(scale))
 
     def repeated(self, rows: int) -> Sampling:
         """The same for every row of a request."""
@@ -143,27 +160,31 @@ def distributions(logits: Tensor, sampling: Sampling) -> Distributions:
     """Softmax of rows ``[..., V]`` after temperature and filters; the point mass on the largest logit when greedy."""
     greedy = sampling.scale.isinf()
     scale = torch.where(greedy, 1.0, sampling.scale.double())
-    cutoff = _cutoffs(logits, scale, sampling)
-    cutoff = torch.where(greedy, logits.amax(-1), cutoff)
+    top = logits.amax(-1)
+    steep = (scale * top).abs() >= STEEP
+    cutoff = torch.where(greedy | steep, top, _cutoffs(logits, scale, sampling))
+    scale = torch.where(steep, 0.0, scale)
     scaled = (scale[..., None] * logits).masked_fill(logits < cutoff[..., None], -torch.inf)
     logsumexp = scaled.logsumexp(-1)
     probs = (scaled - logsumexp[..., None]).exp()
     probs = torch.where(greedy[..., None], point_mass(logits.argmax(-1), logits.shape[-1]), probs)
     probs = probs.masked_fill(~rows_valid(logits)[..., None], torch.nan)
-    return Distributions(probs, sampling.scale.double(), cutoff, logsumexp.masked_fill(greedy, 0.0))
+    return Distributions(probs, torch.where(greedy, torch.inf, scale), cutoff, logsumexp.masked_fill(greedy, 0.0))
 
 
 def plain(logits: Tensor) -> Distributions:
     """Softmax of rows ``[..., V]`` as they are."""
     one = torch.ones(logits.shape[:-1], device=logits.device)
-    return distributions(logits.double(), Sampling(one, one.long() * 0, one, one * 0))
+    return distributions(logits.double(), Sampling.plain(one))
 
 
-def draft_laws(logits: Tensor, stats: Tensor | None, tokens: Tensor) -> Tensor:
-    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows, or by their scalars; not finite
-    at the token where they are not usable."""
+def draft_laws(logits: Tensor, stats: Tensor | None, temperature: Tensor, tokens: Tensor) -> Tensor:
+    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows at a temperature ``[...]``, or by
+    their scalars; greedily the point mass on the token; not finite at the token where they are not usable."""
     if stats is None:
-        return plain(logits).probs
+        scale = scale_of(temperature)
+        probs = distributions(logits.double(), Sampling.plain(scale)).probs
+        return torch.where(scale[..., None].isinf(), point_mass(tokens, logits.shape[-1]), probs)
     scale, cutoff, logsumexp = (s[..., None] for s in stats.double().unbind(-1))
     probs = (scale * logits.double() - logsumexp).exp().masked_fill(logits < cutoff, 0.0)
     return torch.where(scale.isinf(), point_mass(tokens, logits.shape[-1]), probs)

@@ -15,6 +15,8 @@ def verify_chain_lm_head(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     num_draft: Tensor | None,
@@ -23,6 +25,6 @@ def verify_chain_lm_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = functional.linear(hidden.float(), weight.float())
     return verify_chain(
-        logits, draft_tokens, draft_logits, draft_stats, seed, position, num_draft, None, sampling, temperature,
-        TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
+        logits, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position, num_draft,
+        None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
     )  # fmt: skip

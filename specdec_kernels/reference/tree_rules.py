@@ -14,12 +14,14 @@ from specdec_kernels.reference.distributions import (
     Sampling,
     distributions,
     draft_laws,
+    draft_temperatures_of,
     flat_race,
     largest_finite,
     plain,
     point_mass,
     processed,
     processed_rows,
+    scale_of,
     token_logprobs,
     two_level_race,
 )
@@ -107,17 +109,18 @@ class _Decision(NamedTuple):
 
 
 def _child_laws(
-    rows: Tensor | None, stats: Tensor | None, tokens: Tensor, parents: Tensor, replacement: bool, vocab: int
+    rows: Tensor | None, stats: Tensor | None, temperature: Tensor, tokens: Tensor, parents: Tensor, replacement: bool,
+    vocab: int,
 ) -> Tensor:
     """What each node was drawn from, given its earlier siblings; not finite at its token where that is not usable."""
     if rows is None:
         return point_mass(tokens, vocab)
     up = parents.clamp(min=0)[..., None]
     own = None if stats is None else stats.gather(1, up.expand(-1, -1, 3))
-    laws = draft_laws(rows.gather(1, up.expand(-1, -1, vocab)), own, tokens)
+    laws = draft_laws(rows.gather(1, up.expand(-1, -1, vocab)), own, temperature, tokens)
     if replacement:
         return laws
-    certain = torch.zeros_like(tokens, dtype=torch.bool) if own is None else own[..., 0].isinf()
+    certain = (scale_of(temperature) if own is None else own[..., 0]).isinf()
     for node in range(2, tokens.shape[1]):
         earlier = parents[:, 1:node] == parents[:, node, None]
         taken = torch.zeros_like(laws[:, node], dtype=torch.int64)
@@ -224,6 +227,8 @@ def verify_tree(
     parents: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     sampling: Tensor | None,
@@ -256,7 +261,8 @@ def verify_tree(
 
     if rule in (TreeRule.WALK, TreeRule.COUPLED):
         draft_logits = draft_stats = None
-    laws = _child_laws(draft_logits, draft_stats, tokens, up, replacement, vocab)
+    heat = draft_temperatures_of(draft_temperatures, draft_temperature, tokens)
+    laws = _child_laws(draft_logits, draft_stats, heat, tokens, up, replacement, vocab)
     greedy = law.scale.isinf()
     laws = torch.where(greedy[:, None, None], point_mass(tokens, vocab), laws)
     broken = (up >= 0) & ~laws.gather(-1, tokens[..., None])[..., 0].isfinite()

@@ -15,6 +15,7 @@ from specdec_kernels.reference.distributions import (
     Sampling,
     distributions,
     draft_laws,
+    draft_temperatures_of,
     flat_race,
     largest_finite,
     plain,
@@ -58,13 +59,13 @@ def sample(
 
 
 def _draft_probs(
-    vocab: int, drafted: Tensor, logits: Tensor | None, stats: Tensor | None, greedy: Tensor
+    vocab: int, drafted: Tensor, logits: Tensor | None, stats: Tensor | None, temperature: Tensor, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The laws ``[B, K, V]`` the drafts were drawn from, and whether each is usable."""
     certain = point_mass(drafted, vocab)
     if logits is None:
         return certain, torch.ones_like(drafted, dtype=torch.bool)
-    probs = draft_laws(logits, stats, drafted)
+    probs = draft_laws(logits, stats, temperature, drafted)
     # A greedy target accepts its argmax and emits its argmax, whatever the draft's law.
     probs = torch.where(greedy[:, None, None], certain, probs)
     return probs, probs.gather(-1, drafted[..., None])[..., 0].isfinite()
@@ -210,6 +211,8 @@ def verify_chain(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None,
+    draft_temperature: float,
     seed: Tensor,
     position: Tensor,
     num_draft: Tensor | None,
@@ -244,7 +247,8 @@ def verify_chain(
     before = torch.ones((rows, rows - 1), dtype=torch.bool, device=device).tril(-1).expand(batch, -1, -1)
     logits = processed(target_logits, drafted, before, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
 
-    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, law.scale.isinf())
+    heat = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
+    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, heat, law.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
     u = torch.stack([coins(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()
     target = distributions(logits, law.repeated(rows))
