@@ -30,8 +30,9 @@ def fused_call(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | N
     """A call of the public function."""
     draft = (x.draft,) if case.kind == "dense" else (x.draft, x.stats) if case.kind == "statistics" else ()
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
+    heat = TEMPERATURE if case.kind == "dense" else None
     return partial(
-        verify_chain, x.target, x.tokens, *draft, seed=x.seed, position=x.position, temperature=temperature,
+        verify_chain, x.target, x.tokens, *draft, draft_temperature=heat, seed=x.seed, position=x.position, temperature=temperature,
         rule=case.rule, **case.filters, workspace=workspace, backend=backend,
     )  # fmt: skip
 

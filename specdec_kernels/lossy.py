@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from specdec_kernels.ops import verify_chain
+from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.backends import BackendName
 from specdec_kernels.ops.results import VerifiedTree
+from specdec_kernels.ops.tree_rules import checked_tokens
 from specdec_kernels.ops.trees import checked, tree_paths, tree_positions
+from specdec_kernels.reference.distributions import Sampling, distributions, scale_of
 
 __all__ = ["typical_acceptance"]
 
@@ -55,12 +59,18 @@ def typical_acceptance(
 
     Source: Cai et al., Medusa, arXiv:2401.10774, section 2.3.1.
     """
-    for name, value, most in (("temperature", temperature, None), ("epsilon", epsilon, 1.0), ("delta", delta, None)):
-        if not value > 0 or (most is not None and value > most):
-            raise ValueError(f"{name} must be positive{' and at most 1' if most else ''}, got {value!r}")
+    for name, value in (("temperature", temperature), ("epsilon", epsilon), ("delta", delta)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a float, got {validate.describe(value)}")
+        if not 0 < value <= (1 if name == "epsilon" else math.inf):
+            raise ValueError(f"{name} must be positive{' and at most 1' if name == 'epsilon' else ''}, got {value!r}")
     tree = checked(parents)
     batch, nodes = tree.shape
-    probs = torch.softmax(target_logits.float() / temperature, -1)
+    target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
+    draft_tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
+    draft_tokens = checked_tokens(draft_tokens, tree, target_logits.shape[-1])
+    scale = scale_of(torch.full((batch, nodes), temperature, dtype=torch.float32, device=tree.device))
+    probs = distributions(target_logits.double(), Sampling.plain(scale)).probs  # nan, and below nothing, if not valid
     entropy = torch.special.entr(probs).sum(-1)
     enough = (delta * torch.exp(-entropy)).clamp(max=epsilon)
     up = tree.clamp(min=0)

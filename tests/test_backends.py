@@ -112,7 +112,7 @@ def arguments(kind, full, rule):
     generator = torch.Generator().manual_seed(0)
     target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
     drawn = ops.sample(draft.reshape(6, 50), seed=1, position=1)
-    penalties = ops.Penalties(torch.tensor([[1], [2]]), torch.tensor([[3], [-1]]), presence=0.5)
+    penalties = ops.Penalties(torch.tensor([[1], [2]]), torch.tensor([[3], [-1]]), presence_penalty=0.5)
     tokens = drawn.tokens.reshape(2, 3)
     if full:  # every draft is accepted: opcheck takes the nan where a token's log-probability would be for a difference
         target = target.scatter(2, torch.cat([tokens, tokens[:, :1]], 1)[..., None], 90.0)
@@ -163,7 +163,7 @@ def test_compiled_without_a_break_and_replayed():
     def step(target, draft, seed, position, temperature):
         drawn = ops.sample(draft.flatten(0, 1), seed=seed.repeat_interleave(3), position=9, temperature=0.9, top_k=20)
         tokens, stats = drawn.tokens.unflatten(0, (2, 3)), drawn.stats.unflatten(0, (2, 3))
-        penalties = ops.Penalties(tokens, tokens[:, :1], repetition=1.2)
+        penalties = ops.Penalties(tokens, tokens[:, :1], repetition_penalty=1.2)
         return ops.verify_chain(
             target, tokens, draft, stats, seed=seed, position=position, temperature=temperature, top_p=0.9,
             penalties=penalties, rule="block", logprobs=True,
@@ -196,7 +196,9 @@ def test_threads_do_not_change_the_tokens():
     draft = target[:, :4] + 0.5 * torch.randn(3, 4, 60_000, generator=torch.Generator().manual_seed(1))
     tokens = ops.sample(draft.flatten(0, 1), seed=3, position=1).tokens.reshape(3, 4)
     one, *others = by_threads(
-        lambda: [ops.verify_chain(target, tokens, draft, seed=s, position=1).tokens for s in range(20)]
+        lambda: [
+            ops.verify_chain(target, tokens, draft, draft_temperature=1.0, seed=s, position=1).tokens for s in range(20)
+        ]
     )
     for other in others:
         for a, b in zip(one, other, strict=True):
@@ -230,7 +232,8 @@ def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
     def verified(rows, seed, backend=None):
         given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *law))
         own = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        return ops.verify_chain(*given, seed=seed, position=1, backend=backend, **own)
+        heat = 1.0 if kind == "dense" else None
+        return ops.verify_chain(*given, draft_temperature=heat, seed=seed, position=1, backend=backend, **own)
 
     accepted = 0
     for seed in range(10):

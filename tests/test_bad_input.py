@@ -36,7 +36,11 @@ VERIFY = [
     ),
     ({"draft_tokens": TOKENS + 7}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got 7 at \[0, 0\]"),
     ({"draft_tokens": TOKENS - 2}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got -2 at \[0, 0\]"),
-    ({"draft_logits": DRAFT[..., :6]}, ValueError, r"draft_logits must have shape \[B, K, V\] = \[2, 3, 7\]"),
+    (
+        {"draft_logits": DRAFT[..., :6], "draft_temperature": 1.0},
+        ValueError,
+        r"draft_logits must have shape \[B, K, V\] = \[2, 3, 7\]",
+    ),
     ({"draft_logits": None, "draft_stats": STATS}, ValueError, "draft_stats needs the draft_logits"),
     ({"draft_stats": STATS.half()}, TypeError, r"draft_stats must be float32 \[B, K, 3\]"),
     ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have shape \[B\] = \[2\], got int64 \[3\]"),
@@ -48,7 +52,11 @@ VERIFY = [
     ({"temperature": torch.tensor([1.0, -2.0])}, ValueError, "temperature must be finite and not negative"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a float or float32 \[B\], got 'hot'"),
     ({"rule": "blocks"}, ValueError, r"rule must be one of \['block', 'coupled', 'token'\], got 'blocks'"),
-    ({"rule": "block", "independent": True}, ValueError, "independent must be False with rule='block', got True"),
+    (
+        {"rule": "block", "count_independent": True},
+        ValueError,
+        "count_independent must be False with rule='block', got True",
+    ),
     ({"top_k": -1}, ValueError, r"top_k must be at least 1 \(or 0: off\), got -1"),
     ({"top_k": 2.0}, TypeError, r"top_k must be an int or int64 \[B\], got 2.0"),
     ({"top_k": torch.tensor([1, -3])}, ValueError, r"top_k must be at least 1 .* got \[1, -3\]"),
@@ -57,8 +65,16 @@ VERIFY = [
     ({"min_p": 1.5}, ValueError, r"min_p must be in \[0, 1\] \(0: off\), got 1.5"),
     ({"bitmask": torch.zeros(2, 3, 1, dtype=torch.int32)}, ValueError, r"bitmask must have shape .* = \[2, 4, 1\]"),
     ({"bitmask": torch.zeros(2, 4, 1)}, TypeError, r"bitmask must be int32 \[B, K\+1, ceil\(V/32\)\], got float32"),
-    ({"penalties": Penalties(TOKENS, TOKENS, repetition=0.0)}, ValueError, "repetition must be finite and positive"),
-    ({"penalties": Penalties(TOKENS, TOKENS, presence=float("inf"))}, ValueError, "presence must be finite"),
+    (
+        {"penalties": Penalties(TOKENS, TOKENS, repetition_penalty=0.0)},
+        ValueError,
+        "repetition_penalty must be finite and positive",
+    ),
+    (
+        {"penalties": Penalties(TOKENS, TOKENS, presence_penalty=float("inf"))},
+        ValueError,
+        "presence_penalty must be finite",
+    ),
     ({"penalties": Penalties(TOKENS + 7, TOKENS)}, ValueError, r"penalties.prompt must be -1 or in \[0, 7\)"),
     (
         {"penalties": Penalties(TOKENS, TOKENS[:1])},
@@ -91,6 +107,7 @@ KEYS = pytest.mark.parametrize("key", [1, torch.ones(2, dtype=torch.int64)], ids
 def test_verify_chain(change, error, message, key):
     named = {
         "target_logits": TARGET, "draft_tokens": TOKENS, "draft_logits": DRAFT, "draft_stats": None,
+        "draft_temperature": 1.0 if change.get("draft_stats") is None and "draft_logits" not in change else None,
         "seed": key, "position": key, **change,
     }  # fmt: skip
     with pytest.raises(error, match=message):
@@ -141,6 +158,8 @@ def test_operators_in_cpp_refuse_what_they_could_not_read():
         TOKENS,
         DRAFT,
         None,
+        None,
+        1.0,
         key,
         key,
         None,
@@ -158,8 +177,8 @@ def test_operators_in_cpp_refuse_what_they_could_not_read():
     op = torch.ops.specdec.verify_chain.default
     op(*arguments, None)
     wrong_ones = {
-        0: TARGET[:1], 1: TOKENS + 7, 2: DRAFT[..., :6], 3: STATS[:1], 4: key.int(), 5: key[:1], 6: key.float(), 7: key,
-        8: TARGET[0], 9: -1.0, 13: key, 14: key.int(),
+        0: TARGET[:1], 1: TOKENS + 7, 2: DRAFT[..., :6], 3: STATS[:1], 4: key, 5: -1.0, 6: key.int(), 7: key[:1],
+        8: key.float(), 9: key, 10: TARGET[0], 11: -1.0, 15: key, 16: key.int(),
     }  # fmt: skip
     for index, wrong in wrong_ones.items():
         with pytest.raises(RuntimeError, match="an argument is not taken as it is"):
@@ -203,6 +222,16 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 values = st.sampled_from([0.0, 1.0, -3.0, float("nan"), float("inf"), float("-inf"), 6e4])
 
 
+def drawn_from(draw, dense, shape):
+    """How drafts were drawn: by scalars, at a temperature, or they are point masses."""
+    by_stats = dense and draw(st.booleans())
+    heats = st.sampled_from([0.0, 1e-30, 0.5, 1.0, 1e30]) | st.just(torch.linspace(0, 1, shape[0]))
+    return {
+        "draft_stats": torch.full(shape, draw(values)) if by_stats else None,
+        "draft_temperature": draw(heats) if dense and not by_stats else None,
+    }
+
+
 @st.composite
 def calls(draw):
     """Arguments that are nearly right: sizes that may disagree, any ids, odd values, strides, lengths."""
@@ -223,7 +252,7 @@ def calls(draw):
         "target_logits": logits(longest + 1),
         "draft_tokens": tokens,
         "draft_logits": logits(longest) if dense else None,
-        "draft_stats": torch.full((batch, longest, 3), draw(values)) if dense and draw(st.booleans()) else None,
+        **drawn_from(draw, dense, (batch, longest, 3)),
         "seed": draw(st.integers(-(2**63), 2**63 - 1) | st.just(torch.arange(batch))),
         "position": draw(st.integers(0, 2**63 - 1) | st.just(torch.arange(batch))),
         "num_draft": draw(st.none() | st.just(torch.randint(-2, 6, (batch,)))),
@@ -233,7 +262,9 @@ def calls(draw):
         "top_p": draw(st.sampled_from([None, 1e-6, 0.5, 1.0])),
         "min_p": draw(st.sampled_from([None, 1e-9, 0.5, 1.0])),
         "bitmask": draw(st.none() | st.just(torch.randint(-9, 9, (batch, longest + 1, -(-vocab // 32))).int())),
-        "penalties": draw(st.none() | st.just(Penalties(tokens.clamp(-1, vocab - 1), tokens[:, :0], frequency=0.5))),
+        "penalties": draw(
+            st.none() | st.just(Penalties(tokens.clamp(-1, vocab - 1), tokens[:, :0], frequency_penalty=0.5))
+        ),
         "logprobs": draw(st.booleans()),
     }
 
@@ -274,7 +305,11 @@ TREES = [
     ({"parents": torch.tensor([[-1, 0, 2, 1]] * 2)}, ValueError, r"parents must be .* got 2 at \[0, 2\]"),  # a cycle
     ({"parents": torch.tensor([[-1, 0, 3, 0]] * 2)}, ValueError, r"parents must be .* got 3 at \[0, 2\]"),  # forward
     ({"parents": torch.tensor([[-1, 0, -1, 0]] * 2)}, ValueError, r"parents must be .* got 0 at \[0, 3\]"),  # missing
-    ({"draft_logits": TARGET[..., :6]}, ValueError, r"draft_logits must have shape \[B, N, V\] = \[2, 4, 7\]"),
+    (
+        {"draft_logits": TARGET[..., :6], "draft_temperature": 1.0, "siblings": "iid", "rule": "recursive"},
+        ValueError,
+        r"draft_logits must have shape \[B, N, V\] = \[2, 4, 7\]",
+    ),
     ({"draft_stats": torch.zeros(2, 4, 3)}, ValueError, "draft_stats needs the draft_logits"),
     (
         {"rule": "token"},
@@ -305,7 +340,7 @@ def test_verify_tree(change, error, message):
     [
         ({"count": 0}, r"count must be an int in \[1, 65536\), got 0"),
         ({"count": 2.0}, r"count must be an int .* got 2.0"),
-        ({"how": "best"}, r"how must be one of \['iid', 'race', 'top', 'without_replacement'\], got 'best'"),
+        ({"method": "best"}, r"method must be one of \['iid', 'race', 'top', 'without_replacement'\], got 'best'"),
         ({"row": 65536}, r"row must be in \[0, 65536\), got 65536"),
         ({"logits": torch.zeros(2, 7, 1)}, r"logits must have shape \[R, V\]"),
     ],
@@ -342,7 +377,7 @@ def trees(draw):
         "draft_tokens": torch.tensor(tokens, dtype=torch.int64).reshape(batch, nodes),
         "parents": torch.tensor(parents, dtype=torch.int64).reshape(batch, nodes),
         "draft_logits": logits() if dense else None,
-        "draft_stats": torch.full((batch, nodes, 3), draw(values)) if dense and draw(st.booleans()) else None,
+        **drawn_from(draw, dense, (batch, nodes, 3)),
         "seed": draw(st.integers(-(2**63), 2**63 - 1) | st.just(torch.arange(batch))),
         "position": draw(st.integers(0, 2**63 - 1) | st.just(torch.arange(batch))),
         "temperature": draw(st.sampled_from([0.0, 1e-30, 1e-4, 0.7, 1e30])),

@@ -63,7 +63,7 @@ def test_a_greedy_row_among_sampled_ones(verify_chain, sample):
     target[1, :, 40] = target[1, :, 100] = 20.0
     tokens[1] = torch.tensor([40, 100])
     temperature = torch.tensor([1.0, 0.0, 0.7])
-    verified = verify_chain(target, tokens, draft, seed=1, position=1, temperature=temperature)
+    verified = verify_chain(target, tokens, draft, draft_temperature=1.0, seed=1, position=1, temperature=temperature)
     assert verified.tokens[1].tolist() == [40, 40, -1]
     drawn = sample(target[:, 0], seed=1, position=1, temperature=temperature)
     assert drawn.tokens[1] == 40
@@ -122,7 +122,7 @@ def test_an_unusable_target_row_harms_nobody_else(verify_chain, bad, temperature
     """Cases 16 and 17, a vocabulary that is no multiple of anything."""
     target, tokens, draft = batch(vocab=300, count=4)
     named = {"seed": torch.arange(4), "position": 9, "temperature": temperature}
-    before = verify_chain(target, tokens, draft, **named)
+    before = verify_chain(target, tokens, draft, draft_temperature=1.0, **named)
     broken = target.clone()
     if bad == -INF:
         broken[2, 0] = -INF
@@ -130,7 +130,7 @@ def test_an_unusable_target_row_harms_nobody_else(verify_chain, bad, temperature
     else:
         broken[2, 0, 299] = bad
         largest = int(broken[2, 0, :299].argmax())
-    after = verify_chain(broken, tokens, draft, **named)
+    after = verify_chain(broken, tokens, draft, draft_temperature=1.0, **named)
     assert after.valid.tolist() == [True, True, False, True]
     assert after.num_accepted[2] == 0
     assert after.tokens[2].tolist() == [largest, -1, -1]
@@ -156,7 +156,9 @@ def test_large_logits_at_extreme_temperatures(verify_chain, temperature):
     """Case 17: fp16 near its largest number, at a large scale."""
     target, tokens, draft = batch(count=8)
     target, draft = (target * 20_000).clamp(-65_504, 65_504).half(), draft.half()
-    verified = verify_chain(target, tokens, draft, seed=torch.arange(8), position=1, temperature=temperature)
+    verified = verify_chain(
+        target, tokens, draft, draft_temperature=1.0, seed=torch.arange(8), position=1, temperature=temperature
+    )
     assert verified.valid.all()
     if temperature < 1:
         first = target[:, 0].gather(1, verified.tokens[:, :1])[:, 0]
@@ -191,8 +193,8 @@ def test_offsets_beyond_two_to_the_31(backend, verify_chain):
     target, tokens, draft = batch(count=2, drafts=1)
     far = torch.as_strided(storage, (2, 2, vocab), (2**31, 1024, 1))
     far.copy_(target)
-    a = verify_chain(far, tokens, draft.half(), seed=torch.arange(2), position=1)
-    b = verify_chain(target.half(), tokens, draft.half(), seed=torch.arange(2), position=1)
+    a = verify_chain(far, tokens, draft.half(), draft_temperature=1.0, seed=torch.arange(2), position=1)
+    b = verify_chain(target.half(), tokens, draft.half(), draft_temperature=1.0, seed=torch.arange(2), position=1)
     assert torch.equal(a.tokens, b.tokens)
 
 
@@ -224,7 +226,9 @@ def test_empty_batches_and_empty_drafts(verify_chain, sample):
     assert plain.num_accepted.tolist() == [0, 0]
     assert [list(x.shape) for x in sample(torch.zeros(0, 7), seed=1, position=1)] == [[0], [0], [0, 3]]
     target, tokens, draft = batch()
-    mixed = verify_chain(target, tokens, draft, seed=1, position=1, num_draft=torch.tensor([0, 2, 1]))
+    mixed = verify_chain(
+        target, tokens, draft, draft_temperature=1.0, seed=1, position=1, num_draft=torch.tensor([0, 2, 1])
+    )
     assert mixed.num_accepted[0] == 0
 
 
@@ -233,17 +237,27 @@ def test_a_request_does_not_depend_on_its_batch(verify_chain):
     target, tokens, draft = batch(vocab=1000, count=64, drafts=3)
     seed, position = torch.arange(64) + 5, torch.arange(64) * 7
     named = {"temperature": 0.9}
-    together = verify_chain(target, tokens, draft, seed=seed, position=position, **named).tokens
+    together = verify_chain(target, tokens, draft, draft_temperature=1.0, seed=seed, position=position, **named).tokens
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     permuted = verify_chain(
-        target[order], tokens[order], draft[order], seed=seed[order], position=position[order], **named
+        target[order],
+        tokens[order],
+        draft[order],
+        draft_temperature=1.0,
+        seed=seed[order],
+        position=position[order],
+        **named,
     ).tokens
     assert torch.equal(permuted, together[order])
     for b in range(0, 64, 16):
         one = slice(b, b + 1)
-        alone = verify_chain(target[one], tokens[one], draft[one], seed=seed[one], position=position[one], **named)
+        alone = verify_chain(
+            target[one], tokens[one], draft[one], draft_temperature=1.0, seed=seed[one], position=position[one], **named
+        )
         assert torch.equal(alone.tokens[0], together[b])
-    other = verify_chain(target, tokens, draft, seed=seed + 1000, position=position, **named).tokens
+    other = verify_chain(
+        target, tokens, draft, draft_temperature=1.0, seed=seed + 1000, position=position, **named
+    ).tokens
     assert not torch.equal(other, together)
 
 
@@ -270,9 +284,17 @@ def test_logprobs_are_the_targets(sample, dtype, temperature):
 
 def test_int32_ids_are_the_same(verify_chain):
     target, tokens, draft = batch()
-    wide = verify_chain(target, tokens, draft, seed=1, position=1, num_draft=torch.tensor([2, 1, 2]))
+    wide = verify_chain(
+        target, tokens, draft, draft_temperature=1.0, seed=1, position=1, num_draft=torch.tensor([2, 1, 2])
+    )
     narrow = verify_chain(
-        target, tokens.int(), draft, seed=1, position=1, num_draft=torch.tensor([2, 1, 2], dtype=torch.int32)
+        target,
+        tokens.int(),
+        draft,
+        draft_temperature=1.0,
+        seed=1,
+        position=1,
+        num_draft=torch.tensor([2, 1, 2], dtype=torch.int32),
     )
     assert torch.equal(wide.tokens, narrow.tokens)
 
@@ -281,11 +303,11 @@ def test_rows_behind_the_rejection_are_not_read(verify_chain):
     """A nan there is not even noticed."""
     target, tokens, draft = batch(count=32)
     named = {"seed": torch.arange(32), "position": 1}
-    before = verify_chain(target, tokens, draft, **named)
+    before = verify_chain(target, tokens, draft, draft_temperature=1.0, **named)
     broken, broken_draft = target.clone(), draft.clone()
     for b, accepted in enumerate(before.num_accepted.tolist()):
         broken[b, accepted + 1 :] = NAN
         broken_draft[b, accepted + 1 :] = NAN
-    after = verify_chain(broken, tokens, broken_draft, **named)
+    after = verify_chain(broken, tokens, broken_draft, draft_temperature=1.0, **named)
     assert after.valid.all()
     assert torch.equal(before.tokens, after.tokens)

@@ -123,7 +123,17 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
                 monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
                 monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
                 found.append(
-                    verify_chain(target, tokens, draft, **keys, **options, rule=rule, logprobs=True, backend="cuda")
+                    verify_chain(
+                        target,
+                        tokens,
+                        draft,
+                        draft_temperature=1.0,
+                        **keys,
+                        **options,
+                        rule=rule,
+                        logprobs=True,
+                        backend="cuda",
+                    )
                 )
             for each in found[1:]:
                 for of_first, of_this in zip(found[0], each, strict=True):
@@ -142,7 +152,9 @@ def test_trees_do_not_depend_on_the_launch(monkeypatch, rule):
     tokens = torch.stack([sample(draft[:, max(0, i - 1)], **keys, row=i).tokens for i in range(4)], 1)
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1], [-1, 0, 0, 0]])
     target[1, 1, 4] = torch.nan
-    drafted = {} if rule in ("walk", "coupled") else {"draft_logits": draft}
+    drafted = {} if rule in ("walk", "coupled") else {
+        "draft_logits": draft, "draft_temperature": 1.0, "siblings": "without_replacement",
+    }  # fmt: skip
     for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
         found = []
         for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (200, 2)):

@@ -124,7 +124,11 @@ HIDDEN, WEIGHT, TOKENS = torch.zeros(2, 4, 6), torch.zeros(7, 6), torch.zeros(2,
         ({"weight": torch.zeros(6, 7).T}, ValueError, "weight must be contiguous along H"),
         ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on cpu like hidden, got meta"),
         ({"draft_tokens": TOKENS + 7}, ValueError, r"draft_tokens must be -1 or in \[0, 7\), got 7 at \[0, 0\]"),
-        ({"draft_logits": torch.zeros(2, 3, 6)}, ValueError, r"draft_logits must have shape .* = \[2, 3, 7\]"),
+        (
+            {"draft_logits": torch.zeros(2, 3, 6), "draft_temperature": 1.0},
+            ValueError,
+            r"draft_logits must have shape .* = \[2, 3, 7\]",
+        ),
         ({"draft_stats": torch.zeros(2, 3, 3)}, ValueError, "draft_stats needs the draft_logits"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and not negative"),
         ({"seed": 1.0}, TypeError, r"seed must be int64 \[B\]"),
@@ -143,5 +147,5 @@ def test_opcheck():
         *law, sampling = given
         if sampling is not None:
             sampling[:, 1:] = torch.tensor([0.0, 1.0, 0.0])
-        operands = (hidden, weight, tokens, *law, *KEYS.values(), None, sampling, 0.7)
+        operands = (hidden, weight, tokens, *law, None, 1.0, *KEYS.values(), None, sampling, 0.7)
         torch.library.opcheck(torch.ops.specdec.verify_chain_lm_head.default, operands)

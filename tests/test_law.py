@@ -124,6 +124,7 @@ def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", 
         torch.tensor(prefixes),
         None if kind == "point mass" else logits,
         stats if kind == "statistics" else None,
+        draft_temperature=1.0 if kind == "dense" else None,
         seed=torch.tensor(cells),
         position=POSITION,
         rule=rule,
@@ -193,7 +194,9 @@ def test_drafts_of_another_rule_are_seen(verify_chain, grids, rule):
     draft = logits_of(DENSE[()], False).expand(len(seeds), 1, 2)
     race = uniforms(seeds, Purpose.COUPLED, POSITION, 0)
     drawn = torch.as_tensor(race >= 0.5).long()[:, None]
-    first = verify_chain(target, drawn, draft, seed=seeds, position=POSITION, rule=rule).tokens[:, 0]
+    first = verify_chain(target, drawn, draft, draft_temperature=1.0, seed=seeds, position=POSITION, rule=rule).tokens[
+        :, 0
+    ]
     share = F(int((first == 0).sum()), len(seeds))
     assert (share == F(1, 4)) == (rule == "coupled")
 

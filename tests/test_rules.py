@@ -21,8 +21,8 @@ def test_a_later_token_rescues_an_earlier_one(verify_chain):
     draft = rows([0.5, 0.5], [0.4, 0.6]).expand(count, 2, 2)
     tokens = torch.zeros(count, 2, dtype=torch.int64)
     named = {"seed": torch.arange(count), "position": 4}
-    assert (verify_chain(target, tokens, draft, **named, rule="block").num_accepted == 2).all()
-    assert 5 < (verify_chain(target, tokens, draft, **named).num_accepted == 0).sum() < 35
+    assert (verify_chain(target, tokens, draft, draft_temperature=1.0, **named, rule="block").num_accepted == 2).all()
+    assert 5 < (verify_chain(target, tokens, draft, draft_temperature=1.0, **named).num_accepted == 0).sum() < 35
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
@@ -42,7 +42,9 @@ def test_block_is_the_token_rule_for_one_draft(verify_chain):
     target, draft = torch.randn(40, 2, 300, generator=generator), torch.randn(40, 1, 300, generator=generator)
     tokens = torch.randint(0, 300, (40, 1), generator=generator)
     named = {"seed": torch.arange(40), "position": 4}
-    a, b = (verify_chain(target, tokens, draft, **named, rule=rule) for rule in ("token", "block"))
+    a, b = (
+        verify_chain(target, tokens, draft, draft_temperature=1.0, **named, rule=rule) for rule in ("token", "block")
+    )
     assert torch.equal(a.tokens, b.tokens)
 
 
@@ -55,7 +57,9 @@ def test_block_accepts_no_less_in_the_mean(backend, verify_chain):
     draft = rows([2 / 3, 1 / 3]).expand(count, 2, 2)
     tokens = torch.distributions.Categorical(logits=draft).sample()
     for rule, mean in (("token", 10 / 9), ("block", 11 / 9)):
-        accepted = verify_chain(target, tokens, draft, seed=torch.arange(count), position=4, rule=rule).num_accepted
+        accepted = verify_chain(
+            target, tokens, draft, draft_temperature=1.0, seed=torch.arange(count), position=4, rule=rule
+        ).num_accepted
         assert abs(float(accepted.double().mean()) - mean) < 5 * 0.9 / count**0.5
 
 
@@ -160,7 +164,7 @@ def test_four_counters(verify_chain, rule):
     tokens[3, 1], tokens[4, 0] = -1, -1
     proposed = torch.full((24,), 3)
     proposed[3], proposed[4] = 1, 0
-    verified = verify_chain(target, tokens, draft, **named, independent=rule != "block")
+    verified = verify_chain(target, tokens, draft, draft_temperature=1.0, **named, count_independent=rule != "block")
     assert torch.equal(verified.num_proposed.long(), proposed)
     assert (verified.num_accepted <= verified.num_proposed).all()
     assert torch.equal((verified.tokens >= 0).sum(1), verified.num_emitted.long())
@@ -170,7 +174,7 @@ def test_four_counters(verify_chain, rule):
         assert (verified.num_accepted <= verified.num_independent).all()
         assert (verified.num_independent <= verified.num_proposed).all()
         assert (verified.num_independent > verified.num_accepted).any()
-        assert torch.equal(verify_chain(target, tokens, draft, **named).tokens, verified.tokens)
+        assert torch.equal(verify_chain(target, tokens, draft, draft_temperature=1.0, **named).tokens, verified.tokens)
     at, kept = verified.by_position()
     assert at.tolist() == [23, 22, 22]
     assert kept.tolist() == [int((verified.num_accepted > i).sum()) for i in range(3)]
@@ -184,9 +188,9 @@ def test_ragged_rows_are_the_padded_ones(verify_chain, rule):
     ragged = torch.cat([target[b, : n + 1] for b, n in enumerate(lengths.tolist())])
     cu_rows = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)])
     named = {"seed": torch.arange(8), "position": 1, "rule": rule, "top_k": 40}
-    a = verify_chain(target, tokens, draft, **named, num_draft=lengths)
-    b = verify_chain(ragged, tokens, draft, **named, cu_rows=cu_rows)
-    c = verify_chain(ragged, tokens, draft, **named, cu_rows=cu_rows.int())
+    a = verify_chain(target, tokens, draft, draft_temperature=1.0, **named, num_draft=lengths)
+    b = verify_chain(ragged, tokens, draft, draft_temperature=1.0, **named, cu_rows=cu_rows)
+    c = verify_chain(ragged, tokens, draft, draft_temperature=1.0, **named, cu_rows=cu_rows.int())
     for x in (b, c):
         assert torch.equal(a.tokens, x.tokens)
         assert torch.equal(a.num_proposed, x.num_proposed)
@@ -196,13 +200,21 @@ def test_raw_and_processed_logprobs(verify_chain):
     """Case 34: of accepted and emitted tokens, within 1e-5, with and without what was done to the logits."""
     target, tokens, draft = chains(count=12)
     verified = verify_chain(
-        target, tokens, draft, seed=torch.arange(12), position=1, temperature=0.6, top_p=0.9, logprobs=True
+        target,
+        tokens,
+        draft,
+        draft_temperature=1.0,
+        seed=torch.arange(12),
+        position=1,
+        temperature=0.6,
+        top_p=0.9,
+        logprobs=True,
     )
     there = verified.tokens >= 0
     ids = verified.tokens.clamp(min=0)[..., None]
     raw = target.double().log_softmax(-1).gather(2, ids)[..., 0]
     torch.testing.assert_close(verified.raw_logprobs[there].double(), raw[there], rtol=0, atol=1e-5)
     assert (verified.logprobs[there] > verified.raw_logprobs[there]).any()
-    plain = verify_chain(target, tokens, draft, seed=torch.arange(12), position=1)
+    plain = verify_chain(target, tokens, draft, draft_temperature=1.0, seed=torch.arange(12), position=1)
     assert plain.logprobs.numel() == plain.raw_logprobs.numel() == 0
     assert ops.verify_chain(target, tokens, seed=1, position=1, logprobs=True).logprobs.shape == (12, 4)

@@ -125,7 +125,7 @@ def test_penalties_are_those_of_transformers_and_of_the_api(sample):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 90, generator=generator) * 3
     prompt, output = (torch.randint(0, 90, (4, n), generator=generator) for n in (9, 14))
-    penalties = Penalties(prompt, output, repetition=1.4, presence=0.6, frequency=0.3)
+    penalties = Penalties(prompt, output, repetition_penalty=1.4, presence_penalty=0.6, frequency_penalty=0.3)
     drawn = sample(logits, seed=torch.arange(4), position=1, penalties=penalties)
     want = RepetitionPenaltyLogitsProcessor(1.4)(torch.cat([prompt, output], 1), logits.clone())
     counts = torch.nn.functional.one_hot(output, 90).sum(1)
@@ -141,7 +141,7 @@ def test_penalties_count_the_drafted_prefix(verify_chain):
     target[..., token] = 9.0
     nothing = torch.empty((1, 0), dtype=torch.int64)
     for frequency, accepted in ((8.0, 2), (9.5, 1)):
-        penalties = Penalties(nothing, nothing, frequency=frequency)
+        penalties = Penalties(nothing, nothing, frequency_penalty=frequency)
         named = {"seed": 1, "position": 1, "temperature": 0.0, "penalties": penalties}
         verified = verify_chain(target, torch.tensor([[token, token]]), **named)
         # Row 0 sees no A, row 1 sees 9 - frequency, row 2 sees 9 - 2 * frequency.
@@ -155,7 +155,7 @@ def test_bias_and_penalties_apply_in_order(verify_chain):
     seen = torch.tensor([[1]])
     named = {"seed": 1, "position": 1, "temperature": 0.0}
     bias = LogitBias(torch.tensor([[1, 1]]), torch.tensor([[1.0, 1.5]]))  # 1.5 + 2.5 = 4 > 2
-    penalties = Penalties(seen, seen, repetition=2.5)  # 4 / 2.5 = 1.6 < 2
+    penalties = Penalties(seen, seen, repetition_penalty=2.5)  # 4 / 2.5 = 1.6 < 2
     none = torch.empty((1, 0), dtype=torch.int64)
     assert verify_chain(target, none, **named, logit_bias=bias).tokens.tolist() == [[1]]
     assert verify_chain(target, none, **named, logit_bias=bias, penalties=penalties).tokens.tolist() == [[2]]
@@ -180,7 +180,14 @@ def test_masks_change_inside_the_window_and_hold_in_every_row(verify_chain, rule
     allowed = torch.rand(count, 3, vocab, generator=generator) < 0.3
     allowed[..., 0] = True
     verified = verify_chain(
-        target, tokens, draft, seed=torch.arange(count), position=1, bitmask=words_of(allowed), rule=rule
+        target,
+        tokens,
+        draft,
+        draft_temperature=1.0,
+        seed=torch.arange(count),
+        position=1,
+        bitmask=words_of(allowed),
+        rule=rule,
     )
     for b in range(count):
         emitted = [t for t in verified.tokens[b].tolist() if t >= 0]
@@ -199,7 +206,15 @@ def test_filters_hold_on_verified_and_bonus_rows_alike(verify_chain, rule, filte
     draft = target[:, :2] + torch.randn(count, 2, vocab, generator=generator)
     tokens = torch.distributions.Categorical(logits=draft).sample()
     verified = verify_chain(
-        target, tokens, draft, seed=torch.arange(count), position=1, rule=rule, logprobs=True, **filters
+        target,
+        tokens,
+        draft,
+        draft_temperature=1.0,
+        seed=torch.arange(count),
+        position=1,
+        rule=rule,
+        logprobs=True,
+        **filters,
     )
     kept = warped(target.flatten(0, 1), 1.0, **filters).isfinite().unflatten(0, (count, 3))
     there = verified.tokens >= 0

@@ -35,7 +35,7 @@ def chain(dtype: torch.dtype = torch.float32, batch: int = 3, drafts: int = 4, v
     draft = target[:, :drafts] + torch.randn(batch, drafts, vocab, generator=generator).to(dtype) / 4
     tokens = draft.argmax(-1)
     return {
-        "target_logits": target, "draft_tokens": tokens, "draft_logits": draft,
+        "target_logits": target, "draft_tokens": tokens, "draft_logits": draft, "draft_temperature": 1.0,
         "seed": torch.arange(batch), "position": torch.arange(batch) + 7,
     }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_the_direct_way_is_taken_here():
 
 CHAINS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "scores": {"logprobs": True, "independent": True},
+    "scores": {"logprobs": True, "count_independent": True},
     "block, filtered": {"rule": "block", "top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
     "coupled": {"rule": "coupled", "temperature": 0.5},
     "greedy": {"temperature": 0.0},
@@ -127,7 +127,12 @@ def tree(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
 def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
-    options = {"rule": rule, "logprobs": rule == "walk", "top_k": 50 if rule == "recursive" else None}
+    options = {
+        "rule": rule,
+        "siblings": "without_replacement",
+        "logprobs": rule == "walk",
+        "top_k": 50 if rule == "recursive" else None,
+    }
     directly = verify_tree(**tree(dtype), **options)
     dispatched(monkeypatch)
     assert_equal(directly, verify_tree(**tree(dtype), **options))
@@ -136,7 +141,7 @@ def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
 def test_trees_that_are_none_are_refused_by_the_operators():
     given = tree()
     arguments = [given[name] for name in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
-    arguments += [given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
+    arguments += [None, given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
     wrong = {
         "no root": (2, torch.zeros(3, 5, dtype=torch.int64)),
         "a later parent": (2, torch.tensor([[-1, 2, 0, 0, 0]]).expand(3, -1).contiguous()),
@@ -150,7 +155,7 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         for place, value in wrong.values():
             assert way.verify_tree(*(value if at == place else x for at, x in enumerate(arguments))) is None
     with pytest.raises(ValueError, match="parents must be -1 for the root"):
-        verify_tree(**{**given, "parents": wrong["a later parent"][1]})
+        verify_tree(**{**given, "parents": wrong["a later parent"][1]}, siblings="iid")
 
 
 def test_children_of_what_is_no_row_are_refused_by_the_operators():
@@ -204,13 +209,13 @@ def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
 
 def test_refusals_write_nothing_and_leave_no_error_behind():
     given = chain()
-    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, given["seed"]]
+    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, 0.7, given["seed"]]
     arguments += [given["position"], None, None, 1.0, None, None, None, None, 0, False, False]
     call = _native.verify_chain
     assert len(call(*arguments)) == 6
     refused: tuple[tuple[int, Any], ...] = (
-        (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"][:2]),
-        (4, 5), (9, 1 << 70),
+        (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"]),
+        (4, torch.full((3,), -1.0)), (4, -1.0), (5, given["seed"][:2]), (5, 5), (10, 1 << 70),
     )  # fmt: skip
     for place, wrong in refused:
         assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None

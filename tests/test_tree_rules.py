@@ -150,6 +150,7 @@ def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2,
         torch.tensor([parents]).expand(batch * count, nodes),
         None if kind == "point mass" else dense,
         stats if kind == "statistics" else None,
+        draft_temperature=1.0 if kind == "dense" else None,
         seed=torch.tensor(seeds).repeat(batch),
         position=POSITION,
         rule=rule,
@@ -207,7 +208,7 @@ def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, r
         pad = torch.nn.functional.pad
         tree_tokens = pad(tokens.long().masked_fill(~live, 0), (1, 0))
         parents = pad(torch.where(live, torch.arange(longest, device=device), -1), (1, 0), value=-1)
-        for name in ("cu_rows", "num_draft", "independent", "rule"):
+        for name in ("cu_rows", "num_draft", "count_independent", "rule"):
             options.pop(name)
         chain = verify_chain(target, tokens, draft, stats, rule=rule, backend=backend, **options)
         tree = verify_tree(
@@ -355,7 +356,19 @@ def test_a_padded_vocabulary_changes_nothing(verify, children, rule):
     results = []
     for width in (300, 384, 1000):
         wide = [torch.nn.functional.pad(x, (0, width - 300), value=-torch.inf) for x in (target, draft)]
-        results.append(verify(wide[0], tokens, parents, wide[1], seed=torch.arange(4), position=7, rule=rule).tokens)
+        results.append(
+            verify(
+                wide[0],
+                tokens,
+                parents,
+                wide[1],
+                draft_temperature=1.0,
+                siblings="iid",
+                seed=torch.arange(4),
+                position=7,
+                rule=rule,
+            ).tokens
+        )
         for how in ("top", "without_replacement", "race"):
             results[-1] = torch.cat([results[-1], children(wide[0][:, 0], 4, how, seed=5, position=7).tokens], 1)
     assert torch.equal(results[0], results[1])
@@ -414,7 +427,17 @@ def test_compiled_without_a_break():
     def step(target, draft, parents, seed):
         drawn = sample_children(draft[:, 0], 2, seed=seed, position=9)
         tokens = torch.cat([drawn.tokens[:, :1] * 0, drawn.tokens], 1)
-        return verify_tree(target, tokens, parents, draft, seed=seed, position=9, rule="traversal")
+        return verify_tree(
+            target,
+            tokens,
+            parents,
+            draft,
+            draft_temperature=1.0,
+            siblings="without_replacement",
+            seed=seed,
+            position=9,
+            rule="traversal",
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     parents = torch.tensor([[-1, 0, 0]] * 2)

@@ -70,7 +70,7 @@ def batch(kind: str) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.T
     target[2, 1, 5] = torch.nan
     stats = torch.stack([d.stats for d in drawn], 1)
     given = {"point mass": (None, None), "dense": (draft, None), "statistics": (draft, stats)}[kind]
-    return (target, tokens, *given), keys
+    return (target, tokens, *given), keys | ({"draft_temperature": 0.8} if kind == "dense" else {})
 
 
 OPTIONS = {
@@ -101,7 +101,7 @@ def test_tokens_do_not_depend_on_the_launch(launched, rule, kind, options):
 def test_draws_do_not_depend_on_the_launch(launched):
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
     keys = {"seed": torch.arange(3), "position": torch.arange(3) + 5}
-    for draw in (sample, lambda *given, **named: sample_children(*given, 3, how="without_replacement", **named)):
+    for draw in (sample, lambda *given, **named: sample_children(*given, 3, method="without_replacement", **named)):
         found = []
         for slices, shuffled in ((1, False), (4, True), (6, True)):
             launched(slices, shuffled)
@@ -129,7 +129,9 @@ def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
     assert verified.num_accepted.tolist() == [1, 4]
     assert sorted(measured) == sorted([0, 1] * 3 + [0, 1, 2, 3, 4] * 3)
     measured.clear()
-    verify_chain(target, tokens, seed=torch.arange(2), position=torch.arange(2), backend="triton", independent=True)
+    verify_chain(
+        target, tokens, seed=torch.arange(2), position=torch.arange(2), backend="triton", count_independent=True
+    )
     assert len(measured) == 30, "the counters of independent acceptance need every row"
 
 
@@ -189,7 +191,7 @@ def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options)
     tokens = torch.cat([torch.zeros(4, 1, dtype=torch.int64), tokens], 1)
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1]])
     drafts = torch.cat([draft, draft[:, :1]], 1)
-    drafted = {} if rule in ("walk", "coupled") else {"draft_logits": drafts}
+    drafted = {} if rule in ("walk", "coupled") else {"draft_logits": drafts, "siblings": "without_replacement"}
     arguments = {**keys, **drafted, **OPTIONS[options], "rule": rule, "logprobs": True}
     expected = verify_tree(target, tokens, parents, **arguments, backend="reference")
     found = []

@@ -105,7 +105,14 @@ def _verify_tree(dtype: str) -> dict[str, str]:
 #: What is given where logits are made of hidden states.
 _HEAD = ("head_ptr",)
 #: What the plain call of a serving loop leaves out.
-_EXTRAS = ("sampling_ptr", "draft_temperatures_ptr", *_PROCESSING, "cu_rows_ptr", "out_logprobs_ptr", "out_raw_logprobs_ptr")
+_EXTRAS = (
+    "sampling_ptr",
+    "draft_temperatures_ptr",
+    *_PROCESSING,
+    "cu_rows_ptr",
+    "out_logprobs_ptr",
+    "out_raw_logprobs_ptr",
+)
 #: What a call leaves out by the kind of its drafts.
 _DRAFTS = {"point mass": ("draft_ptr", "draft_stats_ptr"), "dense": ("draft_stats_ptr",), "statistics": ()}
 #: (rule, kind of drafts, whether everything else is given too) beside the plain token rule.

@@ -168,9 +168,7 @@ def verify_chain_kernel(
                 tl.store(judged, 0)
                 tl.store(stopped, 0)
                 if RULE == BLOCK_RULE:
-                    kept, emitted, valid = all_together(
-                        rows, draft_rows, drafted, key, tables, memory, ENTRIES, TILES
-                    )
+                    kept, emitted, valid = all_together(rows, draft_rows, drafted, key, tables, memory, ENTRIES, TILES)
                 else:
                     kept, emitted, valid = one_by_one(
                         rows, draft_rows, drafted, key, tables, memory, RULE, ENTRIES, TILES

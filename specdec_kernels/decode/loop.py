@@ -357,6 +357,7 @@ class _Loop:
                 draft.tokens,
                 draft.logits,
                 draft.stats,
+                draft_temperature=draft.temperature,
                 rule=self._options.rule,
                 **self._verification(step, masks),
             )
@@ -390,7 +391,8 @@ class _Loop:
                 draft.stats,
                 # Point masses gain nothing by being tested one after the other.
                 rule=rule if draft.logits is not None or rule == "coupled" else "walk",
-                siblings=draft.siblings,
+                siblings=None if draft.logits is None else draft.siblings,
+                draft_temperature=draft.temperature,
                 **self._verification(step, masks),
             )
             shape = [draft.live.sum(1, keepdim=True) - 1, tree_positions(draft.parents).amax(1, keepdim=True)]

@@ -136,7 +136,7 @@ def verify_chain(
     logit_bias: LogitBias | None = None,
     rule: RuleName = "token",
     logprobs: bool = False,
-    independent: bool = False,
+    count_independent: bool = False,
     workspace: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Verified:
@@ -174,7 +174,7 @@ def verify_chain(
         logit_bias: see :class:`LogitBias`.
         rule: ``"token"``, ``"block"`` or ``"coupled"``.
         logprobs: also return the log-probabilities of the tokens. The raw ones cost a pass over each emitted row.
-        independent: also count the drafts that would be accepted each by itself; reads every row. Not with ``"block"``,
+        count_independent: also count the drafts that would be accepted each by itself; reads every row. Not with ``"block"``,
             where a draft is not judged by itself.
         workspace: uint8 [bytes], zeroed once, of at least :func:`verify_chain_workspace` bytes: scratch, which is
             allocated otherwise. It is left as the next call expects it.
@@ -210,8 +210,10 @@ def verify_chain(
     """
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
-    if independent and rule == "block":
-        raise ValueError("independent must be False with rule='block', got True: no draft is judged by itself there")
+    if count_independent and rule == "block":
+        raise ValueError(
+            "count_independent must be False with rule='block', got True: no draft is judged by itself there"
+        )
     if rule == "coupled":
         draft_temperature = None
     elif draft_logits is not None or draft_temperature is not None:
@@ -220,7 +222,7 @@ def verify_chain(
     if plain and (call := straight_to(backend, target_logits)) is not None:
         made = call.verify_chain(
             target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft,
-            cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, independent,
+            cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, count_independent,
         )  # fmt: skip
         if made is not None:
             return made
@@ -256,7 +258,7 @@ def verify_chain(
     )
     verify = function("verify_chain", backend, device)
     arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
-                 *scalars, mask, *edits, _RULES[rule], logprobs, independent, scratch)  # fmt: skip
+                 *scalars, mask, *edits, _RULES[rule], logprobs, count_independent, scratch)  # fmt: skip
     try:
         return Verified(*verify(*arguments))
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI

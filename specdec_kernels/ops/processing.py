@@ -22,8 +22,8 @@ from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_i
 class Penalties:
     """Penalties on tokens that occurred: repetition, then frequency and presence, on float32 logits before temperature.
 
-    ``logit = logit / repetition if logit > 0 else logit * repetition`` for tokens of prompt and output;
-    ``logit -= frequency * count + presence`` for tokens of the output, where the drafts before a row count as output.
+    ``logit = logit / repetition_penalty if logit > 0 else logit * repetition_penalty`` for tokens of prompt and output;
+    ``logit -= frequency_penalty * count + presence_penalty`` for tokens of the output, where the drafts before a row count as output.
 
     The texts come either as ``prompt`` and ``output``, which are counted in every call, or as ``counts``, which a loop
     keeps from step to step; what is None is empty.

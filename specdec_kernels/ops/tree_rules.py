@@ -28,7 +28,7 @@ _SIBLINGS = ("iid", "without_replacement")
 def sample_children(
     logits: Tensor,
     count: int,
-    how: ChildrenName = "without_replacement",
+    method: ChildrenName = "without_replacement",
     *,
     seed: Tensor | int,
     position: Tensor | int,
@@ -58,7 +58,7 @@ def sample_children(
     Args:
         logits: float32, bfloat16 or float16 [R, V]; any row stride; not changed.
         count: children wanted, at least 1.
-        how: see above.
+        method: see above.
         seed, position: int64 [R] or int, as in :func:`sample`.
         row: int64 [R] or int: the index of the first child among the drafts of the step, that is its node minus 1, for
             "iid" and "without_replacement"; for "race" the depth of the node in the tree.
@@ -88,21 +88,21 @@ def sample_children(
 
     Source: draws without replacement, Jeon et al., arXiv:2402.14160; races, Daliri et al., arXiv:2408.07978.
     """
-    if how not in _CHILDREN:
-        raise ValueError(f"how must be one of {sorted(_CHILDREN)}, got {how!r}")
+    if method not in _CHILDREN:
+        raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
     if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         law = temperature, top_k, top_p, min_p
-        made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[how])
+        made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[method])
         if made is not None:
             return made
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
-    return DrawnChildren(*function("sample_children", backend, given[0].device)(*given, count, _CHILDREN[how]))
+    return DrawnChildren(*function("sample_children", backend, given[0].device)(*given, count, _CHILDREN[method]))
 
 
 def verify_tree(
@@ -130,7 +130,7 @@ def verify_tree(
     """Decide which path of a tree to keep and draw the next token: the text has exactly the target's distribution.
 
     ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one.
-    Exact for any children, and the best there is for children that were not drawn from anything (``how="top"``,
+    Exact for any children, and the best there is for children that were not drawn from anything (``method="top"``,
     n-grams).
 
     ``"recursive"`` tests the children of a node one after the other, each against what its rejected siblings left of
@@ -141,7 +141,7 @@ def verify_tree(
     into account. On a chain it is rule ``"block"``, bit for bit.
 
     ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
-    same with any tree or none. Children of ``how="race"`` are met most often.
+    same with any tree or none. Children of ``method="race"`` are met most often.
 
     Rows of nodes that are not come to are not read.
 
@@ -251,7 +251,7 @@ def verify_tree(
         sampling=sampling,
         bitmask=mask,
     )
-    tokens = _checked_tokens(tokens, tree, vocab)
+    tokens = checked_tokens(tokens, tree, vocab)
     verify = function("verify_tree", backend, device)
     return VerifiedTree(
         *verify(target_logits, tokens, tree, draft_logits, draft_stats, temperatures, heat, seed, position, sampling,
@@ -259,7 +259,7 @@ def verify_tree(
     )  # fmt: skip
 
 
-def _checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
+def checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
     """On the CPU, where looking is free, a node's id outside [0, V) is an error; elsewhere it is never accepted."""
     if tokens.is_cpu and not torch.compiler.is_compiling():
         for b, (ids, parents) in enumerate(zip(tokens.tolist(), tree.tolist(), strict=True)):

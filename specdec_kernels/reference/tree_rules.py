@@ -109,7 +109,12 @@ class _Decision(NamedTuple):
 
 
 def _child_laws(
-    rows: Tensor | None, stats: Tensor | None, temperature: Tensor, tokens: Tensor, parents: Tensor, replacement: bool,
+    rows: Tensor | None,
+    stats: Tensor | None,
+    temperature: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    replacement: bool,
     vocab: int,
 ) -> Tensor:
     """What each node was drawn from, given its earlier siblings; not finite at its token where that is not usable."""

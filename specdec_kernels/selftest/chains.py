@@ -72,7 +72,8 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         draft = (target[:, :longest].float() + torch.randn(BATCH, longest, vocab, generator=generator) * 0.7).to(dtype)
         seed, position = integers(-(2**61), 2**61, BATCH), integers(0, 2**40, BATCH)
         temperature = torch.tensor([0.7, 1.0, 0.0, 1.6, 0.02])[integers(0, 5, BATCH)]
-        own_law: dict[str, Any] = {}
+        heat = torch.tensor([1.0, 0.6, 0.0])[integers(0, 3, BATCH)]
+        own_law: dict[str, Any] = {"temperature": heat.repeat_interleave(longest)}
         if kind == "statistics":
             own_law = {
                 "temperature": temperature.repeat_interleave(longest),
@@ -97,6 +98,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         options = {
             "seed": seed,
             "position": position,
+            "draft_temperature": heat if kind == "dense" else None,
             "cu_rows": torch.cat([counts.new_zeros(1), counts.cumsum(0)]) if ragged else None,
             "num_draft": integers(0, longest + 1, BATCH) if index % 7 == 0 else None,
             "temperature": temperature,
@@ -104,7 +106,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
             **random_processing(rng, vocab, tuple(target.shape[:-1]), generator),
             "rule": rule.name.lower(),
             "logprobs": rng.random() < 0.5,
-            "independent": rule != Rule.BLOCK and rng.random() < 0.5,
+            "count_independent": rule != Rule.BLOCK and rng.random() < 0.5,
         }
         yield Case(
             target,
@@ -140,6 +142,7 @@ def expected(case: Case, request: int) -> oracle.Verified:
         oracle_sampling(options, request),
         oracle_processing(options, request, None if bitmask is None else bitmask[rows], target.shape[1]),
         Rule[options["rule"].upper()],
+        1.0 if options["draft_temperature"] is None else float(options["draft_temperature"][request]),
     )
 
 
@@ -158,7 +161,7 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
             want.margin,
         )
         independent = int(verified.num_independent[request])
-        if case.options["independent"]:
+        if case.options["count_independent"]:
             report.compare(f"{name} alone", independent, want.num_independent, want.independent_margin)
         if case.options["logprobs"] and right:
             for kind, scores in (("logprobs", want.logprobs), ("raw_logprobs", want.raw_logprobs)):

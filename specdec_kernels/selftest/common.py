@@ -94,7 +94,11 @@ def random_processing(
         chosen["bitmask"] = words
     if choice in ("penalties", "all"):
         chosen["penalties"] = Penalties(
-            ids(5), ids(7).int(), repetition=torch.tensor([1.3, 1.0, 0.8]), presence=0.4, frequency=0.25
+            ids(5),
+            ids(7).int(),
+            repetition_penalty=torch.tensor([1.3, 1.0, 0.8]),
+            presence_penalty=0.4,
+            frequency_penalty=0.25,
         )
     if choice in ("logit_bias", "all"):
         chosen["logit_bias"] = LogitBias(ids(3), torch.randn(BATCH, 3, generator=generator) * 3)
@@ -123,7 +127,7 @@ def oracle_processing(options: Mapping[str, Any], request: int, masks: Tensor | 
         for name in ("prompt", "output"):
             named[name] = [t for t in getattr(penalties, name)[request].tolist() if t >= 0]
         for name in ("repetition", "presence", "frequency"):
-            named[name] = _own(getattr(penalties, name), request, None)
+            named[name] = _own(getattr(penalties, f"{name}_penalty"), request, None)
     if bias is not None:
         named["bias"] = {}
         for token, value in zip(bias.tokens[request].tolist(), bias.values[request], strict=True):

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     draft: Tensor | None
     stats: Tensor | None
     options: dict[str, Tensor]
+    draft_temperature: float | None
 
 
 def cases(count: int, vocabs: tuple[int, ...]) -> Iterator[Case]:
@@ -54,7 +55,8 @@ def cases(count: int, vocabs: tuple[int, ...]) -> Iterator[Case]:
         temperature = torch.tensor([0.7, 1.0, 0.0, 1.6])[torch.randint(0, 4, (BATCH,), generator=generator)]
         num_draft = torch.randint(0, longest + 1, (BATCH,), generator=generator)
         given = {"point mass": (None, None), "dense": (draft, None), "statistics": (draft, stats)}[kind]
-        yield Case(hidden, weight, target, tokens, *given, {**keys, "temperature": temperature, "num_draft": num_draft})
+        options = {**keys, "temperature": temperature, "num_draft": num_draft}
+        yield Case(hidden, weight, target, tokens, *given, options, 1.0 if kind == "dense" else None)
 
 
 def expected(case: Case, request: int) -> oracle.Verified:
@@ -79,7 +81,7 @@ def check(report: Report, case: Case, index: int, backend: BackendName | None, d
     """``verify_chain_lm_head`` of one batch."""
     positional = [moved(x, device) for x in (case.hidden, case.weight, case.tokens, case.draft, case.stats)]
     named: dict[str, Any] = {name: moved(x, device) for name, x in case.options.items()}
-    verified = verify_chain_lm_head(*positional, **named, backend=backend)
+    verified = verify_chain_lm_head(*positional, **named, draft_temperature=case.draft_temperature, backend=backend)
     for request in range(BATCH):
         want = expected(case, request)
         padding = case.tokens.shape[1] + 1 - len(want.tokens)

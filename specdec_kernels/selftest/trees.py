@@ -76,7 +76,8 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         temperature = torch.tensor([0.7, 1.0, 1.0, 1.6, 1.2, 0.02, 0.0])[
             torch.randint(0, 7, (BATCH,), generator=generator)
         ]
-        own_law: dict[str, Any] = {}
+        heat = torch.tensor([1.0, 0.6, 0.0])[torch.randint(0, 3, (BATCH,), generator=generator)]
+        own_law: dict[str, Any] = {"temperature": heat.repeat_interleave(nodes)}
         if kind == "statistics":
             own_law = {"temperature": temperature.repeat_interleave(nodes), "top_k": rng.choice([None, vocab // 2 + 1])}
         first = (parents[:, None, :] < torch.arange(nodes)[:, None]).sum(-1) - 1  # node - 1 of the first child
@@ -104,6 +105,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         options = {
             "seed": seed,
             "position": position,
+            "draft_temperature": heat if kind == "dense" else None,
             "temperature": temperature,
             **random_filters(rng, vocab),
             **random_processing(rng, vocab, (BATCH, nodes), generator),
@@ -141,6 +143,7 @@ def expected(case: Case, request: int) -> oracle.Verified:
         oracle_processing(options, request, None if bitmask is None else bitmask[request], case.target.shape[-1]),
         TreeRule[options["rule"].upper()],
         options["siblings"] == "iid",
+        1.0 if options["draft_temperature"] is None else float(options["draft_temperature"][request]),
     )
 
 
