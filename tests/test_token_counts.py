@@ -13,7 +13,7 @@ from specdec_kernels.ops import processing
 VOCAB = 12
 ids = st.integers(0, VOCAB - 1)
 texts = st.lists(ids, max_size=10)
-STRENGTHS = {"repetition": 1.4, "presence": 0.6, "frequency": 0.3}
+STRENGTHS = {"repetition_penalty": 1.4, "presence_penalty": 0.6, "frequency_penalty": 0.3}
 
 
 def padded(rows):

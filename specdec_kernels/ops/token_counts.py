@@ -66,7 +66,7 @@ class TokenCounts:
         >>> counts.select([1])  # the first request has ended
         >>> counts.ids.tolist(), counts.counts.tolist()
         ([[0]], [[[1, 2]]])
-        >>> penalties = Penalties(counts=counts, frequency=3.0)
+        >>> penalties = Penalties(counts=counts, frequency_penalty=3.0)
         >>> logits = torch.tensor([[5.0, 1.0, 0.0, 0.0]])
         >>> sample(logits, seed=1, position=3, temperature=0.0, penalties=penalties).tokens.tolist()
         [1]
