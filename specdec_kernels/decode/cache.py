@@ -110,6 +110,18 @@ class Mark(NamedTuple):
     live: Tensor | None
 
 
+def check_layers(config: Any) -> int:
+    """Layers of a model's cache, all of which attend to the whole history.
+
+    Raises:
+        ValueError: a layer does not.
+    """
+    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+    if others := {kind.__name__ for kind in kinds if kind is not DynamicLayer}:
+        raise ValueError(f"model must attend to the whole history in every layer, got layers of {sorted(others)}")
+    return len(kinds)
+
+
 class RaggedCache:
     """Keys and values of B requests, fed with rows by :meth:`run`.
 
@@ -125,12 +137,9 @@ class RaggedCache:
     """
 
     def __init__(self, config: Any, batch: int, device: torch.device, additive: torch.dtype | None = None) -> None:
-        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-        if others := {kind.__name__ for kind in kinds if kind is not DynamicLayer}:
-            raise ValueError(f"model must attend to the whole history in every layer, got layers of {sorted(others)}")
         self._device, self._additive = device, additive
         self._columns = Columns()
-        self.layers = [PreallocatedLayer(self._columns) for _ in kinds]
+        self.layers = [PreallocatedLayer(self._columns) for _ in range(check_layers(config))]
         self.cache = Cache(layers=self.layers)
         self.lengths = [0] * batch
         """Tokens of each request that are in the cache."""

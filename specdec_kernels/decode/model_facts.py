@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from specdec_kernels.decode.cache import check_layers
 
 
 def text_config(model: Any) -> Any:
@@ -54,19 +57,31 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a transformers model, got {_name(model)}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a decoder alone, got the encoder-decoder {_name(model)}")
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
         raise ValueError(f"model must have a language-modelling head, got {_name(model)}")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError(f"model must be in evaluation mode (model.eval()), got {_name(model)} in training mode")
+    check_layers(model.config)
+    if isinstance(columns := getattr(head, "out_features", None), int) and columns != vocab_size(model):
+        raise ValueError(
+            f"model must have as many logits as its configuration's vocab_size, {vocab_size(model)}, got {columns} in "
+            f"{_name(model)}: set it, or resize_token_embeddings"
+        )
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model's forward pass has an argument of this name; of a compiled one, the model's that was compiled."""
+    return name in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 def context_length(model: Any) -> int | None:
     """Positions a history may have, None for any number."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "max_seq_len"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    return None
+    # The third is Whisper's; beyond the last, what a row of Doge attends to depends on what it is read together with.
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions", "keep_window_size")
+    lengths = [length for name in names if isinstance(length := getattr(config, name, None), int)]
+    return min(lengths, default=None)
 
 
 def column_window(model: Any) -> int | None:
@@ -116,7 +131,7 @@ def additive_mask(model: Any) -> torch.dtype | None:
     """How a model is told what a row of a tree attends to: the dtype of a mask that is added to its scores, or None for
     a mask of bool."""
     dtype: torch.dtype = model.dtype
-    return dtype if _attention(model) == "eager" else None
+    return dtype if attention(model) == "eager" else None
 
 
 def check_tree_attention(model: Any) -> None:
@@ -125,15 +140,16 @@ def check_tree_attention(model: Any) -> None:
     Raises:
         ValueError: it does not.
     """
-    if _attention(model) not in ("eager", "sdpa"):
+    if attention(model) not in ("eager", "sdpa"):
         raise ValueError(
-            f"model must have attn_implementation 'eager' or 'sdpa' to score trees, got {_attention(model)!r}: draft "
+            f"model must have attn_implementation 'eager' or 'sdpa' to score trees, got {attention(model)!r}: draft "
             "chains, or load it with one of these"
         )
 
 
-def _attention(model: Any) -> str:
-    return getattr(model.config, "_attn_implementation", None) or "eager"
+def attention(model: Any) -> str:
+    """Name of the attention implementation of the part that writes text."""
+    return getattr(text_config(model), "_attn_implementation", None) or "eager"
 
 
 def _original_lengths(config: Any) -> Iterator[int]:

@@ -41,23 +41,24 @@ Rows = tuple[Sequence[int], Tensor]
 
 
 @torch.inference_mode()
-def probe(model: Any, use: Use, begin: Begin) -> None:
+def probe(model: Any, use: Use, begin: Begin, otherwise: str = "") -> None:
     """Compare rows of a session with plain passes, unless that was done before.
 
     Args:
         model: a transformers model.
         use: how it is going to be used.
         begin: makes a session for prompts, without this check.
+        otherwise: what else can be done where they differ.
 
     Raises:
         ValueError: they differ by more than rounding, or the model fails; with what to do about it.
     """
     done = _passed.setdefault(model, set())
-    key = (use, getattr(model.config, "_attn_implementation", None), model.dtype, model.device)
-    longest = min(_LONGEST, *model_facts.unchanging_lengths(model))
+    key = (use, model_facts.attention(model), model.dtype, model.device)
+    longest = min([_LONGEST, *model_facts.unchanging_lengths(model)])
     if key in done or longest < _SHORTEST:
         return
-    advice = f"{_WHAT_TO_DO[use]}, or switch this check off with TransformersTarget(model, check=False)"
+    advice = _WHAT_TO_DO[use] + otherwise
     difference, computed = 0.0, model.dtype
     try:
         for ids, logits in _TRIALS[use](begin, model, _ids(model), longest):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -77,8 +76,17 @@ class TransformersTarget:
             ValueError: it cannot.
         """
         if self.check:
-            unchecked = TransformersTarget(self.model, check=False)
-            probe(self.model, use, lambda prompts: TransformersSession(unchecked, prompts, (), [0] * len(prompts)))
+            try_out(self.model, use, " (or have no check: TransformersTarget(model, check=False))")
+
+
+def try_out(model: Any, use: Use, otherwise: str = "") -> None:
+    """Check that a model can be used so, unless that was done before.
+
+    Raises:
+        ValueError: it cannot; with what to do, and what to do otherwise.
+    """
+    unchecked = TransformersTarget(model, check=False)
+    probe(model, use, lambda prompts: TransformersSession(unchecked, prompts, (), [0] * len(prompts)), otherwise)
 
 
 class TransformersSession:
@@ -95,12 +103,12 @@ class TransformersSession:
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
         additive = model_facts.additive_mask(self._model)
         self._cache = RaggedCache(self._model.config, len(prompts), target.device, additive)
-        self._positions = _takes(self._model, "position_ids")
+        self._positions = model_facts.takes(self._model, "position_ids")
         read = [list(prompt[:-1]) for prompt in prompts]
         self.features: Tensor | None = None
         if any(read):
             tokens = padded(read, 0, device=target.device)
-            last = {"logits_to_keep": 1} if _takes(self._model, "logits_to_keep") else {}
+            last = {"logits_to_keep": 1} if model_facts.takes(self._model, "logits_to_keep") else {}
             self.features = self._run(tokens, [len(tokens) for tokens in read], **last).features
 
     @property
@@ -190,8 +198,3 @@ class WindowSession(TransformersSession):
 
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
         raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self._rows}")
-
-
-def _takes(model: Any, name: str) -> bool:
-    """Whether a model's forward pass has an argument of this name."""
-    return name in inspect.signature(model.forward).parameters

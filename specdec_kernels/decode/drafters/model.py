@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
+from specdec_kernels.decode.targets import try_out
 
 
 class ModelDrafter:
@@ -45,6 +46,7 @@ class ModelSession(AutoregressiveSession):
 
     def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._own_vocab = drafter.model, drafter.own_vocab
+        self._positions = model_facts.takes(drafter.model, "position_ids")
         super().__init__(
             drafter.config,
             drafter.model.config,
@@ -61,13 +63,13 @@ class ModelSession(AutoregressiveSession):
         return tokens.where(tokens < self._own_vocab, 0)
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        outputs = self._cache.run(self._model, counts, tokens.shape[1], input_ids=self._known(tokens))
+        outputs = self._cache.run(self._model, counts, tokens.shape[1], self._positions, input_ids=self._known(tokens))
         return last_rows(outputs.logits, counts), None
 
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
-        model_facts.check_tree_attention(self._model)
+        try_out(self._model, "trees")
         depths, known = self._depths(tokens, depth), self._known(tokens)
         outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=known)
         return outputs.logits, None
