@@ -13,6 +13,7 @@ from specdec_kernels.decode.protocols import (
     TreeDraft,
 )
 from specdec_kernels.decode.requests import Grammar, Sampling
+from specdec_kernels.decode.static import StaticTarget
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.targets import TransformersTarget
 
@@ -25,6 +26,7 @@ __all__ = [
     "Grammar",
     "Sampling",
     "Scores",
+    "StaticTarget",
     "Statistics",
     "Step",
     "Target",

@@ -122,6 +122,19 @@ def check_layers(config: Any) -> int:
     return len(kinds)
 
 
+def keep_paths(caches: Sequence[Tensor], paths: Sequence[Sequence[int]], start: Tensor | int) -> None:
+    """Of trees whose roots are at ``start`` in caches [B, H, S, D], move the nodes of a path of each request to the
+    front."""
+    if all(list(path) == list(range(len(path))) for path in paths):
+        return  # all are where they belong
+    nodes = padded(paths, -1, device=caches[0].device)
+    alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads; and under autocast keys from values
+    for cache in caches:
+        alike.setdefault((cache.shape, cache.stride(), cache.dtype), []).append(cache)
+    for each in alike.values():
+        compact_kv(each, nodes, start)
+
+
 class RaggedCache:
     """Keys and values of B requests, fed with rows by :meth:`run`.
 
@@ -199,14 +212,7 @@ class RaggedCache:
         """Of the tree's rows, keep those of a path of nodes of each request; an empty one keeps nothing."""
         rows, self._tree = self._tree, 0
         start = self.columns - rows
-        if any(list(path) != list(range(len(path))) for path in paths):  # else all are where they belong
-            nodes = padded(paths, -1, device=self._device)
-            alike: dict[Any, list[Tensor]] = {}  # layers may differ in their heads, and under autocast keys from values
-            for layer in self.layers:
-                for cache in layer.in_use():
-                    alike.setdefault((cache.shape, cache.stride(), cache.dtype), []).append(cache)
-            for caches in alike.values():
-                compact_kv(caches, nodes, start)
+        keep_paths([cache for layer in self.layers for cache in layer.in_use()], paths, start)
         self._fresh, self._fresh_columns = [0] * len(paths), rows
         self.commit([len(path) for path in paths])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.names import explains_names
-from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, Target, TreeDraft, counted
+from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, SteppingSession, Target, TreeDraft, counted
 from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.tensors import ids_of
@@ -348,19 +348,10 @@ class _Loop:
         if self._batch.has_grammars:
             chain = TreeDraft.of(draft)
             masks = self._batch.masks(chain.tokens.tolist(), chain.parents.tolist())
-        with self._statistics.timed("target"):
-            rows = torch.cat([self._batch.last, draft.tokens.clamp(min=0)], 1)
-            scores = self._target.score(rows, [count + 1 for count in counts])
+        how = {"rule": self._options.rule, "draft_temperature": draft.temperature}
+        verification = {**how, **self._verification(step, masks)}
+        scores, verified = self._stepped(draft, counts, verification)
         with self._statistics.timed("verify"):
-            verified = verify_chain(
-                scores.logits,
-                draft.tokens,
-                draft.logits,
-                draft.stats,
-                draft_temperature=draft.temperature,
-                rule=self._options.rule,
-                **self._verification(step, masks),
-            )
             tokens, accepted, valid, logprobs, proposed = self._read(verified, verified.num_proposed[:, None])
         with self._statistics.timed("target"):
             self._target.commit([count + 1 for (count,) in accepted])
@@ -375,6 +366,18 @@ class _Loop:
             masks,
             [(count, count) for (count,) in proposed],
         )
+
+    def _stepped(self, draft: Draft, counts: Sequence[int], verification: dict[str, Any]) -> tuple[Scores, Verified]:
+        """Drafts scored and verified: by the target at once, where it can and nothing is done to its logits."""
+        processed = verification.keys() & {"penalties", "logit_bias", "bitmask"}
+        if isinstance(self._target, SteppingSession) and not processed:
+            with self._statistics.timed("target"):
+                return self._target.step(self._batch.last, draft, **verification)
+        with self._statistics.timed("target"):
+            rows = torch.cat([self._batch.last, draft.tokens.clamp(min=0)], 1)
+            scores = self._target.score(rows, [count + 1 for count in counts])
+        with self._statistics.timed("verify"):
+            return scores, verify_chain(scores.logits, draft.tokens, draft.logits, draft.stats, **verification)
 
     def _verify_tree(self, draft: TreeDraft, step: Step) -> _Outcome:
         tokens = torch.cat([self._batch.last, draft.tokens[:, 1:]], 1)

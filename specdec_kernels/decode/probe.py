@@ -41,12 +41,13 @@ Rows = tuple[Sequence[int], Tensor]
 
 
 @torch.inference_mode()
-def probe(model: Any, use: Use, begin: Begin, otherwise: str = "") -> None:
+def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") -> None:
     """Compare rows of a session with plain passes, unless that was done before.
 
     Args:
         model: a transformers model.
         use: how it is going to be used.
+        kind: of session that ``begin`` makes.
         begin: makes a session for prompts, without this check.
         otherwise: what else can be done where they differ.
 
@@ -54,8 +55,8 @@ def probe(model: Any, use: Use, begin: Begin, otherwise: str = "") -> None:
         ValueError: they differ by more than rounding, or the model fails; with what to do about it.
     """
     done = _passed.setdefault(model, set())
-    key = (use, model_facts.attention(model), model.dtype, model.device)
-    longest = min([_LONGEST, *model_facts.unchanging_lengths(model)])
+    key = (use, kind, model_facts.attention(model), model.dtype, model.device)
+    longest = min([LONGEST, *model_facts.unchanging_lengths(model)])
     if key in done or longest < _SHORTEST:
         return
     advice = _WHAT_TO_DO[use] + otherwise
@@ -77,7 +78,7 @@ def probe(model: Any, use: Use, begin: Begin, otherwise: str = "") -> None:
 #: Ids that are tried, all different; tokens of the longest history that is made of them where the model has so many
 #: positions, and the fewest that tell anything. A row that looks at its column in place of its position is the further
 #: off the more holes lie between them.
-_IDS, _LONGEST, _SHORTEST = 9, 40, 12
+_IDS, LONGEST, _SHORTEST = 9, 40, 12
 
 
 def _ids(model: Any) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from torch.nn import functional
 
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.tensors import ids_of, padded, to_device
+from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.tree_rules import SiblingsName
 
 Record = TypeVar("Record", "Draft", "TreeDraft", "Step")
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """What the target says after each of the rows it was given."""
 
     logits: Tensor
@@ -192,6 +192,15 @@ class TargetSession(Protocol):
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests in these slots only, in this order."""
+
+
+@runtime_checkable
+class SteppingSession(TargetSession, Protocol):
+    """A session that can score and verify chains at once, as a CUDA graph does."""
+
+    def step(self, last: Tensor, draft: Draft, **verification: Any) -> tuple[Scores, Verified]:
+        """Append the last token [B, 1] of each request and its drafts, score and verify them, the latter with the named
+        arguments of :func:`specdec_kernels.verify_chain`; a commit follows as after ``score``."""
 
 
 class Target(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,16 +59,24 @@ class TransformersTarget:
     def begin(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
     ) -> TransformersSession:
-        model_facts.check_model(self.model)
         if self.fixed_rows is not None:  # windows are scored whole
             max_new_tokens = [-(-count // self.fixed_rows) * self.fixed_rows for count in max_new_tokens]
-        model_facts.check_lengths(self.model, prompts, max_new_tokens)
-        self.try_out("batches" if len(prompts) > 1 else "chains")
+        self.check_use(prompts, max_new_tokens)
         if self.fixed_rows is None:
             return TransformersSession(self, prompts, feature_layers, max_new_tokens)
         if len(prompts) != 1:
             raise ValueError(f"fixed_rows needs a batch of one prompt, got {len(prompts)}")
         return WindowSession(self, prompts, feature_layers, max_new_tokens)
+
+    def check_use(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
+        """Check that prompts can be continued by so many tokens each.
+
+        Raises:
+            ValueError: they cannot, before anything is read.
+        """
+        model_facts.check_model(self.model)
+        model_facts.check_lengths(self.model, prompts, max_new_tokens)
+        self.try_out("batches" if len(prompts) > 1 else "chains")
 
     def try_out(self, use: Use) -> None:
         """Check that the model can be used so, unless that was done before or is not wanted.
@@ -76,17 +85,23 @@ class TransformersTarget:
             ValueError: it cannot.
         """
         if self.check:
-            try_out(self.model, use, " (or have no check: TransformersTarget(model, check=False))")
+            try_out(self, use, " (or have no check: TransformersTarget(model, check=False))")
+
+    def session_class(self) -> type[Any]:
+        """Of its streams, those in windows apart."""
+        return TransformersSession
 
 
-def try_out(model: Any, use: Use, otherwise: str = "") -> None:
-    """Check that a model can be used so, unless that was done before.
+def try_out(target: TransformersTarget, use: Use, otherwise: str = "") -> None:
+    """Check that a target's model can be used so, unless that was done before.
 
     Raises:
         ValueError: it cannot; with what to do, and what to do otherwise.
     """
-    unchecked = TransformersTarget(model, check=False)
-    probe(model, use, lambda prompts: TransformersSession(unchecked, prompts, (), [0] * len(prompts)), otherwise)
+    unchecked = copy(target)
+    unchecked.check = False
+    kind = target.session_class()
+    probe(target.model, use, kind.__name__, lambda prompts: kind(unchecked, prompts, (), [0] * len(prompts)), otherwise)
 
 
 class TransformersSession:
@@ -164,8 +179,7 @@ class TransformersSession:
         return self._scores(outputs)
 
     def _scores(self, outputs: Any) -> Scores:
-        layers = [outputs.hidden_states[layer] for layer in self._feature_layers]
-        return Scores(outputs.logits, torch.cat(layers, -1) if layers else None)
+        return Scores(outputs.logits, features_of(outputs, self._feature_layers))
 
 
 class WindowSession(TransformersSession):
@@ -198,3 +212,8 @@ class WindowSession(TransformersSession):
 
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
         raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self._rows}")
+
+
+def features_of(outputs: Any, layers: Sequence[int]) -> Tensor | None:
+    """[B, R, H]: the outputs of some layers side by side; None if there are none."""
+    return torch.cat([outputs.hidden_states[layer] for layer in layers], -1) if layers else None

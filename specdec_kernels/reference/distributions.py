@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
     def of(sampling: Tensor | None, scalars: tuple[float, int, float, float], rows: Tensor) -> Sampling:
         """From the arguments of an operator; ``rows`` has a request a row."""
         if sampling is None:
-            sampling = torch.tensor([scalars], dtype=torch.float32).to(rows.device).expand(rows.shape[0], 4)
+            sampling = torch.tensor([scalars], dtype=torch.float32, device=rows.device).expand(rows.shape[0], 4)
         temperature, top_k, top_p, min_p = sampling.unbind(-1)
         return Sampling(scale_of(temperature), top_k.long(), top_p, min_p)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
-from specdec_kernels.decode.targets import try_out
+from specdec_kernels.decode.targets import TransformersTarget, try_out
 
 
 class ModelDrafter:
@@ -46,6 +46,7 @@ class ModelSession(AutoregressiveSession):
 
     def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._own_vocab = drafter.model, drafter.own_vocab
+        self._tried = False
         self._positions = model_facts.takes(drafter.model, "position_ids")
         super().__init__(
             drafter.config,
@@ -69,7 +70,9 @@ class ModelSession(AutoregressiveSession):
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
-        try_out(self._model, "trees")
+        if not self._tried:
+            try_out(TransformersTarget(self._model), "trees")
+            self._tried = True
         depths, known = self._depths(tokens, depth), self._known(tokens)
         outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=known)
         return outputs.logits, None
