@@ -52,12 +52,12 @@ PROCESSING = {
 
 def decoded(model, name, surroundings=nullcontext, **options):
     """What is generated for a batch that shrinks: tokens and their log-probabilities."""
-    drafter = None if name is None else drafters(model)[name]
+    named = drafters(model)
     if name is not None and "adaptive" in name:  # what it drafts depends on the clock; a greedy text does not
         options["temperature"] = 0.0
     options = {"num_draft": 3, "max_new_tokens": [9, 3, 5, 7], "seed": 3, "temperature": 0.9, **options}
     with surroundings():
-        results = generate(TransformersTarget(model), PROMPTS, drafter=drafter, **options)
+        results = generate(TransformersTarget(model), PROMPTS, drafter=None if name is None else named[name], **options)
     return [(result.tokens, [str(value) for value in result.logprobs]) for result in results]
 
 
@@ -135,8 +135,7 @@ def test_reads_are_counted():
         scores = weight * own
         for read in (
             scores.tolist, scores.cpu, scores.numpy, scores.nonzero, lambda: scores[0].item(), lambda: int(scores[0]),
-            lambda: bool(scores[0] > 0), lambda: own[scores > 0], lambda: f"{float(scores.sum())}",
-            scores.argmax().item,
+            lambda: bool(scores[0] > 0), lambda: own[scores > 0], lambda: float(scores.sum()), scores.argmax().item,
         ):  # fmt: skip
             before = len(reads.found)
             read()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from host_reads import HostReads
@@ -26,7 +29,7 @@ from transformers import (
 )
 
 from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, generate
-from specdec_kernels.decode.static import Replayed, StaticSession, bucket
+from specdec_kernels.decode.static import Graphs, StaticSession, bucket
 
 RULES = ["token", "block", "coupled"]
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": [0, 7, 5]}}
@@ -117,8 +120,8 @@ def test_a_history_may_fill_the_context():
 class Recorded:
     """A graph as CUDA would capture it: the operations that ran on given tensors, and nothing of the Python."""
 
-    def __init__(self, function, inputs, results):
-        self.module, self.inputs, self.results = function, inputs, results
+    def __init__(self, module, inputs, results):
+        self.module, self.inputs, self.results = module, inputs, results
 
     def replay(self):
         for old, new in zip(tree_leaves(self.results), tree_leaves(self.module(self.inputs)), strict=True):
@@ -131,15 +134,14 @@ def recorded(monkeypatch):
     """Steps are recorded and replayed; what was recorded."""
     made = []
 
-    def capture(replayed, tensors, others):
-        inputs = {name: x.clone() for name, x in tensors.items()}
-        module = make_fx(lambda named: tree_leaves(replayed._function(**named, **others)))(inputs)
-        results = replayed._function(**inputs, **others)
-        made.append(replayed._function.__name__)
-        return Recorded(module, inputs, results), inputs, results
+    def capture(function, inputs, others):
+        module = make_fx(lambda named: tree_leaves(function(**named, **others)))(inputs)
+        results = function(**inputs, **others)
+        made.append(function.__name__)
+        return Recorded(module, inputs, results), results
 
-    monkeypatch.setattr(Replayed, "devices", ("cpu",))
-    monkeypatch.setattr(Replayed, "_capture", capture)
+    monkeypatch.setattr(Graphs, "devices", ("cpu",))
+    monkeypatch.setattr(Graphs, "capture", staticmethod(capture))
     return made
 
 
@@ -228,6 +230,20 @@ def test_the_host_waits_once_a_step(model, name):
     with HostReads() as reads:
         text(StaticTarget(model), drafter_of(name), statistics=statistics)
     assert len(reads.found) == statistics.steps, reads.found
+
+
+def test_a_session_that_is_dropped_leaves_nothing(model, recorded):
+    """Its caches are large, and memory of a device does not wake the garbage collector."""
+    gc.disable()
+    try:
+        session, arguments = begun(model)
+        with torch.inference_mode():
+            session._replay(session.stepped, **arguments)
+        dropped = weakref.ref(session)
+        del session
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_slots_stay_until_half_of_them_are_idle(model, monkeypatch):

@@ -154,7 +154,7 @@ class StaticSession:
         layers = check_layers(self._model.config)
         self._layers = [StaticLayer(self._placement, self._capacity) for _ in range(layers)]
         self._cache = Cache(layers=self._layers)
-        self._replayed: dict[str, Replayed] = {}
+        self._graphs = Graphs()
         read = [list(prompt[:-1]) for prompt in prompts]
         # Causal attention does not see what is behind a short prompt; an empty one is a token that is overwritten.
         options = {"logits_to_keep": 1} if model_facts.takes(self._model, "logits_to_keep") else {}
@@ -297,49 +297,51 @@ class StaticSession:
                 name: torch.cat([x, x[-1:].expand(idle, *x.shape[1:])]) if isinstance(x, Tensor) else x
                 for name, x in arguments.items()
             }
-        if self._device.type in Replayed.devices:
-            function = self._replayed.setdefault(function.__name__, Replayed(function))
-        result = function(**arguments)
+        result = self._graphs.run(function, arguments) if self._device.type in Graphs.devices else function(**arguments)
         return tree_map_only(Tensor, lambda x: x[:batch], result) if idle else result
 
 
-class Replayed:
-    """A function of named tensors, captured once for each set of shapes and replayed.
+class Graphs:
+    """Functions of named tensors, captured once for each set of shapes and replayed.
 
-    Its results are overwritten by the next call of the same shapes.
+    Results are overwritten by the next replay of the same graph. The functions are not kept: they are bound to what
+    these graphs belong to, whose caches would wait for the garbage collector.
     """
 
     devices = ("cuda",)
     """Types of devices whose work is captured."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Any]] = {}
+    def __init__(self) -> None:
+        self._captured: dict[Any, tuple[Any, Any, dict[str, Tensor]]] = {}  # graph, results, inputs
 
-    def __call__(self, **arguments: Any) -> Any:
+    def run(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """``function(**arguments)``; what is no tensor among them is part of the graph."""
         tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
         others = {name: x for name, x in arguments.items() if name not in tensors}
-        key = (tuple((name, x.shape, x.dtype) for name, x in tensors.items()), tuple(others.items()))
+        shapes = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
+        key = (function.__name__, shapes, tuple(others.items()))
         if key not in self._captured:
-            self._captured[key] = self._capture(tensors, others)
-        graph, inputs, results = self._captured[key]
+            inputs = {name: x.clone() for name, x in tensors.items()}
+            self._captured[key] = (*self.capture(function, inputs, others), inputs)
+        graph, results, inputs = self._captured[key]
         for name, x in tensors.items():
             inputs[name].copy_(x)
         graph.replay()
         return results
 
-    def _capture(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> tuple[Any, dict[str, Tensor], Any]:
-        """Run once beforehand, for what is made at first use; running again writes the same rows to the same places."""
-        inputs = {name: x.clone() for name, x in tensors.items()}
+    @staticmethod
+    def capture(function: Callable[..., Any], inputs: dict[str, Tensor], others: dict[str, Any]) -> tuple[Any, Any]:
+        """A graph, and the results that it writes. What is made at first use is made by a run before; running again
+        writes the same rows to the same places."""
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
-            self._function(**inputs, **others)
+            function(**inputs, **others)
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = self._function(**inputs, **others)
-        return graph, inputs, results
+            results = function(**inputs, **others)
+        return graph, results
 
 
 def _owned(scores: Scores, rows: int) -> Scores:
