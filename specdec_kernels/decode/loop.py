@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,9 @@ from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
 
 Ending = Literal["", "stop", "length", "invalid", "dead_end"]
+
+#: Whether a request, of this index, ends with the last of the tokens generated.
+StopWhen = Callable[[int, Sequence[int]], bool]
 
 
 class Token(NamedTuple):
@@ -70,6 +73,7 @@ class _Options:
     logprobs: bool
     backend: BackendName | None
     stop_tokens: frozenset[int]
+    stop_when: StopWhen | None
 
 
 @explains_names
@@ -82,6 +86,7 @@ def stream(
     max_new_tokens: int | Sequence[int] = 128,
     seed: int | Sequence[int | None] | None = None,
     stop_tokens: Collection[int] | None = None,
+    stop_when: StopWhen | None = None,
     temperature: float | Sequence[float] = 1.0,
     top_k: int | Sequence[int] = TOP_K_OFF,
     top_p: float | Sequence[float] = TOP_P_OFF,
@@ -111,6 +116,8 @@ def stream(
         seed: in [-2^63, 2^63), likewise; ``None`` draws one.
         stop_tokens: ids that end a request; the id itself is the last token yielded. ``None``: the model's own end
             tokens; ``()``: none.
+        stop_when: asked after every token, with the index of its prompt and the tokens generated so far; where it
+            answers True the request ends, as with a stop token.
         temperature, top_k, top_p, min_p: see :func:`specdec_kernels.sample`; one for all, or a list with one each.
         repetition_penalty, presence_penalty, frequency_penalty: see :class:`specdec_kernels.Penalties`; likewise.
         logit_bias: by token id, what is added to the logits; likewise.
@@ -148,7 +155,7 @@ def stream(
     requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling)
     if not requests:
         return iter(())
-    options = _Options(num_draft, rule, logprobs, backend, stops)
+    options = _Options(num_draft, rule, logprobs, backend, stops, stop_when)
     return iter(_Loop(target, drafter, requests, options, Statistics() if statistics is None else statistics))
 
 
@@ -162,6 +169,7 @@ def generate(
     max_new_tokens: int | Sequence[int] = 128,
     seed: int | Sequence[int | None] | None = None,
     stop_tokens: Collection[int] | None = None,
+    stop_when: StopWhen | None = None,
     temperature: float | Sequence[float] = 1.0,
     top_k: int | Sequence[int] = TOP_K_OFF,
     top_p: float | Sequence[float] = TOP_P_OFF,
@@ -288,7 +296,8 @@ class _Loop:
             request.generated.append(token)
             self._statistics.emitted += 1
             ended: Ending = ""
-            if token in self._options.stop_tokens:
+            stop_when = self._options.stop_when
+            if token in self._options.stop_tokens or (stop_when and stop_when(request.index, request.generated)):
                 ended = "stop"
             elif request.remaining == 0:
                 ended = "length"
