@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from specdec_kernels.decode.protocols import Scores, Target, TargetSession
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.backends import BackendName
 from specdec_kernels.ops.results import VerifiedTree
@@ -14,7 +17,7 @@ from specdec_kernels.ops.tree_rules import checked_tokens
 from specdec_kernels.ops.trees import checked, tree_paths, tree_positions
 from specdec_kernels.reference.distributions import Sampling, distributions, scale_of
 
-__all__ = ["typical_acceptance"]
+__all__ = ["BlankTarget", "SyntheticAcceptance", "typical_acceptance"]
 
 
 def typical_acceptance(
@@ -97,3 +100,129 @@ def typical_acceptance(
 
 
 typical_acceptance.lossless = False  # type: ignore[attr-defined]
+
+
+class SyntheticAcceptance:
+    """A target that accepts drafts at given rates, whatever they are: for load tests without a drafter that is good.
+
+    **The text is not the target's.** In each step of a request so many of its drafts are accepted that the i-th is in
+    ``rates[i]`` of all steps that have one, under every rule and temperature; behind the last rate none is. Drafts must
+    be chains. What a grammar forbids is rejected.
+
+    Args:
+        target: what scores the rows, at its own cost.
+        rates: by index of the draft in its step, in [0, 1], none above the one before. (vLLM:
+            ``synthetic_acceptance_rates``.)
+        seed: of the steps' draws.
+
+    Raises:
+        ValueError: rates that are none, or rise.
+    """
+
+    lossless = False
+
+    def __init__(self, target: Target, rates: Sequence[float], seed: int = 0) -> None:
+        falls = all(after <= before for before, after in zip(rates, rates[1:], strict=False))
+        if not falls or not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError(f"rates must be in [0, 1], none above the one before, got {list(rates)}")
+        self.target, self.rates = target, list(rates)
+        self.device, self.vocab_size, self.stop_tokens = target.device, target.vocab_size, target.stop_tokens
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
+    ) -> _SyntheticSession:
+        """As of :class:`specdec_kernels.decode.Target`."""
+        session = self.target.begin(prompts, max_new_tokens, feature_layers)
+        return _SyntheticSession(session, torch.tensor(self.rates), self._generator)
+
+
+class _SyntheticSession:
+    """One stream of a :class:`SyntheticAcceptance`."""
+
+    #: A logit that leaves nothing to the others, and that half precision holds.
+    CERTAIN = 3e4
+
+    def __init__(self, session: TargetSession, rates: Tensor, generator: torch.Generator) -> None:
+        self._session, self._rates, self._generator = session, rates, generator
+        self.features, self.max_rows, self.commit, self.select = (
+            session.features, session.max_rows, session.commit, session.select
+        )  # fmt: skip
+
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
+        """The target's rows, with the logit of each draft set in place."""
+        scores, drafts = self._session.score(tokens, counts), tokens[:, 1:, None]
+        index, real = torch.arange(drafts.shape[1]), torch.tensor(counts)[:, None] - 1
+        uniform = torch.rand(len(counts), 1, generator=self._generator)
+        accepted = index < (uniform < self._rates).sum(1, keepdim=True)
+        logit = torch.where(accepted, self.CERTAIN, -torch.inf).to(scores.logits)[..., None]
+        logit = torch.where((index < real).to(logit.device)[..., None], logit, scores.logits.gather(2, drafts))
+        scores.logits.scatter_(2, drafts, logit)
+        return scores
+
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        """Nothing of the kind.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("SyntheticAcceptance takes chains of drafts, got a tree")
+
+    def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of no tree."""
+
+
+class BlankTarget:
+    """A target without a model: to it all ids are equally likely. For load tests of everything else.
+
+    Args:
+        vocab_size: columns of its logits.
+        device, dtype: of its logits.
+    """
+
+    lossless = False
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.vocab_size, self.device, self._dtype = vocab_size, torch.device(device), dtype
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
+    ) -> _BlankSession:
+        """As of :class:`specdec_kernels.decode.Target`.
+
+        Raises:
+            ValueError: there are ``feature_layers``, which it has not.
+        """
+        if feature_layers:
+            raise ValueError(f"feature_layers must be none of a BlankTarget, got {list(feature_layers)}")
+        return _BlankSession(self.vocab_size, self.device, self._dtype)
+
+
+class _BlankSession:
+    """One stream of a :class:`BlankTarget`, which has nothing to remember."""
+
+    features = None
+
+    def __init__(self, vocab: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._row = torch.zeros(vocab, device=device, dtype=dtype)
+
+    def max_rows(self) -> int:
+        return sys.maxsize
+
+    def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
+        return Scores(self._row.expand(*tokens.shape, -1).contiguous(), None)
+
+    def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
+        return self.score(tokens, ())
+
+    def commit(self, counts: Sequence[int]) -> None:
+        pass
+
+    def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def select(self, slots: Sequence[int]) -> None:
+        pass

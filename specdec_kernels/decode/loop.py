@@ -275,8 +275,8 @@ class _Loop:
             if self._drafter is not None:
                 self._drafter.commit(outcome.tokens, outcome.features)
         statistics.steps += 1
-        for (proposed, depth), new in zip(outcome.proposed, outcome.tokens, strict=True):
-            statistics.count(proposed, len(new) - 1, depth)
+        for request, (proposed, depth), new in zip(batch.requests, outcome.proposed, outcome.tokens, strict=True):
+            statistics.count_request(request.index, proposed, len(new) - 1, depth)
         gained, going_on = [], []
         for slot, request in enumerate(batch.requests):
             own = self._gained(request, slot, outcome)

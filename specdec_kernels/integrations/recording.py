@@ -22,6 +22,7 @@ class RecordingTarget:
     def begin(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
     ) -> _RecordingSession:
+        """As of :class:`specdec_kernels.decode.Target`; what was kept of an earlier stream is dropped."""
         self.rows = [[] for _ in prompts]
         return _RecordingSession(self._target.begin(prompts, max_new_tokens, feature_layers), self.rows)
 

@@ -1,0 +1,112 @@
+"""FlashInfer's signature, for callers that have probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.contract import Purpose
+from specdec_kernels.ops import noise_words, validate, verify_chain
+from specdec_kernels.ops.backends import BackendName
+
+
+def chain_speculative_sampling(
+    draft_probs: Tensor,
+    draft_token_ids: Tensor,
+    target_probs: Tensor,
+    maybe_output_accepted_token_num: Tensor | None = None,
+    maybe_output_emitted_draft_token_num: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    *,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``flashinfer.sampling.chain_speculative_sampling`` on any device, without a seed shared by a batch.
+
+    The operators take logits, and whoever has them should call :func:`specdec_kernels.verify_chain`, which reads no
+    row that it need not. Here the drafts are judged by their probabilities alone, 2 K numbers a request; then one row
+    of the residual ``(target - draft)+`` is written, and its logarithm, of [B, V] each, not of [B, K, V].
+
+    Args:
+        draft_probs: float32 [B, K, V].
+        draft_token_ids: int32 or int64 [B, K]. -1 ends a request's draft.
+        target_probs: float32 [B, K+1, V].
+        maybe_output_accepted_token_num: int32 [B]; drafts that would be accepted each by itself are added to it.
+        maybe_output_emitted_draft_token_num: int32 [B]; drafts that were kept are added to it.
+        deterministic: as it is anyway.
+        generator: what seeds are drawn from where there is no ``seed``; None is PyTorch's own of the device.
+        seed: int64 [B] or int.
+        offset: int64 [B] or int, for every request; None is 0. Where the seed is one for all, request b is drawn at
+            ``offset + b``, so the next call's offset must be larger by B at least.
+        backend: as everywhere.
+
+    Returns:
+        tokens int32 [B, K+1], the accepted drafts, one more, then -1; and the two counters, those that were passed or
+        new ones. A row that is no distribution (nan, nothing above 0) gives -1 for the one more.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent to, for one request::
+
+        for i, x in enumerate(draft_token_ids):
+            if not torch.rand(()) * draft_probs[i, x] < target_probs[i, x]:
+                return [*draft_token_ids[:i], torch.multinomial((target_probs[i] - draft_probs[i]).clamp(min=0), 1)]
+        return [*draft_token_ids, torch.multinomial(target_probs[-1], 1)]
+
+    Source: Leviathan et al., arXiv:2211.17192, algorithm 1; signature and counters, FlashInfer 0.7.
+    """
+    ids = validate.tensor("draft_token_ids", draft_token_ids, validate.ID_DTYPES, "B, K", (None, None)).long()
+    batch, count = ids.shape
+    draft = validate.tensor("draft_probs", draft_probs, (torch.float32,), "B, K, V", (batch, count, None))
+    shape = (batch, count + 1, draft.shape[2])
+    target = validate.tensor("target_probs", target_probs, (torch.float32,), "B, K+1, V", shape)
+    validate.same_device("target_probs", target, draft_token_ids=ids, draft_probs=draft)
+    counters = [
+        torch.zeros(batch, dtype=torch.int32, device=target.device)
+        if given is None
+        else validate.tensor(name, given, (torch.int32,), "B", (batch,))
+        for name, given in (
+            ("maybe_output_accepted_token_num", maybe_output_accepted_token_num),
+            ("maybe_output_emitted_draft_token_num", maybe_output_emitted_draft_token_num),
+        )
+    ]
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (batch,), generator=generator, device=target.device)
+    position = validate.integers("offset", 0 if offset is None else offset, batch, "B", target.device)
+    if isinstance(seed, int):
+        position = position + torch.arange(batch, device=target.device)
+    seeds = validate.integers("seed", seed, batch, "B", target.device)
+
+    live = (ids >= 0) & (ids < shape[2])
+    at = ids.clamp(0, shape[2] - 1)[..., None]
+    mine, theirs = (probs[:, :count].gather(2, at)[..., 0].double() for probs in (draft, target))
+    uniforms = [_uniform(seeds, position, row, backend) for row in range(count)]
+    accept = live & (torch.stack(uniforms, 1) * mine < theirs) if count else live
+    accepted = accept.long().cumprod(1).sum(1)
+
+    every = torch.arange(batch, device=target.device)
+    row = target[every, accepted]
+    rejected = (accepted < live.long().cumprod(1).sum(1))[:, None]
+    if count:
+        residual = (row - draft[every, accepted.clamp(max=count - 1)]).clamp(min=0)
+        empty = residual.sum(1, keepdim=True) == 0  # rounding left nothing: draft and target are the same
+        row = torch.where(rejected & ~empty, residual, row)
+    nothing = torch.empty((batch, 0), dtype=torch.int64, device=target.device)
+    drawn = verify_chain(row.log()[:, None], nothing, seed=seeds, position=position, backend=backend)
+
+    tokens = torch.nn.functional.pad(ids, (0, 1), value=-1)
+    index = torch.arange(count + 1, device=target.device)
+    tokens = tokens.masked_fill(index >= accepted[:, None], -1)
+    tokens[every, accepted] = torch.where(drawn.valid, drawn.tokens[:, 0], -1)
+    counters[0] += accept.sum(1)
+    counters[1] += accepted
+    return tokens.int(), counters[0], counters[1]
+
+
+def _uniform(seed: Tensor, position: Tensor, row: int, backend: BackendName | None) -> Tensor:
+    """What decides on a draft (docs/noise.md): float64 [B] in [0, 1), as of :func:`specdec_kernels.verify_chain`."""
+    words = noise_words(seed, position, Purpose.ACCEPT | row << 16, backend=backend)
+    return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53
