@@ -17,7 +17,8 @@ from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.integrations.transformers import generate
 
-TOKENS, ROUNDS = 64, 2
+#: Prompts of each kind, and texts of each batch.
+PER_KIND, ROUNDS, TOKENS = 1, 1, 48
 TEMPERATURES = (0.0, 0.8)
 LOOKUPS = (4, 10)
 #: Theirs stays at one prompt.
@@ -57,19 +58,22 @@ class Contenders:
             **inputs, max_new_tokens=TOKENS, eos_token_id=end, pad_token_id=end, **sampling, **self.ways[way]
         )
         seconds = time.perf_counter() - started
-        texts = [row[: row.index(end) + 1] if end in row else row for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
+        texts = [
+            row[: row.index(end) + 1] if end in row else row for row in out[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
         return seconds, sum(map(len, texts)), texts
 
 
 def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
     """Every way on every batch in turn, in an order that goes round."""
-    every = [prompt for kind in PROMPTS.values() for prompt in kind]
+    every = [prompt for kind in PROMPTS.values() for prompt in kind[:PER_KIND]]
     batches = [[prompt] for prompt in every] + [every]
     results: dict[tuple[float, int, str], dict[str, Any]] = {}
     turn = 0
     for temperature in TEMPERATURES:
         for batch in batches:
             inputs = contenders.encode(batch)
+            contenders.run("plain", inputs, temperature, seed=0)  # warm up
             ways = [way for way in contenders.ways if len(batch) == 1 or not way.startswith(THEIRS)]
             plain: list[list[int]] = []
             for round_ in range(ROUNDS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class SyntheticAcceptance:
     lossless = False
 
     def __init__(self, target: Target, rates: Sequence[float], seed: int = 0) -> None:
-        falls = all(after <= before for before, after in zip(rates, rates[1:], strict=False))
+        falls = all(after <= before for before, after in pairwise(rates))
         if not falls or not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"rates must be in [0, 1], none above the one before, got {list(rates)}")
         self.target, self.rates = target, list(rates)
@@ -183,9 +184,7 @@ class BlankTarget:
     lossless = False
     stop_tokens: frozenset[int] = frozenset()
 
-    def __init__(
-        self, vocab_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.vocab_size, self.device, self._dtype = vocab_size, torch.device(device), dtype
 
     def begin(

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 from test_oracle import table
+from tiny import VOCAB, slow_greedy, tiny
 
 from specdec_kernels import lossy, oracle
+from specdec_kernels.decode import Statistics, TransformersTarget, generate
+from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, TreeDrafter
 
 
 def naive(logits, tokens, parents, epsilon, delta):
@@ -62,3 +65,63 @@ def test_bad_options(name):
         lossy.typical_acceptance(
             torch.zeros(1, 1, 3), torch.zeros(1, 1).long(), torch.tensor([[-1]]), seed=1, position=1, **{name: 0.0}
         )
+
+
+# --- load tests -------------------------------------------------------------------------------------------------------
+
+RATES = [0.9, 0.6, 0.2]
+
+
+def shares(target, rule, temperature, **options):
+    """Of the drafts by index, the share that was accepted, and the largest deviation that chance explains."""
+    statistics = Statistics()
+    drafter = CallableDrafter(lambda history, count: [(history[-1] + 1) % VOCAB] * count)
+    generate(
+        target, [[1, 2]] * 60, drafter=drafter, num_draft=4, max_new_tokens=40, temperature=temperature, rule=rule,
+        statistics=statistics, **options,
+    )  # fmt: skip
+    rates = [a / p for a, p in zip(statistics.accepted_at, statistics.proposed_at, strict=True)]
+    return rates, [5 * (0.25 / count) ** 0.5 for count in statistics.proposed_at]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_synthetic_acceptance(rule, temperature):
+    blank = lossy.BlankTarget(VOCAB)
+    for target in (blank, TransformersTarget(tiny(1))):
+        synthetic = lossy.SyntheticAcceptance(target, RATES)
+        assert not synthetic.lossless
+        got, slack = shares(synthetic, rule, temperature)
+        for rate, want, allowed in zip(got, [*RATES, 0.0], slack, strict=True):
+            assert abs(rate - want) < allowed
+        assert got[3] == 0.0
+        control, _ = shares(target, rule, temperature)
+        assert abs(control[0] - RATES[0]) > slack[0]
+
+
+def test_synthetic_acceptance_leaves_the_bonus_row_alone():
+    """Requests that have fewer drafts than others: all are accepted, and the token behind them is the target's own."""
+    target = TransformersTarget(tiny(1))
+    always = lossy.SyntheticAcceptance(target, [1.0] * 4)
+    drafts = {1: [3], 2: [4, 5, 6]}
+    drafter = CallableDrafter(lambda history, count: drafts[history[0]] if len(history) == 1 else [])
+    texts = generate(always, [[1], [2]], drafter=drafter, num_draft=3, max_new_tokens=5, temperature=0.0)
+    for start, text in zip((1, 2), texts, strict=True):
+        drafted = drafts[start]
+        assert text.tokens[: len(drafted)] == drafted
+        assert text.tokens[len(drafted) :] == slow_greedy(target.model, [start, *drafted], 5 - len(drafted))
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.6], [1.1], [-0.1], [float("nan")]])
+def test_synthetic_rates_that_are_none(rates):
+    with pytest.raises(ValueError, match=r"rates must be in \[0, 1\], none above the one before"):
+        lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB), rates)
+
+
+def test_load_tests_refuse_what_they_have_not():
+    synthetic = lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB), RATES)
+    drafter = TreeDrafter(ModelDrafter(tiny(2)))
+    with pytest.raises(ValueError, match="SyntheticAcceptance takes chains of drafts, got a tree"):
+        generate(synthetic, [[1, 2]], drafter=drafter)
+    with pytest.raises(ValueError, match="feature_layers must be none of a BlankTarget"):
+        lossy.BlankTarget(VOCAB).begin([[1]], [1], [0])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -43,7 +44,7 @@ class Acceptance:
         """
         at_least = [*self.proposed_at[:1], *self.accepted_at, 0]
         drafts = at_least[0]
-        exactly = [more - less for more, less in zip(at_least, at_least[1:], strict=False)]
+        exactly = [more - less for more, less in pairwise(at_least)]
         return {
             "num_drafts": drafts,
             "num_draft_tokens": self.proposed,
