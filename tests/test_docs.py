@@ -36,7 +36,7 @@ def test_the_readmes_first_example():
     assert scope["verified"].tokens.shape == (1, 3)
 
 
-@pytest.mark.parametrize("path", ["README.md", "training/README.md", "docs/noise.md"])
+@pytest.mark.parametrize("path", ["README.md", "training/README.md", "docs/noise.md", "docs/integrations.md"])
 def test_links_and_paths_exist(path):
     text = (ROOT / path).read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):

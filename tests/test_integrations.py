@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import doctest
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from test_law import g_test, limit
+from tiny import tiny
 
 from specdec_kernels import tree_links, verify_chain, verify_tree
 from specdec_kernels.integrations import sglang
 from specdec_kernels.integrations.flashinfer import chain_speculative_sampling
 
+ROOT = Path(__file__).parent.parent
 B, K, V = 48, 4, 300
 STATS = torch.tensor([1.0, -torch.inf, 0.0])  # of probabilities' logarithms: normalised already
 
@@ -171,3 +176,19 @@ def test_sglang_results():
         assert predict[rows].tolist() == best[tree, path].tolist()
     assert count.tolist() == [2, 1, 0]
     assert (predict != 0).sum() <= 6
+
+
+def test_the_documentation_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
+    inputs = {
+        "input_ids": torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4]),
+    }
+    scope = {"model": tiny(1), "assistant": tiny(2), "inputs": {**inputs, "pad_token_id": 0}}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["texts"].shape[0] == scope["tokens"].shape[0] == 2
+    assert scope["accept_token_num"].shape == (1,)
+    record = scope["statistics"].record()
+    assert json.loads(json.dumps(record)) == record
+    assert 1 < record["mean_acceptance_length"] < 4

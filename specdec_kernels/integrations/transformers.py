@@ -132,7 +132,9 @@ def generate(
     limits = [each.max_length for each in stopping_criteria if type(each) is MaxLengthCriteria]
     ends = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
     others = [each for each in stopping_criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
-    pad_token = generation_config._pad_token_tensor
+    pad_token = generation_config.pad_token_id
+    if pad_token is None and ends:
+        pad_token = int(ends[0].flatten()[0])
     if pad_token is None and others and batch > 1:
         raise ValueError("pad_token_id must be set where stopping_criteria end sequences of a batch")
     if seeds is None and generation_config.do_sample:
@@ -167,7 +169,7 @@ def generate(
             streamer.put(torch.tensor([token.token]))
     if streamer is not None:
         streamer.end()
-    sequences = texts.sequences(0 if pad_token is None else int(pad_token))
+    sequences = texts.sequences(0 if pad_token is None else pad_token)
     if not returns_dict:
         return sequences
     return GenerateDecoderOnlyOutput(
