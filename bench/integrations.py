@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
 from specdec_kernels.bench.machine import machine
+from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.integrations.transformers import generate
 
 #: Prompts of each kind, and texts of each batch.
-PER_KIND, ROUNDS, TOKENS = 1, 1, 48
+PER_KIND, ROUNDS, TOKENS = 1, 2, 64
 TEMPERATURES = (0.0, 0.8)
 LOOKUPS = (4, 10)
 #: Theirs stays at one prompt.
@@ -47,7 +48,9 @@ class Contenders:
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
         )
 
-    def run(self, way: str, inputs: Any, temperature: float, seed: int) -> tuple[float, int, list[list[int]]]:
+    def run(
+        self, way: str, inputs: Any, temperature: float, seed: int, tokens: int = TOKENS
+    ) -> tuple[float, int, list[list[int]]]:
         """(seconds, tokens, texts)."""
         torch.manual_seed(seed)
         end, sampling = self.tokenizer.eos_token_id, {"do_sample": False}
@@ -55,7 +58,7 @@ class Contenders:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}  # type: ignore[dict-item]
         started = time.perf_counter()
         out = self.model.generate(
-            **inputs, max_new_tokens=TOKENS, eos_token_id=end, pad_token_id=end, **sampling, **self.ways[way]
+            **inputs, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end, **sampling, **self.ways[way]
         )
         seconds = time.perf_counter() - started
         texts = [
@@ -64,7 +67,7 @@ class Contenders:
         return seconds, sum(map(len, texts)), texts
 
 
-def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
+def measure(contenders: Contenders) -> list[dict[str, Any]]:
     """Every way on every batch in turn, in an order that goes round."""
     every = [prompt for kind in PROMPTS.values() for prompt in kind[:PER_KIND]]
     batches = [[prompt] for prompt in every] + [every]
@@ -73,8 +76,10 @@ def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
     for temperature in TEMPERATURES:
         for batch in batches:
             inputs = contenders.encode(batch)
-            contenders.run("plain", inputs, temperature, seed=0)  # warm up
             ways = [way for way in contenders.ways if len(batch) == 1 or not way.startswith(THEIRS)]
+            if batch is batches[0] or len(batch) > 1:
+                for way in ways:
+                    contenders.run(way, inputs, temperature, seed=0, tokens=4)  # warm up
             plain: list[list[int]] = []
             for round_ in range(ROUNDS):
                 turn += 1
@@ -91,7 +96,7 @@ def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
                     made["tokens"] += tokens
                     made["texts"] += len(texts)
                     made["as_plain"] += sum(a == b for a, b in zip(texts, plain, strict=True))
-            console.print(f"temperature {temperature}, batch {len(batch)}: done")
+            notes.print(f"temperature {temperature}, batch {len(batch)}: done")
     for (temperature, size, _), made in results.items():
         base = results[temperature, size, "plain"]
         made["tokens_per_second"] = made["tokens"] / made["seconds"]
@@ -99,9 +104,9 @@ def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
     return list(results.values())
 
 
-def main(out: Path, console: Console) -> None:
-    """Measure, print a table, write ``transformers.json``."""
-    results = measure(Contenders(), console)
+def main(out: Path | None, console: Console) -> None:
+    """Measure and print a table; write ``transformers.json`` where there is a directory for it."""
+    results = measure(Contenders())
     table = Table("temperature", "batch", "way", "tokens/s", "speed-up", "texts as plain")
     for each in results:
         equal = "" if each["temperature"] else f"{each['as_plain']} of {each['texts']}"
@@ -110,12 +115,6 @@ def main(out: Path, console: Console) -> None:
             f"{each['speed_up']:.2f}x", equal,
         )  # fmt: skip
     console.print(table)
-    import transformers
-
-    record = {"machine": {**machine(), "transformers": transformers.__version__}, "results": results}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "transformers.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results"), Console())
+    if out is not None:
+        record = {"machine": {**machine(), "transformers": transformers.__version__}, "results": results}
+        (out / "transformers.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -167,9 +168,7 @@ def test_options_as_in_plain_generate(model, assistant, name, way):
     assert run(model, **options, **drafts).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in OPTIONS if name not in ("most length", "normalised", "warpers of greedy", "config")]
-)
+@pytest.mark.parametrize("name", OPTIONS.keys() - {"most length", "normalised", "warpers of greedy"})
 def test_options_matter(model, name):
     """The control for the test above: without it the text is another one."""
     assert run(model, **OPTIONS[name]).tolist() != run(model).tolist()
@@ -187,7 +186,8 @@ def test_filters_of_drawn_texts(model, options):
     torch.manual_seed(1)
     out = run(model, inputs, max_new_tokens=2, assistant_model=tiny(2), **drawn)
     scores = run(
-        model, {"input_ids": IDS[3:]}, custom=False, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **drawn
+        model, {"input_ids": IDS[3:]}, custom=False, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+        **drawn,
     ).scores[0]  # fmt: skip
     probs = scores.double().softmax(-1)[0].numpy()
     assert 1 < (probs > 0).sum() < VOCAB
@@ -369,8 +369,8 @@ def filled_cache():
         ({"do_sample": True, "epsilon_cutoff": 0.1}, "EpsilonLogitsWarper"),
         ({"do_sample": True, "eta_cutoff": 0.1}, "EtaLogitsWarper"),
         ({"do_sample": True, "top_h": 0.5}, "TopHLogitsWarper"),
-        ({"logits_processor": [hf.MinPLogitsWarper(0.1), hf.TemperatureLogitsWarper(0.7)]}, "Temperature.* behind MinP"),
-        ({"logits_processor": [hf.TopKLogitsWarper(3), hf.SuppressTokensLogitsProcessor([1])]}, "Suppress.* behind TopK"),
+        ({"logits_processor": [hf.MinPLogitsWarper(0.1), hf.TemperatureLogitsWarper(0.7)]}, "Tempera.* behind MinP"),
+        ({"logits_processor": [hf.TopKLogitsWarper(3), hf.SuppressTokensLogitsProcessor([1])]}, "Supp.* behind TopK"),
         ({"logits_processor": [hf.TemperatureLogitsWarper(0.7)], "do_sample": True, "temperature": 0.5,
           "top_k": 3}, "Temperature.* behind Temperature"),
         ({"logits_processor": [hf.TopPLogitsWarper(0.7, min_tokens_to_keep=2)]}, "min_tokens_to_keep=1"),
@@ -409,7 +409,6 @@ def test_rows_that_are_no_distribution(model):
 
 
 def test_it_is_imported_when_it_is_used():
-    import subprocess
-
-    code = "import sys, specdec_kernels.integrations, specdec_kernels.integrations.flashinfer; sys.exit('transformers' in sys.modules)"
+    modules = "specdec_kernels.integrations.flashinfer, specdec_kernels.integrations.sglang"
+    code = f"import sys, {modules}; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -39,8 +39,8 @@ def test_records_of_requests(name):
     drafter = drafter if name == "chains" else TreeDrafter(drafter, Growth(depth=3, width=2, children=2))
     statistics, lengths = Statistics(), [9, 20, 14]
     generate(
-        TransformersTarget(model), PROMPTS, drafter=drafter, num_draft=5, max_new_tokens=lengths, temperature=1.5, seed=1,
-        statistics=statistics,
+        TransformersTarget(model), PROMPTS, drafter=drafter, num_draft=5, max_new_tokens=lengths, temperature=1.5,
+        seed=1, statistics=statistics,
     )  # fmt: skip
     record = statistics.record()
     assert json.loads(json.dumps(record)) == record

@@ -20,7 +20,7 @@ from specdec_kernels.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 Precision = Literal["bfloat16", "float32"]
-Subject = Literal["kernels", "trees", "text", "adaptive"]
+Subject = Literal["kernels", "trees", "text", "adaptive", "integrations"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -129,7 +129,8 @@ def bench(
         typer.Argument(
             help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. "
             "trees: their kernels, and text. text: decoding, by rule. "
-            "adaptive: the choice of the number of drafts, on equal texts."
+            "adaptive: the choice of the number of drafts, on equal texts. "
+            "integrations: text inside transformers, beside its own."
         ),
     ] = "kernels",
     out: Annotated[
@@ -157,6 +158,10 @@ def bench(
             from specdec_kernels.bench.adaptive import main as adapt
 
             adapt(out, seeds, console)
+        elif subject == "integrations":
+            from specdec_kernels.bench.integrations import main as inside
+
+            inside(out, console)
         elif subject == "trees":
             from specdec_kernels.bench.trees import main as grow
 

@@ -118,10 +118,7 @@ def generate(
     padding = _padding(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     prompts = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
     target = TransformersTarget(model)
-    if drafter is None:
-        drafter = NGramDrafter() if assistant_model is None else ModelDrafter(assistant_model, target.vocab_size)
-    elif assistant_model is not None:
-        raise ValueError("drafter and assistant_model must not both be passed")
+    drafter = _drafter(drafter, assistant_model, target.vocab_size)
     own = [[_of_row(processor, row) for processor in logits_processor] for row in range(batch)]
     sampling = _sampling(logits_processor, generation_config.do_sample, padding)
     if any(isinstance(processor, _MASKS) for processor in logits_processor):
@@ -189,6 +186,19 @@ def _dropped_arguments() -> dict[str, Any]:
             return {}
         frame = frame.f_back
     return {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")}
+
+
+def _drafter(drafter: Drafter | None, assistant_model: Any, vocab_size: int) -> Drafter:
+    """The one that is passed, or of the assistant, or what looks drafts up.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if assistant_model is None:
+        return NGramDrafter() if drafter is None else drafter
+    if drafter is not None:
+        raise ValueError("drafter and assistant_model must not both be passed")
+    return ModelDrafter(assistant_model, vocab_size)
 
 
 def _check_options(config: Any, assistant_model: Any, model_kwargs: dict[str, Any]) -> None:
