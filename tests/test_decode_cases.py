@@ -372,7 +372,7 @@ def test_a_target_of_nan_is_seen(rule, value, name):
     model = tiny(1, layers=2)
     plain = {tuple(prompt): slow_greedy(model, prompt, 12) for prompt in PROMPTS}
     last = plain[tuple(PROMPTS[0])][6]
-    model.lm_head = Poisoned(model.lm_head, lambda logits: logits.argmax(-1) == last, value)
+    model.lm_head = Poisoned(model.lm_head, lambda logits: logits.argmax(-1) == last, value).eval()
     drafter = None if name is None else drafters(tiny(1, layers=2))[name]
     statistics = Statistics()
     results = generate(

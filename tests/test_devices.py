@@ -52,12 +52,12 @@ PROCESSING = {
 
 def decoded(model, name, surroundings=nullcontext, **options):
     """What is generated for a batch that shrinks: tokens and their log-probabilities."""
-    named = drafters(model)
+    drafter = None if name is None else drafters(model)[name]
     if name is not None and "adaptive" in name:  # what it drafts depends on the clock; a greedy text does not
         options["temperature"] = 0.0
     options = {"num_draft": 3, "max_new_tokens": [9, 3, 5, 7], "seed": 3, "temperature": 0.9, **options}
     with surroundings():
-        results = generate(TransformersTarget(model), PROMPTS, drafter=None if name is None else named[name], **options)
+        results = generate(TransformersTarget(model), PROMPTS, drafter=drafter, **options)
     return [(result.tokens, [str(value) for value in result.logprobs]) for result in results]
 
 
