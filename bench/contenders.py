@@ -32,8 +32,8 @@ def fused_call(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | N
     temperature = 0.0 if case.kind == "greedy" else TEMPERATURE
     heat = TEMPERATURE if case.kind == "dense" else None
     return partial(
-        verify_chain, x.target, x.tokens, *draft, draft_temperature=heat, seed=x.seed, position=x.position, temperature=temperature,
-        rule=case.rule, **case.filters, workspace=workspace, backend=backend,
+        verify_chain, x.target, x.tokens, *draft, draft_temperature=heat, seed=x.seed, position=x.position,
+        temperature=temperature, rule=case.rule, **case.filters, workspace=workspace, backend=backend,
     )  # fmt: skip
 
 

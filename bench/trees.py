@@ -73,8 +73,8 @@ def fused(x: Inputs, rule: TreeRuleName, backend: Any = None) -> Any:
     drafts = () if rule == "walk" else (x.draft, x.stats)
     parents = torch.tensor([PARENTS]).expand(len(x.tokens), -1)
     return verify_tree(
-        x.target, x.tokens, parents, *drafts, siblings="without_replacement", seed=x.seed, position=9, temperature=TEMPERATURE, rule=rule,
-        backend=backend,
+        x.target, x.tokens, parents, *drafts, siblings="without_replacement", seed=x.seed, position=9,
+        temperature=TEMPERATURE, rule=rule, backend=backend,
     )  # fmt: skip
 
 

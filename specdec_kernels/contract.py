@@ -14,8 +14,8 @@ TILE = 128
 #: float16) times the scale still fits the two floats of a logsumexp to 1e-5.
 MIN_TEMPERATURE = 1e-5
 
-#: Where ``scale * largest logit`` reaches it a row is steep (docs/noise.md): from 2^31 on no other float32 is so near to
-#: the largest logit that it would have any weight, and two floats could not hold the logsumexp to 1e-5.
+#: Where ``scale * largest logit`` reaches it a row is steep (docs/noise.md): from 2^31 on no other float32 is so near
+#: to the largest logit that it would have any weight, and two floats could not hold the logsumexp to 1e-5.
 STEEP = 2.0**31
 
 #: What turns a filter off, where requests of a batch differ; None does for all of them.

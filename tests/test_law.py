@@ -165,6 +165,35 @@ def test_a_wrong_draft_law_is_seen(verify_chain, grids, rule, kind):
     assert law_by_counting(verify_chain, grids[rule, 1], kind, rule=rule, drawn_from=other, length=1) > F(1, 50)
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rule):
+    """Case 3, by frequencies: declared as it was, the text has the target's distribution, declared as 1 it has not; and
+    decision by decision it is that of the stats, and that of logits divided by it."""
+    count, heat = (60 if backend == "triton" else 100_000), 0.5
+    generator = torch.Generator().manual_seed(2)
+    target, draft = torch.randn(6, generator=generator), torch.randn(6, generator=generator) * 0.8
+    seeds, key = torch.arange(count), {"seed": torch.arange(count), "position": POSITION, "rule": rule}
+    drawn = sample(draft.expand(count, 6), seed=seeds, position=POSITION, temperature=heat)
+    rows, drafts = target.expand(count, 2, 6), draft.expand(count, 1, 6)
+    right = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=heat)
+    each = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=torch.full((count,), heat))
+    divided = verify_chain(rows, drawn.tokens[:, None], drafts / heat, **key, draft_temperature=1.0)
+    by_stats = verify_chain(rows, drawn.tokens[:, None], drafts, drawn.stats[:, None], **key)
+    for other in (each, divided, by_stats):
+        assert (other.tokens != right.tokens).sum() <= count // 10_000  # rounded apart
+    wrong = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=1.0)
+    if backend == "triton":  # interpreted: too few to count
+        assert not torch.equal(wrong.tokens, right.tokens)
+        return
+
+    def apart(verified):
+        found = torch.bincount(verified.tokens[:, 0], minlength=6) / count
+        return float((found - target.softmax(-1)).abs().sum() / 2)
+
+    assert apart(right) < 0.006
+    assert apart(wrong) > 0.03
+
+
 def test_the_raw_law_of_a_filtered_draft_is_seen(verify_chain, grids):
     """Case 4: drafts that were filtered, and are declared as if they were not."""
     named = {"filters": "top_k", "length": 1}

@@ -39,7 +39,9 @@ for vocab in (1, 127, 128, 129, 5000):
             tokens = torch.zeros(3, 2, dtype=torch.int64)
             for temperature in (0.0, 1e-4, 0.7):
                 for draft in (None, target[:, :2]):
-                    s.verify_chain(target, tokens, draft, draft_temperature=1.0, seed=1, position=1, temperature=temperature)
+                    heat = None if draft is None else 1.0
+                    keys = {"seed": 1, "position": 1, "temperature": temperature}
+                    s.verify_chain(target, tokens, draft, draft_temperature=heat, **keys)
 for nodes in (1, 9, 33, 65):
     parents = torch.arange(-1, nodes - 1).repeat(3, 1)
     parents[1, nodes // 2 + 1 :] = -1

@@ -140,7 +140,7 @@ def _attention_and_kv() -> Iterator[Variant]:
     yield Variant("tree_attention combine", attention.combine_kernel, types, shape, {"num_warps": 1})
     types = {
         "caches": ("*i16",) * kv.CACHES_A_LAUNCH, **dict.fromkeys(("path_ptr", "start_ptr", "page_table_ptr"), "*i64"),
-        **dict.fromkeys(("nodes", "tokens", "pages", "page_size", "width"), "i32"),
+        **dict.fromkeys(("nodes", "tokens", "pages", "outer", "page_size", "width"), "i32"),
         **dict.fromkeys(("outer_stride", "token_stride", "head_stride"), "i64"),
     }  # fmt: skip
     yield Variant("compact_kv paged", kv.compact_kv_kernel, types, {"BLOCK": 128}, {"num_warps": 1})

@@ -88,7 +88,8 @@ def verify_chain_lm_head(
             vocab, width, ENTRIES=places, ROWS=together, UPCAST=hidden.device.type == "cpu", num_warps=warps,
         )  # fmt: skip
     return verify_chain(
-        hidden, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position, num_draft,
-        None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
+        hidden, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position,
+        num_draft, None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None,
+        int(Rule.TOKEN), False, False,
         weight=weight, tables=tables,
     )  # fmt: skip

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["nodes", "tokens", "pages"])
+@triton.jit(do_not_specialize=["nodes", "tokens", "pages", "outer"])
 def compact_kv_kernel(
-    caches, path_ptr, start_ptr, page_table_ptr, nodes, tokens, pages, page_size, width, outer_stride, token_stride,
-    head_stride, BLOCK: tl.constexpr,
+    caches, path_ptr, start_ptr, page_table_ptr, nodes, tokens, pages, outer, page_size, width, outer_stride,
+    token_stride, head_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     cache = caches[0]
     for index in tl.static_range(1, len(caches)):
@@ -26,15 +26,17 @@ def compact_kv_kernel(
     # A node never moves back past its place, so in ascending order nothing is overwritten before it has moved.
     while node >= 0:
         source, place = start + node, start + i
-        if (node != i) & (source < tokens):
+        if (node != i) & (start >= 0) & (source < tokens) & (place < tokens):
             outer_source, outer_place = b, b
             if page_table_ptr is not None:
                 outer_source = tl.load(page_table_ptr + b * pages + source // page_size)
                 outer_place = tl.load(page_table_ptr + b * pages + place // page_size)
                 source, place = source % page_size, place % page_size
+            there = (outer_source >= 0) & (outer_source < outer) & (outer_place >= 0) & (outer_place < outer)
+            inside = there & (entry < width)
             own = cache + head * head_stride + entry
-            moved = tl.load(own + outer_source * outer_stride + source * token_stride, mask=entry < width)
-            tl.store(own + outer_place * outer_stride + place * token_stride, moved, mask=entry < width)
+            moved = tl.load(own + outer_source * outer_stride + source * token_stride, mask=inside)
+            tl.store(own + outer_place * outer_stride + place * token_stride, moved, mask=inside)
             tl.debug_barrier()  # the next node may come to lie where this one was
         i += 1
         node = tl.load(path_ptr + b * nodes + i, mask=i < nodes, other=-1)
@@ -59,6 +61,7 @@ def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: T
     for begin in range(0, len(caches), CACHES_A_LAUNCH):
         some = tuple(cache.view(element) for cache in caches[begin : begin + CACHES_A_LAUNCH])
         compact_kv_kernel[(len(some), nodes.shape[0], heads)](
-            some, nodes, start, page_table, nodes.shape[1], tokens, pages, page_size, width, *strides,
+            some, nodes, start, page_table, nodes.shape[1], tokens, pages, first.shape[0], page_size, width,
+            *strides,
             BLOCK=triton.next_power_of_2(width), num_warps=1,
         )  # fmt: skip

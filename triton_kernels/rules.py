@@ -41,8 +41,8 @@ def load_draft(rows, i, drafted):
 
 @triton.jit
 def judge(
-    rows, draft_rows, stats_ptr, draft_scale, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
+    rows, draft_rows, stats_ptr, draft_scale, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Look at row i, whose target's and draft's ``tables`` are made, and remember all that a rule asks of it. Whether
     its draft passes on its own, by coin or, coupled, by being what is drawn."""

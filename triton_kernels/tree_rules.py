@@ -214,8 +214,8 @@ def settle(rows, draft_rows, tree, node, last, memory, TILES: tl.constexpr):
 
 @triton.jit
 def top_down_or_bottom_up(
-    rows, draft_rows, stats_ptr, draft_scale, tree, sampling, key, tables, memory, RULE: tl.constexpr, AHEAD: tl.constexpr,
-    ENTRIES: tl.constexpr, TILES: tl.constexpr,
+    rows, draft_rows, stats_ptr, draft_scale, tree, sampling, key, tables, memory, RULE: tl.constexpr,
+    AHEAD: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Rules recursive and traversal: (last node of the path, emitted token, all rows valid?). Recursive goes down to
     the first child that passes; traversal goes down to any child that may be come to, and up again where a node
@@ -490,8 +490,8 @@ def verify_tree(
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         verify_tree_kernel[(batch * nodes * slices if ahead else batch,)](
             target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperatures,
-            draft_temperature, seed, position, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties,
-            0 if edit_ids is None else edit_ids.shape[1], tables, memory,
+            draft_temperature, seed, position, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids,
+            edit_counts, edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tables, memory,
             counters_at_rest(batch, target_logits.device) if ahead else accepted, tokens, path, accepted, valid,
             scores if logprobs else None, raw_scores if logprobs else None, *target_logits.stride()[:2],
             *draft_strides, nodes, vocab, int(replacement), batch, slices, RULE=rule, AHEAD=ahead,

@@ -87,9 +87,8 @@ struct Results {
 template <class Tensor>
 Verification verification(const Tensor& target_logits, const Tensor& draft_tokens,
                           const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& draft_stats,
-                          const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed,
-                          const Tensor& position, const LawArguments<Tensor>& law, int64_t rows,
-                          const Results& results, bool logprobs) {
+                          const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed, const Tensor& position,
+                          const LawArguments<Tensor>& law, int64_t rows, const Results& results, bool logprobs) {
   return {
       .batch = draft_tokens.size(0),
       .rows = rows,
@@ -220,7 +219,7 @@ struct SampleArguments {
     taken.require(logits.dim() == 2);
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     taken.require(taken.logits(logits, {rows, vocab}) && taken.keys(seed, rows) && taken.keys(position, rows) &&
-                  taken.keys(row, rows) && law.taken(taken, rows) &&
+                  taken.rows_of_step(row, rows) && law.taken(taken, rows) &&
                   taken.array(law.bitmask, torch::headeronly::ScalarType::Int, {rows, (vocab + 31) / 32}));
   }
 

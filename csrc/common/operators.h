@@ -73,10 +73,10 @@ struct Draws {
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
     Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
-    int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
-    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
-    bool independent, OptionalTensor workspace) {
+    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor num_draft,
+    OptionalTensor cu_rows, OptionalTensor sampling, double temperature, int64_t top_k, double top_p, double min_p,
+    OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
+    OptionalTensor penalties, int64_t rule, bool logprobs, bool independent, OptionalTensor workspace) {
   const ChainArguments<Tensor> arguments{
       target_logits,
       draft_tokens,
@@ -125,9 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
     Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
-    double min_p, OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
-    OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
+    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor sampling,
+    double temperature, int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
+    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool replacement,
+    bool logprobs) {
   const TreeArguments<Tensor> arguments{
       target_logits,
       draft_tokens,

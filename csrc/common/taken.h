@@ -45,6 +45,13 @@ class Taken {
   // What the noise is keyed on.
   bool keys(const Tensor& t, int64_t count) const { return array(t, ScalarType::Long, {count}); }
 
+  // Rows of a step; on a GPU looking would synchronise.
+  bool rows_of_step(const Tensor& t, int64_t count) const {
+    if (!keys(t, count)) return false;
+    const auto* row = static_cast<const int64_t*>(t.const_data_ptr());
+    return !on_cpu_ || std::all_of(row, row + count, [](int64_t r) { return r >= 0 && r < kMaxRows; });
+  }
+
   bool drafts(const Tensor& tokens, int64_t vocab, const OptionalTensor& logits_of_drafts, const OptionalTensor& stats,
               const OptionalTensor& num_draft) const {
     const int64_t batch = tokens.size(0), longest = tokens.size(1);

@@ -59,6 +59,7 @@ void compact_kv_of(std::vector<torch::stable::Tensor> caches, torch::stable::Ten
       .token_stride = first.stride(paged ? 1 : 2) * size,
       .outer_stride = first.stride(0) * size,
       .tokens = paged ? pages * first.size(1) : first.size(2),
+      .outer = first.size(0),
       .path = static_cast<const int64_t*>(nodes.const_data_ptr()),
       .start = static_cast<const int64_t*>(start.const_data_ptr()),
       .page_table = paged ? static_cast<const int64_t*>(page_table->const_data_ptr()) : nullptr,

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ops.h"
+
 namespace specdec {
 
 // The numbers are those of specdec_kernels/contract.py.
@@ -29,10 +31,20 @@ struct CompactKv {
   int64_t token_stride;       // between tokens of a request, or of a page
   int64_t outer_stride;       // between requests, or pages
   int64_t tokens;             // there is room for, of a request
+  int64_t outer;              // requests, or pages, that a cache has
   const int64_t* path;        // [B, N]
   const int64_t* start;       // [B]
   const int64_t* page_table;  // [B, pages_a_request], or null
   int64_t pages_a_request, page_size;
 };
+
+// Where a token of a request lies in a cache, in bytes; -1 outside of it.
+SPECDEC_SHARED static inline int64_t kv_offset(const CompactKv& op, int64_t request, int64_t token) {
+  if (token < 0 || token >= op.tokens) return -1;
+  if (op.page_table == nullptr) return request * op.outer_stride + token * op.token_stride;
+  const int64_t page = op.page_table[request * op.pages_a_request + token / op.page_size];
+  if (page < 0 || page >= op.outer) return -1;
+  return page * op.outer_stride + token % op.page_size * op.token_stride;
+}
 
 }  // namespace specdec

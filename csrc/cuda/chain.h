@@ -27,7 +27,8 @@ struct Judged {
 template <Rule kRule, bool P>
 class ChainProgram : RequestProgram<P> {
   using Base = RequestProgram<P>;
-  using Base::all_, Base::b_, Base::draft_, Base::draft_scale_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
+  using Base::all_, Base::b_, Base::draft_, Base::draft_scale_, Base::position_, Base::sampling_, Base::seed_,
+      Base::target_, Base::team_;
   using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::race_below, Base::raw_logprob, Base::token,
       Base::work_;
 
@@ -59,7 +60,8 @@ class ChainProgram : RequestProgram<P> {
     const bool needed = team_.reduce(fresh(stopped), Larger()) <= from_last;
     if (needed) {
       measure_slice<P>(team_, target_, row_, sampling_.finite_scale(), part_, work_.slices, target_table(row_));
-      if (needs_draft()) measure_slice<false>(team_, draft_, row_, draft_scale_, part_, work_.slices, draft_table(row_));
+      if (needs_draft())
+        measure_slice<false>(team_, draft_, row_, draft_scale_, part_, work_.slices, draft_table(row_));
     }
     if (!team_.last_to_arrive(arrived + row_, int32_t(work_.slices - 1))) return;
     // Where a team of this row read nothing, the stop it saw can be seen here.

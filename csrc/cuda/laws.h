@@ -121,8 +121,8 @@ SPECDEC_DEVICE LawOfRow law_of(const Team& team, const Rows& rows, int64_t i, co
   if (sampling.greedy() || !valid)
     return {{sampling.scale, found.top, 0.0, largest_token<P>(team, rows, i, found.top, found.largest), 0}, valid};
   float cutoff = -INFINITY;
-  const bool filters = (sampling.top_k > 0 && sampling.top_k < rows.vocab) || sampling.top_p < 1.0f ||
-                       sampling.min_p > 0.0f;
+  const bool filters =
+      (sampling.top_k > 0 && sampling.top_k < rows.vocab) || sampling.top_p < 1.0f || sampling.min_p > 0.0f;
   if (filters && !is_steep(sampling.scale, found.top)) {
     const float pivot = CutoffSearch<P>(team, rows, i, table, sampling.scale, found.top).pivot(sampling);
     cutoff = tabulate<P>(team, rows, i, 0, tiles_of(rows.vocab), sampling.scale, pivot, table);

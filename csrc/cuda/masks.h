@@ -202,12 +202,6 @@ struct Caches {
   char* data[kCachesALaunch];
 };
 
-SPECDEC_DEVICE int64_t kv_offset(const CompactKv& op, int64_t request, int64_t token) {
-  if (op.page_table == nullptr) return request * op.outer_stride + token * op.token_stride;
-  const int64_t page = op.page_table[request * op.pages_a_request + token / op.page_size];
-  return page * op.outer_stride + token % op.page_size * op.token_stride;
-}
-
 // One thread moves the same bytes of the rows of one head along the path. A node never moves back past its place, so in
 // ascending order nothing is overwritten before it has moved, and no thread waits for another.
 template <class T>
@@ -220,9 +214,11 @@ SPECDEC_DEVICE void compact_kv_program(const CompactKv& op, const Caches& caches
   const int64_t* const path = op.path + request * op.nodes;
   const int64_t start = op.start[request];
   for (int64_t i = 0; i < op.nodes && path[i] >= 0; ++i) {
-    if (path[i] == i || start + path[i] >= op.tokens) continue;
-    const T moved = *reinterpret_cast<const T*>(own + kv_offset(op, request, start + path[i]));
-    *reinterpret_cast<T*>(own + kv_offset(op, request, start + i)) = moved;
+    if (path[i] == i) continue;
+    const int64_t from = kv_offset(op, request, start + path[i]), to = kv_offset(op, request, start + i);
+    if (from < 0 || to < 0) continue;
+    const T moved = *reinterpret_cast<const T*>(own + from);
+    *reinterpret_cast<T*>(own + to) = moved;
   }
 }
 

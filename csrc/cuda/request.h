@@ -11,7 +11,12 @@ class RequestProgram {
   // `elements`: where the rows of the request begin; `first`: its first row among all masks.
   SPECDEC_DEVICE RequestProgram(const Team& team, const Verification& all, const Workspace& work, int64_t request,
                                 int64_t elements, int64_t first)
-      : team_(team), all_(all), work_(work), b_(request), sampling_(sampling_of(all.sampling, request)), draft_scale_(all.draft_stats ? 1.0f : all.draft_scale(request)) {
+      : team_(team),
+        all_(all),
+        work_(work),
+        b_(request),
+        sampling_(sampling_of(all.sampling, request)),
+        draft_scale_(all.draft_stats ? 1.0f : all.draft_scale(request)) {
     seed_ = uint64_t(all.seed[b_]), position_ = uint64_t(all.position[b_]);
     target_.logits = address(all.target, elements);
     target_.dtype = all.target.dtype, target_.stride = all.target.row_stride, target_.vocab = all.vocab;

@@ -23,7 +23,8 @@ struct Node {
 template <bool P>
 class TreeProgram : RequestProgram<P> {
   using Base = RequestProgram<P>;
-  using Base::all_, Base::b_, Base::draft_, Base::draft_scale_, Base::position_, Base::sampling_, Base::seed_, Base::target_, Base::team_;
+  using Base::all_, Base::b_, Base::draft_, Base::draft_scale_, Base::position_, Base::sampling_, Base::seed_,
+      Base::target_, Base::team_;
   using Base::dense, Base::divided, Base::look_at_draft, Base::noise, Base::race_below, Base::raw_logprob, Base::token,
       Base::work_;
 

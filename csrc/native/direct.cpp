@@ -380,18 +380,12 @@ PyObject* verify_chain(PyObject* const* objects) {
 PyObject* verify_tree(PyObject* const* objects) {
   if (!taken(objects, 8, 6, 2)) return Py_NewRef(Py_None);
   Arguments next(objects);
-  const TreeArguments<View> arguments{next.tensor(),
-                                      next.tensor(),
-                                      next.tensor(),
-                                      next.optional(),
-                                      next.optional(),
-                                      next.draft_temperature(),
-                                      next.tensor(),
-                                      next.tensor(),
-                                      next.law(),
-                                      TreeRule(next.integer()),
-                                      next.integer() != 0,
-                                      next.integer() != 0};
+  const TreeArguments<View> arguments{next.tensor(),       next.tensor(),
+                                      next.tensor(),       next.optional(),
+                                      next.optional(),     next.draft_temperature(),
+                                      next.tensor(),       next.tensor(),
+                                      next.law(),          TreeRule(next.integer()),
+                                      next.integer() != 0, next.integer() != 0};
   return verified(entries->verify_tree, arguments, arguments.nodes(), true);
 }
 

@@ -110,6 +110,7 @@ def sample(
         made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
         if made is not None:
             return made
+    validate.flags(coupled=coupled)
     given = processing.row_arguments(
         logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
@@ -156,8 +157,8 @@ def verify_chain(
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
             [N, V], the rows of all requests one after the other.
         draft_tokens: int64 or int32 [B, K]. -1 ends a request's draft.
-        draft_logits: logits [B, K, V] the drafts were drawn from. ``None``: each draft is a point mass (n-gram, argmax).
-            With them comes one of the next two; rule ``"coupled"`` reads none of the three.
+        draft_logits: logits [B, K, V] the drafts were drawn from. ``None``: each draft is a point mass (n-gram,
+            argmax). With them comes one of the next two; rule ``"coupled"`` reads none of the three.
         draft_stats: float32 [B, K, 3], as :func:`sample` gave them: the drafts were drawn with those scalars, which
             carry the draft's own temperature and filters.
         draft_temperature: float32 [B] or float, at least 0: the drafts were drawn from ``softmax(draft_logits /
@@ -174,8 +175,8 @@ def verify_chain(
         logit_bias: see :class:`LogitBias`.
         rule: ``"token"``, ``"block"`` or ``"coupled"``.
         logprobs: also return the log-probabilities of the tokens. The raw ones cost a pass over each emitted row.
-        count_independent: also count the drafts that would be accepted each by itself; reads every row. Not with ``"block"``,
-            where a draft is not judged by itself.
+        count_independent: also count the drafts that would be accepted each by itself; reads every row. Not with
+            ``"block"``, where a draft is not judged by itself.
         workspace: uint8 [bytes], zeroed once, of at least :func:`verify_chain_workspace` bytes: scratch, which is
             allocated otherwise. It is left as the next call expects it.
         backend: ``None`` follows the device; a name forces that backend.
@@ -226,6 +227,7 @@ def verify_chain(
         )  # fmt: skip
         if made is not None:
             return made
+    validate.flags(logprobs=logprobs, count_independent=count_independent)
     draft_tokens = validate.draft_tokens(draft_tokens)
     batch, longest = draft_tokens.shape
     if cu_rows is None:
@@ -290,10 +292,7 @@ def noise_words(
     seed = validate.tensor("seed", seed, (torch.int64,), "R", (None,)).contiguous()
     position = validate.integers("position", position, seed.shape[0], "R", seed.device)
     validate.same_device("seed", seed, position=position)
-    for name, value in (("tag", tag), ("first", first)):
-        if not 0 <= value < 1 << 32:
-            raise ValueError(f"{name} must be in [0, 2^32), got {value}")
-    if counters < 0:
-        raise ValueError(f"counters must not be negative, got {counters}")
+    for name, value in (("tag", tag), ("first", first), ("counters", counters)):
+        validate.whole(name, value, 0, 1 << 32)
     words: Tensor = function("noise_words", backend, seed.device)(seed, position, tag, first, counters)
     return words

@@ -23,7 +23,8 @@ class Penalties:
     """Penalties on tokens that occurred: repetition, then frequency and presence, on float32 logits before temperature.
 
     ``logit = logit / repetition_penalty if logit > 0 else logit * repetition_penalty`` for tokens of prompt and output;
-    ``logit -= frequency_penalty * count + presence_penalty`` for tokens of the output, where the drafts before a row count as output.
+    ``logit -= frequency_penalty * count + presence_penalty`` for tokens of the output, where the drafts before a
+    row count as output.
 
     The texts come either as ``prompt`` and ``output``, which are counted in every call, or as ``counts``, which a loop
     keeps from step to step; what is None is empty.
@@ -183,6 +184,9 @@ def row_arguments(
         validate.integers(name, value, count, "R", device)
         for name, value in (("seed", seed), ("position", position), ("row", row))
     )
+    places = keys[2]
+    if places.is_cpu and not torch.compiler.is_compiling() and ((places < 0) | (places >= MAX_ROWS)).any():
+        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {places.tolist()}")
     sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
     allowed = bitmask(mask, rows)
     changes = edits(penalties, bias, None, rows, count, "R")

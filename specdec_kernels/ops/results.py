@@ -19,7 +19,8 @@ class Sample(NamedTuple):
     stats: Tensor
     """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``. The law is
     ``[logit >= cutoff] * exp(scale * logit - logsumexp)``; cutoff is the smallest logit the filters keep, -inf without
-    filters. Where the largest logit is 2^31 temperatures or more, (0, largest, log(how many have it)): docs/noise.md."""
+    filters. Where the largest logit is 2^31 temperatures or more, (0, largest, log(how many have it)): see
+    docs/noise.md."""
 
 
 class Verified(NamedTuple):

@@ -211,8 +211,8 @@ def verify_tree(
         if siblings is None:
             raise ValueError(
                 f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn "
-                "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go without "
-                "draft_logits)"
+                "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
+                "without draft_logits)"
             )
     if penalties is None and logit_bias is None and (call := straight_to(backend, target_logits)) is not None:
         law = temperature, top_k, top_p, min_p
@@ -222,6 +222,7 @@ def verify_tree(
         )  # fmt: skip
         if made is not None:
             return made
+    validate.flags(logprobs=logprobs)
     tree = checked(parents).contiguous()
     batch, nodes = tree.shape
     if nodes > MAX_ROWS:

@@ -85,8 +85,9 @@ def draft_temperature(value: object, draft_logits: object, draft_stats: object) 
         if draft_logits is None or draft_stats is not None:
             return None
         raise ValueError(
-            "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' own "
-            "temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if greedy)"
+            "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' "
+            "own temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if "
+            "greedy)"
         )
     if draft_logits is None:
         raise ValueError("draft_temperature needs the draft_logits that it describes, got draft_logits=None")
@@ -165,9 +166,27 @@ def row_offsets(name: str, value: object, batch: int, longest: int, rows: int) -
     return offsets
 
 
+def flags(**named: object) -> None:
+    """Each True or False."""
+    for name, value in named.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def whole(name: str, value: object, least: int, most: int) -> None:
+    """An int in [least, most)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if not least <= value < most:
+        raise ValueError(f"{name} must be in [{least}, {most}), got {value}")
+
+
 def integers(name: str, value: object, size: int, dim: str, device: torch.device) -> Tensor:
-    """An int64 tensor [size]; an int is repeated."""
+    """An int64 tensor [size]; an int is repeated. A seed may be negative, a position of the text is not."""
     if isinstance(value, int) and not isinstance(value, bool):
+        least = 0 if name == "position" else -(1 << 63)
+        if not least <= value < 1 << 63:
+            raise ValueError(f"{name} must be in [{'-2^63' if least else 0}, 2^63), got {value}")
         return torch.full((size,), value, dtype=torch.int64, device=device)
     return tensor(name, value, (torch.int64,), dim, (size,)).contiguous()
 

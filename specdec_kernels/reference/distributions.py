@@ -179,8 +179,8 @@ def plain(logits: Tensor) -> Distributions:
 
 
 def draft_laws(logits: Tensor, stats: Tensor | None, temperature: Tensor, tokens: Tensor) -> Tensor:
-    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows at a temperature ``[...]``, or by
-    their scalars; greedily the point mass on the token; not finite at the token where they are not usable."""
+    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows at a temperature ``[...]``, or
+    by their scalars; greedily the point mass on the token; not finite at the token where they are not usable."""
     if stats is None:
         scale = scale_of(temperature)
         probs = distributions(logits.double(), Sampling.plain(scale)).probs

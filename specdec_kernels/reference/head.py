@@ -25,6 +25,7 @@ def verify_chain_lm_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = functional.linear(hidden.float(), weight.float())
     return verify_chain(
-        logits, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position, num_draft,
-        None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None, int(Rule.TOKEN), False, False,
+        logits, draft_tokens, draft_logits, draft_stats, draft_temperatures, draft_temperature, seed, position,
+        num_draft, None, sampling, temperature, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF, None, None, None, None, None,
+        int(Rule.TOKEN), False, False,
     )  # fmt: skip
