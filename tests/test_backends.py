@@ -125,6 +125,8 @@ def arguments(kind, full, rule):
         tokens,
         None if kind == "point mass" else draft,
         drawn.stats.reshape(2, 3, 3) if kind == "statistics" else None,
+        torch.tensor([0.7, 0.0]) if full else None,
+        1.0,
         torch.tensor([1, 2]),
         torch.tensor([3, 4]),
         torch.tensor([3, 3]) if full else None,

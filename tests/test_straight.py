@@ -219,7 +219,7 @@ def test_refusals_write_nothing_and_leave_no_error_behind():
     )  # fmt: skip
     for place, wrong in refused:
         assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None
-    with pytest.raises(TypeError, match="expected 16 arguments, once connected, got 15"):
+    with pytest.raises(TypeError, match="expected 17 arguments, once connected, got 16"):
         call(*arguments[1:])
 
 

@@ -258,8 +258,8 @@ def verify_chain(
         verify_chain_kernel[(batch * rows * slices,)](
             target_logits, weight, draft_tokens, draft_logits, draft_stats, draft_temperatures,
             draft_temperature, seed, position, num_draft, cu_rows, sampling, temperature, top_k, top_p, min_p,
-            bitmask, edit_ids, edit_counts, edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tables, memory,
-            at_rest, tokens, accepted, valid, counters,
+            bitmask, edit_ids, edit_counts, edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tables,
+            memory, at_rest, tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides,
             0 if weight is None else weight.stride(0), *draft_strides, *draft_tokens.stride(),
             0 if weight is None else weight.shape[1], rows - 1, vocab, batch, slices, RULE=rule,
