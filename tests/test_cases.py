@@ -35,7 +35,9 @@ def test_what_the_residual_excludes_is_never_emitted(verify_chain):
     target = torch.zeros(count, 2, vocab)
     draft = torch.zeros(count, 1, vocab)
     draft[:, :, -1] = 9.0  # the target gives the last id less
-    verified = verify_chain(target, torch.full((count, 1), vocab - 1), draft, seed=torch.arange(count), position=1)
+    verified = verify_chain(
+        target, torch.full((count, 1), vocab - 1), draft, draft_temperature=1.0, seed=torch.arange(count), position=1
+    )
     rejected = verified.num_accepted == 0
     assert rejected.sum() > 300
     assert (verified.tokens[rejected, 0] != vocab - 1).all()
@@ -48,7 +50,7 @@ def test_residual_precision(verify_chain, ratio):
     target = torch.tensor([[ratio, 0.5, 0.5 - ratio], [1, 1, 1]], dtype=torch.float64).log().float()
     draft = torch.tensor([[1 - 2e-7, 1e-7, 1e-7]], dtype=torch.float64).log().float()
     verified = verify_chain(
-        target.expand(count, 2, 3), torch.zeros(count, 1, dtype=torch.int64), draft.expand(count, 1, 3),
+        target.expand(count, 2, 3), torch.zeros(count, 1, dtype=torch.int64), draft.expand(count, 1, 3), draft_temperature=1.0,
         seed=torch.arange(count), position=3,
     )  # fmt: skip
     for seed in range(count):
@@ -84,7 +86,7 @@ def test_a_one_hot_draft_is_a_point_mass(verify_chain):
     """A draft without logits means the same as the draft with all its mass on the token."""
     target, tokens, _ = batch(count=64)
     one_hot = torch.full((64, 2, 131), -INF).scatter(2, tokens[..., None], 0.0)
-    a = verify_chain(target, tokens, one_hot, seed=torch.arange(64), position=1)
+    a = verify_chain(target, tokens, one_hot, draft_temperature=1.0, seed=torch.arange(64), position=1)
     b = verify_chain(target, tokens, seed=torch.arange(64), position=1)
     assert torch.equal(a.tokens, b.tokens)
 
@@ -110,7 +112,8 @@ def test_a_nan_draft_row_accepts_nothing(verify_chain, with_stats):
     target = torch.tensor([[-50.0, 0.0, 0.0], [0.0, 0.0, 0.0]])[None]
     draft = torch.full((1, 1, 3), NAN)
     stats = torch.tensor([[[1.0, -INF, 1.0]]]) if with_stats else None
-    verified = verify_chain(target, torch.tensor([[0]]), draft, stats, seed=1, position=1)
+    heat = None if with_stats else 1.0
+    verified = verify_chain(target, torch.tensor([[0]]), draft, stats, draft_temperature=heat, seed=1, position=1)
     assert verified.num_accepted.tolist() == [0]
     assert verified.valid.tolist() == [False]
     assert verified.tokens[0, 0] in (1, 2)
