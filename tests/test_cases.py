@@ -50,7 +50,8 @@ def test_residual_precision(verify_chain, ratio):
     target = torch.tensor([[ratio, 0.5, 0.5 - ratio], [1, 1, 1]], dtype=torch.float64).log().float()
     draft = torch.tensor([[1 - 2e-7, 1e-7, 1e-7]], dtype=torch.float64).log().float()
     verified = verify_chain(
-        target.expand(count, 2, 3), torch.zeros(count, 1, dtype=torch.int64), draft.expand(count, 1, 3), draft_temperature=1.0,
+        target.expand(count, 2, 3), torch.zeros(count, 1, dtype=torch.int64), draft.expand(count, 1, 3),
+        draft_temperature=1.0,
         seed=torch.arange(count), position=3,
     )  # fmt: skip
     for seed in range(count):

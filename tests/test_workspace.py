@@ -17,8 +17,8 @@ def call(vocab, batch, longest, rule, device, backend, workspace, seed=0):
     tokens = torch.stack(drawn, 1) if drawn else torch.empty((batch, 0), dtype=torch.int64)
     named = {name: x.to(device) for name, x in keys.items()}
     return verify_chain(
-        target.to(device), tokens.to(device), draft.to(device), draft_temperature=1.0, **named, rule=rule, logprobs=True,
-        workspace=workspace, backend=backend,
+        target.to(device), tokens.to(device), draft.to(device), draft_temperature=1.0, **named, rule=rule,
+        logprobs=True, workspace=workspace, backend=backend,
     )  # fmt: skip
 
 
