@@ -1,5 +1,6 @@
 """Builds the native libraries with CMake and ninja; CMakeLists.txt is the one description of that build."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+#: What the environment may say of the build, and the options of CMake that it sets.
+SETTINGS = {
+    "SPECDEC_CUDA": "SPECDEC_CUDA",
+    "SPECDEC_CUDA_ARCHITECTURES": "CMAKE_CUDA_ARCHITECTURES",
+    "SPECDEC_WERROR": "SPECDEC_WERROR",
+}
 
 
 def cuda_compiler() -> Path | None:
@@ -28,6 +35,9 @@ class CMakeBuild(build_ext):
         into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels"
         build = ROOT / "build" / "native"
         options = [f"-DPython_EXECUTABLE={sys.executable}"]
+        for name, option in SETTINGS.items():
+            value = os.environ.get(name)
+            options += [f"-D{option}={value}"] if value else [f"-U{option}"]  # not what an earlier build was told
         if nvcc := cuda_compiler():
             # It looks for its libraries in lib64, where the package has none.
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"]

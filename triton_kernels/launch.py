@@ -12,6 +12,10 @@ from specdec_kernels.contract import TILE
 
 #: Programs that one multiprocessor should have to choose from. What more there are finds rows decided.
 PROGRAMS_A_PROCESSOR = 4
+#: Whose GPUs kernels are compiled for; :mod:`.compile` sets it.
+PLATFORM = "hip" if torch.version.hip else "cuda"
+#: Multiprocessors of the GPU that tensors on "meta" stand for: an H100.
+_ABSENT_PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,15 @@ def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
 def config_for(logits: Tensor, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
     """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and all where there is
     any ``processing`` of the logits."""
-    platform = "interpreter" if logits.device.type == "cpu" else "hip" if torch.version.hip else "cuda"
+    platform = "interpreter" if logits.device.type == "cpu" else PLATFORM
     return launch_config(logits.shape[-1], platform, large or any(x is not None for x in processing))
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors; the interpreter counts for one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else _ABSENT_PROCESSORS
 
 
 def slices(rows: int, blocks: int, processors: int) -> int:
@@ -76,18 +87,15 @@ def pays_ahead(all_nodes: bool, batch: int, nodes: int, processors: int) -> bool
 
 
 def measures_ahead(all_nodes: bool, batch: int, nodes: int, device: torch.device) -> bool:
-    """The same on a device; the interpreter counts for one multiprocessor."""
-    on_cpu = device.type == "cpu"
-    processors = 1 if on_cpu else torch.cuda.get_device_properties(device).multi_processor_count
-    return pays_ahead(all_nodes, batch, nodes, processors)
+    """The same on a device."""
+    return pays_ahead(all_nodes, batch, nodes, processors_of(device))
 
 
 def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
     """The same on a device; the interpreter runs one program after the other."""
     if device.type == "cpu":
         return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return slices(rows, triton.cdiv(config.entries, config.tiles), processors)
+    return slices(rows, triton.cdiv(config.entries, config.tiles), processors_of(device))
 
 
 def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +116,7 @@ _COUNTERS: dict[tuple[int, int], Tensor] = {}
 def counters_at_rest(count: int, device: torch.device) -> Tensor:
     """int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each
     other and share them; a graph may be replayed beside anything, so each has its own."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device)
     place = stream.device_index, stream.stream_id

@@ -44,15 +44,15 @@ def exponentials(seed, position, tag, entry):
     half = (tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     # Near u = 0, where winners are, a GPU's approximate logarithm has no relative precision left: a polynomial has.
     f = -tl.where(half < 0.25, half, 0.0)
-    series = _P7
-    series = series * f + _P6
-    series = series * f + _P5
-    series = series * f + _P4
-    series = series * f + _P3
-    series = series * f + _P2
-    series = series * f + _P1
-    series = series * f + _P0
-    near_zero = f - 0.5 * f * f + f * f * f * series
+    # Every kernel has to find the same bits, so what is fused is said.
+    series = tl.fma(f, _P7, _P6)
+    series = tl.fma(series, f, _P5)
+    series = tl.fma(series, f, _P4)
+    series = tl.fma(series, f, _P3)
+    series = tl.fma(series, f, _P2)
+    series = tl.fma(series, f, _P1)
+    series = tl.fma(series, f, _P0)
+    near_zero = tl.fma(f * f, tl.fma(f, series, -0.5), f)
     elsewhere = tl.log(tl.where(small, 1.0 - half, half))
     return -tl.where(small & (half < 0.25), near_zero, elsewhere)
 

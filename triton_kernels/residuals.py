@@ -100,7 +100,7 @@ def draft_law(
     prob = tl.full([], 1.0, tl.float64)
     argmax = token
     usable = tl.full([], 1, tl.int1)
-    if draft_rows is not None:
+    if draft_rows.logits is not None:
         if needed:
             argmax = tl.full([], -1, tl.int64)
             if stats_ptr is not None:
@@ -163,7 +163,7 @@ def residuals(rows, draft_rows, i, law, draft, rejected, ids, first, last):
             while child <= rejected.last:
                 weights = tl.where(ids == tl.load(rejected.tree.tokens + child), 0.0, weights)
                 child = next_child(rejected.tree, i, child)
-    if draft_rows is not None:
+    if draft_rows.logits is not None:
         if not certain:
             target = weights
             drafted = probs(load_logits(draft_rows, i, ids, first, last), draft)

@@ -132,7 +132,7 @@ def walk(
 def drafted_prob(draft_rows, node, draft, token):
     """The draft's probability of a child, whatever its siblings: float64."""
     prob = tl.full([], 1.0, tl.float64)
-    if draft_rows is not None:
+    if draft_rows.logits is not None:
         if draft.argmax < 0:
             prob = tl.exp(log_prob(draft_rows, node, draft, token))
     return prob
@@ -176,7 +176,7 @@ def draft_left(draft_rows, tree, node, draft, last, drafted, TILES: tl.constexpr
     """What the siblings up to ``last`` left of the draft's law: one minus what they took, summed anew where that would
     have no digits left."""
     left = 1.0 - drafted
-    if draft_rows is not None:
+    if draft_rows.logits is not None:
         if left < LEAST_DIFFERENCE:
             sums = tl.zeros([TILES], tl.float32)
             for start in tl.range(0, tl.cdiv(draft_rows.vocab, TILE), TILES, num_stages=STAGES):
@@ -382,13 +382,13 @@ def verify_tree_kernel(
         )
     else:
         rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, tokens, 1, parents)
-    draft_rows = None
+    draft_logits = None
     stats = None
     if draft_ptr is not None:
         draft_logits = draft_ptr + b * draft_request_stride
-        draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, tokens, 1, parents)
         if draft_stats_ptr is not None:
             stats = draft_stats_ptr + 3 * first
+    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, tokens, 1, parents)
 
     tables = tables_ptr + b * 2 * ENTRIES
     decides = tl.full([], 1, tl.int1)

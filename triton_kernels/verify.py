@@ -40,7 +40,7 @@ def live_drafts(drafts, stride, most, vocab):
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "num_edits", "width", "longest", "batch", "slices"]
+    do_not_specialize=["top_k", "num_edits", "token_request_stride", "longest", "batch", "slices"]
 )  # 1 would become a constant, of another type
 def verify_chain_kernel(
     target_ptr,
@@ -128,13 +128,13 @@ def verify_chain_kernel(
         rows = Rows(
             logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None, head
         )
-    draft_rows = None
+    draft_logits = None
     stats = None
     if draft_ptr is not None:
         draft_logits = draft_ptr + b * draft_request_stride
-        draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, drafts, 0, None)
         if draft_stats_ptr is not None:
             stats = draft_stats_ptr + 3 * b * longest
+    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, drafts, 0, None)
 
     if i <= drafted:
         memory = memory_ptr + b * (longest + 1) * MEMORY

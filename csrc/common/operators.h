@@ -13,6 +13,11 @@
 
 #include "arguments.h"
 
+// Of a call into torch: before 2.13 there is only the one that does not repeat torch's message.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace specdec {
 
 using torch::headeronly::ScalarType;

@@ -28,7 +28,7 @@ class Taken {
 
   // Rows of logits any stride apart, with at least one token.
   bool logits(const Tensor& t, Sizes sizes) const {
-    using enum ScalarType;
+    using enum torch::headeronly::ScalarType;
     if (!tensor(t, sizes, Float, BFloat16, Half)) return false;
     const auto last = t.dim() - 1;
     return t.size(last) > 0 && (t.stride(last) == 1 || t.size(last) == 1);
