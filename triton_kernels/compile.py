@@ -74,11 +74,14 @@ def _sampling(full: bool, requests: int, rows: int) -> tuple[Any, ...]:
     return _tensor(FP32, requests, 4), *plain[1:], bitmask, *adjusted, _tensor(FP32, requests, 3)
 
 
-def _drafts(known: tuple[bool, bool], dtype: torch.dtype, batch: int, drafts: int) -> tuple[Tensor | None, ...]:
+def _drafts(known: tuple[bool, bool], dtype: torch.dtype, batch: int, drafts: int) -> tuple[Any, ...]:
+    """Logits, scalars and temperatures of drafts."""
     logits, stats = known
     return (
         _tensor(dtype, batch, drafts, VOCAB) if logits else None,
         _tensor(FP32, batch, drafts, 3) if stats else None,
+        None,
+        1.0,
     )
 
 
