@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, logging
 
-from specdec_kernels.decode import TransformersTarget, generate
+from specdec_kernels.decode import TransformersTarget, generate, stream
 from specdec_kernels.decode.drafters import Growth, ModelDrafter, NGramDrafter, TreeDrafter
 
 logging.set_verbosity_error()  # of configurations that are unlike any real one
@@ -84,14 +84,16 @@ RIGHT: dict[str, Architecture] = {
     "mpt": Architecture("mpt", batches=False, trees=False),
     "gpt_neo": Architecture("gpt_neo", {**LOCAL, "window_size": 64}),
     "bart": Architecture("bart", batches=False, trees=False),
-    "whisper": Architecture("whisper", batches=False, trees=False),
+    "whisper": Architecture("whisper", batches=False),
+    "electra, decoder": Architecture("electra", {"is_decoder": True}),
 }  # fmt: skip
 
 
 def build(architecture: Architecture, seed: int, attention: str | None, auto: Any = AutoModelForCausalLM) -> Any:
     known = CONFIG_MAPPING[architecture.kind]()
+    names = known.to_dict().keys() | known.attribute_map.keys()
     ids = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id", "forced_eos_token_id"])
-    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)} | architecture.named
+    sizes = {name: value for name, value in SIZES.items() if name in names} | architecture.named
     given = {name: value for name, value in sizes.items() if name not in MLA or value is not None}
     config = CONFIG_MAPPING[architecture.kind](**ids | given)
     torch.manual_seed(seed)
@@ -181,11 +183,10 @@ SLIDING, STATE = "whole history in every layer, got layers of .*Sliding", "whole
 #: Why a model is refused, and how it comes to be one.
 REFUSED: dict[str, tuple[str, Architecture]] = {
     "bert": ("chains.*differ by", Architecture("bert")),
-    "bert, decoder": ("x", Architecture("bert", {"is_decoder": True})),
     "roberta, decoder": ("chains.*differ by", Architecture("roberta", {"is_decoder": True, "pad_token_id": 0})),
     "cohere2": (SLIDING, Architecture("cohere2")),
     "deepseek_v32": ("got layers of .*Indexed", Architecture("deepseek_v32", MLA)),
-    "doge": ("chains.*differ by", Architecture("doge", {"keep_window_size": 8})),
+    "doge": ("within the 8 positions", Architecture("doge", {"keep_window_size": 8})),
     "falcon_mamba": (STATE, Architecture("falcon_mamba")),
     "gemma2": (SLIDING, Architecture("gemma2")),
     "gemma3": (SLIDING, Architecture("gemma3_text")),
@@ -213,3 +214,114 @@ def test_what_cannot_be_right_is_refused(name):
     model = build(architecture, 1, None, AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM)
     with pytest.raises(ValueError, match=reason):
         decoded(model, None, PROMPTS[:1])
+
+
+def test_a_part_in_training_mode_is_refused():
+    """Such as layers that checkpoint gradients, which leave the cache as it is, or drop out."""
+    model = build(RIGHT["llama"], 1, "sdpa")
+    model.model.layers[0].train()
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        TransformersTarget(model)
+    target = TransformersTarget(model.eval())
+    model.train()
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        generate(target, PROMPTS)
+
+
+def test_logits_of_another_width_are_refused():
+    model = build(RIGHT["llama"], 1, "sdpa")
+    model.lm_head = torch.nn.Linear(32, 32, bias=False).eval()
+    with pytest.raises(ValueError, match="vocab_size, 23, got 32 in LlamaForCausalLM"):
+        TransformersTarget(model)
+    with pytest.raises(ValueError, match="vocab_size, 23, got 32 in LlamaForCausalLM"):
+        ModelDrafter(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "phi3"])
+def test_a_compiled_model_writes_the_same(name):
+    """Its own forward pass takes anything; which arguments there are, the model within knows."""
+    compiled = torch.compile(models(name, "eager")[0], backend="eager")
+    assert decoded(compiled, NGramDrafter(1), PROMPTS) == texts(name, "eager")
+
+
+def longrope(**named: Any) -> Architecture:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    scaled = {"rope_type": "longrope", **factors, "original_max_position_embeddings": 24}
+    return Architecture("phi3", {"rope_parameters": scaled, "original_max_position_embeddings": 24, **named})
+
+
+@pytest.mark.parametrize("kind", ["none", "model", "tree"])
+def test_longrope_within_and_beyond_its_original_length(kind):
+    """And with what the one leaves behind for the other; never across it."""
+    model, small = (build(longrope(), seed, "sdpa") for seed in (1, 2))
+    drafter, long = drafters(small)[kind], [(PROMPTS[2] * 4)[:length] for length in (26, 33, 30)]
+    for prompts in (PROMPTS, long, PROMPTS):
+        known = [expected(model, prompt) for prompt in prompts]
+        expected(model, long[0])
+        assert decoded(model, drafter, prompts) == known
+    for prompts in (long[:1] + PROMPTS[:1], [long[0][:20]], [long[0][:25]]):
+        with pytest.raises(ValueError, match="within 24 tokens"):
+            decoded(model, drafter, prompts)
+    assert decoded(model, drafter, [long[0][:15]]) == [expected(model, long[0][:15])]  # 24 that are read
+
+
+@pytest.mark.parametrize("kind", ["none", "model", "tree"])
+def test_dynamic_rotary_frequencies_end_with_the_positions(kind):
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    dynamic = Architecture("llama", {"rope_parameters": scaled, "max_position_embeddings": 24})
+    model, small = (build(dynamic, seed, "sdpa") for seed in (1, 2))
+    drafter, long = drafters(small)[kind], [(PROMPTS[2] * 4)[:length] for length in (15, 16, 30)]
+    expected(model, long[2])  # grows the frequencies
+    assert decoded(model, drafter, [*PROMPTS, long[0]]) == [expected(model, prompt) for prompt in [*PROMPTS, long[0]]]
+    with pytest.raises(ValueError, match="within the 24 positions"):
+        decoded(model, drafter, [*PROMPTS, long[1]])
+
+
+def test_local_windows_by_column():
+    """Beyond them: chains of one prompt, and nothing else."""
+    local = Architecture("gpt_neo", {**LOCAL, "window_size": 8})
+    model, small = (build(local, seed, "eager") for seed in (1, 2))
+    offered = drafters(small)
+    for kind in ("none", "n-gram", "model"):
+        assert decoded(model, offered[kind], PROMPTS[:1]) == [expected(model, PROMPTS[0])]
+    with pytest.raises(ValueError, match="one at a time beyond the local window of 8 tokens"):
+        decoded(model, None, PROMPTS)
+    with pytest.raises(ValueError, match="chains beyond the local window of 8 tokens"):
+        decoded(model, offered["tree"], PROMPTS[:1])
+
+
+def test_attention_without_masks_of_trees_is_refused():
+    model, small = models("llama", "sdpa")
+    tree, before = drafters(small)["tree"], model.config._attn_implementation
+    try:
+        model.config._attn_implementation = "flash_attention_2"  # of one token, nothing is read before the tree
+        target = TransformersTarget(model, check=False)
+        with pytest.raises(ValueError, match="'eager' or 'sdpa' to score trees, got 'flash_attention_2': draft chains"):
+            generate(target, [[1]], drafter=tree, max_new_tokens=5)
+    finally:
+        model.config._attn_implementation = before
+
+
+def test_a_model_can_write_between_two_tokens_of_a_stream():
+    (model, small), known = models("gemma", "sdpa"), texts("gemma", "sdpa")
+    written: list[list[int]] = [[], [], []]
+    for token in stream(
+        TransformersTarget(model), PROMPTS, drafter=drafters(small)["tree"], max_new_tokens=TOKENS, temperature=0.0
+    ):
+        written[token.request].append(token.token)
+        expected(model, PROMPTS[token.request], 3)
+    assert written == known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_less_than_wrong_columns(dtype):
+    """What is right passes, and what is not does not."""
+    for name in ("llama", "qwen3_moe", "gpt2", "mpt"):
+        model, small = (build(RIGHT[name], seed, "eager").to(dtype) for seed in (1, 2))
+        if RIGHT[name].trees:
+            decoded(model, drafters(small)["tree"], PROMPTS)
+        else:
+            with pytest.raises(ValueError, match="batches.*differ by"):
+                decoded(model, None, PROMPTS)
+            with pytest.raises(ValueError, match="trees.*differ by"):
+                decoded(model, TreeDrafter(ModelDrafter(build(RIGHT["llama"], 1, "eager"))), PROMPTS[:1])

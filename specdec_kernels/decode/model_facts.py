@@ -81,7 +81,7 @@ def context_length(model: Any) -> int | None:
     # The third is Whisper's; beyond the last, what a row of Doge attends to depends on what it is read together with.
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions", "keep_window_size")
     lengths = [length for name in names if isinstance(length := getattr(config, name, None), int)]
-    return min(lengths, default=None)
+    return min((length for length in lengths if length > 0), default=None)  # XLNet has -1 for any number
 
 
 def column_window(model: Any) -> int | None:
