@@ -107,8 +107,11 @@ def build(architecture: Architecture, seed: int, attention: str | None, auto: An
 
 @lru_cache(maxsize=4)
 def models(name: str, attention: str) -> tuple[Any, Any]:
-    """A target and a drafter of the same kind."""
-    target, drafter = (build(RIGHT[name], seed, attention) for seed in (1, 2))
+    """A target, and a drafter that is right every now and then."""
+    target, drafter, other = (build(RIGHT[name], seed, attention) for seed in (1, 1, 2))
+    with torch.no_grad():
+        for weights, noise in zip(drafter.parameters(), other.parameters(), strict=True):
+            weights.lerp_(noise, 0.2)
     return target, drafter
 
 
@@ -178,7 +181,10 @@ def test_a_text_depends_on_its_first_token(name):
     assert (first - other).norm() > 0.02 * (first - first.mean()).norm()
 
 
-SLIDING, STATE = "whole history in every layer, got layers of .*Sliding", "whole history in every layer, got layers of .*Linear"
+SLIDING, STATE = (
+    "whole history in every layer, got layers of .*Sliding",
+    "whole history in every layer, got layers of .*Linear",
+)
 
 #: Why a model is refused, and how it comes to be one.
 REFUSED: dict[str, tuple[str, Architecture]] = {
@@ -237,11 +243,10 @@ def test_logits_of_another_width_are_refused():
         ModelDrafter(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "phi3"])
-def test_a_compiled_model_writes_the_same(name):
+def test_a_compiled_model_writes_the_same():
     """Its own forward pass takes anything; which arguments there are, the model within knows."""
-    compiled = torch.compile(models(name, "eager")[0], backend="eager")
-    assert decoded(compiled, NGramDrafter(1), PROMPTS) == texts(name, "eager")
+    compiled = torch.compile(models("llama", "sdpa")[0], backend="eager")
+    assert decoded(compiled, None, PROMPTS, 2) == [text[:2] for text in texts("llama", "sdpa")]
 
 
 def longrope(**named: Any) -> Architecture:

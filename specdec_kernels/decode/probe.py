@@ -19,10 +19,11 @@ from specdec_kernels.decode import model_facts
 
 Use = Literal["chains", "batches", "trees"]
 
-#: Difference of two rows of logits, relative to their spread, that rounding explains; measured on models of random
-#: weights: float32 1e-6 to 1e-4 (TF32 1e-3), bfloat16 up to 0.05, float16 up to 0.01. A row that attends to a wrong
-#: token differs by 0.1 to 1.4.
-ROUNDING = {torch.float32: 0.005, torch.bfloat16: 0.15, torch.float16: 0.04}
+#: Difference of rows of logits, relative to their spread, that rounding explains. Seen on a CPU, of right models: 1e-6 to
+#: 1e-5 in float32 (SmolLM2-135M 3e-5; TF32 gets to 1e-3), up to 0.07 in bfloat16 and 0.03 in float16 (SmolLM2-135M; 12
+#: layers of random weights of Llama, GPT-2, Gemma and OPT: 0.05 and 0.006). Of wrong ones, by eleven mutants of the cache
+#: and by MPT: 0.3 and more in every dtype.
+ROUNDING = {torch.float32: 0.005, torch.bfloat16: 0.2, torch.float16: 0.06}
 
 _WHAT_TO_DO: dict[Use, str] = {
     "chains": "it cannot be decoded here",
@@ -60,14 +61,16 @@ def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") ->
     if key in done or longest < _SHORTEST:
         return
     advice = _WHAT_TO_DO[use] + otherwise
-    difference, computed = 0.0, model.dtype
-    try:
-        for ids, logits in _TRIALS[use](begin, model, _ids(model), longest):
-            difference, computed = max(difference, _difference(model, ids, logits)), logits.dtype
-    except Exception as error:
-        raise ValueError(f"model {type(model).__name__} cannot score {use}: {error}; {advice}") from error
-    allowed = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in (model.dtype, computed))
-    if difference > allowed:
+    allowed, difference = ROUNDING.get(model.dtype, max(ROUNDING.values())), float("inf")
+    for seed in range(_TRIES):
+        try:
+            found = [_difference(model, *rows) for rows in _TRIALS[use](begin, model, _ids(model, seed), longest)]
+        except Exception as error:
+            raise ValueError(f"model {type(model).__name__} cannot score {use}: {error}; {advice}") from error
+        difference = min(difference, max(found))
+        if difference <= allowed:
+            break
+    else:
         raise ValueError(
             f"model {type(model).__name__} must score rows of {use} as a plain pass over the same ids does, but they "
             f"differ by {difference:.2g} of the logits' spread (rounding explains {allowed:g}): {advice}"
@@ -75,26 +78,32 @@ def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") ->
     done.add(key)
 
 
+#: Times with other ids, before a model is believed to be wrong.
+_TRIES = 3
+
 #: Ids that are tried, all different; tokens of the longest history that is made of them where the model has so many
 #: positions, and the fewest that tell anything. A row that looks at its column in place of its position is the further
 #: off the more holes lie between them.
 _IDS, LONGEST, _SHORTEST = 9, 40, 12
 
 
-def _ids(model: Any) -> list[int]:
+def _ids(model: Any, seed: int = 0) -> list[int]:
     """Ids that mean nothing special, all of them different where there are enough."""
     special = model_facts.special_tokens(model)
     size = model_facts.vocab_size(model)
-    own = random.Random(0)
+    own = random.Random(seed)
     usable = [token for token in own.sample(range(size), min(size, _IDS + len(special))) if token not in special]
     return (usable * _IDS or [0] * _IDS)[:_IDS]
 
 
 def _difference(model: Any, ids: Sequence[int], logits: Tensor) -> float:
-    """How far the logits [R, V] of the last rows are from a plain pass, relative to their spread; of the worst row."""
+    """How far the logits [R, V] of the last rows are from a plain pass, relative to their spread.
+
+    Of the row in the middle: rounding can send a token to another expert, which is a row or two, while a wrong history
+    is wrong for all rows behind it."""
     plain = model(input_ids=_rows(model, [ids]), use_cache=False).logits[0, -len(logits) :].float()
     spread = (plain - plain.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((logits.float() - plain).norm(dim=-1) / spread).max())
+    return float(((logits.float() - plain).norm(dim=-1) / spread).median())
 
 
 def _chains(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterator[Rows]:
@@ -120,7 +129,7 @@ def _batches(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iter
         stream.commit(kept)
     stream.select([0])
     start = stream.lengths[0]
-    yield _taken(ids, 6, start + 1), stream.score(_rows(model, [_taken(ids, 6 + start, 1)]), [1]).logits[0]
+    yield _taken(ids, 6, start + 3), stream.score(_rows(model, [_taken(ids, 6 + start, 3)]), [3]).logits[0]
 
 
 def _taken(ids: Sequence[int], start: int, count: int) -> list[int]:
