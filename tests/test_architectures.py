@@ -67,9 +67,9 @@ def plain(*kinds: str, **named: Any) -> dict[str, Architecture]:
 
 RIGHT: dict[str, Architecture] = {
     **plain(
-        "apertus", "arcee", "aria_text", "biogpt", "bitnet", "codegen", "cohere", "ctrl", "diffllama", "dots1", "ernie4_5",
-        "flex_olmo", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe",
-        "granitemoeshared", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "llama", "minimax_m2",
+        "apertus", "arcee", "aria_text", "biogpt", "bitnet", "codegen", "cohere", "ctrl", "diffllama", "dots1",
+        "ernie4_5", "flex_olmo", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
+        "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "llama", "minimax_m2",
         "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3",
         "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
         "starcoder2", "xglm",
@@ -159,12 +159,12 @@ def test_text_is_that_of_transformers(name, attention):
     architecture, lengths = RIGHT[name], [TOKENS, 3, 8]
     for kind, drafter in drafters(small).items():
         if kind == "tree" and not architecture.trees:
-            with pytest.raises(ValueError, match="trees.*draft chains"):
+            with pytest.raises(ValueError, match=r"trees.*draft chains"):
                 decoded(model, drafter, PROMPTS[:1])
             continue
         assert decoded(model, drafter, PROMPTS[:1]) == known[:1], kind
         if not architecture.batches:
-            with pytest.raises(ValueError, match="batches.*one at a time"):
+            with pytest.raises(ValueError, match=r"batches.*one at a time"):
                 decoded(model, drafter, PROMPTS)
             continue
         assert decoded(model, drafter, PROMPTS) == known, kind
@@ -326,7 +326,7 @@ def test_half_precision_rounds_less_than_wrong_columns(dtype):
         if RIGHT[name].trees:
             decoded(model, drafters(small)["tree"], PROMPTS)
         else:
-            with pytest.raises(ValueError, match="batches.*differ by"):
+            with pytest.raises(ValueError, match=r"batches.*differ by"):
                 decoded(model, None, PROMPTS)
-            with pytest.raises(ValueError, match="trees.*differ by"):
+            with pytest.raises(ValueError, match=r"trees.*differ by"):
                 decoded(model, TreeDrafter(ModelDrafter(build(RIGHT["llama"], 1, "eager"))), PROMPTS[:1])
