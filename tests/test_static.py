@@ -145,7 +145,7 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "feature of two layers", "first of"])
+@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "feature of two layers", "nested"])
 def test_replayed_operations_give_the_same_text(model, name, recorded):
     """Of batches that shrink; once for each number of rows and each half of the batch, not once a step."""
     options = {"temperature": 0.9, "prompts": PROMPTS, "max_new_tokens": [24, 14, 9, 20]}

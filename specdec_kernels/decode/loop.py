@@ -248,6 +248,7 @@ class _Loop:
             limits = [request.max_new_tokens for request in requests]
             self._target = target.begin(prompts, limits, () if drafter is None else drafter.feature_layers)
             self._drafter = None if drafter is None else drafter.begin(prompts, self._target.features)
+        self._stepping = self._target if isinstance(self._target, SteppingSession) else None
 
     def __iter__(self) -> Iterator[Token]:
         while self._batch.requests:
@@ -379,9 +380,9 @@ class _Loop:
     def _stepped(self, draft: Draft, counts: Sequence[int], verification: dict[str, Any]) -> tuple[Scores, Verified]:
         """Drafts scored and verified: by the target at once, where it can and nothing is done to its logits."""
         processed = verification.keys() & {"penalties", "logit_bias", "bitmask"}
-        if isinstance(self._target, SteppingSession) and not processed:
+        if self._stepping is not None and not processed:
             with self._statistics.timed("target"):
-                return self._target.step(self._batch.last, draft, **verification)
+                return self._stepping.step(self._batch.last, draft, **verification)
         with self._statistics.timed("target"):
             rows = torch.cat([self._batch.last, draft.tokens.clamp(min=0)], 1)
             scores = self._target.score(rows, [count + 1 for count in counts])

@@ -148,7 +148,7 @@ class StaticSession:
         self._target, self._model, self._feature_layers = target, target.model, feature_layers
         self._device, self._additive = target.device, model_facts.additive_mask(target.model)
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
-        # Rows behind the last one that may be kept; some more, so that a model can be tried out.
+        # With rows behind the last one that may be kept, and as many as a model is tried out with.
         self._capacity = self._longest + bucket(max(target.max_rows, LONGEST))
         self._placement = Placement()
         layers = check_layers(self._model.config)
