@@ -232,6 +232,18 @@ def test_the_host_waits_once_a_step(model, name):
     assert len(reads.found) == statistics.steps, reads.found
 
 
+def test_features_are_not_overwritten_by_the_next_step(model, recorded):
+    """A drafter that is not asked keeps them for longer."""
+    session = StaticTarget(model, check=False).begin(PROMPTS[:1], [20], (1,))
+    rows = torch.tensor([[2, 7]])
+    features = session.score(rows, [2]).features
+    before = features.clone()
+    session.commit([2])
+    session.score(rows + 1, [2])
+    assert recorded == ["scored"]
+    assert torch.equal(features, before)
+
+
 def test_a_session_that_is_dropped_leaves_nothing(model, recorded):
     """Its caches are large, and memory of a device does not wake the garbage collector."""
     gc.disable()
