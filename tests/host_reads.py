@@ -2,12 +2,13 @@
 
 Where the host reads a tensor of a device, it waits for all that was launched before. On a CPU a read is free, and
 tensors that would lie on the device are not to be told from those that would not: so what descends from the
-parameters of a model is marked, and says of itself that it is not on the CPU, so that the code takes the ways that it
-takes on a device. Reads of marked tensors are counted.
+parameters of a model, and what is moved to a model's device, is marked, and says of itself that it is not on the CPU,
+so that the code takes the ways that it takes on a device. Reads of marked tensors are counted.
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from specdec_kernels.decode import tensors as tensors_module
+
 ATEN = torch.ops.aten
-#: What the size of the result, or a Python number, is read for.
-READING_OPS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN._unique2, ATEN.unique_dim, ATEN.equal}
+#: What the size of the result is read for.
+READING_OPS = {ATEN.nonzero, ATEN.masked_select, ATEN._unique2, ATEN.unique_dim, ATEN.equal}
 IS_CPU = torch.Tensor.is_cpu.__get__
-READING_METHODS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
+_T = torch.Tensor
+READING_METHODS = {_T.tolist, _T.cpu, _T.numpy, _T.item, _T.__bool__, _T.__int__, _T.__float__, _T.__index__}
 
 
 def tensors(*values):
@@ -31,19 +35,44 @@ def on_device(*values):
     return any(isinstance(x, torch.nn.Parameter) or getattr(x, "descends", False) for x in tensors(*values))
 
 
+TO_DEVICE = tensors_module.to_device
+
+
+def _to_device(values, dtype, device):
+    """Marked, unless it is meant for the CPU whatever the model's device is."""
+    made = TO_DEVICE(values, dtype, device)
+    made.descends = device is not tensors_module.CPU
+    return made
+
+
 class HostReads:
     """Reads within a ``with`` block; ``found`` says where each was made."""
 
     def __enter__(self):
         self.found = []
+        self._users = [
+            module
+            for module in list(sys.modules.values())
+            if getattr(module, "to_device", None) is tensors_module.to_device
+        ]
+        for module in self._users:
+            module.to_device = _to_device
         self._modes = (_Reads(self.found), _Descent(self.found))
         for mode in self._modes:
             mode.__enter__()
         return self
 
+    @property
+    def own(self):
+        """Those that are not transformers': of a batch with holes, or with prompts of different lengths, it looks
+        whether a mask is full, in every pass over one row a request and in those over whole prompts."""
+        return [place for place in self.found if not place.startswith("masking_utils.py")]
+
     def __exit__(self, *error):
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+        for module in self._users:
+            module.to_device = TO_DEVICE
 
 
 def _place():
