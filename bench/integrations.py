@@ -19,7 +19,7 @@ from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.integrations.transformers import generate
 
 #: Prompts of each kind, and texts of each batch.
-PER_KIND, ROUNDS, TOKENS = 1, 2, 64
+PER_KIND, ROUNDS, TOKENS = 1, 1, 64
 TEMPERATURES = (0.0, 0.8)
 LOOKUPS = (4, 10)
 #: Theirs stays at one prompt.
