@@ -35,7 +35,13 @@ def test_flashinfer_accepts_as_verify_chain_does(dtype):
     ids[3, 2:], ids[4] = -1, -1
     seed = torch.arange(B)
     want = verify_chain(
-        target.log(), ids, draft.log(), STATS.expand(B, K, 3).contiguous(), seed=seed, position=5, independent=True
+        target.log(),
+        ids,
+        draft.log(),
+        STATS.expand(B, K, 3).contiguous(),
+        seed=seed,
+        position=5,
+        count_independent=True,
     )
     tokens, independent, emitted = chain_speculative_sampling(draft, ids.to(dtype), target, seed=seed, offset=5)
     assert tokens.dtype == independent.dtype == emitted.dtype == torch.int32
