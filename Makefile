@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -18,6 +18,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/specdec bench
+
+docs: $(STAMP)
+	$(BIN)/python docs/make_api.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Rules that change the law of the text, kept apart from those that do not. ``lossless`` is False on each of them."""
+"""Rules that change the distribution of the text, apart from those that do not. Each has ``lossless = False``."""
 
 from __future__ import annotations
 

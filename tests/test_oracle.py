@@ -82,7 +82,7 @@ def test_wrong_bonus_row_has_a_wrong_law():
 
 
 def test_accepted_tokens_of_the_known_example():
-    """algorithms.md, 2: of two drafts, 10/9 are accepted under the token rule, 11/9 under the block rule."""
+    """docs/algorithms.md, 2: of two drafts, 10/9 are accepted under the token rule, 11/9 under the block rule."""
     target, draft = [F(1, 3), F(2, 3)], [F(2, 3), F(1, 3)]
     alpha = sum(min(p, q) for p, q in zip(target, draft, strict=True))
     assert alpha + alpha**2 == F(10, 9)

@@ -49,7 +49,7 @@ def test_block_is_the_token_rule_for_one_draft(verify_chain):
 
 
 def test_block_accepts_no_less_in_the_mean(backend, verify_chain):
-    """algorithms.md, 2: 10/9 of two drafts under the token rule, 11/9 under the block rule."""
+    """docs/algorithms.md, 2: 10/9 of two drafts under the token rule, 11/9 under the block rule."""
     if backend == "triton":
         pytest.skip("20,000 requests take the interpreter minutes; the exact laws have to do")
     count = 20_000

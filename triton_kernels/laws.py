@@ -1,4 +1,4 @@
-"""From a row and its sampling parameters to its law, and to the winner of its tile race."""
+"""From a row and its sampling parameters to its distribution, and to the winner of its tile race."""
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -1,4 +1,4 @@
-"""The law a draft was drawn from, what rejected drafts leave of the target's, and draws from that."""
+"""The distribution a draft was drawn from, what rejected drafts leave of the target's, and draws from that."""
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -112,8 +112,8 @@ def recall(place):
 def all_together(
     rows, draft_rows, drafted, key, tables, memory, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow algorithms.md,
-    2."""
+    """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow
+    docs/algorithms.md, 2."""
     reach = tl.full([], 1.0, tl.float64)
     looked_at = tl.full([], 0, tl.int64)
     all_valid = tl.full([], 1, tl.int1)

@@ -1,4 +1,4 @@
-"""Exact laws of the rules, enumerated with fractions. The keywords exist to build wrong rules."""
+"""Exact distributions of the rules, enumerated with fractions. The keywords exist to build wrong rules."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def block_law(
     scaled_residual: bool = True,
     early_stop: bool = False,
 ) -> tuple[Law, Fraction]:
-    """As :func:`chain_law` for the block rule (algorithms.md, 2), and the expected number of accepted drafts."""
+    """As :func:`chain_law` for the block rule (docs/algorithms.md, 2), and the expected number of accepted drafts."""
     law: Law = {}
     expected = Fraction(0)
     for drafted in product(range(len(target(()))), repeat=length):

@@ -1,4 +1,4 @@
-"""The exact law of a tree of drafts, enumerated with fractions. The keywords exist to build wrong rules."""
+"""The exact distribution of a tree of drafts, enumerated with fractions. The keywords exist to build wrong rules."""
 
 from __future__ import annotations
 
@@ -103,8 +103,9 @@ def tree_law(
     updated: bool = True,
     merged: bool = False,
 ) -> tuple[Law, Fraction]:
-    """The exact law of ``len(widths) + 1`` tokens when one step of a tree rule (algorithms.md, 3 to 5) is continued by
-    target sampling, and the expected number of accepted drafts. ``widths[d]``: children of every node of depth d.
+    """The exact law of ``len(widths) + 1`` tokens when one step of a tree rule (docs/algorithms.md, 3 to 5) is
+    continued by target sampling, and the expected number of accepted drafts. ``widths[d]``: children of every node of
+    depth d.
 
     ``kind``: "iid", "without_replacement", or "top" (the most probable tokens, each a point mass). ``rule``: "walk",
     "recursive" or "traversal". The keywords build wrong rules: every sibling tested against the target as it was; equal

@@ -1,4 +1,4 @@
-"""``sample_children`` and ``verify_tree`` of one request, with the margin of every decision (algorithms.md, 3 to 5)."""
+"""``sample_children`` and ``verify_tree`` of one request, with every decision's margin (docs/algorithms.md, 3 to 5)."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _residual_draw(chain: Chain, target: Floats, draft: Floats, factor: float, e
 def _block_rule(chain: Chain) -> Verified:
     """Sun et al., arXiv:2403.10444: every draft is looked at, the longest acceptable prefix is kept."""
     laws: list[tuple[Distribution | None, Floats | None]] = []
-    reach = [1.0]  # a_i of algorithms.md, 2
+    reach = [1.0]  # a_i of docs/algorithms.md, 2
     for row, token in enumerate(chain.tokens):
         if reach[-1] == 0:  # and so will be all that follow
             break

@@ -143,7 +143,7 @@ def _token_rule(chains: _Chains) -> _Decision:
 
 
 def _block_rule(chains: _Chains) -> _Decision:
-    """Sun et al., arXiv:2403.10444; the names follow algorithms.md, 2."""
+    """Sun et al., arXiv:2403.10444; the names follow docs/algorithms.md, 2."""
     index = chains.drafted[..., None]
     target = chains.target.probs[:, :-1]
     prob = target.gather(-1, index)[..., 0]

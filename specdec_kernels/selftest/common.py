@@ -17,7 +17,7 @@ from specdec_kernels.ops import BackendName, LogitBias, Penalties, noise_words
 #: 2^18 terms stays below half of it.
 EPSILON = 2e-5
 
-#: Philox4x32-10 known answers (algorithms.md, 11): counter, key, words.
+#: Philox4x32-10 known answers (docs/algorithms.md, 11): counter, key, words.
 KNOWN_ANSWERS = (
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
