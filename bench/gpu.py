@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,22 +22,16 @@ from torch import Tensor
 
 from specdec_kernels import Verified, verify_chain_workspace
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
+from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, percentiles
 from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
 from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.bench.run import percentiles
 from specdec_kernels.cli.consoles import notes
-from specdec_kernels.ops.backends import BACKENDS
-from specdec_kernels.selftest.gpu import clusters, launches
+from specdec_kernels.ops.backends import BACKENDS, BackendName
 
-#: Ours, by backend; of `cuda` each way by itself beside the one it chooses. The environment variable chooses.
-OURS = ("cuda", "cuda, blocks", "cuda, clusters", "triton")
-CLUSTERS = {"cuda": "", "cuda, blocks": "0", "cuda, clusters": "1"}
+#: Ours, by backend.
+OURS: tuple[BackendName, ...] = ("cuda", "triton")
 #: The shape that others are timed at.
 OTHERS_VOCAB, OTHERS_DRAFTS = 151_936, 4
-#: Between two uses of a buffer so many times the cache is read. A graph has at least so many calls.
-CACHES, LEAST_CALLS, MOST_BUFFERS = 3, 16, 2048
-#: Times a graph is replayed, and that PyTorch is called.
-REPLAYS, CALLS = 50, 20
 #: Requests whose tokens are compared with the reference's.
 CHECKED = 4
 
@@ -53,10 +46,9 @@ def cases(quick: bool) -> Iterator[Case]:
                         yield Case(vocab, num_draft, batch, dtype, "statistics", filtered=filtered)
 
 
-def ours(name: str, workspace: Tensor, case: Case, x: Inputs) -> Verified:
-    """The public function on one backend, and one way of its own."""
-    with clusters(CLUSTERS.get(name, "")):
-        return fused(case, x, name.split(",")[0], workspace)
+def ours(name: BackendName, workspace: Tensor, case: Case, x: Inputs) -> Verified:
+    """The public function on one backend."""
+    return fused(case, x, name, workspace)
 
 
 def probabilities(case: Case, logits: Tensor) -> Tensor:
@@ -114,87 +106,6 @@ def others(case: Case) -> dict[str, Contender]:
     return chosen
 
 
-class GraphClock:
-    """Events of a GPU."""
-
-    device = "cuda"
-
-    def replayed(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
-        """Seconds a call, from one graph with a call on every buffer."""
-        calls = buffers * -(-LEAST_CALLS // len(buffers))
-        contender(case, buffers[0])  # compiled
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for x in calls:
-                contender(case, x)
-        graph.replay()
-        return [seconds / len(calls) for seconds in self.events(graph.replay, REPLAYS)]
-
-    def called(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
-        """Seconds a call, launched as PyTorch launches."""
-        for _ in range(3):
-            contender(case, buffers[-1])
-        rotation = iter(buffers * -(-CALLS // len(buffers)))
-        return self.events(lambda: contender(case, next(rotation)), CALLS)
-
-    @staticmethod
-    def events(call: Callable[[], object], count: int) -> list[float]:
-        """Seconds of each of ``count`` calls, on the device."""
-        seconds = []
-        for _ in range(count):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        return seconds
-
-    def launches(self, call: Callable[[], object]) -> int:
-        """Kernels of a call, from the profiler."""
-        return len(launches(call))
-
-    @property
-    def cache(self) -> int:
-        """Bytes of the last cache."""
-        size: int = torch.cuda.get_device_properties(0).L2_cache_size
-        return size
-
-    def copy_bandwidth(self) -> float:
-        """Bytes a second that a copy reads and writes."""
-        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        to = torch.empty_like(source)
-        return 2 * source.numel() / sorted(self.events(lambda: to.copy_(source), REPLAYS))[REPLAYS // 2]
-
-
-class WallClock:
-    """Where there is no GPU: for tests of what is around the timing."""
-
-    device = "cpu"
-    cache = 1 << 10
-
-    def called(self, contender: Contender, case: Case, buffers: list[Inputs]) -> list[float]:
-        """Seconds a call."""
-        seconds = []
-        for x in buffers[:2]:
-            start = time.perf_counter()
-            contender(case, x)
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-    replayed = called
-
-    def launches(self, call: Callable[[], object]) -> int:
-        """None to count."""
-        call()
-        return 0
-
-    def copy_bandwidth(self) -> float:
-        """Not measured."""
-        return float("nan")
-
-
 def first(x: Inputs, requests: int) -> Inputs:
     """Some of the requests of a batch."""
     return Inputs(*(value[:requests] for value in vars(x).values()))
@@ -207,7 +118,7 @@ def check(case: Case, x: Inputs, contender: Contender, name: str) -> None:
         raise RuntimeError(f"{case.name}, {name}: the reference disagrees: {got.tolist()} and {want.tolist()}")
 
 
-def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict[str, Any]:
+def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
     """All contenders on the same buffers. A contender that fails says so in the results; ours must not."""
     cold = CACHES * clock.cache
     buffers = inputs(case, lambda x: fused(case, x).num_accepted.long(), clock.device, cold, MOST_BUFFERS)
@@ -217,17 +128,17 @@ def measure(case: Case, clock: GraphClock | WallClock, bandwidth: float) -> dict
     kernels: dict[str, int] = {}
     failed: dict[str, str] = {}
     for name in OURS:
-        backend = BACKENDS[name.split(",")[0]]
+        backend = BACKENDS[name]
         if backend.reason or backend.device != clock.device:
             failed[name] = backend.reason or f"it runs on {backend.device}"
             continue
         contender = partial(ours, name, workspace)
         check(case, buffers[0], contender, name)
-        times[name] = percentiles(clock.replayed(contender, case, buffers))
+        times[name] = percentiles(clock.replayed(partial(contender, case), buffers))
         kernels[name] = clock.launches(partial(contender, case, buffers[0]))
     for name, contender in others(case).items():
         try:
-            times[name] = percentiles(clock.called(contender, case, buffers))
+            times[name] = percentiles(clock.called(partial(contender, case), buffers))
         except Exception as error:  # whatever others raise is a result
             failed[name] = f"{type(error).__name__}: {error}"
     whole = sum(x.numel() * x.element_size() for x in (buffers[0].target, buffers[0].draft))
@@ -288,7 +199,7 @@ def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(out: Path | None, quick: bool, console: Console, clock: GraphClock | WallClock | None = None) -> None:
+def main(out: Path | None, quick: bool, console: Console, clock: Clock | None = None) -> None:
     """Run the grid. Results are written after every case, under the name of the GPU."""
     if clock is None:
         if not torch.cuda.is_available():

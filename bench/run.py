@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
+from specdec_kernels.bench.clocks import percentiles
 from specdec_kernels.bench.contenders import contenders, fused
 from specdec_kernels.bench.machine import machine, save
 from specdec_kernels.cli.consoles import notes
@@ -31,12 +32,6 @@ def check(case: Case, buffers: list[Inputs]) -> None:
             raise RuntimeError(
                 f"{case.name}: the reference disagrees: {got.tokens.tolist()} and {want.tokens.tolist()}"
             )
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in microseconds."""
-    ordered = sorted(seconds)
-    return {f"p{p}": 1e6 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (20, 50, 80)}
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -47,34 +47,43 @@ class Inputs:
     draft: Tensor
     stats: Tensor
     seed: Tensor
+    parents: Tensor
+    position: Tensor
+
+    def first(self, requests: int) -> Inputs:
+        """Some of the requests of a batch."""
+        return Inputs(*(value[:requests] for value in vars(self).values()))
 
 
-def inputs(batch: int, dtype: str, index: int) -> Inputs:
+def inputs(batch: int, dtype: str, index: int, vocab: int = VOCAB, device: str = "cpu") -> Inputs:
     """A tree a request, its children drawn without replacement."""
-    nodes, generator = len(PARENTS), torch.Generator().manual_seed(index)
-    target = (torch.randn(batch, nodes, VOCAB, generator=generator) * 3).to(getattr(torch, dtype))
-    noise = torch.randn(batch, nodes, VOCAB, generator=generator) * DRAFT_NOISE
-    draft = (target + noise).to(target.dtype)
-    seed = torch.randint(0, 2**60, (batch,), generator=generator)
-    first = torch.tensor([sum(up < node for up in PARENTS[1:]) for node in range(nodes)])
+    nodes, generator = len(PARENTS), torch.Generator(device).manual_seed(index)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    target = torch.randn(batch, nodes, vocab, **on).mul_(3).to(getattr(torch, dtype))
+    noise = torch.randn(batch, nodes, vocab, **on).mul_(DRAFT_NOISE)
+    draft = noise.add_(target).to(target.dtype)
+    seed = torch.randint(0, 2**60, (batch,), **on)
+    first = torch.tensor([sum(up < node for up in PARENTS[1:]) for node in range(nodes)], device=device)
     drawn = sample_children(
         draft.flatten(0, 1), 3, seed=seed.repeat_interleave(nodes), position=9, row=first.repeat(batch),
         temperature=TEMPERATURE,
     )  # fmt: skip
     children = drawn.tokens.reshape(batch, nodes, 3)
-    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
+    tokens = torch.zeros(batch, nodes, dtype=torch.int64, device=device)
     for node in range(1, nodes):
         tokens[:, node] = children[:, PARENTS[node], PARENTS[1:node].count(PARENTS[node])]
-    return Inputs(target, tokens, draft, drawn.stats.reshape(batch, nodes, 3), seed)
+    parents = torch.tensor([PARENTS] * batch, device=device)
+    position = torch.full_like(seed, 9)
+    return Inputs(target, tokens, draft, drawn.stats.reshape(batch, nodes, 3), seed, parents, position)
 
 
 def fused(x: Inputs, rule: TreeRuleName, backend: Any = None) -> Any:
     """The public function; "walk" takes the drafts for point masses."""
     drafts = () if rule == "walk" else (x.draft, x.stats)
-    parents = torch.tensor([PARENTS]).expand(len(x.tokens), -1)
     return verify_tree(
-        x.target, x.tokens, parents, *drafts, siblings="without_replacement", seed=x.seed, position=9,
-        temperature=TEMPERATURE, rule=rule, backend=backend,
+        x.target, x.tokens, x.parents, *drafts, siblings="without_replacement", seed=x.seed, position=x.position,
+        temperature=TEMPERATURE, rule=rule,
+        backend=backend,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from test_backends import run_python
 
 from specdec_kernels.bench import gpu
+from specdec_kernels.bench.clocks import WallClock
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real one runs there")
 
@@ -34,7 +35,7 @@ def test_results_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "OTHERS_VOCAB", 300)
     monkeypatch.setattr(gpu, "vllm", None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    gpu.main(tmp_path, True, Console(quiet=True), gpu.WallClock())
+    gpu.main(tmp_path, True, Console(quiet=True), WallClock())
     assert (tmp_path / "none.png").stat().st_size > 1000
     results = json.loads((tmp_path / "none.json").read_text())["results"]
     assert [row["case"] for row in results] == [case.name for case in small]
@@ -57,7 +58,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(gpu, "ours", wrong)
     with pytest.raises(RuntimeError, match="triton: the reference disagrees"):
-        gpu.measure(case, gpu.WallClock(), 1.0)
+        gpu.measure(case, WallClock(), 1.0)
 
 
 def test_without_a_gpu_the_command_says_so():

@@ -190,6 +190,20 @@ def selftest(
 
 
 @app.command()
+def gpu_report(
+    out: Annotated[Path, typer.Option(help="Directory for the report: Markdown, JSON, and what went wrong.")],
+    dry: Annotated[bool, typer.Option("--dry", help="Tiny and on a CPU: shows that the report runs, and no more.")] = False,
+) -> None:
+    """Versions, self-tests, a quick benchmark and text on one GPU, in under five minutes, whatever fails."""
+    with _errors_in_a_line():
+        from specdec_kernels.bench.report import run
+
+        healthy = run(out, dry, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Say what runs here, which backend runs what and why the others do not."""
     from specdec_kernels.cli.doctor import report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,22 @@ from specdec_kernels.ops import BACKENDS
 
 #: Lines of what is wrong with a backend that are printed.
 MOST_LINES = 20
+#: Processes that share a GPU at most.
+MOST_PROCESSES = 12
+
+
+def processes(device: str) -> int:
+    """How many test a backend side by side: on a GPU they compile, and the oracle computes, each on a core of its own; a
+    CPU backend has threads for all cores."""
+    return min(MOST_PROCESSES, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 1
+
+
+def summary(name: str, device: str, result: selftest.Report, seconds: float) -> str:
+    """One line."""
+    return (
+        f"{name} ({BACKENDS[name].detail}) on {device}: {result.requests} compared, {result.too_close} too close "
+        f"to call, {len(result.wrong)} wrong, {seconds:.0f} s"
+    )
 
 
 def report(console: Console, device: str, backends: Sequence[str], count: int) -> bool:
@@ -36,13 +53,12 @@ def report(console: Console, device: str, backends: Sequence[str], count: int) -
     healthy = True
     for name in backends or runs:
         started = time.perf_counter()
-        result = selftest.run(name, device, count)  # type: ignore[arg-type]
+        result = selftest.Report()
+        for part in selftest.run_in_processes(name, device, count, processes(device)):  # type: ignore[arg-type]
+            result.add(part)
         healthy &= not result.wrong
-        console.print(
-            f"{name} ({BACKENDS[name].detail}) on {device}: {result.requests} compared, {result.too_close} too close "
-            f"to call, {len(result.wrong)} wrong, {time.perf_counter() - started:.0f} s",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        console.print(summary(name, device, result, seconds), markup=False, highlight=False, soft_wrap=True)
         for line in result.wrong[:MOST_LINES]:
             console.print("  " + line, markup=False, highlight=False, soft_wrap=True)
         if len(result.wrong) > MOST_LINES:

@@ -6,29 +6,45 @@ The oracle uses the same noise, so a backend must return its tokens wherever no 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 
 import torch
 
 from specdec_kernels.ops import BACKENDS, BackendName
 from specdec_kernels.selftest import chains, gpu, heads, trees
-from specdec_kernels.selftest.common import DRAFT_KINDS, EPSILON, KNOWN_ANSWERS, VOCABS, Report, known_answers
+from specdec_kernels.selftest.common import (
+    DRAFT_KINDS,
+    EPSILON,
+    KNOWN_ANSWERS,
+    VOCABS,
+    Report,
+    Selection,
+    known_answers,
+)
 
 __all__ = [
     "DRAFT_KINDS",
     "EPSILON",
     "KNOWN_ANSWERS",
     "Report",
+    "Selection",
     "chains",
     "gpu",
     "heads",
     "known_answers",
     "run",
+    "run_in_processes",
     "trees",
 ]
 
 #: What a GPU is tried with beside the small ones: here several programs work on a row.
 LARGE_VOCABS = (32_000, 128_256, 151_936)
+#: Forms of chains, trees and hidden states for what compiles: rules times kinds of drafts, each two times for chains;
+#: of large ones each rule, and each kind of hidden states.
+FORMS, LARGE_FORMS = (18, 12, 3), (3, 4, 3)
 
 
 def ways(on_gpu: bool) -> Iterator[None]:
@@ -39,25 +55,49 @@ def ways(on_gpu: bool) -> Iterator[None]:
             yield
 
 
-def run(backend: BackendName | None = None, device: str = "cpu", count: int = 120) -> Report:
+def run(
+    backend: BackendName | None = None, device: str = "cpu", count: int = 120, process: int = 0, processes: int = 1
+) -> Report:
     """The coupled suite: ``count`` random batches of chains, half as many of trees and of hidden states; on a GPU a few
-    large ones too, and what only a GPU can show."""
+    large ones too, and what only a GPU can show. Of several processes each does its part.
+
+    On a GPU Triton is given every rule and kind of drafts in all dtypes, but few of their combinations: a kernel takes it
+    seconds to compile, and of a few hundred combinations most would be compiled for one batch. The others get all.
+    """
     report = Report()
-    if not known_answers(backend, device):
+    if process == 0 and not known_answers(backend, device):
         report.wrong.append("the Philox known answers are wrong")
     on_gpu = torch.device(device).type == "cuda"
-    for vocabs, batches in ((VOCABS, count), (LARGE_VOCABS, count // 8 if on_gpu else 0)):
-        for index, chain in enumerate(chains.cases(batches, vocabs)):
+    compiles = on_gpu and backend == "triton"
+    for vocabs, batches, forms in ((VOCABS, count, FORMS), (LARGE_VOCABS, count // 8 if on_gpu else 0, LARGE_FORMS)):
+        of_chains, of_trees, of_heads = (
+            Selection(number if compiles else None, process, processes) for number in forms
+        )
+        for (index, _), chain in zip(of_chains.of(batches), chains.cases(batches, vocabs, of_chains), strict=True):
             for _ in ways(on_gpu):
                 chains.check_verified(report, chain, index, backend, device)
             chains.check_sampled(report, chain, index, backend, device)
-        for index, tree in enumerate(trees.cases(batches // 2, vocabs)):
+        half = batches // 2
+        for (index, form), tree in zip(of_trees.of(half), trees.cases(half, vocabs, of_trees), strict=True):
             trees.check_verified(report, tree, index, backend, device)
-            trees.check_children(report, tree, index, backend, device)
+            trees.check_children(report, tree, index, backend, device, form)
         if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
-            for index, head in enumerate(heads.cases(batches // 2, vocabs)):
+            for (index, _), head in zip(of_heads.of(half), heads.cases(half, vocabs, of_heads), strict=True):
                 heads.check(report, head, index, backend, device)
     if on_gpu and backend != "reference":  # PyTorch launches as it likes
         for _ in ways(on_gpu):
-            gpu.check(report, backend, device)
+            gpu.check(report, backend, device, Selection(None, process, processes))
     return report
+
+
+def run_in_processes(backend: BackendName, device: str, count: int, processes: int) -> Iterator[Report]:
+    """The same by several processes side by side, and what each found as soon as it ends. One: it is this one."""
+    if processes == 1:
+        yield run(backend, device, count)
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for done in as_completed(
+            pool.submit(run, backend, device, count, process, processes) for process in range(processes)
+        ):
+            yield done.result()

@@ -17,9 +17,11 @@ from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
     DTYPES,
+    EVERYTHING,
     ROW_OPTIONS,
     VOCABS,
     Report,
+    Selection,
     moved,
     oracle_processing,
     oracle_sampling,
@@ -57,16 +59,16 @@ class Case:
         return self.target[first], {**options, "bitmask": None if bitmask is None else bitmask[first]}
 
 
-def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
+def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = EVERYTHING) -> Iterator[Case]:
     """Random batches over everything there is: rules, kinds of drafts, filters, processing, layouts, dtypes, ends."""
-    for index in range(count):
-        rng, generator = random.Random(index), torch.Generator().manual_seed(index)
+    for index, form in selection.of(count):
+        rng, values, generator = random.Random(form), random.Random(~index), torch.Generator().manual_seed(index)
 
         def integers(low: int, high: int, *shape: int, generator: torch.Generator = generator) -> Tensor:
             return torch.randint(low, high, shape, generator=generator)
 
-        vocab, dtype, rule = vocabs[index % len(vocabs)], rng.choice(DTYPES), list(Rule)[index % len(Rule)]
-        kind, longest = DRAFT_KINDS[index // 3 % 3], rng.choice((4, 1, 6, 0))
+        vocab, dtype, rule = vocabs[form % len(vocabs)], rng.choice(DTYPES), list(Rule)[form % len(Rule)]
+        kind, longest = DRAFT_KINDS[form // 3 % 3], rng.choice((4, 1, 6, 0))
         wide = torch.randn(BATCH, longest + 1, vocab + 3, generator=generator) * 2
         target = wide.to(dtype)[..., :vocab]  # rows with a stride of their own
         draft = (target[:, :longest].float() + torch.randn(BATCH, longest, vocab, generator=generator) * 0.7).to(dtype)
@@ -100,9 +102,9 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
             "position": position,
             "draft_temperature": heat if kind == "dense" else None,
             "cu_rows": torch.cat([counts.new_zeros(1), counts.cumsum(0)]) if ragged else None,
-            "num_draft": integers(0, longest + 1, BATCH) if index % 7 == 0 else None,
+            "num_draft": integers(0, longest + 1, BATCH) if form % 7 == 0 else None,
             "temperature": temperature,
-            **random_filters(rng, vocab),
+            **random_filters(values, vocab),
             **random_processing(rng, vocab, tuple(target.shape[:-1]), generator),
             "rule": rule.name.lower(),
             "logprobs": rng.random() < 0.5,
@@ -110,7 +112,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         }
         yield Case(
             target,
-            tokens.int() if index % 5 == 0 else tokens,
+            tokens.int() if form % 5 == 0 else tokens,
             None if kind == "point mass" else draft,
             drawn.stats.reshape(BATCH, longest, 3) if kind == "statistics" else None,
             options,
@@ -171,7 +173,7 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 def check_sampled(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
     """``sample`` of the first row of every request."""
     rows, options = case.first_rows()
-    coupled = index % 4 == 1
+    coupled = case.options["rule"] == "coupled"
     named = {name: moved(value, device) for name, value in options.items()}
     drawn = sample(rows.to(device), row=index, coupled=coupled, **named, backend=backend)
     for request in range(BATCH):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,30 @@ def oracle_processing(options: Mapping[str, Any], request: int, masks: Tensor | 
     return oracle.Processing(**named)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which of the cases one of several processes takes, and in how many forms they come.
+
+    The form of a case is all that Triton compiles a kernel for: dtypes, sizes, rules, and which arguments there are.
+    Every case has a form of its own unless ``forms`` says how many there are; then they come again with other values.
+    A form is taken by one process, so that none compiles what another one does.
+    """
+
+    forms: int | None = None
+    process: int = 0
+    processes: int = 1
+
+    def of(self, count: int) -> Iterator[tuple[int, int]]:
+        """Index and form of the cases among ``count`` that are taken."""
+        for index in range(count):
+            form = index if self.forms is None else index % self.forms
+            if form % self.processes == self.process:
+                yield index, form
+
+
+EVERYTHING = Selection()
+
+
 @dataclass
 class Report:
     """How a backend did: decisions closer than :data:`EPSILON` are counted, not judged."""
@@ -146,6 +170,12 @@ class Report:
     requests: int = 0
     too_close: int = 0
     wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """What another process found."""
+        self.requests += other.requests
+        self.too_close += other.too_close
+        self.wrong += other.wrong
 
     def compare(self, what: str, got: object, want: object, margin: float) -> bool:
         """Count one comparison; whether it was clear and right."""

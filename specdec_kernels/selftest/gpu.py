@@ -16,7 +16,7 @@ from specdec_kernels.ops import BACKENDS, BackendName, RuleName, sample, verify_
 from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
 from specdec_kernels.ops.workspace import verify_chain_workspace
-from specdec_kernels.selftest.common import BATCH, Report
+from specdec_kernels.selftest.common import BATCH, EVERYTHING, Report, Selection
 
 #: As large as in use, with a last tile that is not full.
 VOCAB, DRAFTS, WIDTH = 32_003, 3, 576
@@ -91,10 +91,11 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True))
 
 
-def check(report: Report, backend: BackendName | None, device: str) -> None:
+def check(report: Report, backend: BackendName | None, device: str, selection: Selection = EVERYTHING) -> None:
     """Every operation: no wait, its launches, and a graph that gives for other seeds what a call gives."""
     seed = torch.arange(BATCH, device=device)
-    for name, call in calls(backend, seed):
+    every = list(calls(backend, seed))
+    for name, call in (every[index] for index, _form in selection.of(len(every))):
         call()  # compiled, and its counters made
         torch.cuda.synchronize()
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec_kernels import oracle
 from specdec_kernels.ops import BackendName, sample
 from specdec_kernels.ops.head import verify_chain_lm_head
-from specdec_kernels.selftest.common import BATCH, DRAFT_KINDS, DTYPES, Report, moved
+from specdec_kernels.selftest.common import BATCH, DRAFT_KINDS, DTYPES, EVERYTHING, Report, Selection, moved
 
 WIDTHS = (1, 64, 70, 200)
 
@@ -31,12 +31,12 @@ class Case(NamedTuple):
     draft_temperature: float | None
 
 
-def cases(count: int, vocabs: tuple[int, ...]) -> Iterator[Case]:
+def cases(count: int, vocabs: tuple[int, ...], selection: Selection = EVERYTHING) -> Iterator[Case]:
     """Random batches: shapes, strides, dtypes, kinds of drafts, temperatures."""
-    for index in range(count):
-        rng, generator = random.Random(index), torch.Generator().manual_seed(index)
-        vocab, width, dtype = vocabs[index % len(vocabs)], rng.choice(WIDTHS), rng.choice(DTYPES)
-        kind, longest = DRAFT_KINDS[index % len(DRAFT_KINDS)], rng.choice((4, 1, 6, 0))
+    for index, form in selection.of(count):
+        rng, generator = random.Random(form), torch.Generator().manual_seed(index)
+        vocab, width, dtype = vocabs[form % len(vocabs)], rng.choice(WIDTHS), rng.choice(DTYPES)
+        kind, longest = DRAFT_KINDS[form % len(DRAFT_KINDS)], rng.choice((4, 1, 6, 0))
 
         def normal(*shape: int, generator: torch.Generator = generator) -> Tensor:
             return torch.randn(*shape, generator=generator)

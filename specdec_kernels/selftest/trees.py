@@ -18,8 +18,10 @@ from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
     DTYPES,
+    EVERYTHING,
     ROW_OPTIONS,
     Report,
+    Selection,
     moved,
     oracle_processing,
     oracle_sampling,
@@ -60,14 +62,14 @@ def random_parents(rng: random.Random, nodes: int) -> list[int]:
     return parents + [-1] * (nodes - len(parents))
 
 
-def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
+def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = EVERYTHING) -> Iterator[Case]:
     """Random batches: rules, kinds of children, filters, processing, dtypes, ragged trees, rows that are not usable."""
-    for index in range(count):
-        rng, generator = random.Random(~index), torch.Generator().manual_seed(index)
-        vocab, dtype, rule = rng.choice(vocabs), rng.choice(DTYPES), list(TreeRule)[index % len(TreeRule)]
-        kind, nodes = DRAFT_KINDS[index // 4 % 3], rng.choice((4, 9, 14, 1 if index % 8 == 0 else 14))
+    for index, form in selection.of(count):
+        rng, values, generator = random.Random(~form), random.Random(index), torch.Generator().manual_seed(index)
+        vocab, dtype, rule = rng.choice(vocabs), rng.choice(DTYPES), list(TreeRule)[form % len(TreeRule)]
+        kind, nodes = DRAFT_KINDS[form // 4 % 3], rng.choice((4, 9, 14, 1 if form % 8 == 0 else 14))
         siblings: SiblingsName = rng.choice(("iid", "without_replacement"))
-        parents = torch.tensor([random_parents(rng, nodes) for _ in range(BATCH)])
+        parents = torch.tensor([random_parents(values, nodes) for _ in range(BATCH)])
         target = (torch.randn(BATCH, nodes, vocab + 3, generator=generator) * 2).to(dtype)[..., :vocab]
         apart = rng.choice((0.7, 2.0))
         draft = (target.float() + torch.randn(BATCH, nodes, vocab, generator=generator) * apart).to(dtype)
@@ -101,13 +103,13 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
                     place = int((parents[b, 1:node] == up).sum())
                     tokens[b, node] = drawn_tokens[b, up, place].clamp(min=0)
         if index % 11 == 5:
-            (target if rng.random() < 0.5 else draft)[0, rng.randrange(nodes), 0] = torch.nan
+            (target if values.random() < 0.5 else draft)[0, values.randrange(nodes), 0] = torch.nan
         options = {
             "seed": seed,
             "position": position,
             "draft_temperature": heat if kind == "dense" else None,
             "temperature": temperature,
-            **random_filters(rng, vocab),
+            **random_filters(values, vocab),
             **random_processing(rng, vocab, (BATCH, nodes), generator),
             "rule": rule.name.lower(),
             "siblings": siblings,
@@ -115,7 +117,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS) -> Iterator[Case]:
         }
         yield Case(
             target,
-            tokens.int() if index % 5 == 0 else tokens,
+            tokens.int() if form % 5 == 0 else tokens,
             parents,
             None if kind == "point mass" else draft,
             drawn.stats.reshape(BATCH, nodes, 3) if kind == "statistics" else None,
@@ -167,9 +169,12 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
                 report.close(f"{name} {kind}", getattr(verified, kind)[request], scores + [torch.nan] * padding)
 
 
-def check_children(report: Report, case: Case, index: int, backend: BackendName | None, device: str) -> None:
+def check_children(
+    report: Report, case: Case, index: int, backend: BackendName | None, device: str, form: int | None = None
+) -> None:
     """``sample_children`` of the first row of every request."""
-    how, count = CHILDREN[index % len(CHILDREN)], 1 + index % 5
+    form = index if form is None else form
+    how, count = CHILDREN[form % len(CHILDREN)], 1 + form % 5
     options = {name: case.options[name] for name in ROW_OPTIONS}
     bitmask = case.options["bitmask"]
     options["bitmask"] = None if bitmask is None else bitmask[:, 0]
