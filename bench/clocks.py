@@ -1,5 +1,5 @@
-"""How calls are timed: on a GPU in CUDA graphs over buffers that do not fit its cache; without one by the wall clock, for
-tests of what is around the timing."""
+"""How calls are timed: on a GPU in CUDA graphs over buffers that do not fit its cache; without one by the wall clock,
+for tests of what is around the timing."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ soon as a part prints them: what hangs or dies costs its own results and no othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -51,8 +52,8 @@ PARTS = (
     Part("self-test triton", 50, partial(report_parts.self_test, backend="triton", count=36)),
     Part("chains and trees triton", 40, report_parts.triton),
 )
-#: On a CPU Triton is interpreted and the CUDA programs are emulated, which has to be there before they are imported; and
-#: what is tiny takes one thread.
+#: On a CPU Triton is interpreted and the CUDA programs are emulated, which has to be set before they are imported; what
+#: is tiny takes one thread.
 DRY = {"SPECDEC_EMULATE_CUDA": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -104,7 +105,10 @@ class Report:
 
     def write(self) -> None:
         """Whole files, put in place at once: a reader never sees a half."""
-        for suffix, text in ((".json", json.dumps(vars(self) | {"stem": self.stem.name}, indent=1)), (".md", self.text)):
+        for suffix, text in (
+            (".json", json.dumps(vars(self) | {"stem": self.stem.name}, indent=1)),
+            (".md", self.text),
+        ):
             new = self.stem.with_name(self.stem.name + suffix + ".new")
             new.write_text(text + "\n")
             new.replace(self.stem.with_name(self.stem.name + suffix))
@@ -114,7 +118,9 @@ class Report:
         """A table a part."""
         lines = [f"# {self.stem.name}", ""]
         for part in dict.fromkeys([*(row["part"] for row in self.rows), *self.ended]):
-            rows = [{key: value for key, value in row.items() if key != "part"} for row in self.rows if row["part"] == part]
+            rows = [
+                {key: value for key, value in row.items() if key != "part"} for row in self.rows if row["part"] == part
+            ]
             lines += [f"## {part}: {self.ended.get(part, 'running')}", "", *table(rows), ""]
         return "\n".join(lines)
 
@@ -139,7 +145,9 @@ def watch(command: Sequence[str], limit_s: float, log: IO[str], row: Callable[[R
     """Run a command, hand on the rows that it prints, and say how it ended; its standard error goes to ``log``."""
     log.flush()
     begin, started = log.tell(), time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | env, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, env=os.environ | env, start_new_session=True
+    )
     assert process.stdout is not None
     pipe, waiting, open_ = process.stdout.fileno(), b"", True
     os.set_blocking(pipe, False)
@@ -157,10 +165,8 @@ def watch(command: Sequence[str], limit_s: float, log: IO[str], row: Callable[[R
         except subprocess.TimeoutExpired:
             return f"killed after {time.monotonic() - started:.0f} s"
     finally:
-        try:  # also what it has left behind
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it has left behind
         process.wait()
         process.stdout.close()
     seconds = time.monotonic() - started

@@ -1,7 +1,7 @@
 """The parts of the report (:mod:`.report`): each yields flat rows, ``what`` first; a row that has ``failed`` says why.
 
-Times are microseconds a call: p20, p50 and p80 of graph replays over buffers beyond the cache. ``floor`` is the bytes that
-have to be read or written over the measured bandwidth of a copy. Nothing is timed before the reference agrees.
+Times are microseconds a call: p20, p50 and p80 of graph replays over buffers beyond the cache. ``floor`` is the bytes
+that have to be read or written over the measured bandwidth of a copy. Nothing is timed before the reference agrees.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Setting:
 
     @property
     def clock(self) -> Clock:
+        """Of its device."""
         return WallClock() if self.device == "cpu" else GraphClock()
 
 
@@ -104,7 +105,8 @@ def versions(setting: Setting) -> Iterator[Row]:
     yield {"what": "torch", "is": f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"}
     if setting.device == "cuda":
         seen = torch.cuda.get_device_properties(0)
-        size = f"{seen.total_memory >> 30} GiB, {seen.multi_processor_count} multiprocessors, L2 {seen.L2_cache_size >> 20} MiB"
+        size = f"{seen.total_memory >> 30} GiB, {seen.multi_processor_count} multiprocessors"
+        size += f", L2 {seen.L2_cache_size >> 20} MiB"
         yield {"what": "GPU", "is": f"{seen.name}, compute capability {seen.major}.{seen.minor}, {size}"}
         yield {"what": "copy", "is": f"{GraphClock().copy_bandwidth() / 1e12:.2f} TB/s read and written"}
         yield from tried([("driver", _driver)])
@@ -252,7 +254,7 @@ def mask(bench: Bench, form: FormatName, nodes: int, context: int, backend: Back
 
 
 def attention(bench: Bench, batch: int, context: int, nodes: int, heads: int, width: int, ours: bool) -> Row:
-    """``tree_attention`` by Triton, or PyTorch's attention with a mask that is there already; bytes: keys and values."""
+    """``tree_attention`` by Triton, or PyTorch's attention with a mask that is there; bytes: keys and values."""
     device, groups = bench.clock.device, heads // 4
     parents = torch.tensor([[-1] + [(i - 1) // 2 for i in range(1, nodes)]] * batch, device=device)
     lens = torch.full((batch,), context, device=device)

@@ -69,8 +69,8 @@ RIGHT: dict[str, Architecture] = {
     **plain(
         "apertus", "arcee", "aria_text", "biogpt", "bitnet", "codegen", "cohere", "ctrl", "diffllama", "dots1",
         "ernie4_5", "flex_olmo", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
-        "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "llama", "minimax_m2",
-        "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3",
+        "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "llama",
+        "minimax_m2", "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3",
         "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
         "starcoder2", "xglm",
     ),

@@ -1,4 +1,4 @@
-"""The report of a GPU: parts that hang, die or raise cost only themselves, and all of it runs on a CPU in its dry form."""
+"""The report of a GPU: parts that hang, die or raise cost only themselves, and its dry form runs on a CPU."""
 
 from __future__ import annotations
 
@@ -69,10 +69,13 @@ def test_a_part_that_fails_is_a_line_with_the_reason(reported):
 
 def test_a_row_that_failed_is_counted(reported):
     failed = """print('{"what": "a", "failed": "the | reference disagrees"}'); print('{"what": "b", "p50": 12345.6}')"""
-    healthy, rows, ended, text = reported({"some": failed})
+    healthy, _, ended, text = reported({"some": failed})
     assert ended[0].endswith("; 1 failed")
     assert not healthy
-    assert "| what | failed | p50 |\n| --- | --- | --- |\n| a | the \\| reference disagrees |  |\n| b |  | 1.235e+04 |" in text
+    assert (
+        "| what | failed | p50 |\n| --- | --- | --- |\n| a | the \\| reference disagrees |  |\n| b |  | 1.235e+04 |"
+        in text
+    )
     assert reported({"good": GOOD})[0]
 
 
@@ -153,7 +156,9 @@ def test_processes_share_the_cases_of_the_self_test():
     """Each case is taken by one of them; with few forms, each form too."""
     for forms in (None, 6):
         shares = [list(selftest.Selection(forms, process, 4).of(21)) for process in range(4)]
-        assert sorted(sum(shares, [])) == [(index, index % (forms or 21)) for index in range(21)]
+        assert sorted(pair for share in shares for pair in share) == [
+            (index, index % (forms or 21)) for index in range(21)
+        ]
         taken = [{form for _, form in share} for share in shares]
         assert sum(map(len, taken)) == (forms or 21)
     whole = selftest.run("cpu", count=5)
@@ -167,7 +172,9 @@ def test_a_form_comes_again_with_other_values():
     """What Triton compiles for stays the same, and the rest does not."""
 
     def compiled_for(case):
-        given = {name: value is not None for name, value in case.options.items() if name not in ("top_k", "top_p", "min_p")}
+        given = {
+            name: value is not None for name, value in case.options.items() if name not in ("top_k", "top_p", "min_p")
+        }
         tensors = [x if x is None else (x.dtype, x.shape[1:], x.stride()) for x in (case.draft, case.stats)]
         return case.target.dtype, case.target.stride(), case.tokens.dtype, case.options["rule"], given, tensors
 

@@ -192,7 +192,9 @@ def selftest(
 @app.command()
 def gpu_report(
     out: Annotated[Path, typer.Option(help="Directory for the report: Markdown, JSON, and what went wrong.")],
-    dry: Annotated[bool, typer.Option("--dry", help="Tiny and on a CPU: shows that the report runs, and no more.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Tiny and on a CPU: shows that the report runs, and no more.")
+    ] = False,
 ) -> None:
     """Versions, self-tests, a quick benchmark and text on one GPU, in under five minutes, whatever fails."""
     with _errors_in_a_line():

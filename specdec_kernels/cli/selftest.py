@@ -20,8 +20,8 @@ MOST_PROCESSES = 12
 
 
 def processes(device: str) -> int:
-    """How many test a backend side by side: on a GPU they compile, and the oracle computes, each on a core of its own; a
-    CPU backend has threads for all cores."""
+    """How many test a backend side by side: on a GPU they compile, and the oracle computes, each on a core of its own;
+    a CPU backend has threads for all cores."""
     return min(MOST_PROCESSES, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 1
 
 

@@ -20,9 +20,9 @@ from specdec_kernels.decode import model_facts
 Use = Literal["chains", "batches", "trees"]
 
 #: Difference of rows of logits, relative to their spread, that rounding explains. Seen on a CPU, of right models:
-#: 1e-6 to 1e-5 in float32 (SmolLM2-135M 3e-5; TF32 gets to 1e-3), up to 0.07 in bfloat16 and 0.03 in float16 (SmolLM2-135M; 12
-#: layers of random weights of Llama, GPT-2, Gemma and OPT: 0.05 and 0.006). Of wrong ones, by mutants of the cache
-#: and by MPT: 0.3 and more in every dtype.
+#: 1e-6 to 1e-5 in float32 (SmolLM2-135M 3e-5; TF32 gets to 1e-3), up to 0.07 in bfloat16 and 0.03 in float16
+#: (SmolLM2-135M; 12 layers of random weights of Llama, GPT-2, Gemma and OPT: 0.05 and 0.006). Of wrong ones, by mutants of the
+#: cache and by MPT: 0.3 and more in every dtype.
 ROUNDING = {torch.float32: 0.005, torch.bfloat16: 0.2, torch.float16: 0.06}
 
 _WHAT_TO_DO: dict[Use, str] = {

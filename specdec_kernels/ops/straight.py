@@ -55,7 +55,7 @@ def _by_dispatcher(
         if law is None or any(type(arguments[key]) is not Tensor for key in keys):
             return None
         bitmask, *rest = arguments[numbers + 4 :]
-        given = arguments[:numbers]
+        given: tuple[Any, ...] = arguments[:numbers]
         if heat is not None:
             given = (*given[:heat], *validate.one_or_each(given[heat], 1.0), *given[heat + 1 :])
         try:

@@ -61,8 +61,8 @@ def run(
     """The coupled suite: ``count`` random batches of chains, half as many of trees and of hidden states; on a GPU a few
     large ones too, and what only a GPU can show. Of several processes each does its part.
 
-    On a GPU Triton is given every rule and kind of drafts in all dtypes, but few of their combinations: a kernel takes it
-    seconds to compile, and of a few hundred combinations most would be compiled for one batch. The others get all.
+    On a GPU Triton is given every rule and kind of drafts in all dtypes, but few of their combinations: a kernel takes
+    it seconds to compile, and of a few hundred combinations most would be compiled for one batch. The others get all.
     """
     report = Report()
     if process == 0 and not known_answers(backend, device):
