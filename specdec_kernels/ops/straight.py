@@ -57,7 +57,8 @@ def _by_dispatcher(
         bitmask, *rest = arguments[numbers + 4 :]
         given: tuple[Any, ...] = arguments[:numbers]
         if heat is not None:
-            given = (*given[:heat], *validate.one_or_each(given[heat], 1.0), *given[heat + 1 :])
+            before, own, after = given[:heat], given[heat], given[heat + 1 :]
+            given = (*before, *validate.one_or_each(own, 1.0), *after)
         try:
             return result._make(operator(*given, None, *law, bitmask, *NO_EDITS, *rest, *behind))
         except RuntimeError:
