@@ -55,12 +55,11 @@ def _by_dispatcher(
         if law is None or any(type(arguments[key]) is not Tensor for key in keys):
             return None
         bitmask, *rest = arguments[numbers + 4 :]
-        given: tuple[Any, ...] = arguments[:numbers]
+        first: list[Any] = list(arguments[:numbers])
         if heat is not None:
-            before, own, after = given[:heat], given[heat], given[heat + 1 :]
-            given = (*before, *validate.one_or_each(own, 1.0), *after)
+            first[heat : heat + 1] = validate.one_or_each(first[heat], 1.0)
         try:
-            return result._make(operator(*given, None, *law, bitmask, *NO_EDITS, *rest, *behind))
+            return result._make(operator(*first, None, *law, bitmask, *NO_EDITS, *rest, *behind))
         except RuntimeError:
             return None
 
