@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 
-.PHONY: demo test bench docs lint format clean
+.PHONY: demo test bench docs lint format versions clean
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -27,6 +27,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
+
+# Everything that pyproject.toml promises, compiled: for when a version is raised.
+versions: $(STAMP)
+	$(BIN)/python tests/versions.py > bench/results/versions.txt; status=$$?; cat bench/results/versions.txt; exit $$status
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .

@@ -8,6 +8,7 @@ import platform
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from specdec_kernels import selftest
@@ -32,16 +33,28 @@ def _build_facts() -> dict[str, str | bool]:
     return build_facts()
 
 
+def _root(error: BaseException) -> str:
+    """What an error began with, in a line: compilers wrap it in pages of source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return escape(f"{type(error).__name__}: {lines[-1] if lines else ''}")
+
+
+def _gpus() -> str:
+    try:
+        return str([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none")
+    except RuntimeError as error:  # a driver that this torch cannot use
+        return _root(error)
+
+
 def describe(console: Console) -> None:
     """Print versions, how the native code was built, and the machine."""
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
     built = ", ".join(f"{key} {value}" for key, value in _build_facts().items())
     console.print(f"native code: {built}", highlight=False)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {gpus or 'none'}"
-    )
+    console.print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {_gpus()}")
 
 
 def report(console: Console) -> bool:
@@ -51,11 +64,16 @@ def report(console: Console) -> bool:
     healthy = True
     for backend in BACKENDS.values():
         if backend.reason:
-            table.add_row(backend.name, backend.detail, "-", "-", f"does not run: {backend.reason}")
+            table.add_row(backend.name, backend.detail, "-", "-", f"does not run: {escape(backend.reason)}")
             continue
         device = "cpu" if backend.device == "any" else backend.device
-        known = selftest.known_answers(backend.name, device)  # type: ignore[arg-type]
-        result = selftest.run(backend.name, device, count=24)  # type: ignore[arg-type]
+        try:
+            known = selftest.known_answers(backend.name, device)  # type: ignore[arg-type]
+            result = selftest.run(backend.name, device, count=24)  # type: ignore[arg-type]
+        except Exception as error:  # whatever a compiler or a driver raises
+            healthy = False
+            table.add_row(backend.name, backend.detail, backend.device, "-", f"FAILS: {_root(error)}")
+            continue
         healthy &= known and not result.wrong
         verdict = f"{len(result.wrong)} of {result.requests} wrong" if result.wrong else f"{result.requests} agree"
         table.add_row(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)

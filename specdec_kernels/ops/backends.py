@@ -103,13 +103,18 @@ def _cuda() -> Backend:
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", "cuda", "triton is not installed", "", {})
-    import triton
-
+    try:
+        import triton
+    except Exception as error:  # whatever a package raises that fits neither this Python nor this torch
+        return Backend("triton", "cuda", f"triton does not load: {error}", "", {})
     interpreted = bool(triton.knobs.runtime.interpret)
     if not interpreted and not torch.cuda.is_available():
         reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
         return Backend("triton", "cuda", reason, f"triton {triton.__version__}", {})
-    kernels = importlib.import_module("specdec_kernels.triton_kernels")
+    try:
+        kernels = importlib.import_module("specdec_kernels.triton_kernels")
+    except Exception as error:  # whatever another version of Triton raises
+        return Backend("triton", "cuda", f"its kernels do not load: {error}", f"triton {triton.__version__}", {})
     functions: dict[str, Callable[..., Any]] = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
