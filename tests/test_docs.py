@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import versions
 
 from specdec_kernels import ops
 from specdec_kernels.ops import attention, head, kv, token_counts, tree_rules, trees, workspace
@@ -66,6 +67,15 @@ def test_the_example_of_trees():
 def test_the_example_of_decoding():
     (decoded,) = run_blocks("docs/decoding.md")
     assert 2 <= decoded["statistics"].emitted <= 36
+
+
+def test_the_readme_names_the_versions_that_are_compiled():
+    readme = (ROOT / "README.md").read_text()
+    for name, tried in (("Python", versions.PYTHONS), ("torch", versions.TORCHES), ("Triton", versions.TRITONS)):
+        first, last = (".".join(each.split(".")[:2]) for each in (tried[0], tried[-1]))
+        assert f"{name} {first} to {last}" in readme
+    gcc, clang = (next(each for each in versions.COMPILERS if each.startswith(name)) for name in ("g++", "clang++"))
+    assert f"gcc {gcc.split('-')[1]} or clang {clang.split('-')[1]} and later" in readme
 
 
 def test_the_readme_is_short():
