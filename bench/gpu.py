@@ -136,11 +136,11 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
         check(case, buffers[0], contender, name)
         times[name] = percentiles(clock.replayed(partial(contender, case), buffers))
         kernels[name] = clock.launches(partial(contender, case, buffers[0]))
-    for name, contender in others(case).items():
+    for other, called in others(case).items():
         try:
-            times[name] = percentiles(clock.called(partial(contender, case), buffers))
+            times[other] = percentiles(clock.called(partial(called, case), buffers))
         except Exception as error:  # whatever others raise is a result
-            failed[name] = f"{type(error).__name__}: {error}"
+            failed[other] = f"{type(error).__name__}: {error}"
     whole = sum(x.numel() * x.element_size() for x in (buffers[0].target, buffers[0].draft))
     needed = sum(case.bytes_read(x) for x in buffers) / len(buffers)
     rates = {name: needed / (1e-6 * time["p50"]) for name, time in times.items() if name in OURS}

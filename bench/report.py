@@ -158,8 +158,8 @@ def watch(command: Sequence[str], limit_s: float, log: IO[str], row: Callable[[R
             piece = os.read(pipe, 1 << 16)
             open_ = bool(piece)
             *lines, waiting = (waiting + piece).split(b"\n")
-            for line in lines:
-                row(json.loads(line))
+            for found in filter(None, map(parsed, lines)):
+                row(found)
         try:
             code = process.wait(max(0.0, started + limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -171,6 +171,15 @@ def watch(command: Sequence[str], limit_s: float, log: IO[str], row: Callable[[R
         process.stdout.close()
     seconds = time.monotonic() - started
     return f"done in {seconds:.0f} s" if code == 0 else f"failed after {seconds:.0f} s: {_last_line(log, begin, code)}"
+
+
+def parsed(line: bytes) -> Row | None:
+    """A row; None for what a library prints while it is imported."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _last_line(log: IO[str], begin: int, code: int) -> str:

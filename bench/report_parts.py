@@ -1,7 +1,8 @@
 """The parts of the report (:mod:`.report`): each yields flat rows, ``what`` first; a row that has ``failed`` says why.
 
-Times are microseconds a call: p20, p50 and p80 of graph replays over buffers beyond the cache. ``floor`` is the bytes
-that have to be read or written over the measured bandwidth of a copy. Nothing is timed before the reference agrees.
+Times are microseconds a call: p20, p50 and p80 of graph replays over buffers beyond the cache, and ``host`` what the
+host needs for a call that it does not wait for. ``floor`` is the bytes that have to be read or written over the
+measured bandwidth of a copy. Nothing is timed before the reference agrees.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def tried(work: Iterable[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:
             yield row()
         except Exception as error:  # whatever it is, it is a result
             yield {"what": what, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        gc.collect()  # buffers of a call that failed
+            gc.collect()  # its buffers
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -187,7 +188,9 @@ def draws(bench: Bench, batch: int, vocab: int, backend: BackendName) -> Row:
 
     needed = 2 * batch * vocab
     buffers = bench.buffers(make, needed)
-    few = {name: value[:CHECKED] if isinstance(value, Tensor) else value for name, value in keys.items()}
+    few: dict[str, Any] = {
+        name: value[:CHECKED] if isinstance(value, Tensor) else value for name, value in keys.items()
+    }
     got, want = sample(buffers[0], **keys, backend=backend), sample(buffers[0][:CHECKED], **few, backend="reference")
     if not torch.equal(got.tokens[:CHECKED], want.tokens):
         raise RuntimeError(f"the reference disagrees: {got.tokens[:CHECKED].tolist()} and {want.tokens.tolist()}")
@@ -215,7 +218,8 @@ def tree(bench: Bench, rule: TreeRuleName, batch: int, vocab: int, backend: Back
 
     device = bench.clock.device
     row_bytes = 2 * vocab
-    buffers = bench.buffers(lambda i: trees.inputs(batch, "bfloat16", i, vocab, device), 2 * batch * row_bytes)
+    read = len(trees.PARENTS) if rule == "traversal" else 2  # of the nodes, at least
+    buffers = bench.buffers(lambda i: trees.inputs(batch, "bfloat16", i, vocab, device), read * batch * row_bytes)
     got = trees.fused(buffers[0], rule, backend).tokens[:CHECKED]
     want = trees.fused(buffers[0].first(CHECKED), rule, "reference").tokens
     if not torch.equal(got, want):
@@ -268,10 +272,12 @@ def attention(bench: Bench, batch: int, context: int, nodes: int, heads: int, wi
         return tuple(torch.randn(batch, *shape, width, **on).bfloat16() for shape in shapes)
 
     def by_torch(x: tuple[Tensor, ...]) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*x, attn_mask=dense, enable_gqa=True)
+        query, key, value = x
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
 
     def by_us(x: tuple[Tensor, ...]) -> Tensor:
-        return tree_attention(*x, packed, lens, backend="triton")
+        query, key, value = x
+        return tree_attention(query, key, value, packed, lens, backend="triton")
 
     buffers = bench.buffers(make, needed)
     what = f"B={batch} L={context} N={nodes} {heads}/{groups} heads of {width}"

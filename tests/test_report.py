@@ -56,7 +56,7 @@ time.sleep(600)
 
 
 def test_a_part_that_fails_is_a_line_with_the_reason(reported):
-    raises = """print('{"what": "before"}'); raise ValueError("seven | is wrong")"""
+    raises = """print("7\\nno row"); print('{"what": "before"}'); raise ValueError("seven | is wrong")"""
     dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     healthy, rows, ended, _ = reported({"raises": raises, "dies": dies, "next": GOOD})
     assert [row["part"] for row in rows] == ["raises", "next"]
@@ -185,7 +185,22 @@ def test_a_form_comes_again_with_other_values():
             assert not first.options["seed"].equal(again.options["seed"])
 
 
-def test_the_self_test_runs_in_processes(monkeypatch):
+def test_a_check_that_raises_is_a_line_with_the_cause(monkeypatch):
+    """As where Triton cannot compile a kernel: what it says first is that there is an error; others are tried."""
+
+    def fails(*_, **__):
+        try:
+            raise TypeError("no\nNoneType")
+        except TypeError as cause:
+            raise RuntimeError("at line 12:") from cause
+
+    monkeypatch.setattr(selftest.chains, "verify_chain", fails)
+    found = selftest.run("cpu", count=2)
+    assert found.wrong == [f"verify_chain case {index}: TypeError: NoneType" for index in range(2)]
+    assert found.requests > 0
+
+
+def test_the_self_test_runs_in_processes():
     parts = list(selftest.run_in_processes("reference", "cpu", 2, 2))
     assert len(parts) == 2
     assert sum(part.requests for part in parts) == selftest.run("reference", count=2).requests

@@ -55,6 +55,12 @@ def ways(on_gpu: bool) -> Iterator[None]:
             yield
 
 
+def check_known_answers(report: Report, backend: BackendName | None, device: str) -> None:
+    """Philox itself."""
+    if not known_answers(backend, device):
+        report.wrong.append("the Philox known answers are wrong")
+
+
 def run(
     backend: BackendName | None = None, device: str = "cpu", count: int = 120, process: int = 0, processes: int = 1
 ) -> Report:
@@ -65,33 +71,34 @@ def run(
     it seconds to compile, and of a few hundred combinations most would be compiled for one batch. The others get all.
     """
     report = Report()
-    if process == 0 and not known_answers(backend, device):
-        report.wrong.append("the Philox known answers are wrong")
+    if process == 0:
+        report.attempt("noise_words", check_known_answers, backend, device)
     on_gpu = torch.device(device).type == "cuda"
     compiles = on_gpu and backend == "triton"
-    for vocabs, batches, forms in ((VOCABS, count, FORMS), (LARGE_VOCABS, count // 8 if on_gpu else 0, LARGE_FORMS)):
-        of_chains, of_trees, of_heads = (
-            Selection(number if compiles else None, process, processes) for number in forms
-        )
+    small = VOCABS, count, FORMS, process
+    large = LARGE_VOCABS, count // 8 if on_gpu else 0, LARGE_FORMS, processes - 1 - process  # who has fewer small ones
+    for vocabs, batches, forms, own in (small, large):
+        of_chains, of_trees, of_heads = (Selection(number if compiles else None, own, processes) for number in forms)
         for (index, _), chain in zip(of_chains.of(batches), chains.cases(batches, vocabs, of_chains), strict=True):
             for _ in ways(on_gpu):
-                chains.check_verified(report, chain, index, backend, device)
-            chains.check_sampled(report, chain, index, backend, device)
+                report.attempt(f"verify_chain case {index}", chains.check_verified, chain, index, backend, device)
+            report.attempt(f"sample case {index}", chains.check_sampled, chain, index, backend, device)
         half = batches // 2
         for (index, form), tree in zip(of_trees.of(half), trees.cases(half, vocabs, of_trees), strict=True):
-            trees.check_verified(report, tree, index, backend, device)
-            trees.check_children(report, tree, index, backend, device, form)
+            report.attempt(f"verify_tree case {index}", trees.check_verified, tree, index, backend, device)
+            report.attempt(f"sample_children case {index}", trees.check_children, tree, index, backend, device, form)
         if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
             for (index, _), head in zip(of_heads.of(half), heads.cases(half, vocabs, of_heads), strict=True):
-                heads.check(report, head, index, backend, device)
+                report.attempt(f"verify_chain_lm_head case {index}", heads.check, head, index, backend, device)
     if on_gpu and backend != "reference":  # PyTorch launches as it likes
         for _ in ways(on_gpu):
-            gpu.check(report, backend, device, Selection(None, process, processes))
+            report.attempt("on a GPU", gpu.check, backend, device, Selection(None, process, processes))
     return report
 
 
 def run_in_processes(backend: BackendName, device: str, count: int, processes: int) -> Iterator[Report]:
-    """The same by several processes side by side, and what each found as soon as it ends. One: it is this one."""
+    """The same by several processes side by side, and what each found as soon as it ends; one that dies is a line. One
+    alone is this one."""
     if processes == 1:
         yield run(backend, device, count)
         return
@@ -100,4 +107,5 @@ def run_in_processes(backend: BackendName, device: str, count: int, processes: i
         for done in as_completed(
             pool.submit(run, backend, device, count, process, processes) for process in range(processes)
         ):
-            yield done.result()
+            error = done.exception()
+            yield done.result() if error is None else Report(wrong=[f"a process: {type(error).__name__}: {error}"])

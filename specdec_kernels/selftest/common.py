@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,6 +176,17 @@ class Report:
         self.requests += other.requests
         self.too_close += other.too_close
         self.wrong += other.wrong
+
+    def attempt(self, what: str, check: Callable[..., None], *arguments: Any) -> None:
+        """``check(self, *arguments)``; where it raises, as when a kernel does not compile, the reason is a line."""
+        try:
+            check(self, *arguments)
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            lines = str(cause).strip().splitlines() or [""]
+            self.wrong.append(f"{what}: {type(cause).__name__}: {lines[-1]}")
 
     def compare(self, what: str, got: object, want: object, margin: float) -> bool:
         """Count one comparison; whether it was clear and right."""

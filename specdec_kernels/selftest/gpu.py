@@ -96,22 +96,27 @@ def check(report: Report, backend: BackendName | None, device: str, selection: S
     seed = torch.arange(BATCH, device=device)
     every = list(calls(backend, seed))
     for name, call in (every[index] for index, _form in selection.of(len(every))):
-        call()  # compiled, and its counters made
+        report.attempt(name, check_call, name, call, seed)
+
+
+def check_call(report: Report, name: str, call: Callable[[], tuple[Any, ...]], seed: Tensor) -> None:
+    """One operation."""
+    call()  # compiled, and its counters made
+    torch.cuda.synchronize()
+    try:
+        with no_waiting():
+            call()
+    except RuntimeError as error:
+        report.wrong.append(f"{name}: waits for the device: {error}")
+        return
+    names = launches(call)
+    if len(names) != LAUNCHES.get(name, 1):
+        report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for added in (1000, 5):
+        seed += added
+        graph.replay()
         torch.cuda.synchronize()
-        try:
-            with no_waiting():
-                call()
-        except RuntimeError as error:
-            report.wrong.append(f"{name}: waits for the device: {error}")
-            continue
-        names = launches(call)
-        if len(names) != LAUNCHES.get(name, 1):
-            report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        for added in (1000, 5):
-            seed += added
-            graph.replay()
-            torch.cuda.synchronize()
-            report.compare(f"{name}: a graph after its seeds changed", same(captured, call()), True, torch.inf)
+        report.compare(f"{name}: a graph after its seeds changed", same(captured, call()), True, torch.inf)
