@@ -8,13 +8,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
 
-.PHONY: demo test bench docs lint format versions clean
+.PHONY: demo test test-long bench docs lint format versions clean
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Thousands of random batches against slow references, which takes the better part of an hour.
+test-long: $(STAMP)
+	SPECDEC_RANDOM_BATCHES=4800 $(BIN)/python -m pytest -n auto tests/test_random_batches.py
 
 bench: $(STAMP)
 	$(BIN)/specdec bench
