@@ -15,7 +15,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -211,6 +211,11 @@ def chains(setting: Setting, backend: BackendName) -> Iterator[Row]:
 TREE_RULES: tuple[TreeRuleName, ...] = ("walk", "recursive", "traversal")
 
 
+def rules(setting: Setting, backend: BackendName) -> Sequence[TreeRuleName]:
+    """All of them; of Triton, where it is interpreted, the first."""
+    return TREE_RULES[:1] if setting.dry and backend == "triton" else TREE_RULES
+
+
 def tree(bench: Bench, rule: TreeRuleName, batch: int, vocab: int, backend: BackendName) -> Row:
     """``verify_tree``. What it has to read at least: the target's rows on the path; under traversal those of all
     nodes."""
@@ -238,7 +243,7 @@ def trees(setting: Setting, backend: BackendName) -> Iterator[Row]:
     yield from tried(
         (f"{rule} B={batch}", partial(tree, bench, rule, batch, vocab, backend))
         for batch in ((1,) if setting.dry else (1, 64))
-        for rule in (TREE_RULES[:1] if setting.dry and backend == "triton" else TREE_RULES)
+        for rule in rules(setting, backend)
     )
 
 
@@ -304,40 +309,40 @@ def masks_and_attention(setting: Setting) -> Iterator[Row]:
 
 
 def triton(setting: Setting) -> Iterator[Row]:
-    """Chains and trees once more by Triton, its kernels compiled by processes side by side before."""
+    """Chains and trees once more by Triton. Its kernels are compiled before by processes side by side, those for trees,
+    which take longer, while chains are timed."""
     BACKENDS["triton"].require(torch.device(setting.device))
-    if not setting.dry:
-        yield from compiled_side_by_side()
-    yield from chains(setting, "triton")
-    yield from trees(setting, "triton")
+    kinds = {(case.kind, case.rule, case.filtered): case for case in sized(setting, "triton")}
+    most = 1 if setting.dry else min(len(kinds) + len(TREE_RULES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(most, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        of_trees = [pool.submit(compile_tree, setting, rule) for rule in rules(setting, "triton")]
+        of_chains = [pool.submit(compile_chain, setting, case) for case in kinds.values()]
+        yield compiled("chains", of_chains)
+        yield from chains(setting, "triton")
+        yield compiled("trees", of_trees)
+        yield from trees(setting, "triton")
 
 
-def compile_chain(case: Case) -> None:
+def compile_chain(setting: Setting, case: Case) -> None:
     """Call Triton once: the kernel is in its cache then. A batch of one takes the same as any."""
     one = replace(case, batch=1)
-    x = inputs(one, lambda x: fused(one, x).num_accepted.long(), "cuda", 1)[0]
+    x = inputs(one, lambda x: fused(one, x).num_accepted.long(), setting.device, 1)[0]
     size = verify_chain_workspace(1, case.num_draft, case.vocab)
-    fused(one, x, "triton", torch.zeros(size, dtype=torch.uint8, device="cuda"))
+    fused(one, x, "triton", torch.zeros(size, dtype=torch.uint8, device=setting.device))
 
 
-def compile_tree(rule: TreeRuleName) -> None:
+def compile_tree(setting: Setting, rule: TreeRuleName) -> None:
     """The same of trees."""
     from specdec_kernels.bench import trees
 
-    trees.fused(trees.inputs(1, "bfloat16", 0, VOCAB, "cuda"), rule, "triton")
+    trees.fused(trees.inputs(1, "bfloat16", 0, DRY_VOCAB if setting.dry else VOCAB, setting.device), rule, "triton")
 
 
-def compiled_side_by_side() -> Iterator[Row]:
-    """A process a kernel. What fails here fails once more where it is timed, and is told there."""
+def compiled(what: str, work: Sequence[Future[None]]) -> Row:
+    """Wait for it. What fails here fails once more where it is timed, and is told there."""
     started = time.perf_counter()
-    kinds = {(case.kind, case.rule, case.filtered): case for case in CHAINS}
-    work: list[Callable[[], None]] = [partial(compile_tree, rule) for rule in TREE_RULES]
-    work += [partial(compile_chain, case) for case in kinds.values()]
-    most = min(len(work), os.cpu_count() or 1)
-    with ProcessPoolExecutor(most, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        failed = sum(done.exception() is not None for done in [pool.submit(call) for call in work])
-    seconds = time.perf_counter() - started
-    yield {"what": f"compiled for {len(work)} calls by {most} processes, {failed} failed", "seconds": seconds}
+    failed = sum(each.exception() is not None for each in work)
+    return {"what": f"compiled {what}: {len(work)} calls, {failed} failed", "waited": time.perf_counter() - started}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

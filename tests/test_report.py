@@ -145,6 +145,8 @@ def test_all_of_it_runs_dry(tmp_path):
     assert list(written["ended"]) == [part.name for part in report.PARTS]
     assert all(how.startswith("done in ") for how in written["ended"].values())
     assert not [row for row in written["rows"] if "failed" in row]
+    compiled = [row["what"] for row in written["rows"] if row["what"].startswith("compiled")]
+    assert compiled == ["compiled chains: 1 calls, 0 failed", "compiled trees: 1 calls, 0 failed"]
     parts = {row["part"] for row in written["rows"]}
     assert parts == set(written["ended"])
     backends = {row["what"]: row["does not run"] for row in written["rows"] if row["what"].startswith("backend")}
