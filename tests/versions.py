@@ -136,7 +136,7 @@ def checks() -> Iterator[tuple[str, Any]]:
         return f"{len(sources)} files compile, with torch {TORCHES[0]}"
 
     def with_python(version: str) -> str:
-        program = "import ast, sys\nfor name in sys.argv[1:]: ast.parse(open(name).read())"
+        program = "import ast, pathlib, sys\nfor name in sys.argv[1:]: ast.parse(pathlib.Path(name).read_text())"
         files = [
             each for folder in ("specdec_kernels", "triton_kernels", "bench") for each in ROOT.glob(f"{folder}/**/*.py")
         ]
