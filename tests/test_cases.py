@@ -208,13 +208,13 @@ def test_minus_one_ends_a_draft(verify_chain, kind, end):
     """Case 19: at every position, whatever stands behind it; the same as a shorter num_draft."""
     target, tokens, draft = batch(count=16, drafts=3)
     target = target * 0.01 + 5 * torch.nn.functional.one_hot(torch.cat([tokens, tokens[:, :1]], 1), 131)
-    law = () if kind == "point mass" else (draft,)
+    drafted = {} if kind == "point mass" else {"draft_logits": draft, "draft_temperature": 1.0}
     cut = tokens.clone()
     if end < 3:
         cut[:, end] = -1
     named = {"seed": torch.arange(16), "position": 1}
-    a = verify_chain(target, cut, *law, **named)
-    b = verify_chain(target, tokens, *law, **named, num_draft=torch.full((16,), end))
+    a = verify_chain(target, cut, **drafted, **named)
+    b = verify_chain(target, tokens, **drafted, **named, num_draft=torch.full((16,), end))
     assert torch.equal(a.tokens, b.tokens)
     assert (a.num_accepted <= end).all()
     assert ((a.tokens >= 0).sum(1) == a.num_accepted + 1).all()

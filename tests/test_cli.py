@@ -305,8 +305,10 @@ def test_the_version():
 def test_measurements_are_written_only_where_told(tmp_path, monkeypatch, told):
     from specdec_kernels.bench import run as kernels
     from specdec_kernels.bench.cases import cases
+    from specdec_kernels.cli.consoles import console
 
     small = next(iter(cases(True)))
+    monkeypatch.setattr(console, "width", 200)  # whatever COLUMNS says where the tests run
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernels, "cases", lambda quick: [small])
     monkeypatch.setattr(kernels, "SECONDS", 0.0)

@@ -412,7 +412,7 @@ def test_bad_constructions(target_model):
         ModelDrafter(target_model, vocab_size=5)
     with pytest.raises(ValueError, match=r"min_confidence must be in \[0, 1\], got 2"):
         DraftConfig(min_confidence=2)
-    with pytest.raises(ValueError, match="cooling must be finite and not negative, got -1"):
+    with pytest.raises(ValueError, match="temperature_scale must be finite and not negative, got -1"):
         DraftConfig(temperature_scale=-1)
     assert generate(TransformersTarget(target_model), []) == []
 

@@ -234,8 +234,9 @@ def test_a_smaller_draft_vocabulary_leaves_the_tail_its_mass(backend, verify_cha
     draft[:, :known] = torch.randn(known, generator=generator)
     tokens = torch.distributions.Categorical(logits=draft.expand(count, vocab)).sample()[:, None]
     verified = verify_chain(
-        target.expand(count, 2, vocab), tokens, draft.expand(count, 1, vocab), seed=torch.arange(count), position=1
-    )
+        target.expand(count, 2, vocab), tokens, draft.expand(count, 1, vocab), draft_temperature=1.0,
+        seed=torch.arange(count), position=1,
+    )  # fmt: skip
     share = (verified.tokens[:, 0] >= known).double().mean()
     tail = target[0].softmax(-1)[known:].sum()
     assert abs(share - tail) < 5 * (tail * (1 - tail) / count) ** 0.5

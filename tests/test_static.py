@@ -168,6 +168,7 @@ def begun(model, prompts=PROMPTS[:3]):
         "draft_tokens": torch.randint(VOCAB, (count, 3)),
         "draft_logits": torch.randn(count, 3, VOCAB),
         "draft_stats": None,
+        "draft_temperature": 1.0,
         "seed": torch.arange(count),
         "position": torch.tensor([len(prompt) for prompt in prompts]),
         "rule": "token",

@@ -74,5 +74,5 @@ def steady(model):
     """A model that computes in float64 and gives logits in float32: the same to the last bit whatever else is in the
     batch, so that texts can be compared token by token without a word about rounding."""
     model = model.double()
-    model.set_output_embeddings(_RoundedHead(model.get_output_embeddings()))
+    model.set_output_embeddings(_RoundedHead(model.get_output_embeddings()).eval())
     return model
