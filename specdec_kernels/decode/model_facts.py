@@ -147,6 +147,20 @@ def check_tree_attention(model: Any) -> None:
         )
 
 
+def check_tree_lengths(model: Any, longest: int) -> None:
+    """Whether trees behind histories of up to ``longest`` tokens can be scored.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    window = column_window(model)
+    if window is not None and longest > window:
+        raise ValueError(
+            f"drafts must be chains beyond the local window of {window} tokens of {_name(model)}, got a tree and "
+            f"histories of up to {longest} tokens"
+        )
+
+
 def attention(model: Any) -> str:
     """Name of the attention implementation of the part that writes text."""
     return getattr(text_config(model), "_attn_implementation", None) or "eager"

@@ -203,7 +203,8 @@ class StaticSession:
 
     @torch.inference_mode()
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
-        self._check_trees()
+        model_facts.check_tree_lengths(self._model, self._longest)
+        self._target.try_out("trees")
         more = bucket(tokens.shape[1]) - tokens.shape[1]
         nodes, up = functional.pad(tokens, (0, more)), functional.pad(parents, (0, more), value=-1)
         scores: Scores = self._replay(
@@ -229,12 +230,6 @@ class StaticSession:
                 storage[: len(slots)] = storage[index]  # the right side is a copy
         half = len(slots) <= self._slots // 2
         self._keep([self.lengths[slot] for slot in slots], len(slots) if half else self._slots)
-
-    def _check_trees(self) -> None:
-        window = model_facts.column_window(self._model)
-        if window is not None and self._longest > window:
-            raise ValueError(f"drafts must be chains beyond a local window of {window} tokens, got a tree")
-        self._target.try_out("trees")
 
     # What follows takes and returns tensors of fixed shapes and waits for nothing.
 

@@ -157,12 +157,7 @@ class TransformersSession:
 
     def _check_trees(self) -> None:
         model_facts.check_tree_attention(self._model)
-        window = model_facts.column_window(self._model)
-        if window is not None and self._longest > window:
-            raise ValueError(
-                f"drafts must be chains beyond the local window of {window} tokens of {type(self._model).__name__}, got"
-                f" a tree and histories of up to {self._longest} tokens"
-            )
+        model_facts.check_tree_lengths(self._model, self._longest)
         self._target.try_out("trees")
 
     @torch.inference_mode()
