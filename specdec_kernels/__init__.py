@@ -2,7 +2,6 @@
 
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, noise_words, sample, verify_chain
 from specdec_kernels.ops.attention import tree_attention
-from specdec_kernels.ops.head import verify_chain_lm_head
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import sample_children, verify_tree
@@ -31,7 +30,6 @@ __all__ = [
     "tree_paths",
     "tree_positions",
     "verify_chain",
-    "verify_chain_lm_head",
     "verify_chain_workspace",
     "verify_tree",
 ]

@@ -45,11 +45,9 @@ def test_registers():
     kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", text)
     found = [(name, int(registers)) for name, registers, _ in kernels if "noise" not in name]
     # GPUs; processing or none, rules for chains and what else there is; widths of a mask's elements, and of what moves.
-    # Two GPUs and two rules have clusters.
-    assert len(found) == 3 * (2 * (3 + 3) + 3 + 5) + 2 * 2 * 2
-    assert sum("clusters" in name for name, _ in found) == 8
+    assert len(found) == 3 * (2 * (3 + 3) + 3 + 5)
     for name, registers in found:
-        alone = "Lb1E" in name or "verify_tree" in name or "clusters" in name  # on a multiprocessor
+        alone = "Lb1E" in name or "verify_tree" in name  # on a multiprocessor
         assert registers <= (255 if alone else 128), name
     assert all(local == "0" for _, _, local in kernels)
 
@@ -63,12 +61,9 @@ print(report.requests, report.wrong[:3])
 """
 
 
-@pytest.mark.parametrize("clusters", ["0", "1"])
-def test_by_many_threads(clusters):
-    """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread; where it is a cluster
-    of two blocks, they hold the rows between them."""
-    environment = {"SPECDEC_EMULATE_CUDA": "threads", "SPECDEC_EMULATED_CLUSTERS": clusters}
-    result = run_python("-c", SELFTEST.format(count=20), **environment)
+def test_by_many_threads():
+    """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread."""
+    result = run_python("-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads")
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
     assert int(result.stdout.split()[0]) > 100
 
@@ -76,33 +71,21 @@ def test_by_many_threads(clusters):
 SYNC = "team_.sync();  // what one thread wrote, all read"
 
 
-@pytest.mark.parametrize(("clusters", "synchronised"), [("0", True), ("1", True), ("0", False)])
-def test_threads_wait_for_each_other(clusters, synchronised, tmp_path):
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_threads_wait_for_each_other(synchronised, tmp_path):
     """Under the thread sanitizer; and the control, without one of the places where they do."""
     source = ROOT if synchronised else changed(tmp_path, "cuda/chain.h", SYNC, "")
     build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     library = str(build / "libspecdec_cpu.so")
     result = run_python(
-        "-c", SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_EMULATED_CLUSTERS=clusters,
-        SPECDEC_LIBRARY=library, LD_PRELOAD=runtime.stdout.strip(), OMP_NUM_THREADS="1", TSAN_OPTIONS="halt_on_error=1",
+        "-c", SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=library,
+        LD_PRELOAD=runtime.stdout.strip(), OMP_NUM_THREADS="1", TSAN_OPTIONS="halt_on_error=1",
     )  # fmt: skip
     if synchronised:
         assert " []" in result.stdout, result.stderr[-3000:]
     else:  # stopped there: what comes of a race may be that all wait forever
         assert "WARNING: ThreadSanitizer: data race" in result.stderr
-
-
-def test_what_clusters_hold_is_what_they_look_at(tmp_path):
-    """A mutant: the tiles of both blocks in one block's memory, where they overwrite each other."""
-    source = changed(tmp_path, "cuda/team.h", "tile / block_groups % blocks", "0 * blocks")
-    build = sanitized("undefined", "specdec_cuda_emulated_threads", source=source)
-    for clusters, right in (("0", True), ("1", False)):
-        result = run_python(
-            "-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads", SPECDEC_EMULATED_CLUSTERS=clusters,
-            SPECDEC_LIBRARY=str(build / "libspecdec_cpu.so"),
-        )  # fmt: skip
-        assert result.stdout.strip().endswith(" []") == right, result.stdout + result.stderr
 
 
 def test_results_do_not_depend_on_the_launch(monkeypatch):
@@ -118,8 +101,7 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
     for rule in ("token", "block", "coupled"):
         for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
             found = []
-            for processors, order, clusters in ((1, 0, 0), (3, 0, 0), (40, 0, 0), (40, 1, 0), (3, 2, 0), (1, 0, 1)):
-                monkeypatch.setenv("SPECDEC_EMULATED_CLUSTERS", str(clusters))
+            for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (3, 2)):
                 monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
                 monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
                 found.append(

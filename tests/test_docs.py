@@ -13,7 +13,7 @@ import torch
 import versions
 
 from specdec_kernels import ops
-from specdec_kernels.ops import attention, head, kv, token_counts, tree_rules, trees, workspace
+from specdec_kernels.ops import attention, kv, token_counts, tree_rules, trees, workspace
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -24,7 +24,7 @@ PAGES = sorted(
 @pytest.mark.parametrize(
     ("module", "least"),
     [
-        (ops, 4), (trees, 4), (tree_rules, 2), (kv, 1), (attention, 1), (head, 1), (workspace, 2), (token_counts, 8),
+        (ops, 4), (trees, 4), (tree_rules, 2), (kv, 1), (attention, 1), (workspace, 2), (token_counts, 8),
     ],
 )  # fmt: skip
 def test_docstrings(module, least):

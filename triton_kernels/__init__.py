@@ -2,7 +2,6 @@
 
 from specdec_kernels.triton_kernels.attention import tree_attention
 from specdec_kernels.triton_kernels.children import sample_children
-from specdec_kernels.triton_kernels.head import verify_chain_lm_head
 from specdec_kernels.triton_kernels.kv import compact_kv
 from specdec_kernels.triton_kernels.noise import noise_words
 from specdec_kernels.triton_kernels.sample import sample
@@ -18,6 +17,5 @@ __all__ = [
     "tree_attention",
     "tree_mask",
     "verify_chain",
-    "verify_chain_lm_head",
     "verify_tree",
 ]

@@ -40,7 +40,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-BATCH, DRAFTS, NODES, VOCAB, WIDTH = 3, 4, 64, 128_256, 4096
+BATCH, DRAFTS, NODES, VOCAB = 3, 4, 64, 128_256
 #: What is known of the draft: its logits, and the scalars that ``sample`` handed over.
 POINT_MASS, DENSE, STATISTICS = (False, False), (True, False), (True, True)
 BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
@@ -117,13 +117,6 @@ def _verify_chain(dtype: torch.dtype, rule: Rule, known: tuple[bool, bool], full
     )  # fmt: skip
 
 
-def _verify_chain_lm_head(known: tuple[bool, bool]) -> None:
-    kernels.verify_chain_lm_head(
-        _tensor(BF16, 30, DRAFTS + 1, WIDTH), _tensor(BF16, VOCAB, WIDTH), _tensor(I64, 30, DRAFTS),
-        *_drafts(known, BF16, 30, DRAFTS), *_keys(30), None, None, 0.7,
-    )  # fmt: skip
-
-
 def _verify_tree(rule: TreeRule, known: tuple[bool, bool], full: bool, batch: int) -> None:
     """Rows are measured ahead where the batch is small."""
     tree = _tensor(I64, batch, NODES), _tensor(I64, batch, NODES)
@@ -161,8 +154,6 @@ LARGEST: dict[str, Callable[[], None]] = {
     "tree_mask flat_bits": partial(_tree_mask, MaskFormat.FLAT_BITS, torch.uint8),
     "tree_attention": _tree_attention,
     "compact_kv paged": _compact_kv,
-    "verify_chain_lm_head point mass": partial(_verify_chain_lm_head, POINT_MASS),
-    "verify_chain_lm_head statistics": partial(_verify_chain_lm_head, STATISTICS),
     "sample bf16": partial(_sample, BF16, False),
     "sample bf16 full": partial(_sample, BF16, True),
     "sample_children without_replacement full": partial(_sample_children, Children.WITHOUT_REPLACEMENT),

@@ -141,14 +141,13 @@ def tabled_law(
         cutoff = top
         argmax = largest_token(rows, i, top, largest)
     else:
-        if rows.head is None:  # nothing is filtered out of rows that are not there to be searched
-            filters = keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)
-            if filters & (is_steep(scale, top) == 0):
-                pivot = filter_pivot(rows, i, sampling, top, TILES)
-                tl.debug_barrier()  # everybody has read what is overwritten now
-                cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
-                tl.debug_barrier()
-                total, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
+        filters = keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)
+        if filters & (is_steep(scale, top) == 0):
+            pivot = filter_pivot(rows, i, sampling, top, TILES)
+            tl.debug_barrier()  # everybody has read what is overwritten now
+            cutoff = tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, pivot, table, ENTRIES, TILES)
+            tl.debug_barrier()
+            total, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
         scale, cutoff, logsumexp = law_scalars(scale, cutoff, total, top)
     return Law(scale, cutoff, logsumexp, argmax, tile), valid
 

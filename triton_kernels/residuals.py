@@ -227,8 +227,7 @@ def race_below(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRI
         winner = tl.where(sooner, tile.to(tl.int64), winner)
         bounds = tl.where(tiles == tile, float("inf"), bounds)
         bound = tl.min(bounds)
-        if rows.head is None:  # there is no quicker pass over a row that has to be made
-            looks += 1
+        looks += 1
     return winner, bound * 0.9999 >= best
 
 
@@ -253,9 +252,8 @@ def residual_draw(
         drawn = residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
     else:
         drawn, settled = race_below(rows, draft_rows, i, law, draft, rejected, key, tag, table, ENTRIES)
-        if rows.head is None:
-            if settled == 0:
-                drawn = residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
+        if settled == 0:
+            drawn = residual_race(rows, draft_rows, i, law, draft, rejected, key, tag, TILES)
     if drawn < NO_ID:
         first = drawn * TILE
         ids = first + tl.arange(0, TILE)

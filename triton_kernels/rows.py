@@ -16,25 +16,13 @@ from specdec_kernels.triton_kernels.noise import exponentials
 
 TILE = tl.constexpr(_TILE)
 STEEP = tl.constexpr(_STEEP)
-# Beyond it what a head makes anew, rounded anew, is no longer the logit that was measured.
-STEEP_HEAD = tl.constexpr(2.0**20)
 TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
 COUPLED = tl.constexpr(int(Purpose.COUPLED))
 # Blocks of a row that are asked for before the first is there, and one.
 STAGES = tl.constexpr(4)
-# Entries of a hidden state that are multiplied at a time.
-DEPTH = tl.constexpr(64)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
-
-
-class Head(NamedTuple):
-    """A matrix [vocab, width] whose products with hidden states are the logits."""
-
-    weight: Any
-    stride: Any
-    width: Any
 
 
 class Rows(NamedTuple):
@@ -43,7 +31,7 @@ class Rows(NamedTuple):
     stands, since a function of Triton cannot return None."""
 
     logits: Any
-    """Pointer to the first row; where there is a ``head``, of hidden states."""
+    """Pointer to the first row."""
     stride: Any
     vocab: Any
     mask: Any
@@ -60,7 +48,6 @@ class Rows(NamedTuple):
     draft_stride: Any
     parents: Any
     """Of the nodes of a tree; None for a chain."""
-    head: Any = None
 
 
 class Law(NamedTuple):
@@ -117,31 +104,10 @@ def edited(logit, rows, i, edit, token):
 
 
 @triton.jit
-def head_logits(rows, i, ids):
-    """Logits of ``ids``, made of the hidden state of row i: float32, whatever the rows are."""
-    hidden = rows.logits + i * rows.stride
-    axis: tl.constexpr = len(ids.shape)
-    token = tl.expand_dims(ids, axis)
-    x = tl.zeros_like(ids).to(tl.float32)
-    for first in tl.range(0, rows.head.width, DEPTH, num_stages=STAGES):
-        entry = first + tl.arange(0, DEPTH)
-        inside = entry < rows.head.width
-        state = tl.load(hidden + entry, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(
-            rows.head.weight + token * rows.head.stride + entry, mask=(token < rows.vocab) & inside, other=0.0
-        )
-        x += tl.sum(weight.to(tl.float32) * state, axis=axis)
-    return tl.where(ids < rows.vocab, x, float("-inf"))
-
-
-@triton.jit
 def load_logits(rows, i, ids, first, last):
     """float32 logits of ``ids`` in row i, all of them in [first, last); -inf past the end of the row."""
     row = rows.logits + i * rows.stride
-    if rows.head is not None:
-        x = head_logits(rows, i, ids)
-    else:
-        x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
+    x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
     if rows.ids is not None:
         edit = first_edit(rows.ids, rows.num_edits, first)
         end = first_edit(rows.ids, rows.num_edits, tl.minimum(last, rows.vocab))
@@ -268,8 +234,6 @@ def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.conste
         winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
     largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
     valid = (total > 0) & (total < float("inf"))
-    if rows.head is not None:
-        valid = valid & (tl.abs(scale * top) < STEEP_HEAD)
     return total.to(tl.float64), winner, valid, top, largest
 
 
@@ -292,10 +256,7 @@ def law_scalars(scale, cutoff, total, top):
 def largest_token(rows, i, top, tile):
     """The first id in ``tile`` that has its largest logit, and that of the row; 0 where no logit is finite."""
     logits = load_tile(rows, i, tile)
-    logits = tl.where(logits < float("inf"), logits, float("-inf"))
-    ids = tile * TILE + tl.arange(0, TILE)
-    # Not those equal to ``top``: what a head makes anew is rounded anew.
-    token = tl.min(tl.where(logits == tl.max(logits), ids, NO_ID))
+    token = tl.min(tl.where(logits == top, tile * TILE + tl.arange(0, TILE), NO_ID))
     return tl.where(top > float("-inf"), token, 0)
 
 

@@ -1,7 +1,7 @@
 """``verify_chain``: one launch. Semantics: :mod:`specdec_kernels.ops`.
 
 Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and the last row
-of a request to be judged decides. (:mod:`.head` makes the tables otherwise; then this begins with judging.) Rows come
+of a request to be judged decides. Rows come
 in the order of the drafts, so where programs start in that order, those of rows behind a draft that was not accepted
 find that out and read nothing. Nobody waits for anybody.
 """
@@ -19,7 +19,7 @@ from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
 from specdec_kernels.triton_kernels.laws import draft_scale_of, raw_logprob, sampling_of, table_scale
 from specdec_kernels.triton_kernels.residuals import recalled_laws
-from specdec_kernels.triton_kernels.rows import Head, Key, Rows, log_prob, own_edits, tables_of
+from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, own_edits, tables_of
 from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
 from specdec_kernels.triton_kernels.teams import arrive, measure, seen
 
@@ -44,7 +44,6 @@ def live_drafts(drafts, stride, most, vocab):
 )  # 1 would become a constant, of another type
 def verify_chain_kernel(
     target_ptr,
-    head_ptr,
     tokens_ptr,
     draft_ptr,
     draft_stats_ptr,
@@ -76,12 +75,10 @@ def verify_chain_kernel(
     out_raw_logprobs_ptr,
     target_request_stride,
     target_row_stride,
-    head_row_stride,
     draft_request_stride,
     draft_row_stride,
     token_request_stride,
     token_row_stride,
-    width,
     longest,
     vocab,
     batch,
@@ -123,11 +120,6 @@ def verify_chain_kernel(
         )  # fmt: skip
     else:
         rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, drafts, token_row_stride, None)
-    if head_ptr is not None:
-        head = Head(head_ptr, head_row_stride, width)
-        rows = Rows(
-            logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None, head
-        )
     draft_logits = None
     stats = None
     if draft_ptr is not None:
@@ -147,8 +139,7 @@ def verify_chain_kernel(
         stopped = judged + 1
         behind = longest + 1 - i.to(tl.int32)
         if seen(stopped) <= behind:
-            if head_ptr is None:
-                measure(rows, i, table_scale(sampling[0]), part, slices, own, ENTRIES, TILES)
+            measure(rows, i, table_scale(sampling[0]), part, slices, own, ENTRIES, TILES)
             if draft_ptr is not None:
                 if draft_stats_ptr is None:
                     if (i < drafted) & (sampling[0] < float("inf")) & (draft_scale < float("inf")):
@@ -228,12 +219,8 @@ def verify_chain(
     logprobs: bool,
     independent: bool,
     workspace: Tensor | None = None,
-    weight: Tensor | None = None,
-    tables: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With the ``weight`` of a head, ``target_logits`` are hidden states and their ``tables`` are made."""
-    logits = target_logits if weight is None else weight.T  # as wide
-    batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, logits.shape[-1]
+    batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return target_logits.new_empty(shape, dtype=dtype)
@@ -242,27 +229,26 @@ def verify_chain(
     valid, counters = empty(torch.bool, batch), empty(torch.int32, batch, 2)
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
-        config = config_for(logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
+        config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
         sizes = batch * (rows + 2), batch * rows * MEMORY.value, batch * rows * 4 * config.entries
         if workspace is not None:
             at_rest, memory, tables = scratch_in(workspace, *sizes)
         else:
             at_rest = counters_at_rest(sizes[0], target_logits.device)
             memory = empty(torch.float64, sizes[1])
-            tables = empty(torch.float32, sizes[2]) if tables is None else tables
+            tables = empty(torch.float32, sizes[2])
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = draft_temperatures = None
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
         verify_chain_kernel[(batch * rows * slices,)](
-            target_logits, weight, draft_tokens, draft_logits, draft_stats, draft_temperatures,
+            target_logits, draft_tokens, draft_logits, draft_stats, draft_temperatures,
             draft_temperature, seed, position, num_draft, cu_rows, sampling, temperature, top_k, top_p, min_p,
             bitmask, edit_ids, edit_counts, edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tables,
             memory, at_rest, tokens, accepted, valid, counters,
             scores if logprobs else None, raw_scores if logprobs else None, *target_strides,
-            0 if weight is None else weight.stride(0), *draft_strides, *draft_tokens.stride(),
-            0 if weight is None else weight.shape[1], rows - 1, vocab, batch, slices, RULE=rule,
+            *draft_strides, *draft_tokens.stride(), rows - 1, vocab, batch, slices, RULE=rule,
             INDEPENDENT=independent, **config.constants, **config.options,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores

@@ -1,11 +1,6 @@
-// `verify_chain`, in one of two ways.
-//
-// Many teams a request: rows come in the order of the drafts, so where teams start in that order, those of rows behind
-// a draft that was not accepted find that out and read nothing. The last team of a row judges it, and the last row of a
-// request to be judged decides.
-//
-// One team a request, which can hold a row of the target and one of the draft: what has to be measured is read once,
-// and no row behind a rejection is.
+// `verify_chain`, by many teams a request. Rows come in the order of the drafts, so where teams start in that order,
+// those of rows behind a draft that was not accepted find that out and read nothing. The last team of a row judges it,
+// and the last row of a request to be judged decides.
 #pragma once
 
 #include "request.h"
@@ -36,18 +31,6 @@ class ChainProgram : RequestProgram<P> {
   // program = (row * slices + slice) * requests + request: first rows first.
   SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, int64_t program)
       : ChainProgram(team, op, work, program % op.common.batch, program / op.common.batch) {}
-
-  SPECDEC_DEVICE void run_alone() {
-    target_.holder = draft_.holder = &team_;
-    draft_.room = Team::row_floats(all_.vocab);
-    for (row_ = 0; row_ <= drafted_; ++row_) {
-      measure_and_hold<P>(target_, sampling_.finite_scale(), target_table(row_));
-      if (needs_draft()) measure_and_hold<false>(draft_, draft_scale_, draft_table(row_));
-      if (!judge() && kRule != Rule::block && !op_.independent) break;
-    }
-    team_.sync();  // what was judged, all read
-    decide();
-  }
 
   SPECDEC_DEVICE void run() {
     if (row_ > drafted_) return;
@@ -89,13 +72,6 @@ class ChainProgram : RequestProgram<P> {
         row_(slot / work.slices),
         part_(slot % work.slices),
         drafted_(count_drafts()) {}
-
-  template <bool kProcessed>
-  SPECDEC_DEVICE void measure_and_hold(Rows& rows, float scale, const Table& table) {
-    rows.held = -1, rows.keeps = true;
-    measure_row<kProcessed>(team_, rows, row_, scale, table);
-    rows.held = row_, rows.keeps = false;
-  }
 
   // Whether the row of the draft has to be measured.
   SPECDEC_DEVICE bool needs_draft() const {
@@ -260,8 +236,7 @@ class ChainProgram : RequestProgram<P> {
   }
 
   const VerifyChain& op_;
-  int64_t row_;
-  const int64_t part_, drafted_;
+  const int64_t row_, part_, drafted_;
   int64_t looked_at_ = 0;
 };
 

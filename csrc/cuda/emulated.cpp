@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
-#include <limits>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -22,8 +21,7 @@
 namespace specdec::cuda {
 namespace {
 
-// SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own;
-// with SPECDEC_EMULATED_CLUSTERS teams that hold rows.
+// SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own.
 int64_t setting(const char* name, int64_t otherwise) {
   const char* value = std::getenv(name);
   return value ? std::atoll(value) : otherwise;
@@ -43,13 +41,12 @@ void on_team(const F& body) {
 #endif
 }
 
-// program(team, workspace, index, clusters) on all programs of an operation.
+// program(team, workspace, index) on all programs of an operation.
 template <class Op, class F>
 void run_programs(const Op& op, int64_t vocab, const F& program) {
-  const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1), std::numeric_limits<int64_t>::max()};
+  const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1)};
   const Needs needs = needs_of(op, device);
-  const bool clusters = setting("SPECDEC_EMULATED_CLUSTERS", 0) != 0;
-  const Shape shape = shape_of(op, vocab, device, clusters ? Clusters::always : Clusters::never);
+  const Shape shape = shape_of(op, vocab, device);
   std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
   std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
   std::vector<int32_t> counters(size_t(needs.counters), 0);
@@ -65,9 +62,8 @@ void run_programs(const Op& op, int64_t vocab, const F& program) {
   if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
     std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
   on_team([&](const Team& team) {
-    if (shape.clusters) team.make_room(vocab);
     for (const int64_t index : order) {
-      program(team, work, index, shape.clusters);
+      program(team, work, index);
       team.sync();  // what one program wrote, the next reads
     }
   });
@@ -76,39 +72,38 @@ void run_programs(const Op& op, int64_t vocab, const F& program) {
 }
 
 template <Rule kRule, bool P>
-void run_chain(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program, bool clusters) {
-  ChainProgram<kRule, P> chain(team, op, work, program);
-  clusters ? chain.run_alone() : chain.run();
+void run_chain(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
+  ChainProgram<kRule, P>(team, op, work, program).run();
 }
 
 template <bool P>
-void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program, bool clusters) {
+void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
   switch (op.rule) {
-    case Rule::token: return run_chain<Rule::token, P>(op, team, work, program, clusters);
-    case Rule::block: return run_chain<Rule::block, P>(op, team, work, program, clusters);
-    case Rule::coupled: return run_chain<Rule::coupled, P>(op, team, work, program, clusters);
+    case Rule::token: return run_chain<Rule::token, P>(op, team, work, program);
+    case Rule::block: return run_chain<Rule::block, P>(op, team, work, program);
+    case Rule::coupled: return run_chain<Rule::coupled, P>(op, team, work, program);
   }
 }
 
 template <bool P>
-void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program, bool) {
+void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program) {
   TreeProgram<P>(team, op, work, program).run();
 }
 
 template <bool P>
-void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program, bool) {
+void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program) {
   RowProgram<P>(team, op, work, program).sample();
 }
 
 template <bool P>
-void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program, bool) {
+void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program) {
   RowProgram<P>(team, op.common, work, program).sample_children(op.count, op.how);
 }
 
 template <class Op>
 void run(const Op& op, const Tensor& like) {
-  const auto program = [&](const Team& team, const Workspace& work, int64_t index, bool clusters) {
-    processes(op) ? run_as<true>(op, team, work, index, clusters) : run_as<false>(op, team, work, index, clusters);
+  const auto program = [&](const Team& team, const Workspace& work, int64_t index) {
+    processes(op) ? run_as<true>(op, team, work, index) : run_as<false>(op, team, work, index);
   };
   run_programs(op, like.size(like.dim() - 1), program);
 }

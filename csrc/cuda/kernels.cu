@@ -63,9 +63,6 @@ auto chain_kernel(Rule rule) {
 }  // namespace
 
 int launch(const VerifyChain& op, const Shape& shape, const Scratch& scratch, void* stream) {
-#ifdef SPECDEC_CLUSTERS
-  if (shape.clusters) return launch_clusters(op, shape, scratch, stream);
-#endif
   return start(processes(op) ? chain_kernel<true>(op.rule) : chain_kernel<false>(op.rule), op, shape, scratch, stream);
 }
 

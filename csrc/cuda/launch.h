@@ -14,13 +14,10 @@ namespace specdec::cuda {
 constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
 // Teams that a multiprocessor should have to choose from.
 constexpr int64_t kTeamsAProcessor = 4;
-// Blocks of a cluster: every GPU that has clusters has them of so many.
-constexpr int kClusterBlocks = 8;
 
 // A GPU, as far as launches depend on it.
 struct Device {
   int64_t processors;
-  int64_t held_bytes;  // that a block of a cluster can hold; 0: no clusters
 };
 
 // Scratch of a launch; see workspace.h.
@@ -60,25 +57,12 @@ inline Needs needs_of(const SampleChildren& op, const Device& device) { return n
 // How the rows of a launch are cut. The results do not depend on it.
 struct Shape {
   int64_t rows;
-  int64_t slices;         // of a row, each measured by a team of its own
-  int64_t entries;        // of a row's table: its tiles
-  bool clusters = false;  // each a team that takes a request, row after row
-  bool ahead = false;     // see Needs
+  int64_t slices;      // of a row, each measured by a team of its own
+  int64_t entries;     // of a row's table: its tiles
+  bool ahead = false;  // see Needs
 
   int64_t programs() const { return rows * slices; }
 };
-
-// What each block of a cluster holds of a row.
-SPECDEC_SHARED static inline int64_t held_floats(int64_t vocab) {
-  constexpr int64_t kWhole = kClusterBlocks * kIdsABlock;  // what all blocks take at a time
-  return (vocab + kWhole - 1) / kWhole * kIdsABlock;
-}
-
-// What it holds: a row of the target, and of the draft where that has to be measured.
-inline int64_t held_bytes(const VerifyChain& op) {
-  const bool draft = op.rule != Rule::coupled && op.common.draft.data != nullptr && op.common.draft_stats == nullptr;
-  return (draft ? 2 : 1) * held_floats(op.common.vocab) * int64_t(sizeof(float));
-}
 
 // As many slices as it takes to give every multiprocessor four teams to choose from.
 template <class Op>
@@ -86,22 +70,7 @@ Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
   const Needs needs = needs_of(op, device);
   const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
   const int64_t wanted = (kTeamsAProcessor * device.processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
-  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab), false,
-          needs.ahead};
-}
-
-// Clusters, where a row fits them and there are requests for all multiprocessors; not where all rows are read anyway.
-enum class Clusters { where_they_pay, never, always };
-inline Shape shape_of(const VerifyChain& op, int64_t vocab, const Device& device, Clusters choice) {
-  const bool fits = held_bytes(op) <= device.held_bytes && op.rule != Rule::block;
-  const bool pay = op.common.batch * kClusterBlocks >= device.processors && !op.independent;
-  if (choice == Clusters::never || !fits || (choice == Clusters::where_they_pay && !pay))
-    return shape_of(op, vocab, device);
-  return {op.common.batch, 1, tiles_of(vocab), true};
-}
-template <class Op>
-Shape shape_of(const Op& op, int64_t vocab, const Device& device, Clusters) {
-  return shape_of(op, vocab, device);
+  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab), needs.ahead};
 }
 
 // Where scratch lies in memory that was handed in: the counters at its begin, all else at its end, so that calls of
@@ -145,7 +114,6 @@ bool processes(const Op& op) {
 
 // `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
 int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);
-int launch_clusters(const VerifyChain&, const Shape&, const Scratch&, void* stream);
 int launch(const VerifyTree&, const Shape&, const Scratch&, void* stream);
 int launch(const Sample&, const Shape&, const Scratch&, void* stream);
 int launch(const SampleChildren&, const Shape&, const Scratch&, void* stream);

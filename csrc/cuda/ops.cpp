@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -18,12 +17,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace specdec::cuda {
 namespace {
 
-#ifdef SPECDEC_CLUSTERS
-constexpr bool kHasClusters = true;
-#else
-constexpr bool kHasClusters = false;
-#endif
-
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 cudaStream_t current_stream(int32_t device) {
@@ -32,27 +25,10 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// What a block of a cluster keeps of its shared memory for itself.
-constexpr int64_t kOwnBytes = 4096;
-
 Device describe(int32_t device) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, device));
-    return int64_t(value);
-  };
-  const int64_t memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOwnBytes;
-  const bool clusters = kHasClusters && attribute(cudaDevAttrClusterLaunch) != 0;
-  return {attribute(cudaDevAttrMultiProcessorCount), clusters ? memory : 0};
-}
-
-// SPECDEC_CUDA_CLUSTERS: 1 wherever they can run, 0 nowhere; to measure what they are worth.
-Clusters choice_of_clusters() {
-  const char* value = std::getenv("SPECDEC_CUDA_CLUSTERS");
-  if (value == nullptr || *value == 0) return Clusters::where_they_pay;
-  const bool known = (*value == '0' || *value == '1') && value[1] == 0;
-  STD_TORCH_CHECK(known, "SPECDEC_CUDA_CLUSTERS must be 0 or 1, got ", value);
-  return *value == '0' ? Clusters::never : Clusters::always;
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  return {processors};
 }
 
 // int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each other
@@ -102,7 +78,7 @@ void run(const Op& op, const Tensor& like) {
   if (needs.rows == 0) return;
   const cudaStream_t stream = current_stream(like.get_device_index());
   const int64_t vocab = like.size(like.dim() - 1);
-  const Shape shape = shape_of(op, vocab, device, choice_of_clusters());
+  const Shape shape = shape_of(op, vocab, device);
   if (const auto [memory, bytes] = handed(op); memory != nullptr) {
     const Layout layout(needs, shape);
     STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);

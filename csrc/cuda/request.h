@@ -51,7 +51,6 @@ class RequestProgram {
   // Of a token under the plain softmax of row i.
   SPECDEC_DEVICE float raw_logprob(int64_t i, int64_t id, const Table& table) const {
     Rows rows = target_;
-    rows.held = -1;  // what is held may be processed
     measure_row<false>(team_, rows, i, 1.0f, table);
     const Summary raw = summary(team_, rows, 1.0f, table, {}, false);
     return raw.valid ? float(log_prob<false>(rows, i, law_from(raw, 1.0f, -INFINITY), id)) : NAN;

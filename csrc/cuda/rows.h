@@ -16,11 +16,6 @@ struct Rows {
   Ids drafts;  // row i counts the i first of them as output
   int64_t first_draft = 0, draft_stride = 0;
   const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
-  // Where teams hold rows: the row that is held, as its law sees it, and whether the one that is measured will be.
-  const Team* holder = nullptr;
-  int64_t held = -1;
-  bool keeps = false;
-  int64_t room = 0;  // where: behind so many floats of each block's memory
 };
 
 // Tiles that a thread asks for at a time, of a row that needs nothing but reading.
@@ -67,8 +62,6 @@ SPECDEC_DEVICE bool allowed(const Rows& rows, int64_t i, int64_t id) {
 
 template <bool P>
 SPECDEC_DEVICE float logit(const Rows& rows, int64_t i, int64_t id) {
-  if constexpr (Team::kHolds)
-    if (i == rows.held) return rows.holder->recall(rows.room, id);
   float x = float_of(row_of(rows, i), rows.dtype, id);
   if constexpr (P) {
     const int64_t edit = first_edit(rows.edits, id);
@@ -81,8 +74,6 @@ SPECDEC_DEVICE float logit(const Rows& rows, int64_t i, int64_t id) {
 // The logits of kElements ids from `first`; -inf past the end of the row.
 template <bool P>
 SPECDEC_DEVICE void load(const Rows& rows, int64_t i, int64_t first, float (&x)[kElements]) {
-  if constexpr (Team::kHolds)
-    if (i == rows.held && first < rows.vocab) return rows.holder->recall(rows.room, first, x);
   const void* row = row_of(rows, i);
 #ifdef __CUDACC__
   if (first + kElements <= rows.vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
@@ -149,8 +140,6 @@ SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64
   for_tiles<P ? 1 : kAhead>(team, begin, end, [&](int64_t tile, bool there) {
     float x[kElements], top = -INFINITY, sum = 0.0f;
     load<P>(rows, i, there ? own_ids(team, tile) : rows.vocab, x);
-    if constexpr (Team::kHolds)
-      if (rows.keeps && there) team.keep(rows.room, own_ids(team, tile), x);
     SPECDEC_UNROLL
     for (float& value : x) {
       if (value < pivot) value = -INFINITY;

@@ -1,5 +1,5 @@
-// The threads that run a program together: a block on a GPU, or a cluster of blocks (team_cluster.h); where tests run
-// the same text on a CPU, see team_emulated.h.
+// The threads that run a program together: a block on a GPU; where tests run the same text on a CPU, see
+// team_emulated.h.
 #pragma once
 
 #include <cstdint>
@@ -39,17 +39,6 @@ struct Plus {
   }
 };
 
-// Where the blocks of a team hold an id of a row: in the memory of the block whose group comes to its tile in a pass
-// over the row.
-struct HeldPlace {
-  int64_t block, offset;
-};
-SPECDEC_DEVICE HeldPlace held_place(int64_t id, int64_t blocks, int64_t block_groups) {
-  const int64_t tile = id / kTile, round = tile / (blocks * block_groups);
-  const int64_t slot = round * block_groups + tile % block_groups;
-  return {tile / block_groups % blocks, slot * kTile + id % kTile};
-}
-
 }  // namespace specdec::cuda
 
 #ifdef __CUDACC__
@@ -87,22 +76,8 @@ __device__ __forceinline__ T fresh(const T* place) {
   return __ldcg(place);
 }
 
-}  // namespace specdec::cuda
-
-#ifdef SPECDEC_CLUSTER
-#include "team_cluster.h"
-#else
-
-namespace specdec::cuda {
-
-class BlockTeam {
+class Team {
  public:
-  static constexpr bool kHolds = false;  // rows, in a memory that all threads read
-  __device__ static int64_t row_floats(int64_t vocab);
-  __device__ void keep(int64_t, int64_t, const float (&)[kElements]) const;
-  __device__ void recall(int64_t, int64_t, float (&)[kElements]) const;
-  __device__ float recall(int64_t, int64_t) const;
-
   __device__ int rank() const { return int(threadIdx.x); }
   __device__ int size() const { return int(blockDim.x); }
   __device__ void sync() const { __syncthreads(); }
@@ -147,10 +122,8 @@ class BlockTeam {
     if (rank() == 0) atomicMax(value, least);
   }
 };
-using Team = BlockTeam;
 
 }  // namespace specdec::cuda
-#endif
 
 #else
 #include "team_emulated.h"

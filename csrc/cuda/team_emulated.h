@@ -15,12 +15,12 @@ namespace specdec::cuda {
 
 constexpr int kElements = 8;
 constexpr int kGroup = kTile / kElements;
-constexpr int kWarp = 32, kBlockGroups = kWarp / kGroup;
+constexpr int kWarp = 32;
 
-// What the threads of a team share: one block, or a cluster of blocks of one warp that hold rows.
+// What the threads of a team share.
 class Block {
  public:
-  explicit Block(int size) : size_(size), slots_(size_t(size)), held_(size_t(size / kWarp)), all_(size) {
+  explicit Block(int size) : size_(size), slots_(size_t(size)), all_(size) {
     for (int group = 0; group < size / kGroup; ++group) groups_.push_back(std::make_unique<std::barrier<>>(kGroup));
   }
 
@@ -31,7 +31,6 @@ class Block {
   };
   const int size_;
   std::vector<Slot> slots_;
-  std::vector<std::vector<float>> held_;
   std::barrier<> all_;
   std::vector<std::unique_ptr<std::barrier<>>> groups_;
 };
@@ -76,25 +75,7 @@ class Team {
     if (rank_ == 0) *value = *value < least ? least : *value;
   }
 
-  static constexpr bool kHolds = true;
-  static int64_t row_floats(int64_t vocab) { return tiles_of(vocab) * kTile; }
-  // Once, before rows are kept.
-  void make_room(int64_t vocab) const {
-    if (rank_ < int(block_.held_.size())) block_.held_[size_t(rank_)].assign(size_t(2 * row_floats(vocab)), NAN);
-    sync();
-  }
-  void keep(int64_t room, int64_t first, const float (&x)[kElements]) const {
-    std::memcpy(held(room, first), x, sizeof x);
-  }
-  void recall(int64_t room, int64_t first, float (&x)[kElements]) const { std::memcpy(x, held(room, first), sizeof x); }
-  float recall(int64_t room, int64_t id) const { return *held(room, id); }
-
  private:
-  float* held(int64_t room, int64_t id) const {
-    const HeldPlace place = held_place(id, int64_t(block_.held_.size()), kBlockGroups);
-    return &block_.held_[size_t(place.block)][size_t(room + place.offset)];
-  }
-
   template <class T>
   void put(const T& x) const {
     static_assert(sizeof(T) <= 16);
@@ -127,15 +108,11 @@ constexpr int kGroup = 1;
 class Block {
  public:
   explicit Block(int) {}
-
- private:
-  friend class Team;
-  std::vector<float> held_;
 };
 
 class Team {
  public:
-  explicit Team(Block& block, int) : block_(block) {}
+  Team(Block&, int) {}
   int rank() const { return 0; }
   int size() const { return 1; }
   void sync() const {}
@@ -150,22 +127,6 @@ class Team {
   }
   bool last_to_arrive(int32_t* counter, int32_t others) const { return (*counter)++ == others; }
   void raise(int32_t* value, int32_t least) const { *value = *value < least ? least : *value; }
-
-  static constexpr bool kHolds = true;
-  static int64_t row_floats(int64_t vocab) { return tiles_of(vocab) * kTile; }
-  void make_room(int64_t vocab) const { block_.held_.assign(size_t(2 * row_floats(vocab)), NAN); }
-  void keep(int64_t room, int64_t first, const float (&x)[kElements]) const {
-    std::memcpy(&held(room, first), x, sizeof x);
-  }
-  void recall(int64_t room, int64_t first, float (&x)[kElements]) const {
-    std::memcpy(x, &held(room, first), sizeof x);
-  }
-  float recall(int64_t room, int64_t id) const { return held(room, id); }
-
- private:
-  float& held(int64_t room, int64_t id) const { return block_.held_[size_t(room + held_place(id, 1, 1).offset)]; }
-
-  Block& block_;
 };
 
 #endif

@@ -23,7 +23,7 @@ NATIVE_LIBRARY = Path(
 BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, on CPUs and on GPUs; matrix products it leaves to PyTorch's own kernels and to Triton.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
-OPS = (*_NATIVE_OPS, "tree_attention", "verify_chain_lm_head")
+OPS = (*_NATIVE_OPS, "tree_attention")
 _CUDA_CAPABILITY = (8, 0)
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []

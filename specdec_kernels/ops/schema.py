@@ -23,11 +23,6 @@ _SCHEMAS = {
         f"Tensor position, Tensor? num_draft, Tensor? cu_rows, {_SAMPLING}, {_PROCESSING}, int rule, bool logprobs, "
         "bool independent, Tensor(a!)? workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "verify_chain_lm_head": (
-        f"(Tensor hidden, Tensor weight, Tensor draft_tokens, {_DRAFT}, Tensor seed, "
-        "Tensor position, Tensor? num_draft, Tensor? sampling, float temperature) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
     "verify_tree": (
         f"(Tensor target_logits, Tensor draft_tokens, Tensor parents, {_DRAFT}, "
         f"Tensor seed, Tensor position, {_SAMPLING}, {_PROCESSING}, int rule, bool replacement, bool logprobs) "
@@ -53,10 +48,6 @@ _SCHEMAS = {
 def _fake_verify_chain(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _rule, logprobs, _independent, _workspace = rest[-4:]
     return _fake_verified(draft_tokens, logprobs)
-
-
-def _fake_verify_chain_lm_head(hidden: Tensor, weight: Tensor, draft_tokens: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _fake_verified(draft_tokens, False)
 
 
 def _fake_verified(draft_tokens: Tensor, logprobs: bool) -> tuple[Tensor, ...]:
@@ -121,7 +112,6 @@ def _fake_tree_attention(query: Tensor, *_: object) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "verify_chain": _fake_verify_chain,
-    "verify_chain_lm_head": _fake_verify_chain_lm_head,
     "sample": _fake_sample,
     "sample_children": _fake_sample_children,
     "verify_tree": _fake_verify_tree,

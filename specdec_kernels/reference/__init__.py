@@ -4,7 +4,6 @@ It is what runs where no compiled backend does, and what a reader should read fi
 """
 
 from specdec_kernels.reference.attention import tree_attention
-from specdec_kernels.reference.head import verify_chain_lm_head
 from specdec_kernels.reference.kv import compact_kv
 from specdec_kernels.reference.noise import noise_words
 from specdec_kernels.reference.tree_rules import sample_children, verify_tree
@@ -19,6 +18,5 @@ __all__ = [
     "tree_attention",
     "tree_mask",
     "verify_chain",
-    "verify_chain_lm_head",
     "verify_tree",
 ]

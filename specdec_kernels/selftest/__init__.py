@@ -13,8 +13,8 @@ from multiprocessing import get_context
 
 import torch
 
-from specdec_kernels.ops import BACKENDS, BackendName
-from specdec_kernels.selftest import chains, gpu, heads, trees
+from specdec_kernels.ops import BackendName
+from specdec_kernels.selftest import chains, gpu, trees
 from specdec_kernels.selftest.common import (
     DRAFT_KINDS,
     EPSILON,
@@ -33,7 +33,6 @@ __all__ = [
     "Selection",
     "chains",
     "gpu",
-    "heads",
     "known_answers",
     "run",
     "run_in_processes",
@@ -42,17 +41,9 @@ __all__ = [
 
 #: What a GPU is tried with beside the small ones: here several programs work on a row.
 LARGE_VOCABS = (32_000, 128_256, 151_936)
-#: Forms of chains, trees and hidden states for what compiles: rules times kinds of drafts, each two times for chains;
-#: of large ones each rule, and each kind of hidden states.
-FORMS, LARGE_FORMS = (18, 12, 3), (3, 4, 3)
-
-
-def ways(on_gpu: bool) -> Iterator[None]:
-    """Once; on a GPU once more with the CUDA C++ on clusters of blocks, which small batches would not be given."""
-    yield
-    if on_gpu:
-        with gpu.clusters("1"):
-            yield
+#: Forms of chains and of trees for what compiles: rules times kinds of drafts, each two times for chains; of large ones
+#: each rule.
+FORMS, LARGE_FORMS = (18, 12), (3, 4)
 
 
 def check_known_answers(report: Report, backend: BackendName | None, device: str) -> None:
@@ -64,8 +55,8 @@ def check_known_answers(report: Report, backend: BackendName | None, device: str
 def run(
     backend: BackendName | None = None, device: str = "cpu", count: int = 120, process: int = 0, processes: int = 1
 ) -> Report:
-    """The coupled suite: ``count`` random batches of chains, half as many of trees and of hidden states; on a GPU a few
-    large ones too, and what only a GPU can show. Of several processes each does its part.
+    """The coupled suite: ``count`` random batches of chains, half as many of trees; on a GPU a few large ones too, and
+    what only a GPU can show. Of several processes each does its part.
 
     On a GPU Triton is given every rule and kind of drafts in all dtypes, but few of their combinations: a kernel takes
     it seconds to compile, and of a few hundred combinations most would be compiled for one batch. The others get all.
@@ -78,21 +69,16 @@ def run(
     small = VOCABS, count, FORMS, process
     large = LARGE_VOCABS, count // 8 if on_gpu else 0, LARGE_FORMS, processes - 1 - process  # who has fewer small ones
     for vocabs, batches, forms, own in (small, large):
-        of_chains, of_trees, of_heads = (Selection(number if compiles else None, own, processes) for number in forms)
+        of_chains, of_trees = (Selection(number if compiles else None, own, processes) for number in forms)
         for (index, _), chain in zip(of_chains.of(batches), chains.cases(batches, vocabs, of_chains), strict=True):
-            for _ in ways(on_gpu):
-                report.attempt(f"verify_chain case {index}", chains.check_verified, chain, index, backend, device)
+            report.attempt(f"verify_chain case {index}", chains.check_verified, chain, index, backend, device)
             report.attempt(f"sample case {index}", chains.check_sampled, chain, index, backend, device)
         half = batches // 2
         for (index, form), tree in zip(of_trees.of(half), trees.cases(half, vocabs, of_trees), strict=True):
             report.attempt(f"verify_tree case {index}", trees.check_verified, tree, index, backend, device)
             report.attempt(f"sample_children case {index}", trees.check_children, tree, index, backend, device, form)
-        if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
-            for (index, _), head in zip(of_heads.of(half), heads.cases(half, vocabs, of_heads), strict=True):
-                report.attempt(f"verify_chain_lm_head case {index}", heads.check, head, index, backend, device)
     if on_gpu and backend != "reference":  # PyTorch launches as it likes
-        for _ in ways(on_gpu):
-            report.attempt("on a GPU", gpu.check, backend, device, Selection(None, process, processes))
+        report.attempt("on a GPU", gpu.check, backend, device, Selection(None, process, processes))
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,16 +11,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec_kernels.ops import BACKENDS, BackendName, RuleName, sample, verify_chain
-from specdec_kernels.ops.head import verify_chain_lm_head
+from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
 from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.selftest.common import BATCH, EVERYTHING, Report, Selection
 
 #: As large as in use, with a last tile that is not full.
-VOCAB, DRAFTS, WIDTH = 32_003, 3, 576
-#: Kernels a call, where that is not one.
-LAUNCHES = {"verify_chain_lm_head": 2}
+VOCAB, DRAFTS = 32_003, 3
 
 
 def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
@@ -49,10 +45,6 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
         yield f"sample_children {how}", partial(sample_children, target[:, 0], 4, how, row=row, **keys)
     for tree_rule in get_args(TreeRuleName):
         yield f"verify_tree {tree_rule}", partial(verify_tree, target, nodes, parents, **keys, rule=tree_rule)
-    if backend is None or "verify_chain_lm_head" in BACKENDS[backend].functions:
-        hidden = torch.randn(BATCH, DRAFTS + 1, WIDTH, generator=generator).to(device, torch.bfloat16)
-        weight = (torch.randn(VOCAB, WIDTH, generator=generator) / 8).to(device, torch.bfloat16)
-        yield "verify_chain_lm_head", partial(verify_chain_lm_head, hidden, weight, tokens, **drafted, **keys)
 
 
 @contextmanager
@@ -64,17 +56,6 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def clusters(choice: str) -> Iterator[None]:
-    """The CUDA C++ on clusters of blocks: "1" wherever they can run, "0" nowhere, "" where it chooses them."""
-    before = os.environ.get("SPECDEC_CUDA_CLUSTERS", "")
-    os.environ["SPECDEC_CUDA_CLUSTERS"] = choice
-    try:
-        yield
-    finally:
-        os.environ["SPECDEC_CUDA_CLUSTERS"] = before
 
 
 def launches(call: Callable[[], object]) -> list[str]:
@@ -110,7 +91,7 @@ def check_call(report: Report, name: str, call: Callable[[], tuple[Any, ...]], s
         report.wrong.append(f"{name}: waits for the device: {error}")
         return
     names = launches(call)
-    if len(names) != LAUNCHES.get(name, 1):
+    if len(names) != 1:
         report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
