@@ -18,7 +18,7 @@ test: $(STAMP)
 
 # Thousands of random batches against slow references, which takes the better part of an hour.
 test-long: $(STAMP)
-	SPECDEC_RANDOM_BATCHES=4800 $(BIN)/python -m pytest -n auto tests/test_random_batches.py
+	SPECDEC_RANDOM_BATCHES=4800 $(BIN)/python -m pytest -n auto tests/decode/test_random_batches.py
 
 bench: $(STAMP)
 	$(BIN)/specdec bench
@@ -34,7 +34,7 @@ lint: $(STAMP)
 
 # Everything that pyproject.toml promises, compiled: for when a version is raised.
 versions: $(STAMP)
-	$(BIN)/python tests/versions.py > bench/results/versions.txt; status=$$?; cat bench/results/versions.txt; exit $$status
+	$(BIN)/python tests/helpers/versions.py > bench/results/versions.txt; status=$$?; cat bench/results/versions.txt; exit $$status
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = os.environ["SPECDEC_EMULATE_CUDA"] = "1"
 
 import pytest
+from backends import on_device
 from interpreter import skip_repeated_patching
 
 from specdec_kernels import ops
@@ -42,22 +42,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if ops.BACKENDS[backend].device == "cuda" else "cpu"
-
-
-def on_device(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """The op with its tensors moved to where the backend runs, and its results moved back."""
-    device = "cuda" if ops.BACKENDS[backend].device == "cuda" else "cpu"
-
-    def moved(x: Any) -> Any:
-        return x.to(device) if isinstance(x, torch.Tensor) else x
-
-    def call(*positional: Any, **named: Any) -> Any:
-        result = function(
-            *(moved(x) for x in positional), **{key: moved(x) for key, x in named.items()}, backend=backend
-        )
-        return type(result)(*(x.cpu() for x in result))
-
-    return call
 
 
 @pytest.fixture

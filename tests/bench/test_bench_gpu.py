@@ -1,0 +1,70 @@
+"""What is around the timing of a GPU, on the CPU: cases, checks, results, files. No time is looked at."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from processes import run_python
+from rich.console import Console
+
+from specdec_kernels.bench import gpu
+from specdec_kernels.bench.clocks import WallClock
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real one runs there")
+
+
+def test_the_grid_is_the_one_asked_for():
+    grid = list(gpu.cases(quick=False))
+    assert len(set(grid)) == len(grid) == 4 * 4 * 4 * 2 * 2
+    assert {case.vocab for case in grid} == {32_000, 128_256, 151_936, 262_144}
+    assert {case.num_draft for case in grid} == {1, 4, 8, 16}
+    assert Counter(case.batch for case in grid) == dict.fromkeys((1, 8, 64, 256), 64)
+    assert set(gpu.cases(quick=True)) < set(grid)
+    # At B = 64, K = 4, V = 151,936: the case of the targets, and the others take part in it.
+    named = [case for case in gpu.cases(quick=True) if case.batch == 64 and not case.filtered]
+    assert list(gpu.others(named[0])) == ["PyTorch", "lean PyTorch", "PyTorch, compiled", "lean PyTorch, compiled"]
+
+
+def test_results_are_written(tmp_path, monkeypatch):
+    small = [replace(case, vocab=300, batch=min(case.batch, 6)) for case in gpu.cases(quick=True)][:6]
+    monkeypatch.setattr(gpu, "cases", lambda quick: iter(small))
+    monkeypatch.setattr(gpu, "OTHERS_VOCAB", 300)
+    monkeypatch.setattr(gpu, "vllm", None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    gpu.main(tmp_path, True, Console(quiet=True), WallClock())
+    assert (tmp_path / "none.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "none.json").read_text())["results"]
+    assert [row["case"] for row in results] == [case.name for case in small]
+    for row, case in zip(results, small, strict=True):
+        assert set(row["microseconds"]) == {*gpu.OURS, *gpu.others(case)}, row["failed"]
+        assert row["failed"] == {}
+        rows = case.batch * (row["accepted"] + 1)
+        size = 2 if case.dtype == "bfloat16" else 4
+        assert row["bytes"] == pytest.approx(rows * case.vocab * size)
+        assert row["bytes_of_inputs"] == case.batch * (2 * case.num_draft + 1) * case.vocab * size
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch):
+    case = replace(next(gpu.cases(quick=True)), vocab=300, batch=3)
+    real = gpu.ours
+
+    def wrong(name, *given):
+        verified = real(name, *given)
+        return verified._replace(tokens=verified.tokens + (name == "triton"))
+
+    monkeypatch.setattr(gpu, "ours", wrong)
+    with pytest.raises(RuntimeError, match="triton: the reference disagrees"):
+        gpu.measure(case, WallClock(), 1.0)
+
+
+def test_without_a_gpu_the_command_says_so():
+    result = run_python("-m", "specdec_kernels.cli.main", "bench", "--device", "cuda")
+    assert result.returncode == 2
+    assert result.stderr == "error: there is no GPU to time: torch sees none\n"
+    result = run_python("-m", "specdec_kernels.cli.main", "bench", "trees", "--device", "cuda")
+    assert result.returncode == 2
+    assert "device must be cpu for 'trees'" in result.stderr

@@ -1,0 +1,139 @@
+"""The C++ under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from builds import ROOT, changed, sanitized
+
+from specdec_kernels._native import build_facts
+
+
+def test_facts_of_the_build():
+    facts = build_facts()
+    assert facts["torch"] == torch.__version__
+    assert facts["sanitized"] is False
+    assert facts["compiler"]
+
+
+# What the sanitized library is put through: the coupled suite, short tiles, nan, bad ids, many threads.
+EXERCISE = """
+import os, torch, specdec_kernels as s
+from specdec_kernels import _native, selftest
+from specdec_kernels.ops import trees
+assert not selftest.run("cpu", count=60).wrong
+assert os.environ["SPECDEC_CPU_ISA"] != "scalar" or not selftest.run("cuda", count=60).wrong  # it has none
+for vocab in (1, 127, 128, 129, 5000):
+    for value in (0.0, float("nan"), float("inf"), float("-inf")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            target = torch.zeros(3, 3, vocab, dtype=dtype)
+            target[1, 0, vocab // 2] = value
+            tokens = torch.zeros(3, 2, dtype=torch.int64)
+            for temperature in (0.0, 1e-4, 0.7):
+                for draft in (None, target[:, :2]):
+                    heat = None if draft is None else 1.0
+                    keys = {"seed": 1, "position": 1, "temperature": temperature}
+                    s.verify_chain(target, tokens, draft, draft_temperature=heat, **keys)
+for nodes in (1, 9, 33, 65):
+    parents = torch.arange(-1, nodes - 1).repeat(3, 1)
+    parents[1, nodes // 2 + 1 :] = -1
+    for format in trees.FORMATS:
+        if nodes <= 32 or format != "sglang_qlen_only_packed":
+            flat = format in ("dense", "additive", "flashinfer", "sglang_full")
+            for backend in ("cpu", "cuda"):
+                s.tree_mask(parents, format, context_lens=torch.tensor([0, 3, 8]) if flat else None, backend=backend)
+    path = torch.tensor([[0, *range(2, nodes, 2)] + [-1] * ((nodes - 1) // 2)] * 3)
+    caches = [torch.zeros(3, 2, nodes + 8, 5) for _ in range(2)]
+    for backend in ("cpu", "cuda"):
+        s.compact_kv(caches, path, torch.tensor([0, 3, 8]), backend=backend)
+    rows = torch.randn(2, 300)
+    for how in ("top", "iid", "without_replacement", "race"):
+        s.sample_children(rows, nodes, how, seed=1, position=1)
+def eight_bits(outputs, inputs):
+    return torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs) / inputs
+for batch, rows, cached, layers in ((1, 1, 0, 1), (1, 3, 7, 3), (2, 2, 65, 1)):
+    shapes = ((36, 72), (100, 36), (36, 60), (50, 36), (36, 25), (36, 36 * (layers - 1)))
+    weights, scales = zip(*(eight_bits(*shape) for shape in shapes[: 5 + (layers > 1)]))
+    inputs = torch.randn(batch, rows, 36), torch.randn(batch, rows, 36 * layers)
+    tables = torch.rand(36), torch.rand(9, 5), torch.rand(9, 5)
+    cache = torch.randn(2, batch, 2, cached + 3, 10).bfloat16()[:, :, :, :cached]
+    mask = None if batch == 1 else torch.ones(batch, rows, cached + rows, dtype=torch.bool)
+    places = torch.full((batch * rows,), 8)
+    read = torch.ops.specdec.feature_layer(*inputs, weights, scales, *tables, places, *cache, mask, 1e-5)
+    assert all(x.isfinite().all() for x in read)
+index = _native.SuffixIndex()
+index.extend([i % 7 for i in range(500)])
+assert index.continuation(9) and index.followers([3, 9]) and len(index) == 500
+try:
+    s.verify_chain(torch.zeros(1, 2, 5), torch.tensor([[5]]), seed=1, position=1)
+except ValueError:
+    print("done")
+"""
+
+
+MUTANTS_OF_THREADS = {
+    "a row is done before it is written": (
+        "lockstep.h",
+        "store(done, std::memory_order_release)",
+        "store(done, std::memory_order_relaxed)",
+    ),
+    "one memory for two rows": ("lockstep.h", "turns[share.row % 2].space", "turns[0].space"),
+    "one line for two rows": ("lockstep.h", "turns[share.row % 2].pieces", "turns[0].pieces"),
+    "any thread does what is the caller's": ("chain.cpp", "if (is_caller && !request.leads() && ", "if ("),
+    "help is done before it is written": (
+        "team.h",
+        "done_.fetch_add(1, std::memory_order_release)",
+        "done_.fetch_add(1, std::memory_order_relaxed)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS_OF_THREADS])
+def test_threads_of_a_cpu_wait_for_each_other(mutant, tmp_path):
+    """Chains by several threads of their own, under the thread sanitizer; and the controls."""
+    source = ROOT
+    if mutant is not None:
+        file, old, new = MUTANTS_OF_THREADS[mutant]
+        source = changed(tmp_path, f"cpu/{file}", old, new)
+    build = sanitized("thread", "specdec_threads_check", source=source)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    check = [build / "specdec_threads_check"]
+    try:
+        result = subprocess.run(check, env=environment, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        assert mutant is not None  # what comes of a race may be that all wait forever
+    else:
+        raced = "WARNING: ThreadSanitizer: data race" in result.stderr
+        assert raced == (mutant is not None), result.stderr[-3000:]
+        assert raced or (result.returncode, result.stdout) == (0, "the same\n")
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+def test_sanitizers_find_nothing(isa):
+    build = sanitized("address,undefined", "specdec_cpu", "specdec_cuda_emulated")
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", EXERCISE],
+        env={
+            **os.environ,
+            "SPECDEC_LIBRARY": str(build / "libspecdec_cpu.so"),
+            "SPECDEC_CPU_ISA": isa,
+            "LD_PRELOAD": ":".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "halt_on_error=1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "run on this machine" in result.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "done"

@@ -1,0 +1,149 @@
+"""The CUDA C++ where there is no GPU: compiled, linked, loaded; its programs on the CPU, by one thread and by many."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from builds import ROOT, changed, sanitized
+from processes import run_python
+
+from specdec_kernels import sample, verify_chain, verify_tree
+from specdec_kernels.ops.backends import NATIVE_LIBRARY
+
+LIBRARY = NATIVE_LIBRARY.with_name("libspecdec_cuda.so")
+
+
+def test_the_library_loads_and_says_why_it_does_not_run():
+    if torch.cuda.is_available():
+        pytest.skip("it does")
+    code = """
+import torch, specdec_kernels as s
+try:
+    s.sample(torch.zeros(1, 3), seed=1, position=1, backend="cuda")
+except RuntimeError as error:
+    print(error)
+print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
+"""
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="")
+    assert result.stdout.splitlines() == ["backend='cuda' cannot run here: there is no GPU", "True"], result.stderr
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
+    assert "libspecdec_cuda.so was not built (it takes nvcc)" in result.stdout
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="2")
+    assert "SPECDEC_EMULATE_CUDA must be 1 or threads, got '2'" in result.stdout
+
+
+def test_registers():
+    """No kernel spills: ptxas would have failed. Two blocks fit a multiprocessor where logits are not processed."""
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"arch = (\w+)", text)) == {"sm_80", "sm_90", "sm_100"}
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", text)
+    found = [(name, int(registers)) for name, registers, _ in kernels if "noise" not in name]
+    # GPUs; processing or none, rules for chains and what else there is; widths of a mask's elements, and of what moves.
+    assert len(found) == 3 * (2 * (3 + 3) + 3 + 5)
+    for name, registers in found:
+        alone = "Lb1E" in name or "verify_tree" in name  # on a multiprocessor
+        assert registers <= (255 if alone else 128), name
+    assert all(local == "0" for _, _, local in kernels)
+
+
+SELFTEST = """
+import torch
+torch.set_num_threads(1)
+from specdec_kernels import selftest
+report = selftest.run("cuda", count={count})
+print(report.requests, report.wrong[:3])
+"""
+
+
+def test_by_many_threads():
+    """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread."""
+    result = run_python("-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads")
+    assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
+    assert int(result.stdout.split()[0]) > 100
+
+
+SYNC = "team_.sync();  // what one thread wrote, all read"
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_threads_wait_for_each_other(synchronised, tmp_path):
+    """Under the thread sanitizer; and the control, without one of the places where they do."""
+    source = ROOT if synchronised else changed(tmp_path, "cuda/chain.h", SYNC, "")
+    build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
+    runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    library = str(build / "libspecdec_cpu.so")
+    result = run_python(
+        "-c", SELFTEST.format(count=8), SPECDEC_EMULATE_CUDA="threads", SPECDEC_LIBRARY=library,
+        LD_PRELOAD=runtime.stdout.strip(), OMP_NUM_THREADS="1", TSAN_OPTIONS="halt_on_error=1",
+    )  # fmt: skip
+    if synchronised:
+        assert " []" in result.stdout, result.stderr[-3000:]
+    else:  # stopped there: what comes of a race may be that all wait forever
+        assert "WARNING: ThreadSanitizer: data race" in result.stderr
+
+
+def test_results_do_not_depend_on_the_launch(monkeypatch):
+    """How many teams a row has, nor the order they come in."""
+    if torch.cuda.is_available():
+        pytest.skip("the order is the GPU's")
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(3, 4, 9001, generator=generator) * 2
+    draft = target[:, :3] + torch.randn(3, 3, 9001, generator=generator)
+    keys = {"seed": torch.arange(3), "position": torch.arange(3) + 7}
+    tokens = torch.stack([sample(draft[:, i], **keys, row=i).tokens for i in range(3)], 1)
+    target[1, 1, 4] = torch.nan
+    for rule in ("token", "block", "coupled"):
+        for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
+            found = []
+            for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (3, 2)):
+                monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
+                monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
+                found.append(
+                    verify_chain(
+                        target,
+                        tokens,
+                        draft,
+                        draft_temperature=1.0,
+                        **keys,
+                        **options,
+                        rule=rule,
+                        logprobs=True,
+                        backend="cuda",
+                    )
+                )
+            for each in found[1:]:
+                for of_first, of_this in zip(found[0], each, strict=True):
+                    assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), (rule, options)
+
+
+@pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
+def test_trees_do_not_depend_on_the_launch(monkeypatch, rule):
+    """Nor on whether rows are measured ahead, by how many teams."""
+    if torch.cuda.is_available():
+        pytest.skip("the order is the GPU's")
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(5, 4, 9001, generator=generator) * 2
+    draft = target + torch.randn(5, 4, 9001, generator=generator)
+    keys = {"seed": torch.arange(5), "position": torch.arange(5) + 7}
+    tokens = torch.stack([sample(draft[:, max(0, i - 1)], **keys, row=i).tokens for i in range(4)], 1)
+    parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1], [-1, 0, 0, 0]])
+    target[1, 1, 4] = torch.nan
+    drafted = {} if rule in ("walk", "coupled") else {
+        "draft_logits": draft, "draft_temperature": 1.0, "siblings": "without_replacement",
+    }  # fmt: skip
+    for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
+        found = []
+        for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (200, 2)):
+            monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
+            monkeypatch.setenv("SPECDEC_EMULATED_ORDER", str(order))
+            named = {**keys, **drafted, **options, "rule": rule, "logprobs": True}
+            found.append(verify_tree(target, tokens, parents, **named, backend="cuda"))
+        for each in found[1:]:
+            for of_first, of_this in zip(found[0], each, strict=True):
+                assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), options

@@ -1,0 +1,109 @@
+"""What the documentation shows runs, its links resolve, and its tables are current."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import versions
+
+from specdec_kernels import ops
+from specdec_kernels.ops import attention, kv, token_counts, tree_rules, trees, workspace
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for folder in (".", "docs", "training") for path in (ROOT / folder).glob("*.md")
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "least"),
+    [
+        (ops, 4), (trees, 4), (tree_rules, 2), (kv, 1), (attention, 1), (workspace, 2), (token_counts, 8),
+    ],
+)  # fmt: skip
+def test_docstrings(module, least):
+    results = doctest.testmod(module)
+    assert results.attempted >= least
+    assert results.failed == 0
+
+
+def run_blocks(page: str) -> list[dict[str, Any]]:
+    """The names that each block of Python of a page leaves; each stands alone."""
+    text = (ROOT / page).read_text()
+    if not torch.cuda.is_available():
+        text = text.replace('"cuda"', '"cpu"')
+    torch.manual_seed(0)
+    scopes: list[dict[str, Any]] = []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        scopes.append({})
+        exec(block, scopes[-1])
+    return scopes
+
+
+def test_the_readmes_examples():
+    chain, ragged, decoded = run_blocks("README.md")
+    assert chain["verified"].tokens.shape == (1, 5)
+    assert chain["verified"].valid.all()
+    assert ragged["verified"].tokens.shape == (2, 5)
+    assert ragged["verified"].num_proposed.tolist() == [4, 1]
+    for result in decoded["results"]:
+        assert result.finished == "stop" or (result.finished == "length" and len(result.tokens) == 32)
+    assert decoded["ids"].shape[1] <= 37
+
+
+def test_the_example_of_trees():
+    (step,) = run_blocks("docs/trees.md")
+    assert step["verified"].tokens.shape == (1, 3)
+    assert step["mask"].shape == (1, 3, 3)
+    assert step["positions"].tolist() == [[11, 12, 12]]
+
+
+def test_the_example_of_decoding():
+    (decoded,) = run_blocks("docs/decoding.md")
+    assert 2 <= decoded["statistics"].emitted <= 36
+
+
+def test_the_readme_names_the_versions_that_are_compiled():
+    readme = (ROOT / "README.md").read_text()
+    for name, tried in (("Python", versions.PYTHONS), ("torch", versions.TORCHES), ("Triton", versions.TRITONS)):
+        first, last = (".".join(each.split(".")[:2]) for each in (tried[0], tried[-1]))
+        assert f"{name} {first} to {last}" in readme
+    gcc, clang = (next(each for each in versions.COMPILERS if each.startswith(name)) for name in ("g++", "clang++"))
+    assert f"gcc {gcc.split('-')[1]} or clang {clang.split('-')[1]} and later" in readme
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+    for name in re.findall(
+        r"`((?:csrc|tests|docs|bench|examples|training|specdec_kernels|triton_kernels)/[\w./-]+\.\w+)`", text
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, new = set[Path](), {ROOT / "README.md"}
+    while new:
+        page = new.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text())
+        new |= {(page.parent / link).resolve() for link in links} - reached
+    assert {str(page.relative_to(ROOT.resolve())) for page in map(Path.resolve, reached)} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", ["api.md", "modules.md"])
+def test_what_is_written_from_docstrings_is_current(page):
+    make = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["PAGES"][page]
+    assert (ROOT / "docs" / page).read_text() == make(), "run `make docs`"

@@ -1,0 +1,39 @@
+"""Builds of the C++: with sanitizers, and of mutants."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def sanitized(sanitizers: str, *targets: str, source: Path = ROOT) -> Path:
+    """The folder of a build with sanitizers."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    build = source / "build" / sanitizers.replace(",", "-")
+    options = ["-G", "Ninja", f"-DSPECDEC_SANITIZE={sanitizers}", f"-DPython_EXECUTABLE={sys.executable}"]
+    cmake = [sys.executable, "-m", "cmake"]
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # other workers may want the same build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([*cmake, "-S", source, "-B", build, *options], check=True, capture_output=True)
+        subprocess.run([*cmake, "--build", build, "--target", *targets], check=True, capture_output=True)
+    return build
+
+
+def changed(into: Path, file: str, old: str, new: str) -> Path:
+    """The sources with one line changed."""
+    for name in ("csrc", "CMakeLists.txt"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, into / name)
+    path = into / "csrc" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    return into

@@ -1,0 +1,200 @@
+"""FlashInfer's signature and SGLang's trees, held to this library's own operators and to the distribution."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from distributions import g_test, limit
+from tiny import tiny
+
+from specdec_kernels import tree_links, verify_chain, verify_tree
+from specdec_kernels.integrations import sglang
+from specdec_kernels.integrations.flashinfer import chain_speculative_sampling
+
+ROOT = Path(__file__).parent.parent.parent
+B, K, V = 48, 4, 300
+STATS = torch.tensor([1.0, -torch.inf, 0.0])  # of probabilities' logarithms: normalised already
+
+
+def chains(seed=0):
+    torch.manual_seed(seed)
+    target = (torch.randn(B, K + 1, V) * 2).softmax(-1)
+    draft = (target[:, :K].log() + torch.randn(B, K, V) * 0.7).softmax(-1)
+    return draft, torch.multinomial(draft.reshape(-1, V), 1).reshape(B, K), target
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_flashinfer_accepts_as_verify_chain_does(dtype):
+    """The same uniforms decide; only the draw of the last token has other rows to race over."""
+    draft, ids, target = chains()
+    ids[3, 2:], ids[4] = -1, -1
+    seed = torch.arange(B)
+    want = verify_chain(
+        target.log(),
+        ids,
+        draft.log(),
+        STATS.expand(B, K, 3).contiguous(),
+        seed=seed,
+        position=5,
+        count_independent=True,
+    )
+    tokens, independent, emitted = chain_speculative_sampling(draft, ids.to(dtype), target, seed=seed, offset=5)
+    assert tokens.dtype == independent.dtype == emitted.dtype == torch.int32
+    assert emitted.tolist() == want.num_accepted.tolist()
+    assert 0 < emitted.sum() < B * K
+    rows = torch.arange(K + 1)
+    kept = rows < emitted[:, None]
+    assert torch.equal(tokens[kept], want.tokens[kept].int())
+    assert ((tokens >= 0) == (rows <= emitted[:, None])).all()
+    ended = ids < 0
+    assert independent[~ended.any(1)].tolist() == want.num_independent[~ended.any(1)].tolist()
+    assert independent[4] == 0
+    # Case 21: those kept are among those that would be accepted by themselves, and no more than were proposed.
+    assert (emitted <= independent).all()
+    assert (independent <= K).all()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_flashinfer_distribution(wrong):
+    """Two tokens, whose second, where it was not reached, is drawn from its row. The control: drafts that were drawn
+    from something else than is said."""
+    torch.manual_seed(1)
+    count, target = 40_000, torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.2, 0.2, 0.6]])
+    draft = torch.tensor([[0.2, 0.2, 0.6], [0.6, 0.2, 0.2]])
+    drawn_from = draft.flip(1) if wrong else draft
+    ids = torch.stack([torch.multinomial(row, count, replacement=True) for row in drawn_from], 1)
+    tokens, _, emitted = chain_speculative_sampling(
+        draft.expand(count, 2, 3), ids, target.expand(count, 3, 3), generator=torch.Generator().manual_seed(2)
+    )
+    assert {0, 1, 2} == set(emitted.tolist())
+    rest = torch.multinomial(target[1], count, replacement=True)
+    second = torch.where(emitted > 0, tokens[:, 1], rest)
+    seen = torch.bincount(tokens[:, 0].long() * 3 + second, minlength=9).double().numpy()
+    statistic, freedom = g_test(seen, torch.outer(target[0], target[1]).flatten().double().numpy())
+    assert (statistic < limit(freedom)) != wrong
+
+
+def test_flashinfer_seeds_are_of_each_request():
+    draft, ids, target = (x[:1].expand(B, *x.shape[1:]) for x in chains())
+
+    def run(**options):
+        return chain_speculative_sampling(draft, ids, target, **options)[0].tolist()
+
+    one = run(seed=7, offset=100)
+    assert len(set(map(tuple, one))) > 5  # a seed that a batch shares would make its rows equal
+    assert one == run(seed=7, offset=100) != run(seed=8, offset=100)
+    assert run(seed=7, offset=101)[:-1] == one[1:]
+    each = torch.full((B,), 7)
+    assert run(seed=each, offset=torch.arange(B) + 100) == one
+    assert len(set(map(tuple, run(seed=each, offset=3)))) == 1
+    first = run(generator=torch.Generator().manual_seed(1))
+    assert first == run(generator=torch.Generator().manual_seed(1)) != run(generator=torch.Generator().manual_seed(2))
+
+
+def test_flashinfer_counters_are_added_to():
+    draft, ids, target = chains()
+    _, independent, emitted = chain_speculative_sampling(draft, ids, target, seed=1)
+    before = torch.full((B,), 10, dtype=torch.int32), torch.full((B,), 20, dtype=torch.int32)
+    _, *after = chain_speculative_sampling(draft, ids, target, *before, seed=1)
+    assert after[0] is before[0]
+    assert after[1] is before[1]
+    assert before[0].tolist() == (independent + 10).tolist()
+    assert before[1].tolist() == (emitted + 20).tolist()
+
+
+def test_flashinfer_rows_that_are_no_distribution():
+    draft, target = torch.tensor([[[0.5, 0.5]]] * 3), torch.tensor([[[0.25, 0.25]] * 2] * 3)
+    target[1] = float("nan")
+    target[2] = 0.0
+    tokens = chain_speculative_sampling(draft, torch.zeros(3, 1, dtype=torch.int64), target, seed=1)[0]
+    assert tokens[1:].tolist() == [[-1, -1]] * 2
+    halves = draft[:1].expand(64, 1, 2), torch.zeros(64, 1, dtype=torch.int64), target[:1].expand(64, 2, 2)
+    tokens, _, emitted = chain_speculative_sampling(*halves, seed=1)  # nothing is left of the residual
+    assert 0 < emitted.sum() < 64
+    assert (tokens[:, 0] >= 0).all()
+
+
+def test_flashinfer_bad_input():
+    draft, ids, target = chains()
+    with pytest.raises(TypeError, match=r"draft_probs must be float32 \[B, K, V\]"):
+        chain_speculative_sampling(draft.half(), ids, target)
+    with pytest.raises(ValueError, match="target_probs must have shape"):
+        chain_speculative_sampling(draft, ids, target[:, :K])
+    with pytest.raises(TypeError, match="maybe_output_accepted_token_num must be int32"):
+        chain_speculative_sampling(draft, ids, target, torch.zeros(B))
+
+
+# --- SGLang -----------------------------------------------------------------------------------------------------------
+
+PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 1, 2, 6], [-1, 0, 1, 2, 3, 0, 5, 5], [-1, 0, 0, 0, -1, -1, -1, -1]])
+
+
+def test_sglang_docstrings():
+    assert doctest.testmod(sglang).attempted >= 4
+    assert doctest.testmod(sglang).failed == 0
+
+
+def test_sglang_links():
+    tree = sglang.from_parents(PARENTS)
+    assert all(x.dtype == torch.int64 for x in tree)
+    assert tree.retrive_index.flatten().tolist() == list(range(PARENTS.numel()))
+    links = tree_links(PARENTS)
+    assert torch.equal(tree.retrive_next_token, links.first_child.long())
+    assert torch.equal(sglang.to_parents(tree.retrive_next_token, tree.retrive_next_sibling), PARENTS)
+    generator = torch.Generator().manual_seed(0)
+    for nodes in (1, 2, 3, 16, 33):
+        up = [torch.randint(node, (20, 1), generator=generator) for node in range(1, nodes)]
+        parents = torch.cat([torch.full((20, 1), -1), *up], 1)
+        _, child, sibling = sglang.from_parents(parents)
+        assert torch.equal(sglang.to_parents(child.int(), sibling.int()), parents)
+
+
+def test_sglang_results():
+    """As SGLang's loop over the links gives them."""
+    torch.manual_seed(3)
+    trees, nodes = PARENTS.shape
+    tokens = torch.stack([torch.randperm(12)[:nodes] for _ in range(trees)])
+    logits = torch.randn(trees, nodes, 12)
+    for tree, row, node in ((0, 0, 1), (0, 1, 4), (1, 0, 5)):
+        logits[tree, row, tokens[tree, node]] = 9.0
+    verified = verify_tree(logits, tokens, PARENTS, rule="walk", seed=1, position=0, temperature=0.0)
+    index, child, sibling = sglang.from_parents(PARENTS)
+    predict, accepted, count = sglang.results(verified, index, 4)
+    best = logits.argmax(-1)
+    for tree in range(trees):
+        path, node = [0], 0
+        while True:
+            following = child[tree, node]
+            while following >= 0 and tokens[tree, following] != best[tree, node]:
+                following = sibling[tree, following]
+            if following < 0:
+                break
+            node = int(following)
+            path.append(node)
+        rows = index[tree, path].tolist()
+        assert accepted[tree].tolist() == rows + [-1] * (4 - len(rows))
+        assert count[tree] == len(path) - 1
+        assert predict[rows].tolist() == best[tree, path].tolist()
+    assert count.tolist() == [2, 1, 0]
+    assert (predict != 0).sum() <= 6
+
+
+def test_the_documentation_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
+    inputs = {
+        "input_ids": torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4]),
+    }
+    scope = {"model": tiny(1), "assistant": tiny(2), "inputs": {**inputs, "pad_token_id": 0}}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["texts"].shape[0] == scope["tokens"].shape[0] == 2
+    assert scope["accept_token_num"].shape == (1,)
+    record = scope["statistics"].record()
+    assert json.loads(json.dumps(record)) == record
+    assert 1 < record["mean_acceptance_length"] < 4

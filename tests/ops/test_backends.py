@@ -1,0 +1,240 @@
+"""The backends as operators: against the oracle, under PyTorch's own checks, and when they are missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import run_python
+
+from specdec_kernels import ops, selftest
+from specdec_kernels.contract import Rule
+
+
+def test_against_the_oracle(backend, device):
+    count = 30 if backend == "triton" and device == "cpu" else 120  # interpreted
+    report = selftest.run(backend, device, count=count)
+    assert report.wrong == []
+    assert report.too_close <= report.requests // 50  # a threshold of a filter is often close to some logit
+    assert report.requests > 7 * count
+
+
+def test_the_command_line_of_the_suite():
+    command = ("-m", "specdec_kernels.cli.main", "selftest", "--count", "2")
+    result = run_python(*command, "--backend", "reference", "--backend", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(" 0 wrong") == 2
+    result = run_python(*command, "--backend", "abacus")
+    assert result.returncode == 2
+    assert "backend must be one of ['cpu', 'cuda', 'reference', 'triton']," in result.stderr
+    if not torch.cuda.is_available():
+        result = run_python(*command, "--device", "cuda")
+        assert result.returncode == 2
+        assert result.stderr == "error: device cuda cannot be tested: torch sees no GPU\n"
+
+
+def test_what_the_suite_calls_on_a_gpu_runs():
+    """Where there is none, on the CPU: the calls that it checks for waiting, launches and graphs."""
+    names = []
+    for name, call in selftest.gpu.calls("reference", torch.arange(3)):
+        call()
+        names.append(name)
+    assert len(set(names)) == 9 + 1 + 4 + 4 + 1
+
+
+def test_the_suite_notices_a_wrong_backend(monkeypatch):
+    """The comparison itself can fail: a backend that accepts one token too few."""
+    real = ops.verify_chain
+
+    def wrong(*positional, **named):
+        verified = real(*positional, **named)
+        return verified._replace(num_accepted=(verified.num_accepted - 1).clamp(min=0))
+
+    monkeypatch.setattr(selftest.chains, "verify_chain", wrong)
+    assert selftest.run("cpu", count=20).wrong
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    probe = run_python("-c", "import specdec_kernels.ops as o; print(o.BACKENDS['cpu'].detail)", SPECDEC_CPU_ISA=isa)
+    if probe.stdout.strip() == "C++, none":
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == f"C++, {isa}"
+    result = run_python("-m", "specdec_kernels.cli.main", "selftest", "--backend", "cpu", SPECDEC_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = "import torch, specdec_kernels as s; s.sample(torch.zeros(1, 3), seed=1, position=1)"
+    result = run_python("-c", code, SPECDEC_CPU_ISA="sse9")
+    assert "SPECDEC_CPU_ISA must be scalar, avx2 or avx512 and run on this machine, got sse9" in result.stderr
+
+
+def test_without_the_compiled_library_the_reference_runs():
+    code = """
+import torch, specdec_kernels as s
+row = torch.tensor([[0.0, 5.0, 0.0]])
+print(s.sample(row, seed=1, position=1, temperature=0.0).tokens.tolist())
+try:
+    s.sample(row, seed=1, position=1, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    result = run_python("-c", code, SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
+    assert result.stdout.splitlines() == [
+        "[1]",
+        "backend='cpu' cannot run here: libspecdec_cpu.so was not built (pip install -e .)",
+    ]
+
+
+def test_without_a_gpu_triton_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code = "import torch, specdec_kernels as s; s.sample(torch.zeros(1, 3), seed=1, position=1, backend='triton')"
+    result = run_python("-c", code, TRITON_INTERPRET="0")
+    assert "backend='triton' cannot run here: there is no GPU" in result.stderr
+
+
+NO_FILTERS = (0, 1.0, 0.0)
+NO_PROCESSING = (None,) * 5
+
+
+def arguments(kind, full, rule):
+    """Of the operator ``verify_chain``: with everything there is, or the least."""
+    generator = torch.Generator().manual_seed(0)
+    target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
+    drawn = ops.sample(draft.reshape(6, 50), seed=1, position=1)
+    penalties = ops.Penalties(torch.tensor([[1], [2]]), torch.tensor([[3], [-1]]), presence_penalty=0.5)
+    tokens = drawn.tokens.reshape(2, 3)
+    if full:  # every draft is accepted: opcheck takes the nan where a token's log-probability would be for a difference
+        target = target.scatter(2, torch.cat([tokens, tokens[:, :1]], 1)[..., None], 90.0)
+    processing = (
+        torch.full((2, 4, 2), -1, dtype=torch.int32),
+        *ops.processing.edits(penalties, None, tokens, target, 2, "B"),
+    )
+    return (
+        target,
+        tokens,
+        None if kind == "point mass" else draft,
+        drawn.stats.reshape(2, 3, 3) if kind == "statistics" else None,
+        torch.tensor([0.7, 0.0]) if full else None,
+        1.0,
+        torch.tensor([1, 2]),
+        torch.tensor([3, 4]),
+        torch.tensor([3, 3]) if full else None,
+        None,
+        torch.tensor([[0.5, 3, 0.9, 0.1], [0.0, 0, 1, 0]]) if full else None,
+        0.7,
+        *NO_FILTERS,
+        *(processing if full else NO_PROCESSING),
+        int(rule),
+        full,
+        full and rule != Rule.BLOCK,
+        torch.zeros(ops.workspace.verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
+    )
+
+
+@pytest.mark.parametrize("kind", selftest.DRAFT_KINDS)
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("rule", Rule)
+def test_opcheck_verify_chain(kind, full, rule):
+    """Case 33: schema, fake, dispatch and tracing."""
+    torch.library.opcheck(torch.ops.specdec.verify_chain.default, arguments(kind, full, rule))
+
+
+def test_opcheck_sample_and_noise_words():
+    two = torch.tensor([1, 2])
+    rows = (torch.randn(2, 9), two, two, two)
+    for sampling, coupled in ((None, False), (torch.tensor([[0.0, 0, 1, 0], [1, 2, 0.5, 0.1]]), True)):
+        given = (*rows, sampling, 0.5, *NO_FILTERS, *NO_PROCESSING, coupled)
+        torch.library.opcheck(torch.ops.specdec.sample.default, given)
+    torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
+
+
+def test_compiled_without_a_break_and_replayed():
+    """Cases 32 and 33: one graph, whose results follow its inputs."""
+
+    def step(target, draft, seed, position, temperature):
+        drawn = ops.sample(draft.flatten(0, 1), seed=seed.repeat_interleave(3), position=9, temperature=0.9, top_k=20)
+        tokens, stats = drawn.tokens.unflatten(0, (2, 3)), drawn.stats.unflatten(0, (2, 3))
+        penalties = ops.Penalties(tokens, tokens[:, :1], repetition_penalty=1.2)
+        return ops.verify_chain(
+            target, tokens, draft, stats, seed=seed, position=position, temperature=temperature, top_p=0.9,
+            penalties=penalties, rule="block", logprobs=True,
+        )  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        target, draft = torch.randn(2, 4, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
+        given = (target, draft, torch.tensor([index, 7]), torch.tensor([index, 5]), torch.tensor([0.5, 1.0]))
+        for got, want in zip(compiled(*given), step(*given), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def by_threads(call):
+    """What it returns with one thread, with two, and with more than there are cores."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def test_threads_do_not_change_the_tokens():
+    target = torch.randn(3, 5, 60_000, generator=torch.Generator().manual_seed(0))
+    draft = target[:, :4] + 0.5 * torch.randn(3, 4, 60_000, generator=torch.Generator().manual_seed(1))
+    tokens = ops.sample(draft.flatten(0, 1), seed=3, position=1).tokens.reshape(3, 4)
+    one, *others = by_threads(
+        lambda: [
+            ops.verify_chain(target, tokens, draft, draft_temperature=1.0, seed=s, position=1).tokens for s in range(20)
+        ]
+    )
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.05, 0.8])  # 0.05: tiles whose weights have a base of their own
+@pytest.mark.parametrize(
+    "kind", ["statistics", "point mass", "masked", "a row of nan", "rows far apart", "nothing drafted"]
+)
+def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
+    """Whose threads decide for themselves what comes next, each; in a batch they are told."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(3, 5, 60_000, generator=generator).mul_(3)
+    if kind == "a row of nan":
+        target[:, 2, 59_999] = torch.nan
+    if kind == "rows far apart":  # so that one says nothing of the next
+        target += torch.tensor([0.0, -500.0, 700.0, -90.0, 40.0])[:, None]
+    target = target.to(dtype)
+    draft = target[:, :4] + torch.randn(3, 4, 60_000, generator=generator).mul_(0.3).to(dtype)
+    drawn = ops.sample(draft.flatten(0, 1), seed=3, position=1, temperature=temperature)
+    law = (None, None) if kind == "point mass" else (draft, drawn.stats.reshape(3, 4, 3))
+    options = {"temperature": temperature}
+    if kind == "masked":
+        words = torch.randint(-(2**31), 2**31, (3, 3, 5, 1875), generator=generator, dtype=torch.int32)
+        options["bitmask"] = words[0] | words[1] | words[2]
+    if kind == "nothing drafted":
+        options["num_draft"] = torch.zeros(3, dtype=torch.int64)
+
+    def verified(rows, seed, backend=None):
+        given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *law))
+        own = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        heat = 1.0 if kind == "dense" else None
+        return ops.verify_chain(*given, draft_temperature=heat, seed=seed, position=1, backend=backend, **own)
+
+    accepted = 0
+    for seed in range(10):
+        many = verified(slice(None), seed)
+        assert torch.equal(many.tokens, verified(slice(None), seed, "reference").tokens)
+        for b in range(3):
+            for one in by_threads(lambda b=b, seed=seed: verified(slice(b, b + 1), seed)):
+                for a, x in zip(one[:4], many[:4], strict=True):
+                    assert torch.equal(a[0], x[b])
+        accepted += int(many.num_accepted.sum())
+    assert (accepted > 0) == (kind != "nothing drafted")

@@ -1,0 +1,248 @@
+"""The law of every backend: exactly, by seeds that put each random number into a chosen cell, and by statistics."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from distributions import QUARTERS, RACE_CELLS, TWELFTHS, F, g_test, law_of, limit, logits_of, seeds_by_cell, uniforms
+
+from specdec_kernels import oracle
+from specdec_kernels.contract import TILE, Purpose
+from specdec_kernels.ops import BACKENDS
+
+POSITION = 11
+
+DENSE = {(): (2, 2), (0,): (2, 2), (1,): (2, 2)}
+CERTAIN = {(): (4, 0), (0,): (0, 4), (1,): (4, 0)}
+DRAFTS = {"dense": DENSE, "statistics": DENSE, "point mass": CERTAIN}
+FILTERS = {"none": {}, "top_k": {"top_k": 2}, "top_p": {"top_p": 0.85}, "min_p": {"min_p": 0.22}}
+
+
+@pytest.fixture
+def grids():
+    """rule, length -> seeds; the grid of the coins is as fine as the rule's chances."""
+    return all_grids()
+
+
+@cache
+def all_grids():
+    seeds = torch.arange(1 << 21)
+
+    def coin(row):
+        return uniforms(seeds, Purpose.ACCEPT, POSITION, row)
+
+    def race(row):
+        return uniforms(seeds, Purpose.TARGET, POSITION, row)
+
+    def coupled(row):
+        return uniforms(seeds, Purpose.COUPLED, POSITION + row, 0)
+
+    def grid(rule, length):
+        if rule == "coupled":
+            return seeds_by_cell([([coupled(row)], RACE_CELLS) for row in range(length + 1)])
+        coins = [([coin(row)], 12 if rule == "block" else 4) for row in range(length)]
+        return seeds_by_cell([*coins, ([race(row) for row in range(length + 1)], RACE_CELLS)])
+
+    return {(rule, length): grid(rule, length) for rule in ("token", "block", "coupled") for length in (1, 2)}
+
+
+def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", length=2, drawn_from=None):
+    """The law of length + 1 tokens: every draft, every cell, continued by the target."""
+    rows, draft = (TWELFTHS if (rule, kind, length) == ("block", "point mass", 2) else QUARTERS), DRAFTS[kind]
+    masses, prefixes, cells = [], [], []
+    for tokens in product(range(2), repeat=length):
+        mass = F(1)
+        for i, token in enumerate(tokens):
+            mass *= law_of((drawn_from or draft)[tokens[:i]])[token]
+        for seed in seeds if mass else ():
+            masses.append(mass / len(seeds))
+            prefixes.append(tokens)
+            cells.append(seed)
+    filtered = filters != "none"
+    target = torch.stack([torch.stack([logits_of(rows[t[:i]], filtered) for i in range(length + 1)]) for t in prefixes])
+    # A dense draft is drawn from its softmax as it is; one with statistics carries a filter of its own.
+    own = filtered and kind == "statistics"
+    logits = torch.stack([torch.stack([logits_of(draft[t[:i]], own) for i in range(length)]) for t in prefixes])
+    if filtered and not own:
+        logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+    cutoff = float(np.float32(np.log(0.5))) if own else -torch.inf
+    stats = torch.tensor([1.0, cutoff, 0.0]).expand(len(prefixes), length, 3)
+    verified = verify_chain(
+        target,
+        torch.tensor(prefixes),
+        None if kind == "point mass" else logits,
+        stats if kind == "statistics" else None,
+        draft_temperature=1.0 if kind == "dense" else None,
+        seed=torch.tensor(cells),
+        position=POSITION,
+        rule=rule,
+        **FILTERS[filters],
+    )
+    law: oracle.Law = {}
+
+    def add(prefix, mass):
+        if mass and len(prefix) == length + 1:
+            law[prefix] = law.get(prefix, F(0)) + mass
+        elif mass:
+            for token, prob in enumerate(law_of(rows[prefix])):
+                add((*prefix, token), mass * prob)
+
+    for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
+        add(tuple(token for token in row if token >= 0), mass)
+    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(rows[prefix]), length))
+
+
+RULES = ("token", "block", "coupled")
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_law_is_exact(backend, verify_chain, grids, rule, kind, filters):
+    # The interpreter takes a minute for what the others do in a second: there one draft, but everything else.
+    length = 1 if backend == "triton" else 2
+    seeds = grids[rule, length]
+    assert law_by_counting(verify_chain, seeds, kind, rule=rule, filters=filters, length=length) == 0
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["dense", "statistics"])
+def test_a_wrong_draft_law_is_seen(verify_chain, grids, rule, kind):
+    """Case 3: drafts from another law than the declared one change the text."""
+    other = dict.fromkeys(DRAFTS[kind], (1, 3))
+    assert law_by_counting(verify_chain, grids[rule, 1], kind, rule=rule, drawn_from=other, length=1) > F(1, 50)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rule):
+    """Case 3, by frequencies: declared as it was, the text has the target's distribution, declared as 1 it has not; and
+    decision by decision it is that of the stats, and that of logits divided by it."""
+    count, heat = (60 if backend == "triton" else 100_000), 0.5
+    generator = torch.Generator().manual_seed(2)
+    target, draft = torch.randn(6, generator=generator), torch.randn(6, generator=generator) * 0.8
+    seeds, key = torch.arange(count), {"seed": torch.arange(count), "position": POSITION, "rule": rule}
+    drawn = sample(draft.expand(count, 6), seed=seeds, position=POSITION, temperature=heat)
+    rows, drafts = target.expand(count, 2, 6), draft.expand(count, 1, 6)
+    right = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=heat)
+    each = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=torch.full((count,), heat))
+    divided = verify_chain(rows, drawn.tokens[:, None], drafts / heat, **key, draft_temperature=1.0)
+    by_stats = verify_chain(rows, drawn.tokens[:, None], drafts, drawn.stats[:, None], **key)
+    for other in (each, divided, by_stats):
+        assert (other.tokens != right.tokens).sum() <= count // 10_000  # rounded apart
+    wrong = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=1.0)
+    if backend == "triton":  # interpreted: too few to count
+        assert not torch.equal(wrong.tokens, right.tokens)
+        return
+
+    def apart(verified):
+        found = torch.bincount(verified.tokens[:, 0], minlength=6) / count
+        return float((found - target.softmax(-1)).abs().sum() / 2)
+
+    assert apart(right) < 0.006
+    assert apart(wrong) > 0.03
+
+
+def test_the_raw_law_of_a_filtered_draft_is_seen(verify_chain, grids):
+    """Case 4: drafts that were filtered, and are declared as if they were not."""
+    named = {"filters": "top_k", "length": 1}
+    assert law_by_counting(verify_chain, grids["token", 1], "statistics", **named) == 0
+    # Declared with the third token, whose mass takes some from the others: 4 / 4.4 of what they were drawn with.
+    wrong = law_by_counting(raw(verify_chain), grids["token", 1], "statistics", **named)
+    assert wrong > F(1, 100)
+
+
+def raw(verify_chain):
+    """The same call with the scalars of the unfiltered draft."""
+
+    def call(target, tokens, logits, stats, **named):
+        logsumexp = logits.double().logsumexp(-1).float()
+        stats = torch.stack([torch.ones_like(logsumexp), torch.full_like(logsumexp, -torch.inf), logsumexp], -1)
+        return verify_chain(target, tokens, logits, stats, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_drafts_of_another_rule_are_seen(verify_chain, grids, rule):
+    """Shared noise is lossless with accept-iff-equal alone, and never with a coin: drafts drawn with the target's own
+    race, verified by the token rule as if they were independent."""
+    seeds = torch.tensor(grids["coupled", 1])
+    target = logits_of(QUARTERS[()], False).expand(len(seeds), 2, 2)
+    draft = logits_of(DENSE[()], False).expand(len(seeds), 1, 2)
+    race = uniforms(seeds, Purpose.COUPLED, POSITION, 0)
+    drawn = torch.as_tensor(race >= 0.5).long()[:, None]
+    first = verify_chain(target, drawn, draft, draft_temperature=1.0, seed=seeds, position=POSITION, rule=rule).tokens[
+        :, 0
+    ]
+    share = F(int((first == 0).sum()), len(seeds))
+    assert (share == F(1, 4)) == (rule == "coupled")
+
+
+@pytest.fixture
+def fast(backend):
+    """20,000 requests take the Triton interpreter minutes; there the exact tests above have to do."""
+    if backend == "triton" and BACKENDS[backend].device == "cpu":
+        pytest.skip("interpreted")
+
+
+@pytest.mark.usefixtures("fast")
+def test_residual_noise_is_not_the_drafts(sample, verify_chain):
+    """Case 6: the joint law of (draft, emitted) over many requests, across tiles."""
+    vocab, count = TILE + 3, 20_000
+    generator = torch.Generator().manual_seed(4)
+    draft, target = torch.full((2, vocab), -torch.inf)
+    ids = torch.tensor([0, 1, TILE, TILE + 2])
+    draft[ids], target[ids] = torch.randn(4, generator=generator), torch.randn(4, generator=generator)
+    seed = torch.arange(count)
+    drawn = sample(draft.expand(count, vocab), seed=seed, position=5)
+    rows = torch.stack([target, target]).expand(count, 2, vocab)
+    verified = verify_chain(
+        rows, drawn.tokens[:, None], draft.expand(count, 1, vocab), drawn.stats[:, None], seed=seed, position=5
+    )
+    p, q = target.double().softmax(-1).numpy(), draft.double().softmax(-1).numpy()
+    residual = np.maximum(p - q, 0)
+    joint = np.zeros((vocab, vocab, vocab))
+    for x in ids.tolist():
+        accept = min(1.0, p[x] / q[x])
+        for y in ids.tolist():
+            joint[x, x, y] += q[x] * accept * p[y]
+            joint[x, y, 0] += q[x] * (1 - accept) * residual[y] / residual.sum()
+    second = verified.tokens[:, 1].clamp(min=0)
+    counts = np.zeros_like(joint)
+    np.add.at(counts, (drawn.tokens.numpy(), verified.tokens[:, 0].numpy(), second.numpy()), 1)
+    statistic, freedom = g_test(counts.ravel(), joint.ravel())
+    assert statistic < limit(freedom)
+
+
+def test_noise_tail(backend, sample):
+    """Case 10: a large vocabulary, logit gaps of 18 and 20, the tail drawn as often as it should be."""
+    if backend != "cpu":
+        pytest.skip("100,000 rows of 129,280 are for the fast backend")
+    vocab, draws = 129_280, 100_000
+    row = torch.full((vocab,), -18.0)
+    row[1::2] = -20.0
+    row[777] = 0.0
+    probability = 1 - float(row.double().softmax(-1)[777])
+    drawn = sample(row.expand(draws, vocab), seed=torch.arange(draws), position=1)
+    tail = int((drawn.tokens != 777).sum())
+    assert abs(tail - draws * probability) < 4 * (draws * probability) ** 0.5
+
+
+@pytest.mark.usefixtures("fast")
+def test_two_steps_in_a_row_are_independent(verify_chain):
+    """The noise of one step says nothing of the next: the joint law of two bonus draws."""
+    count = 20_000
+    target = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(count, 1, 3)
+    empty = torch.empty((count, 0), dtype=torch.int64)
+    first, second = (
+        verify_chain(target, empty, seed=torch.arange(count), position=position).tokens[:, 0] for position in (7, 8)
+    )
+    counts = np.zeros((3, 3))
+    np.add.at(counts, (first.numpy(), second.numpy()), 1)
+    probs = np.array([0.5, 0.3, 0.2])
+    statistic, freedom = g_test(counts.ravel(), np.outer(probs, probs).ravel())
+    assert statistic < limit(freedom)

@@ -1,0 +1,127 @@
+"""Lossy rules: what they do, and how far from the target's law they are."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distributions import table
+from tiny import VOCAB, slow_greedy, tiny
+
+from specdec_kernels import lossy, oracle
+from specdec_kernels.decode import Statistics, TransformersTarget, generate
+from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, TreeDrafter
+
+
+def naive(logits, tokens, parents, epsilon, delta):
+    """The longest acceptable path of one tree."""
+    best, good = [0], {0: [0]}
+    for node in range(1, len(parents)):
+        if parents[node] not in good:
+            continue
+        probs = logits[parents[node]].double().softmax(-1)
+        entropy = -float((probs * probs.log()).sum())
+        if probs[tokens[node]] > min(epsilon, delta * math.exp(-entropy)):
+            good[node] = [*good[parents[node]], node]
+            if len(good[node]) > len(best):
+                best = good[node]
+    return best
+
+
+def test_typical_acceptance_takes_the_longest_typical_path():
+    generator = torch.Generator().manual_seed(0)
+    parents = torch.tensor([[-1, 0, 0, 1, 2, 4, -1]] * 50)
+    logits = torch.randn(50, 7, 6, generator=generator) * 2
+    tokens = torch.randint(0, 6, (50, 7), generator=generator)
+    result = lossy.typical_acceptance(logits, tokens, parents, seed=torch.arange(50), position=3)
+    lengths = set()
+    for b in range(50):
+        path = naive(logits[b], tokens[b].tolist(), parents[b, :6].tolist(), 0.09, 0.3)
+        lengths.add(len(path))
+        assert result.nodes[b].tolist() == path + [-1] * (7 - len(path))
+        assert result.tokens[b, : len(path) - 1].tolist() == tokens[b, path[1:]].tolist()
+        assert (result.tokens[b, len(path) :] == -1).all()
+        assert int(result.num_accepted[b]) == len(path) - 1
+    assert lengths == {1, 2, 3, 4}
+
+
+def test_it_is_not_lossless_and_says_so():
+    assert lossy.typical_acceptance.lossless is False
+    target, draft = ([float(x) for x in table(3, seed)(())] for seed in (1, 2))
+    law = oracle.typical_law(lambda _: target, lambda _: draft, 2)
+    assert sum(law.values()) == pytest.approx(1)
+    want = oracle.target_law(lambda _: target, 2)
+    distance = sum(abs(law.get(text, 0) - want.get(text, 0)) for text in {*law, *want}) / 2
+    assert distance == pytest.approx(1 / 24)
+    # With a draft of the target's own law, only what is never accepted comes from elsewhere: the target again.
+    own = oracle.typical_law(lambda _: target, lambda _: target, 2, epsilon=1e-9)
+    assert sum(abs(own[text] - float(want[text])) for text in want) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["temperature", "epsilon", "delta"])
+def test_bad_options(name):
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        lossy.typical_acceptance(
+            torch.zeros(1, 1, 3), torch.zeros(1, 1).long(), torch.tensor([[-1]]), seed=1, position=1, **{name: 0.0}
+        )
+
+
+# --- load tests -------------------------------------------------------------------------------------------------------
+
+RATES = [0.9, 0.6, 0.2]
+
+
+def shares(target, rule, temperature, **options):
+    """Of the drafts by index, the share that was accepted, and the largest deviation that chance explains."""
+    statistics = Statistics()
+    drafter = CallableDrafter(lambda history, count: [(history[-1] + 1) % VOCAB] * count)
+    generate(
+        target, [[1, 2]] * 60, drafter=drafter, num_draft=4, max_new_tokens=40, temperature=temperature, rule=rule,
+        statistics=statistics, **options,
+    )  # fmt: skip
+    rates = [a / p for a, p in zip(statistics.accepted_at, statistics.proposed_at, strict=True)]
+    return rates, [5 * (0.25 / count) ** 0.5 for count in statistics.proposed_at]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_synthetic_acceptance(rule, temperature):
+    blank = lossy.BlankTarget(VOCAB)
+    for target in (blank, TransformersTarget(tiny(1))):
+        synthetic = lossy.SyntheticAcceptance(target, RATES)
+        assert not synthetic.lossless
+        got, slack = shares(synthetic, rule, temperature)
+        for rate, want, allowed in zip(got, [*RATES, 0.0], slack, strict=True):
+            assert abs(rate - want) < allowed
+        assert got[3] == 0.0
+        control, _ = shares(target, rule, temperature)
+        assert abs(control[0] - RATES[0]) > slack[0]
+
+
+def test_synthetic_acceptance_leaves_the_bonus_row_alone():
+    """Requests that have fewer drafts than others: all are accepted, and the token behind them is the target's own."""
+    target = TransformersTarget(tiny(1))
+    always = lossy.SyntheticAcceptance(target, [1.0] * 4)
+    drafts = {1: [3], 2: [4, 5, 6]}
+    drafter = CallableDrafter(lambda history, count: drafts[history[0]] if len(history) == 1 else [])
+    texts = generate(always, [[1], [2]], drafter=drafter, num_draft=3, max_new_tokens=5, temperature=0.0)
+    for start, text in zip((1, 2), texts, strict=True):
+        drafted = drafts[start]
+        assert text.tokens[: len(drafted)] == drafted
+        assert text.tokens[len(drafted) :] == slow_greedy(target.model, [start, *drafted], 5 - len(drafted))
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.6], [1.1], [-0.1], [float("nan")]])
+def test_synthetic_rates_that_are_none(rates):
+    with pytest.raises(ValueError, match=r"rates must be in \[0, 1\], none above the one before"):
+        lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB), rates)
+
+
+def test_load_tests_refuse_what_they_have_not():
+    synthetic = lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB), RATES)
+    drafter = TreeDrafter(ModelDrafter(tiny(2)))
+    with pytest.raises(ValueError, match="SyntheticAcceptance takes chains of drafts, got a tree"):
+        generate(synthetic, [[1, 2]], drafter=drafter)
+    with pytest.raises(ValueError, match="feature_layers must be none of a BlankTarget"):
+        lossy.BlankTarget(VOCAB).begin([[1]], [1], [0])
