@@ -6,6 +6,7 @@ from specdec_kernels.decode.protocols import (
     Draft,
     Drafter,
     DrafterSession,
+    JoinableSession,
     Scores,
     Step,
     Target,
@@ -13,6 +14,7 @@ from specdec_kernels.decode.protocols import (
     TreeDraft,
 )
 from specdec_kernels.decode.requests import Grammar, Sampling
+from specdec_kernels.decode.scheduler import Scheduler, Submission
 from specdec_kernels.decode.static import StaticTarget
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.targets import TransformersTarget
@@ -24,11 +26,14 @@ __all__ = [
     "Ending",
     "Generation",
     "Grammar",
+    "JoinableSession",
     "Sampling",
+    "Scheduler",
     "Scores",
     "StaticTarget",
     "Statistics",
     "Step",
+    "Submission",
     "Target",
     "TargetSession",
     "Token",

@@ -95,6 +95,21 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         """Go on with these requests only."""
         self._storage = [storage[indices] for storage in self._storage]
 
+    def join(self, other: PreallocatedLayer, requests: tuple[int, int], columns: int) -> None:
+        """Put another layer's requests behind one's own, so many here and there, all of them with so many columns: what
+        a request has none of is 0, since what is not a number would be seen through masks."""
+        like = self._storage or other._storage
+        if not like:
+            return
+        capacity = max(
+            CAPACITY, columns, *(storage[0].shape[2] for storage in (self._storage, other._storage) if storage)
+        )
+        joined = [x.new_zeros((sum(requests), x.shape[1], capacity, x.shape[3])) for x in like]
+        for storage, slots in ((self.in_use(), slice(None, requests[0])), (other.in_use(), slice(requests[0], None))):
+            for old, new in zip(storage, joined, strict=False):
+                new[slots, :, : old.shape[2]] = old
+        self._storage, self.is_initialized, self.filled = joined, True, columns
+
     def rearrange(self, order: Tensor) -> None:
         """Put the columns ``order [B, S]`` of each request first, in that order."""
         for storage in self._storage:
@@ -233,6 +248,15 @@ class RaggedCache:
         if self._live is not None:
             self._live = self._live[index]
         self._reset(self.columns, [self.lengths[slot] for slot in slots])
+
+    def join(self, other: RaggedCache) -> None:
+        """Go on with the requests of another cache of the same model too, behind one's own."""
+        requests, columns = (len(self.lengths), len(other.lengths)), max(self.columns, other.columns)
+        live = [functional.pad(cache._mask(), (0, columns - cache.columns)) for cache in (self, other)]
+        for layer, more in zip(self.layers, other.layers, strict=True):
+            layer.join(more, requests, columns)
+        self._live = torch.cat(live)
+        self._reset(columns, self.lengths + other.lengths)
 
     def _attended(self, counts: Sequence[int]) -> Tensor | None:
         """The mask of a run, int64 [B, columns]. A request that has nothing to read, and has read nothing, attends to

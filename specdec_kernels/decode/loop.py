@@ -11,7 +11,19 @@ from torch import Tensor
 
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.names import explains_names
-from specdec_kernels.decode.protocols import Draft, Drafter, Scores, Step, SteppingSession, Target, TreeDraft, counted
+from specdec_kernels.decode.protocols import (
+    Draft,
+    Drafter,
+    DrafterSession,
+    Scores,
+    Step,
+    SteppingSession,
+    Target,
+    TargetSession,
+    TreeDraft,
+    counted,
+    joinable,
+)
 from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.decode.tensors import ids_of
@@ -65,8 +77,12 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class _Options:
-    """How drafts are verified."""
+class Options:
+    """How a loop drafts and verifies.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
 
     num_draft: int
     rule: RuleName
@@ -74,6 +90,20 @@ class _Options:
     backend: BackendName | None
     stop_tokens: frozenset[int]
     stop_when: StopWhen | None
+    max_rows: int | None = None
+    """Rows of a step at most, of all requests together, as long as each has one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_draft, bool) or not isinstance(self.num_draft, int):
+            raise TypeError(f"num_draft must be an int, got {self.num_draft!r}")
+        if self.num_draft < 0:
+            raise ValueError(f"num_draft must not be negative, got {self.num_draft}")
+        if self.rule not in _TREE_RULES:
+            raise ValueError(f"rule must be one of {sorted(_TREE_RULES)}, got {self.rule!r}")
+
+    def drafts(self, batch: int) -> int:
+        """Drafts of each of so many requests at most."""
+        return self.num_draft if self.max_rows is None else max(0, min(self.num_draft, self.max_rows // batch - 1))
 
 
 @explains_names
@@ -134,19 +164,9 @@ def stream(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    for name, value, method, example in (
-        ("target", target, "begin", "TransformersTarget(model)"),
-        ("drafter", drafter, "begin", "ModelDrafter(model)"),
-    ):
-        if not (hasattr(value, method) or (name == "drafter" and value is None)):
-            raise TypeError(f"{name} must be a {name.capitalize()}, such as {example}, got {type(value).__name__}")
-    if isinstance(num_draft, bool) or not isinstance(num_draft, int):
-        raise TypeError(f"num_draft must be an int, got {num_draft!r}")
-    if num_draft < 0:
-        raise ValueError(f"num_draft must not be negative, got {num_draft}")
-    if rule not in _TREE_RULES:
-        raise ValueError(f"rule must be one of {sorted(_TREE_RULES)}, got {rule!r}")
+    check_parties(target, drafter)
     stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
+    options = Options(num_draft, rule, logprobs, backend, stops, stop_when)
     sampling = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
@@ -155,8 +175,9 @@ def stream(
     requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling)
     if not requests:
         return iter(())
-    options = _Options(num_draft, rule, logprobs, backend, stops, stop_when)
-    return iter(_Loop(target, drafter, requests, options, Statistics() if statistics is None else statistics))
+    loop = Loop(target, drafter, options, Statistics() if statistics is None else statistics)
+    loop.begin(requests)
+    return iter(loop)
 
 
 @explains_names
@@ -229,37 +250,66 @@ class _Outcome(NamedTuple):
     """Of each request (drafts, how deep they go)."""
 
 
-class _Loop:
+def check_parties(target: Any, drafter: Any) -> None:
+    """Check that these are a target, and a drafter or none.
+
+    Raises:
+        TypeError: they are not.
+    """
+    examples = {"target": "TransformersTarget(model)", "drafter": "ModelDrafter(model)"}
+    for (name, example), value in zip(examples.items(), (target, drafter), strict=True):
+        if not (hasattr(value, "begin") or (name == "drafter" and value is None)):
+            raise TypeError(f"{name} must be a {name.capitalize()}, such as {example}, got {type(value).__name__}")
+
+
+class Loop:
     """One stream: its sessions with target and drafter, and the requests that go on."""
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        requests: list[Request],
-        options: _Options,
-        statistics: Statistics,
-    ) -> None:
-        self._options, self._statistics = options, statistics
+    def __init__(self, target: Target, drafter: Drafter | None, options: Options, statistics: Statistics) -> None:
+        self._with, self._options, self._statistics = (target, drafter), options, statistics
         self._device, self._vocab = target.device, target.vocab_size
+        self._batch: Batch
+        self._target: TargetSession
+        self._drafter: DrafterSession | None = None
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that go on, by slot."""
+        return self._batch.requests
+
+    def begin(self, requests: list[Request]) -> None:
+        """Read the prompts of the requests, which are all that there are."""
+        target, drafter = self._with
         prompts = [request.prompt for request in requests]
-        self._batch = Batch(requests, self._vocab, self._device, options.stop_tokens)
-        with torch.inference_mode(), statistics.timed("prompt"):
+        with torch.inference_mode(), self._statistics.timed("prompt"):
             limits = [request.max_new_tokens for request in requests]
-            self._target = target.begin(prompts, limits, () if drafter is None else drafter.feature_layers)
-            self._drafter = None if drafter is None else drafter.begin(prompts, self._target.features)
-        self._stepping = self._target if isinstance(self._target, SteppingSession) else None
+            session = target.begin(prompts, limits, () if drafter is None else drafter.feature_layers)
+            drafting = None if drafter is None else drafter.begin(prompts, session.features)
+        self.admit(requests, session, drafting)
+
+    def admit(self, requests: list[Request], target: TargetSession, drafter: DrafterSession | None) -> None:
+        """Go on with these requests, whose prompts were read; not yet with any others."""
+        self._batch = Batch(requests, self._vocab, self._device, self._options.stop_tokens)
+        self._target, self._drafter = target, drafter
+        self._stepping = target if isinstance(target, SteppingSession) else None
+
+    def join(self, requests: list[Request], target: TargetSession, drafter: DrafterSession | None) -> None:
+        """Go on with these requests too, whose prompts were read, behind those that there are."""
+        with torch.inference_mode():
+            joinable(self._target).join(target)
+            if self._drafter is not None:
+                joinable(self._drafter).join(drafter)
+            self._batch = Batch([*self.requests, *requests], self._vocab, self._device, self._options.stop_tokens)
 
     def __iter__(self) -> Iterator[Token]:
         while self._batch.requests:
-            with torch.inference_mode():
-                gained = self._step()
-            yield from gained
+            yield from self.step()
 
-    def _step(self) -> list[Token]:
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
         """One round for the whole batch: the tokens that its requests gain."""
         batch, statistics = self._batch, self._statistics
-        most = min(self._options.num_draft, self._target.max_rows() - 1)
+        most = min(self._options.drafts(len(batch.requests)), self._target.max_rows() - 1)
         step = Step(
             num_draft=[min(most, request.remaining - 1) for request in batch.requests],
             seed=batch.seed,
@@ -285,7 +335,7 @@ class _Loop:
             if not own[-1].finished:
                 going_on.append(slot)
         if len(going_on) < len(batch.requests):
-            self._select(going_on)
+            self.select(going_on)
         return gained
 
     def _gained(self, request: Request, slot: int, outcome: _Outcome) -> list[Token]:
@@ -327,7 +377,9 @@ class _Loop:
         usable = bool(logits.isfinite().any()) and not bool((logits.isnan() | (logits == torch.inf)).any())
         return "" if usable else "invalid"
 
-    def _select(self, slots: list[int]) -> None:
+    @torch.inference_mode()
+    def select(self, slots: list[int]) -> None:
+        """Go on with the requests in these slots only."""
         if not slots:
             self._batch.requests = []
             return

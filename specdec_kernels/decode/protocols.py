@@ -203,6 +203,30 @@ class SteppingSession(TargetSession, Protocol):
         arguments of :func:`specdec_kernels.verify_chain`; a commit follows as after ``score``."""
 
 
+@runtime_checkable
+class JoinableSession(Protocol):
+    """A session of a target or a drafter to which requests can be added, as the scheduler does."""
+
+    def join(self, other: Any) -> None:
+        """Go on with the requests of another session of the same target or drafter too, behind one's own; the other one
+        is not used any more.
+
+        Raises:
+            ValueError: these requests cannot be had together.
+        """
+
+
+def joinable(session: Any) -> JoinableSession:
+    """A session that others can join.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(session, JoinableSession):
+        raise TypeError(f"sessions must have a method `join` for later requests, got {type(session).__name__}")
+    return session
+
+
 class Target(Protocol):
     """A model that scores rows against what it has read."""
 

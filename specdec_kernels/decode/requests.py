@@ -149,11 +149,13 @@ class Batch:
         self.seed = to_device([request.seed for request in requests], torch.int64, device)
         self.position = to_device([request.position for request in requests], torch.int64, device)
         """Tokens of each request so far."""
-        self.last = to_device([[request.prompt[-1]] for request in requests], torch.int64, device)
+        last = [[(request.generated or request.prompt)[-1]] for request in requests]
+        self.last = to_device(last, torch.int64, device)
         """The last of them, [B, 1]."""
         self._counts: TokenCounts | None = None
         if any(request.sampling.penalised for request in requests):
             self._counts = TokenCounts([request.prompt for request in requests], vocab, device)
+            self._counts.extend([request.generated for request in requests])
         self._collect()
 
     def _collect(self) -> None:
@@ -200,12 +202,12 @@ class Batch:
             if (grammar := request.sampling.grammar) is None:
                 continue
             histories: dict[int, list[int]] = {0: list(request.generated)}
-            masks[slot, 0] = _allowed(grammar, histories[0], self._vocab)
+            masks[slot, 0] = allowed(grammar, histories[0], self._vocab)
             for node, (token, up) in enumerate(zip(tokens[slot], parents[slot], strict=True)):
                 ended = node == 0 or up not in histories or token in self._stop_tokens
                 if not ended and int(masks[slot, up, token // 32]) >> token % 32 & 1:
                     histories[node] = [*histories[up], token]
-                    masks[slot, node] = _allowed(grammar, histories[node], self._vocab)
+                    masks[slot, node] = allowed(grammar, histories[node], self._vocab)
         return masks
 
     def advance(self, tokens: Tensor, num_accepted: Tensor, new: Sequence[Sequence[int]]) -> None:
@@ -227,7 +229,7 @@ class Batch:
         self._collect()
 
 
-def _allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:
+def allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:
     """What a grammar allows after a history, int32 [ceil(V/32)], nothing behind the vocabulary.
 
     Raises:

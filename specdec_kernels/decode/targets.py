@@ -155,6 +155,11 @@ class TransformersSession:
     def select(self, slots: Sequence[int]) -> None:
         self._cache.select(slots)
 
+    def join(self, other: TransformersSession) -> None:
+        self._target.try_out("batches")
+        self._cache.join(other._cache)
+        self._longest = max(self._longest, other._longest)
+
     def _check_trees(self) -> None:
         model_facts.check_tree_attention(self._model)
         model_facts.check_tree_lengths(self._model, self._longest)
@@ -204,6 +209,11 @@ class WindowSession(TransformersSession):
             self._window = self._window[:, :0]
         else:
             self._cache.commit([0])
+
+    def join(self, other: TransformersSession) -> None:
+        raise ValueError(
+            f"fixed_rows needs a batch of one prompt, which no other can join; got fixed_rows={self._rows}"
+        )
 
     def score_tree(self, tokens: Tensor, parents: Tensor) -> Scores:
         raise ValueError(f"fixed_rows takes chains of drafts, not trees; got fixed_rows={self._rows}")

@@ -187,8 +187,8 @@ def adaptive(batch=1, drafting=(0.001, 0.001), scoring=(0.03, 0.001), siblings=0
     for _ in range(50):
         for count in (1, 2, 4):
             drafter.drafting.add(count, drafting[0] + drafting[1] * (count - 1))
-            drafter.costs.step.add(count, scoring[0] + scoring[1] * (count - 1))
-    drafter.costs._steps = 0
+            drafter.costs.step(batch).add(count, scoring[0] + scoring[1] * (count - 1))
+    drafter.costs._steps = dict.fromkeys(range(1, batch + 1), 0)
     return drafter, drafter.begin([[1]] * batch, None)
 
 
@@ -213,10 +213,41 @@ def test_the_choice_follows_gain_and_cost():
     two = adaptive(batch=2, scoring=(0.03, 0.003))
     teach(two[1], 0, accepted=0)
     teach(two[1], 1, accepted=3)
-    assert best(two, [8, 8]) == [(0, 0), (3, 0)]
-    assert best(two, [8, 1]) == [(0, 0), (1, 0)]
+    assert best(two, [8, 8]) == [(3, 0), (3, 0)]
+    assert best(two, [8, 1]) == [(1, 0), (1, 0)]
+    assert best(two, [0, 8]) == [(0, 0), (3, 0)]
     two[1].select([1])
+    for _ in range(50):
+        for rows in (1, 2, 4):
+            two[0].costs.step(1).add(rows, 0.03 + 0.003 * (rows - 1))
     assert best(two, [8]) == [(3, 0)]
+
+
+def test_rows_that_another_request_wants_cost_nothing():
+    """The pass is as wide as its longest chain: one that gains little comes along, which alone would not pay."""
+    alone, beside = adaptive(scoring=(0.03, 0.01)), adaptive(batch=2, scoring=(0.03, 0.01))
+    for made, request in ((alone, 0), (beside, 1)):
+        for time in range(60):
+            made[1].acceptance[request].add(1, time % 4 == 0)
+    teach(beside[1], 0, accepted=8)
+    assert best(alone, [1]) == [(0, 0)]
+    assert best(beside, [8, 1]) == [(8, 0), (1, 0)]
+
+
+def test_costs_are_those_of_batches_of_a_size():
+    """Rows are worth less the more requests there are: what pays for one does not for four."""
+    made = adaptive(scoring=(0.03, 0.001))
+    for rows in (1, 2, 4):
+        for _ in range(50):
+            made[0].costs.step(4).add(rows, 0.03 * rows)
+    session = made[0].begin([[1]] * 4, None)
+    for slot in range(4):
+        teach(session, slot, accepted=1, proposed=2)
+    teach(made[1], 0, accepted=1, proposed=2)
+    assert best(made, [2]) == [(1, 0)]
+    assert made[0].best([2] * 4, session.acceptance) == [(0, 0)] * 4
+    assert made[0].costs.plain_is_due(3)
+    assert not made[0].costs.plain_is_due(1)
 
 
 def test_siblings_lie_where_they_pay():
@@ -241,7 +272,7 @@ def test_no_more_is_drafted_than_is_wanted():
     inner = Altered(CallableDrafter(lambda history, count: [1] * count), noted)
     inner.siblings = 1
     drafter = AdaptiveDrafter(inner)
-    drafter.costs._steps = 0
+    drafter.costs._steps = {4: 0}
     drafter.begin([[1]] * 4, None).propose(step_of([0, 1, 4, 5]))
     assert asked == [([0, 1, 4, 5], [0, 1, 2, 3])]
 
@@ -253,7 +284,7 @@ def test_no_drafts_are_tried_again_now_and_then():
     for position in range(300):
         draft = session.propose(step_of([4], position))
         asked.append(draft.tokens.shape[1])
-        drafter.costs._rows = 0  # no clock in a test
+        drafter.costs._pass = (0, 0)  # no clock in a test
         session.commit([[0]], None)
     assert set(asked) == {0, 1}
     tried = [i for i, count in enumerate(asked) if count]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, joinable
 
 
 class LinearCost:
@@ -80,32 +80,37 @@ class BentCost(LinearCost):
 
 
 class Costs:
-    """Measured seconds of a step without its drafts, by rows scored a request. The drafters of one target share it,
-    since each of them sees only some of the steps."""
+    """Measured seconds of a step without its drafts, by requests and by rows of the target's pass, of which each
+    request has as many as the one with the most. The drafters of one target share it, since each of them sees only some
+    of the steps."""
 
     #: Steps with drafts before one without is timed again: it is what all others are compared with.
     PLAIN_EVERY = 128
 
     def __init__(self) -> None:
-        self.step = BentCost(slope=0.02, origin=1.0)
-        self._rows, self._since = 0.0, 0.0
-        self._steps = self.PLAIN_EVERY
+        self._of_batches: dict[int, BentCost] = {}
+        self._steps: dict[int, int] = {}  # since one without drafts
+        self._pass, self._since = (0, 0), 0.0
 
-    @property
-    def plain_is_due(self) -> bool:
-        """Whether the next step should do without drafts."""
-        return self._steps >= self.PLAIN_EVERY
+    def step(self, batch: int) -> BentCost:
+        """Of steps of so many requests, by rows of each."""
+        return self._of_batches.setdefault(batch, BentCost(slope=0.02, origin=1.0))
 
-    def proposed(self, rows: float) -> None:
+    def plain_is_due(self, batch: int) -> bool:
+        """Whether the next step of so many requests should do without drafts."""
+        return self._steps.get(batch, self.PLAIN_EVERY) >= self.PLAIN_EVERY
+
+    def proposed(self, batch: int, rows: int) -> None:
         """A drafter has spoken; now the target scores, unless another drafter speaks too."""
-        self._rows, self._since = max(self._rows, rows), time.perf_counter()
+        self._pass, self._since = (batch, max(self._pass[1], rows)), time.perf_counter()
 
     def scored(self) -> None:
         """The step is over; the first drafter to say so counts."""
-        if self._rows:
-            self.step.add(self._rows, time.perf_counter() - self._since)
-            self._steps = 0 if self._rows == 1 else self._steps + 1
-        self._rows = 0.0
+        batch, rows = self._pass
+        if rows:
+            self.step(batch).add(rows, time.perf_counter() - self._since)
+            self._steps[batch] = 0 if rows == 1 else self._steps.get(batch, 0) + 1
+        self._pass = (0, 0)
 
 
 class Rates:
@@ -180,7 +185,7 @@ class AdaptiveDrafter:
 
     The expected tokens of a step follow from the running acceptance, its time from measured times of drafting and
     scoring (Leviathan et al., arXiv:2211.17192, section 3.5, with measured costs in place of constants); in a batch
-    each draft goes to the request where it gains most. The choice depends on earlier steps and on clocks, never on the
+    all requests draft as many, as far as each may. The choice depends on earlier steps and on clocks, never on the
     uniforms of the step nor on a drawn token, so the distribution is exact (docs/algorithms.md, 10). What is drafted
     depends on the clock, though, so at a temperature, under the rules ``"token"`` and ``"block"``, the same seed may
     give another text.
@@ -206,35 +211,44 @@ class AdaptiveDrafter:
         return AdaptiveSession(self, self.drafter.begin(prompts, features), len(prompts))
 
     def best(self, most: Sequence[int], acceptance: Sequence[Acceptance]) -> list[Shape]:
-        """Of each request's drafts, at most so many, those with the most expected tokens a second: gains in falling
-        order, as many as pay."""
-        batch = len(most)
-        lengths, beside = [0] * batch, [0] * batch
-        best = list(zip(lengths, beside, strict=True))
-        tokens, nodes = float(batch), 0
-        rate = tokens / self.costs.step.at(1.0)
-        for gain, place, siblings, request in self._gains(most, acceptance):
-            more = self.siblings if siblings else 1
-            if lengths[request] + self.siblings * beside[request] + more > most[request]:
-                continue
-            (beside if siblings else lengths)[request] = place + 1
-            tokens, nodes = tokens + gain, nodes + more
-            seconds = self.drafting.at(max(lengths)) + self.costs.step.at(1 + nodes / batch)
+        """Of each request's drafts, at most so many, those with the most expected tokens a second.
+
+        A pass is as wide as its widest request, and drafting takes as long as its longest chain, so the width is what
+        is chosen; each request fills it with what it gains most by."""
+        step = self.costs.step(len(most))
+        filled = [self._filled(limit, own) for limit, own in zip(most, acceptance, strict=True)]
+        best, rate = [(0, 0)] * len(most), len(most) / step.at(1)
+        for width in range(1, max(most) + 1):
+            each = [own[min(width, len(own) - 1)] for own in filled]
+            shapes = [shape for shape, _ in each]
+            tokens = len(most) + sum(gain for _, gain in each)
+            seconds = self.drafting.at(max(length for length, _ in shapes)) + step.at(1 + width)
             if tokens / seconds > rate:
-                rate, best = tokens / seconds, list(zip(lengths, beside, strict=True))
+                rate, best = tokens / seconds, shapes
         return best
 
-    def _gains(self, most: Sequence[int], acceptance: Sequence[Acceptance]) -> list[tuple[float, int, bool, int]]:
-        """(gain, place, whether of siblings, request), the largest first, siblings behind what they lie beside."""
-        gains = []
-        for request, limit in enumerate(most):
-            least = math.inf  # neither rises from one place to the next, or nothing would hang together
-            for place, (chain, siblings) in enumerate(acceptance[request].gains(limit)):
-                gains.append((chain, place, False, request))
-                if self.siblings:
-                    least = min(least, chain, siblings)
-                    gains.append((least, place, True, request))
-        return sorted(gains, key=lambda gain: (-gain[0], gain[1:]))
+    def _filled(self, limit: int, acceptance: Acceptance) -> list[tuple[Shape, float]]:
+        """Of one request, by drafts up to a limit: how to draft so many, and the expected tokens that they add."""
+        gains = acceptance.gains(limit)
+        if not self.siblings:
+            return [((length, 0), sum(chain for chain, _ in gains[:length])) for length in range(limit + 1)]
+        pieces = []  # (gain, place, whether of siblings)
+        least = math.inf  # neither rises from one place to the next, or nothing would hang together
+        for place, (chain, siblings) in enumerate(gains):
+            least = min(least, chain, siblings)
+            pieces += [(chain, place, False), (least, place, True)]
+        pieces.sort(key=lambda piece: (-piece[0], piece[1:]))  # siblings behind what they lie beside
+        filled = []
+        for drafts in range(limit + 1):
+            length = beside = 0
+            tokens = 0.0
+            for gain, place, of_siblings in pieces:
+                more = self.siblings if of_siblings else 1
+                if length + self.siblings * beside + more <= drafts:
+                    tokens += gain
+                    length, beside = (length, place + 1) if of_siblings else (place + 1, beside)
+            filled.append(((length, beside), tokens))
+        return filled
 
 
 class AdaptiveSession:
@@ -262,14 +276,14 @@ class AdaptiveSession:
             if not self._drafter.siblings:
                 raise TypeError("drafter must draft chains, got a drafter of trees")
             self._chains = draft.chains()
-            rows, self._drafted = int(draft.live.sum()), [len(chain) for chain in self._chains]
+            rows, self._drafted = draft.parents.shape[1], [len(chain) for chain in self._chains]
         else:
             self._chains, self._drafted = None, list(counted(draft))
-            rows = len(lengths) + sum(self._drafted)
+            rows = 1 + max(self._drafted)
         self._asked = True
         if longest := max(self._drafted):
             self._drafter.drafting.add(longest, time.perf_counter() - start)
-        self._drafter.costs.proposed(rows / len(lengths))
+        self._drafter.costs.proposed(len(lengths), rows)
         return draft
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -289,10 +303,14 @@ class AdaptiveSession:
         self._session.select(slots)
         self.acceptance = [self.acceptance[slot] for slot in slots]
 
+    def join(self, other: AdaptiveSession) -> None:
+        joinable(self._session).join(other._session)
+        self.acceptance = self.acceptance + other.acceptance
+
     def _choose(self, most: Sequence[int]) -> list[Shape]:
         """What to draft, at most so many of each request."""
         drafter = self._drafter
-        if drafter.costs.plain_is_due:
+        if drafter.costs.plain_is_due(len(most)):
             return [(0, 0)] * len(most)
         if not drafter.drafting.known:
             widest = [(limit + drafter.siblings) // (1 + drafter.siblings) for limit in most]

@@ -52,3 +52,6 @@ class CallableSession:
 
     def select(self, slots: Sequence[int]) -> None:
         self._histories = [self._histories[slot] for slot in slots]
+
+    def join(self, other: CallableSession) -> None:
+        self._histories = self._histories + other._histories

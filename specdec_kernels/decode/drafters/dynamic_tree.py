@@ -94,6 +94,9 @@ class TreeSession:
     def select(self, slots: Sequence[int]) -> None:
         self._session.select(slots)
 
+    def join(self, other: TreeSession) -> None:
+        self._session.join(other._session)
+
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft | TreeDraft:
         session, growth = self._session, self._growth

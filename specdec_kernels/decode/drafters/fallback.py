@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, joinable
 from specdec_kernels.decode.tensors import to_device
 
 
@@ -71,6 +71,10 @@ class FallbackSession:
     def select(self, slots: Sequence[int]) -> None:
         self._first.select(slots)
         self._second.select(slots)
+
+    def join(self, other: FallbackSession) -> None:
+        joinable(self._first).join(other._first)
+        joinable(self._second).join(other._second)
 
 
 def _longer(x: Tensor, length: int, value: float) -> Tensor:

@@ -79,6 +79,11 @@ class FeatureSession(AutoregressiveSession):
         if self._histories is not None:
             self._histories.select(slots)
 
+    def join(self, other: FeatureSession) -> None:
+        super().join(other)
+        if self._histories is not None and other._histories is not None:
+            self._histories.join(other._histories)
+
     def with_repetitions(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
         if self._histories is None:
             return logits

@@ -37,6 +37,10 @@ class Histories:
         """Go on with the requests in these slots only."""
         self.indices = [self.indices[slot] for slot in slots]
 
+    def join(self, other: Histories) -> None:
+        """Go on with the requests of others too, behind one's own."""
+        self.indices = self.indices + other.indices
+
 
 def placed_followers(index: SuffixIndex, ahead: Sequence[int], offsets: Mapping[int, int]) -> list[tuple[int, int]]:
     """(offset, length) of what followed a suffix of a history and of tokens ``ahead`` of it, where it has an offset."""

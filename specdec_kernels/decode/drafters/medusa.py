@@ -83,3 +83,6 @@ class MedusaSession:
 
     def select(self, slots: Sequence[int]) -> None:
         self._last = [self._last[slot] for slot in slots]
+
+    def join(self, other: MedusaSession) -> None:
+        self._last = self._last + other._last

@@ -53,3 +53,6 @@ class NGramSession:
 
     def select(self, slots: Sequence[int]) -> None:
         self._histories.select(slots)
+
+    def join(self, other: NGramSession) -> None:
+        self._histories.join(other._histories)

@@ -1,0 +1,440 @@
+"""Requests that come and go while others are decoded (continuous batching)."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import queue
+import threading
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties
+from specdec_kernels.decode.protocols import (
+    Draft,
+    Drafter,
+    DrafterSession,
+    Step,
+    Target,
+    TargetSession,
+    TreeDraft,
+    joinable,
+)
+from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
+from specdec_kernels.decode.statistics import Acceptance, Statistics
+from specdec_kernels.decode.tensors import CPU, ids_of, to_device
+from specdec_kernels.ops import BackendName, RuleName
+
+
+class Submission:
+    """A request that was handed to a :class:`Scheduler`: an iterator of its tokens, as they come, and an asynchronous
+    one.
+
+    Whoever waits for a token runs steps of the scheduler meanwhile, which serve all its requests. What went wrong with
+    this request alone is raised here.
+    """
+
+    def __init__(self, scheduler: Scheduler, request: Request, stop_when: StopWhen | None) -> None:
+        self._scheduler, self.request, self.stop_when = scheduler, request, stop_when
+        self._tokens: deque[Token] = deque()
+        self._all: list[Token] = []
+        self._error: BaseException | None = None
+        self.done = False
+        """Whether no more tokens will come than those not read yet: finished, cancelled or failed."""
+        self.acceptance = Acceptance()
+        """What became of its drafts, once it is done."""
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        token = self._scheduler.advance_to(self)
+        if token is None:
+            raise StopIteration
+        return token
+
+    def __aiter__(self) -> Submission:
+        return self
+
+    async def __anext__(self) -> Token:
+        token = await asyncio.to_thread(self._scheduler.advance_to, self)
+        if token is None:
+            raise StopAsyncIteration
+        return token
+
+    def cancel(self) -> None:
+        """End the request where it is; tokens that were made can still be read. Later than its end it does nothing."""
+        self._scheduler.cancel(self)
+
+    def result(self) -> Generation:
+        """The whole request, once it has ended; ``finished`` is empty if it was cancelled."""
+        for _ in self:
+            pass
+        tokens = [token for token in self._all if token.token >= 0]
+        return Generation(
+            [token.token for token in tokens],
+            [token.drafted for token in tokens],
+            [token.logprob for token in tokens],
+            self._all[-1].finished if self._all else "",
+        )
+
+    # What follows is the scheduler's, under its lock.
+
+    def put(self, token: Token) -> None:
+        self._tokens.append(token)
+        self._all.append(token)
+        self.done = self.done or bool(token.finished)
+
+    def take(self) -> Token | None:
+        """The next token that is there; an error where there is none any more."""
+        if self._tokens:
+            return self._tokens.popleft()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return None
+
+    def fail(self, error: BaseException) -> None:
+        self._error, self.done = error, True
+
+
+@dataclass(order=True)
+class _Waiting:
+    """A request in the queue: the highest priority first, and of one priority the first that came."""
+
+    order: tuple[float, int]
+    submission: Submission = field(compare=False)
+
+
+class Scheduler:
+    """Decodes requests that come at any time, as many together as there are slots.
+
+    A request is read as soon as a slot is free, in chunks between the steps of those that run, and then decoded with
+    them; its tokens are those it would have alone, as far as the target's logits are the same in any batch. Nothing
+    runs by itself: whoever iterates over a submission, or calls :meth:`run` or :meth:`step`, does the work, from any
+    number of threads or tasks, one at a time.
+
+    Args:
+        target, drafter, num_draft, rule, logprobs, stop_tokens, statistics, backend: as of
+            :func:`~specdec_kernels.decode.stream`. To have fewer drafts the more requests there are, down to none, let
+            the drafter be an :class:`~specdec_kernels.decode.drafters.AdaptiveDrafter`. A drafter that raises an error
+            costs its drafts: that is warned of, and the requests that run then are decoded without.
+        max_requests: slots: requests that are decoded together at most.
+        max_waiting: requests in the queue at most; ``None`` for any number.
+        max_rows: rows of the target's pass at most, of all requests together, as long as each has one; ``None`` for any
+            number.
+        chunk: tokens of prompts that are read between two steps at most.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example::
+
+        scheduler = Scheduler(TransformersTarget(model), NGramDrafter(), max_requests=8)
+        first = scheduler.submit(prompt, max_new_tokens=100)
+        second = scheduler.submit(other, sampling=Sampling(temperature=0.8), priority=1)
+        for token in first:  # decodes both
+            print(token.token)
+        print(second.result().tokens)
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        *,
+        num_draft: int = 4,
+        max_requests: int = 8,
+        max_waiting: int | None = None,
+        max_rows: int | None = None,
+        chunk: int = 512,
+        rule: RuleName = "token",
+        logprobs: bool = False,
+        stop_tokens: Collection[int] | None = None,
+        statistics: Statistics | None = None,
+        backend: BackendName | None = None,
+    ) -> None:
+        check_parties(target, drafter)
+        for name, value in (
+            ("max_requests", max_requests), ("max_waiting", max_waiting), ("max_rows", max_rows), ("chunk", chunk),
+        ):  # fmt: skip
+            if value is None and name in ("max_waiting", "max_rows"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
+        self._target, self._drafter = target, drafter
+        self._options = Options(num_draft, rule, logprobs, backend, stops, self._stops, max_rows)
+        self.statistics = Statistics() if statistics is None else statistics
+        self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
+        self._lock = threading.RLock()
+        self._queue: list[_Waiting] = []
+        self._reading: _Prompt | None = None
+        self._running: dict[int, Submission] = {}  # by the index of the request
+        self._loop = Loop(target, drafter, self._options, self.statistics)
+        self._submitted = 0
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+        stop_when: StopWhen | None = None,
+        priority: float = 0,
+    ) -> Submission:
+        """Queue a request.
+
+        Args:
+            prompt: token ids, at least one.
+            sampling, max_new_tokens, seed, stop_when: as of :func:`~specdec_kernels.decode.stream`.
+            priority: those of the highest are read first; of one priority, those that came first.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            queue.Full: ``max_waiting`` requests wait already.
+        """
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or priority != priority:
+            raise TypeError(f"priority must be a number, got {priority!r}")
+        each = {item.name: [getattr(sampling, item.name)] for item in fields(sampling)}
+        (request,) = make_requests([prompt], self._target.vocab_size, seed, max_new_tokens, each)
+        with self._lock:
+            if self._max_waiting is not None and len(self._queue) >= self._max_waiting:
+                raise queue.Full(f"max_waiting={self._max_waiting} requests wait already")
+            request.index = self._submitted
+            self._submitted += 1
+            submission = Submission(self, request, stop_when)
+            if sampling.grammar is not None:
+                request.sampling = replace(sampling, grammar=partial(self._allowed, submission, sampling.grammar))
+            heapq.heappush(self._queue, _Waiting((-priority, request.index), submission))
+            return submission
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not decoded yet."""
+        return len(self._queue) + (self._reading is not None)
+
+    @property
+    def running(self) -> int:
+        """Requests that are decoded."""
+        return len(self._running)
+
+    def step(self) -> bool:
+        """Read a chunk of what waits, where there is a slot, and decode one step of what runs. Whether any is left.
+
+        An error of the target ends the requests that ran, each of which raises it when it is read.
+        """
+        with self._lock:
+            self._admit()
+            if self._running:
+                self._decode()
+            return bool(self._running or self._queue or self._reading)
+
+    def run(self) -> None:
+        """Decode all there is."""
+        while self.step():
+            pass
+
+    def advance_to(self, submission: Submission) -> Token | None:
+        """The next token of a submission, by as many steps as it takes; ``None`` behind its last."""
+        while True:
+            with self._lock:
+                token = submission.take()
+                if token is not None or submission.done:
+                    return token
+                self.step()
+
+    def cancel(self, submission: Submission) -> None:
+        """See :meth:`Submission.cancel`."""
+        with self._lock:
+            if submission.done:
+                return
+            submission.done = True
+            self._queue = [waiting for waiting in self._queue if waiting.submission is not submission]
+            heapq.heapify(self._queue)
+            if self._reading is not None and self._reading.submission is submission:
+                self._reading = None
+            if submission.request.index in self._running:
+                self._drop([submission])
+
+    def _decode(self) -> None:
+        try:
+            gained = self._loop.step()
+        except Exception as error:
+            for submission in self._running.values():
+                submission.fail(error)
+            self._running = {}
+            return
+        for token in gained:
+            self._running[token.request].put(token)
+        for request in {token.request for token in gained if token.finished}:
+            self._end(request)
+        self._drop([submission for submission in self._running.values() if submission.done])
+
+    def _drop(self, submissions: list[Submission]) -> None:
+        """Decode these no more."""
+        requests = [submission.request.index for submission in submissions]
+        for request in requests:
+            self._end(request)
+        if requests:
+            self._loop.select([slot for slot, own in enumerate(self._loop.requests) if own.index not in requests])
+
+    def _end(self, request: int) -> None:
+        """Of a request that runs; what is known of it is its own from here on."""
+        self._running.pop(request).acceptance = self.statistics.requests.pop(request, Acceptance())
+
+    # An error in what a request brought with it ends that request, and no other.
+
+    def _stops(self, index: int, tokens: Sequence[int]) -> bool:
+        submission = self._running[index]
+        try:
+            return submission.stop_when is not None and submission.stop_when(index, tokens)
+        except Exception as error:
+            submission.fail(error)
+            return True
+
+    def _allowed(self, submission: Submission, grammar: Grammar, history: Sequence[int]) -> Tensor:
+        try:
+            return allowed(grammar, history, self._target.vocab_size)
+        except Exception as error:
+            submission.fail(error)
+            return torch.zeros(-(-self._target.vocab_size // 32), dtype=torch.int32, device=CPU)
+
+    def _admit(self) -> None:
+        """Read what waits, up to a chunk, and have what was read decoded."""
+        left = self._chunk
+        while left > 0 and len(self._running) < self._max_requests and (self._reading or self._queue):
+            if self._reading is None:
+                submission = heapq.heappop(self._queue).submission
+                self._reading = _Prompt(submission, self._target, self._drafter)
+            reading = self._reading
+            try:
+                left -= max(1, self._read(reading, left))
+                if not reading.done:
+                    return
+                self._start(reading)
+            except Exception as error:
+                reading.submission.fail(error)
+            self._reading = None
+
+    def _read(self, prompt: _Prompt, most: int) -> int:
+        with torch.inference_mode(), self.statistics.timed("prompt"):
+            return prompt.read(most)
+
+    def _start(self, prompt: _Prompt) -> None:
+        submission = prompt.submission
+        if not self._running:
+            self._loop.admit([submission.request], prompt.session, self._guarded(prompt))
+        else:
+            self._loop.join([submission.request], prompt.session, self._guarded(prompt))
+        self._running[submission.request.index] = submission
+
+    def _guarded(self, prompt: _Prompt) -> DrafterSession | None:
+        if self._drafter is None:
+            return None
+        with torch.inference_mode(), self.statistics.timed("prompt"):
+            return _GuardedSession(self._drafter, prompt)
+
+
+class _Prompt:
+    """A prompt that is read in pieces."""
+
+    def __init__(self, submission: Submission, target: Target, drafter: Drafter | None) -> None:
+        self.submission, self._target = submission, target
+        self._layers = () if drafter is None else drafter.feature_layers
+        self._features: list[Tensor] = []
+        self._read = 0
+        self._session: TargetSession | None = None
+
+    @property
+    def session(self) -> TargetSession:
+        """Of the target."""
+        assert self._session is not None, "it was read"
+        return self._session
+
+    @property
+    def done(self) -> bool:
+        """Whether all but the last token was read."""
+        return self._session is not None and self._read == len(self.submission.request.prompt) - 1
+
+    @property
+    def features(self) -> Tensor | None:
+        """As of a session of the target."""
+        return torch.cat(self._features, 1) if self._features else None
+
+    def read(self, most: int) -> int:
+        """Read up to so many tokens more. How many it was."""
+        request = self.submission.request
+        count = min(most, len(request.prompt) - 1 - self._read)
+        features = None
+        if self._session is None:
+            rest = len(request.prompt) - 1 - count
+            self._session = self._target.begin(
+                [request.prompt[: count + 1]], [request.max_new_tokens + rest], self._layers
+            )
+            joinable(self._session)
+            features = self._session.features
+        elif count:
+            tokens = to_device([request.prompt[self._read : self._read + count]], torch.int64, self._target.device)
+            features = self._session.score(tokens, [count]).features
+            self._session.commit([count])
+        if features is not None:
+            self._features.append(features)
+        self._read += count
+        return count
+
+
+class _GuardedSession:
+    """A drafter's session whose errors cost its drafts, and nothing else: without drafts the text is the same in
+    distribution."""
+
+    def __init__(self, drafter: Drafter, prompt: _Prompt) -> None:
+        self._session: DrafterSession | None = None
+        self._attempt("begin", lambda: self._begin(drafter, prompt))
+
+    def _begin(self, drafter: Drafter, prompt: _Prompt) -> None:
+        self._session = drafter.begin([prompt.submission.request.prompt], prompt.features)
+
+    def _attempt(self, what: str, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self._session = None
+            warnings.warn(
+                f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            return None
+
+    def propose(self, step: Step) -> Draft | TreeDraft:
+        session = self._session
+        draft = None if session is None else self._attempt("propose", lambda: session.propose(step))
+        return Draft.nothing(len(step.num_draft)) if draft is None else draft
+
+    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        if (session := self._session) is not None:
+            self._attempt("commit", lambda: session.commit(tokens, features))
+
+    def select(self, slots: Sequence[int]) -> None:
+        if (session := self._session) is not None:
+            self._attempt("select", lambda: session.select(slots))
+
+    def join(self, other: _GuardedSession) -> None:
+        """Where either is without drafts, both are, as long as any of the requests runs."""
+        if (session := self._session) is None or other._session is None:
+            self._session = None
+        else:
+            joinable(session)
+            self._attempt("join", lambda: joinable(session).join(other._session))

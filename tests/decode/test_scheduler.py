@@ -1,0 +1,393 @@
+"""Requests that come and go: their texts are those they have alone, whatever happens to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import random
+import threading
+import time
+import warnings
+import weakref
+
+import pytest
+import torch
+from decoding import NAMES, drafters
+from tiny import VOCAB, Altered, steady, tiny
+
+from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate
+from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3], [7, 1, 4, 4, 2, 9], [10, 0]]
+SAMPLINGS = [
+    GREEDY, Sampling(temperature=0.8), Sampling(top_k=4), Sampling(repetition_penalty=1.3),
+    Sampling(logit_bias={3: 2.0}), Sampling(temperature=0.7, frequency_penalty=0.3),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return steady(tiny(1, layers=2))
+
+
+def alone(model, index, drafter=None, rule="token", **named):
+    sampling = vars(SAMPLINGS[index]) if "sampling" not in named else vars(named.pop("sampling"))
+    options = {"max_new_tokens": 12 + index, "seed": index, "rule": rule, **named, **sampling}
+    return generate(TransformersTarget(model), [PROMPTS[index]], drafter=drafter, **options)[0].tokens
+
+
+def submitted(scheduler, index, **named):
+    options = {"sampling": SAMPLINGS[index], "max_new_tokens": 12 + index, "seed": index, **named}
+    return scheduler.submit(PROMPTS[index], **options)
+
+
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_texts_are_those_of_requests_alone(model, name):
+    """Under the rule whose text does not depend on the drafts; they come one after the other, into freed slots too."""
+
+    def made(seed, vocab=VOCAB):
+        return steady(tiny(seed, vocab=vocab))
+
+    drafter = None if name is None else drafters(model, made)[name]
+    scheduler = Scheduler(TransformersTarget(model), drafter, max_requests=3, rule="coupled", chunk=3)
+    submissions = []
+    for index in range(len(PROMPTS)):
+        submissions.append(submitted(scheduler, index))
+        for _ in range(2):
+            scheduler.step()
+    for index, submission in enumerate(submissions):
+        assert submission.result().tokens == alone(model, index, rule="coupled")
+    if name is not None and name != "rule":
+        assert sum(submission.acceptance.accepted for submission in submissions) > 0
+    assert not scheduler.step()
+
+
+@pytest.mark.parametrize("name", ["feature", "model", "medusa", "lookup"])
+def test_drafts_do_not_depend_on_the_others(model, name):
+    """Nor on the pieces that a prompt was read in: what was proposed and accepted is as alone."""
+
+    def drafter():
+        return drafters(model, lambda seed, vocab=VOCAB: steady(tiny(seed, vocab=vocab)))[name]
+
+    target = TransformersTarget(model)
+    found = []
+    for most, chunk in ((1, 512), (4, 512), (4, 1), (2, 3)):
+        scheduler = Scheduler(target, drafter(), max_requests=most, chunk=chunk)
+        submissions = [submitted(scheduler, index) for index in range(4)]
+        scheduler.run()
+        found.append([(s.result().tokens, s.acceptance.proposed, s.acceptance.accepted) for s in submissions])
+    assert all(each == found[0] for each in found)
+
+
+def test_priorities_and_order():
+    scheduler = Scheduler(TransformersTarget(tiny(1)), max_requests=1)
+    ended = []
+
+    def noted(name):
+        return lambda index, tokens: ended.append(name) if len(tokens) == 2 else False
+
+    for name, priority in (("a", 0), ("b", 0), ("urgent", 1), ("c", 0), ("late", -2.5)):
+        scheduler.submit([1], max_new_tokens=2, stop_when=noted(name), priority=priority)
+    assert scheduler.waiting == 5
+    scheduler.run()
+    assert ended == ["urgent", "a", "b", "c", "late"]
+
+
+def test_a_full_queue():
+    scheduler = Scheduler(TransformersTarget(tiny(1)), max_waiting=2)
+    submissions = [scheduler.submit([1], max_new_tokens=2) for _ in range(2)]
+    with pytest.raises(queue.Full, match="max_waiting=2 requests wait already"):
+        scheduler.submit([1])
+    scheduler.step()  # they have slots now
+    submissions.append(scheduler.submit([1], max_new_tokens=2))
+    assert [len(submission.result().tokens) for submission in submissions] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_cancelled_at_any_time(model, steps):
+    """In the queue, while its prompt is read, while it is decoded; the others do not notice."""
+    scheduler = Scheduler(TransformersTarget(model), NGramDrafter(1), max_requests=3, chunk=2)
+    submissions = [submitted(scheduler, index) for index in range(6)]
+    for _ in range(steps):
+        scheduler.step()
+    for index in (0, 2, 5):
+        submissions[index].cancel()
+        submissions[index].cancel()
+    scheduler.run()
+    drafter = NGramDrafter(1)
+    for index, submission in enumerate(submissions):
+        text, whole = submission.result(), alone(model, index, drafter)
+        assert (text.tokens == whole) == (index not in (0, 2, 5))
+        assert text.tokens == whole[: len(text.tokens)]
+        assert text.finished == ("" if index in (0, 2, 5) else "length")
+    assert scheduler.running == scheduler.waiting == 0
+    assert submissions[1].cancel() is None
+
+
+def test_what_is_wrong_with_one_request_ends_that_one(model):
+    target = TransformersTarget(model)
+    scheduler = Scheduler(target, ModelDrafter(tiny(2)), max_requests=8)
+    good = [submitted(scheduler, index, sampling=GREEDY) for index in range(3)]
+
+    def fails(*_):
+        raise KeyError("mine")
+
+    bad = [
+        scheduler.submit([1], max_new_tokens=1000),
+        scheduler.submit([1, 2], max_new_tokens=9, stop_when=fails),
+        scheduler.submit([1, 2], max_new_tokens=9, sampling=Sampling(grammar=fails)),
+        scheduler.submit([1, 2], max_new_tokens=9, sampling=Sampling(grammar=lambda history: torch.zeros(9))),
+    ]
+    scheduler.run()
+    errors = [(ValueError, "max_new_tokens"), (KeyError, "mine"), (KeyError, "mine"), (TypeError, "grammar must give")]
+    for submission, (error, message) in zip(bad, errors, strict=True):
+        with pytest.raises(error, match=message):
+            submission.result()
+        assert list(submission) == []
+    for index, submission in enumerate(good):
+        assert submission.result().tokens == alone(model, index, sampling=GREEDY)
+    dead = scheduler.submit(
+        [1, 2], max_new_tokens=5, sampling=Sampling(grammar=lambda history: torch.zeros(1, dtype=torch.int32))
+    )
+    assert dead.result().finished == "dead_end"
+
+
+def test_a_failing_drafter_costs_its_drafts(model):
+    calls = []
+
+    def failing(draft, step):
+        calls.append(step)
+        if len(calls) == 3:
+            raise OSError("the drafter's own")
+        return draft
+
+    drafter = Altered(ModelDrafter(steady(tiny(2))), failing)
+    drafter_begin = drafter.begin
+
+    def begin(prompts, features):
+        session, inner = drafter_begin(prompts, features), drafter.drafter
+        return Joined(session, inner)
+
+    class Joined:
+        def __init__(self, session, inner):
+            self.propose, self.commit, self.select = session.propose, session.commit, session.select
+            self.session = session
+
+        def join(self, other):
+            raise RuntimeError("nor can it be joined")
+
+    drafter.begin = begin
+    scheduler = Scheduler(TransformersTarget(model), drafter)
+    first = submitted(scheduler, 0, sampling=GREEDY)
+    with pytest.warns(RuntimeWarning, match=r"failed in propose, .* without drafts: OSError: the drafter's own"):
+        assert first.result().tokens == alone(model, 0, sampling=GREEDY)
+    submissions = [submitted(scheduler, index, sampling=GREEDY) for index in range(2)]
+    with pytest.warns(RuntimeWarning, match="failed in join"):
+        scheduler.run()
+    for index, submission in enumerate(submissions):
+        assert submission.result().tokens == alone(model, index, sampling=GREEDY)
+
+
+def test_a_failing_target_ends_what_ran():
+    model = tiny(1)
+    scheduler = Scheduler(TransformersTarget(model), max_requests=2)
+    ran = [scheduler.submit([1, 2], max_new_tokens=5) for _ in range(2)]
+    waiting = scheduler.submit([1, 2], max_new_tokens=3)
+    scheduler.step()
+    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    scheduler.step()
+    hook.remove()
+    for submission in ran:
+        with pytest.raises(MemoryError, match="no room"):
+            submission.result()
+    assert len(waiting.result().tokens) == 3
+
+
+def test_invalid_rows_end_one_request(model):
+    other = steady(tiny(1, layers=2))
+    with torch.no_grad():
+        other.model.embed_tokens.weight[10] = torch.nan
+    scheduler = Scheduler(TransformersTarget(other, check=False))
+    bad, good = (
+        scheduler.submit([10, 0], max_new_tokens=4),
+        submitted(scheduler, 0, sampling=Sampling(logit_bias={10: -torch.inf})),
+    )
+    scheduler.run()
+    assert bad.result().finished == "invalid"
+    assert good.result().finished == "length"
+
+
+def test_asynchronous_use(model):
+    async def collect(submission):
+        return [token.token async for token in submission]
+
+    async def main():
+        scheduler = Scheduler(TransformersTarget(model), max_requests=3)
+        return await asyncio.gather(*(collect(submitted(scheduler, index)) for index in range(6)))
+
+    assert asyncio.run(main()) == [alone(model, index) for index in range(6)]
+
+
+def test_many_threads(model):
+    scheduler = Scheduler(TransformersTarget(model), max_requests=3)
+    found = {}
+
+    def read(index):
+        found[index] = submitted(scheduler, index).result().tokens
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {index: alone(model, index) for index in range(6)}
+
+
+def test_rows_of_a_step_are_bounded(model):
+    most = []
+
+    def noted(draft, step):
+        most.append((len(step.num_draft), max(step.num_draft)))
+        return draft
+
+    inner = CallableDrafter(lambda history, count: [1] * count)
+    drafter = Altered(inner, noted)
+    begin = drafter.begin
+
+    def joinable(prompts, features):
+        session, own = begin(prompts, features), inner.begin(prompts, features)
+        session.propose = lambda step: noted(own.propose(step), step)
+        session.commit, session.select = own.commit, own.select
+        session.own, session.join = own, lambda other: own.join(other.own)
+        return session
+
+    drafter.begin = joinable
+    scheduler = Scheduler(TransformersTarget(model), drafter, num_draft=6, max_rows=8, max_requests=6)
+    for index in range(6):
+        submitted(scheduler, index, max_new_tokens=30)
+        scheduler.step()
+    scheduler.run()
+    assert {batch: max(own for size, own in most if size == batch) for batch, _ in most} == {
+        1: 6, 2: 3, 3: 1, 4: 1, 5: 0, 6: 0,
+    }  # fmt: skip
+
+
+def test_nothing_is_kept_of_what_has_ended(model):
+    scheduler = Scheduler(TransformersTarget(model), ModelDrafter(steady(tiny(2))), max_requests=2)
+    submissions = [submitted(scheduler, index) for index in range(6)]
+    scheduler.run()
+    assert scheduler.statistics.requests == {}
+    assert sum(s.acceptance.accepted for s in submissions) == scheduler.statistics.accepted > 0
+    ended = [weakref.ref(submission) for submission in submissions[:-2]]
+    del submissions
+    assert [own() for own in ended] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_requests": 0}, ValueError, "max_requests must be at least 1, got 0"),
+        ({"max_rows": True}, TypeError, "max_rows must be an int, got True"),
+        ({"chunk": 1.5}, TypeError, "chunk must be an int, got 1.5"),
+        ({"num_draft": -1}, ValueError, "num_draft must not be negative"),
+        ({"rule": "best"}, ValueError, "rule must be one of"),
+        ({"drafter": "ngram"}, TypeError, "drafter must be a Drafter, such as"),
+    ],
+)
+def test_bad_schedulers(model, options, error, message):
+    with pytest.raises(error, match=message):
+        Scheduler(TransformersTarget(model), **options)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"prompt": []}, ValueError, "must not be empty"),
+        ({"prompt": [VOCAB]}, ValueError, "must hold token ids in"),
+        ({"prompt": [1], "sampling": {"temperature": 1.0}}, TypeError, "sampling must be a Sampling, got dict"),
+        ({"prompt": [1], "priority": float("nan")}, TypeError, "priority must be a number, got nan"),
+        ({"prompt": [1], "max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+    ],
+)
+def test_bad_requests(model, named, error, message):
+    scheduler = Scheduler(TransformersTarget(model))
+    with pytest.raises(error, match=message):
+        scheduler.submit(**named)
+    assert not scheduler.step()
+
+
+def test_targets_that_nothing_can_join(model):
+    scheduler = Scheduler(StaticTarget(tiny(1)))
+    with pytest.raises(TypeError, match="must have a method `join` for later requests, got StaticSession"):
+        scheduler.submit([1, 2], max_new_tokens=3).result()
+    scheduler = Scheduler(TransformersTarget(tiny(1), fixed_rows=4))
+    first, second = (scheduler.submit([1, 2], max_new_tokens=6) for _ in range(2))
+    with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, which no other can join"):
+        second.result()
+    assert len(first.result().tokens) == 6
+
+
+#: Requests, and seconds at least; `make test-all` has an hour of them.
+SOAK_REQUESTS, SOAK_SECONDS = 40, float(os.environ.get("SPECDEC_SOAK_SECONDS", "0"))
+
+
+def test_soak(model):
+    """Arrivals, cancellations, failing drafters and rows that are no distribution at random times: nothing is lost,
+    nothing is kept."""
+    rng = random.Random(7)
+    fails = Altered(NGramDrafter(1), lambda draft, step: 1 / 0 if rng.random() < 0.02 else draft)
+    inner = fails.drafter.begin
+
+    class Session:
+        def __init__(self, session):
+            self.session, self.commit, self.select = session, session.commit, session.select
+
+        def propose(self, step):
+            return fails.change(self.session.propose(step), step)
+
+        def join(self, other):
+            self.session.join(other.session)
+
+    fails.begin = lambda prompts, features: Session(inner(prompts, features))
+    scheduler = Scheduler(
+        TransformersTarget(model), fails, max_requests=4, max_waiting=2, max_rows=12, chunk=2, rule="coupled"
+    )
+    texts = [alone(model, index, rule="coupled") for index in range(6)]
+    open_, arrived, finished, refused, cancelled = [], 0, 0, 0, 0
+    end = time.monotonic() + SOAK_SECONDS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        while open_ or arrived < SOAK_REQUESTS or time.monotonic() < end:
+            if (arrived < SOAK_REQUESTS or time.monotonic() < end) and rng.random() < 0.4:
+                arrived += 1
+                index = rng.randrange(6)
+                kind = rng.choice(["plain", "plain", "cancelled", "nan"])
+                sampling = SAMPLINGS[index]
+                if kind == "nan":  # nothing is allowed
+                    sampling = Sampling(grammar=lambda history: torch.zeros(1, dtype=torch.int32))
+                try:
+                    open_.append((index, kind, submitted(scheduler, index, sampling=sampling)))
+                except queue.Full:
+                    refused += 1
+            scheduler.step()
+            for index, kind, submission in list(open_):
+                if kind == "cancelled" and rng.random() < 0.1:
+                    submission.cancel()
+                if submission.done:
+                    result = submission.result()
+                    open_.remove((index, kind, submission))
+                    finished += 1
+                    if kind == "nan":
+                        assert result.finished == "dead_end"
+                    elif not result.finished:
+                        assert kind == "cancelled"
+                        assert result.tokens == texts[index][: len(result.tokens)]
+                        cancelled += 1
+                    else:
+                        assert result.tokens == texts[index]
+    assert finished + refused == arrived
+    assert min(finished, refused, cancelled) > 0
+    assert scheduler.running == scheduler.waiting == 0
+    assert not scheduler.statistics.requests
