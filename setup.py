@@ -1,12 +1,15 @@
 """Builds the native libraries with CMake and ninja; CMakeLists.txt is the one description of that build."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+from build_backend import check_platform, installed, torch_folder
 
 ROOT = Path(__file__).parent.resolve()
 #: What the environment may say of the build, and the options of CMake that it sets.
@@ -17,33 +20,29 @@ SETTINGS = {
 }
 
 
-def cuda_compiler() -> Path | None:
-    """The nvcc of the package ``nvidia-cuda-nvcc`` where that is installed; else CMake looks for one."""
-    for folder in map(Path, sys.path):
-        if (nvcc := folder / "nvidia" / "cu13" / "bin" / "nvcc").is_file():
-            return nvcc
-    return None
-
-
 class CMakeBuild(build_ext):
     """Configures, builds and installs the native code into ``specdec_kernels``: of the tree if that is what is
     imported, else of the wheel. CMake puts everything where it belongs, so setuptools has nothing to copy."""
 
     def run(self) -> None:
         """Run CMake."""
+        check_platform()
         in_place = self.inplace or self.editable_mode
         into = (ROOT if in_place else Path(self.build_lib).resolve()) / "specdec_kernels"
         build = ROOT / "build" / "native"
-        options = [f"-DPython_EXECUTABLE={sys.executable}"]
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECDEC_TORCH_DIR={torch_folder() or ''}"]
+        options += [f"-DSPECDEC_TEST_LIBRARIES={int(in_place)}"]  # a wheel has no tests
         for name, option in SETTINGS.items():
             value = os.environ.get(name)
             options += [f"-D{option}={value}"] if value else [f"-U{option}"]  # not what an earlier build was told
-        if nvcc := cuda_compiler():
+        # The nvcc of the package where that is installed; else CMake looks for one.
+        if nvcc := installed("nvidia/cu13/bin/nvcc"):
             # It looks for its libraries in lib64, where the package has none.
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"]
         cmake = [sys.executable, "-m", "cmake"]  # that of the build's requirements, whatever the system's
         subprocess.run([*cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run([*cmake, "--build", build], check=True)
+        shutil.rmtree(into / "lib", ignore_errors=True)  # what an earlier build had may not be in this one
         subprocess.run([*cmake, "--install", build, "--prefix", into], check=True)
 
     def get_outputs(self) -> list[str]:
@@ -56,14 +55,11 @@ class CMakeBuild(build_ext):
 
 
 # The upstream Triton project owns the top-level name `triton_kernels`, so folders at the top are imported under ours.
+AT_THE_TOP = {"specdec_kernels.triton_kernels": "triton_kernels", "specdec_kernels.bench": "bench"}
 setup(
-    packages=[
-        *find_packages(include=["specdec_kernels", "specdec_kernels.*"]),
-        "specdec_kernels.bench",
-        "specdec_kernels.triton_kernels",
-    ],
-    package_dir={"specdec_kernels.triton_kernels": "triton_kernels", "specdec_kernels.bench": "bench"},
-    package_data={"specdec_kernels": ["assets/*", "py.typed", "*.pyi"]},
+    packages=[*find_packages(include=["specdec_kernels", "specdec_kernels.*"], exclude=AT_THE_TOP), *AT_THE_TOP],
+    package_dir=AT_THE_TOP,
+    package_data={"specdec_kernels": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("specdec_kernels.native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

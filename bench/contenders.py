@@ -12,7 +12,8 @@ from torch import Tensor
 
 from specdec_kernels import Verified, verify_chain
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs
-from specdec_kernels.ops.backends import BACKENDS, NATIVE_LIBRARY
+from specdec_kernels.bench.machine import require_floor
+from specdec_kernels.ops.backends import BACKENDS
 
 Contender = Callable[[Case, Inputs], Any]
 #: The same, made ready: what is timed is the call alone.
@@ -59,7 +60,7 @@ def lean_rows(case: Case, x: Inputs) -> list[list[int]]:
     """The leanest for few requests: the draft's logsumexp handed over, row by row, stop at the rejection."""
     texts = []
     for b in range(case.batch):
-        coins = torch.rand(case.num_draft).tolist()
+        uniforms = torch.rand(case.num_draft).tolist()
         tokens = x.tokens[b].tolist()
         stats = x.stats[b].tolist()
         text: list[int] = []
@@ -69,7 +70,7 @@ def lean_rows(case: Case, x: Inputs) -> list[list[int]]:
             ratio = (
                 float(row[token]) / TEMPERATURE - target_lse - float(x.draft[b, i, token]) * stats[i][0] + stats[i][2]
             )
-            if coins[i] < torch.e ** min(0.0, ratio):
+            if uniforms[i] < torch.e ** min(0.0, ratio):
                 text.append(token)
                 continue
             target = torch.exp(row / TEMPERATURE - target_lse)
@@ -115,8 +116,9 @@ def lean_filtered(case: Case, x: Inputs) -> Tensor:
     at = accepted.clamp(max=longest - 1)
     weights, kept = probs[rows, accepted], ids[rows, accepted]
     logits = x.draft[rows, at].gather(-1, kept).float()
-    law = torch.exp(logits * stats[rows, at, :1] - stats[rows, at, 2:]).masked_fill(logits < stats[rows, at, 1:2], 0.0)
-    weights = (weights - law * (accepted < longest)[:, None]).clamp(min=0)
+    draft = torch.exp(logits * stats[rows, at, :1] - stats[rows, at, 2:])
+    draft = draft.masked_fill(logits < stats[rows, at, 1:2], 0.0)
+    weights = (weights - draft * (accepted < longest)[:, None]).clamp(min=0)
     emitted = kept.gather(1, torch.multinomial(weights + 1e-30, 1))
     return torch.cat([x.tokens, emitted], 1)
 
@@ -141,7 +143,7 @@ def later(contender: Contender) -> Prepared:
 def contenders(case: Case) -> dict[str, Prepared]:
     """Who takes part. PyTorch only where the drafts were handed over with their statistics, as it would want them."""
     BACKENDS["cpu"].require(torch.device("cpu"))
-    torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
+    require_floor()
     chosen: dict[str, Prepared] = {"fused": fused_call, "stream": stream_call}
     if not case.plain:
         chosen["token rule"] = token_rule_call

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from specdec_kernels.extras import brought_by
 from specdec_kernels.ops import BACKENDS
+from specdec_kernels.ops.backends import NATIVE_LIBRARY
 from specdec_kernels.version import __version__
 
 
@@ -24,6 +26,30 @@ def machine() -> dict[str, Any]:
         "specdec_kernels": __version__,
         "backend": BACKENDS["cpu"].detail,
     }
+
+
+def require_plots() -> None:
+    """Whether plots can be drawn, asked before anything is timed.
+
+    Raises:
+        ModuleNotFoundError: naming what brings matplotlib.
+    """
+    with brought_by("plots"):
+        import matplotlib
+
+    matplotlib.use("Agg")
+
+
+def require_floor() -> None:
+    """Load what the floor is timed with.
+
+    Raises:
+        RuntimeError: it is not there, since this is no checkout.
+    """
+    library = NATIVE_LIBRARY.with_name("libspecdec_bench.so")
+    if not library.is_file():
+        raise RuntimeError(f"the floor is timed with {library.name}, which needs a checkout: pip install -e .")
+    torch.ops.load_library(str(library))
 
 
 def save(out: Path | None, name: str, where: dict[str, Any], **results: Any) -> None:

@@ -1,10 +1,10 @@
 """Train the Medusa heads on what ``training.collect`` wrote, and search the tree they draft.
 
-    python -m training.medusa --data data --out specdec_kernels/assets/smollm2-medusa.safetensors
+    python -m training.medusa --data data --out demo_weights/specdec_demo_weights/smollm2-medusa.safetensors
 
 The loss is the cross-entropy of the target's own distribution, 2, 3, ... tokens ahead on a text the target wrote, under
-that of each head: its minimum is the marginal law of that token. The tree is the one that gains most on the held-out
-shard, whose texts were drawn at temperatures 0 to 1.
+that of each head: its minimum is the marginal distribution of that token. The tree is the one that gains most on the
+held-out shard, whose texts were drawn at temperatures 0 to 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.cli.models import DRAFTER_WEIGHTS, load_target
+from specdec_kernels.cli.models import DRAFTER_WEIGHTS, load_target, weights
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel, best_paths
 from training.train import batches, final
@@ -85,7 +85,7 @@ def main(
     target, _ = load_target()
     shards = [torch.load(path) for path in sorted(data.glob("*.pt"))]
     held_out, train = shards[-1], [conversation for shard in shards[:-1] for conversation in shard]
-    shortlist = FeatureModel.load(DRAFTER_WEIGHTS, target.config, torch.float32).shortlist
+    shortlist = FeatureModel.load(weights(DRAFTER_WEIGHTS), target.config, torch.float32).shortlist
     model = MedusaModel(target.config.hidden_size, shortlist, torch.full((1, HEADS), -1))
     torch.nn.init.zeros_(model.blocks.weight)
     torch.nn.init.zeros_(model.blocks.bias)

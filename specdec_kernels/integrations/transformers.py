@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
-from transformers.generation import logits_process as processors
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from specdec_kernels.extras import brought_by
+
+with brought_by("decode"):
+    from transformers import GenerationMixin
+    from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+    from transformers.generation import logits_process as processors
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec_kernels.decode import Drafter, Statistics, TransformersTarget, stream
 from specdec_kernels.decode.drafters import ModelDrafter, NGramDrafter

@@ -84,8 +84,9 @@ def _cuda() -> Backend:
     if not emulated and (reason := _no_cuda()):  # the library would answer for the device all the same
         return Backend("cuda", "cuda", reason, "", {})
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
+    how = "it is for tests, which need a checkout: pip install -e ." if emulated else "it takes nvcc"
     if not library.is_file():
-        return Backend("cuda", "cuda", f"{library.name} was not built (it takes nvcc)", "", {})
+        return Backend("cuda", "cuda", f"{library.name} was not built ({how})", "", {})
     if emulated:
         _LIBRARIES.append(schema.define("specdec_emulated", _NATIVE_OPS))
     try:
@@ -102,7 +103,8 @@ def _cuda() -> Backend:
 
 def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
-        return Backend("triton", "cuda", "triton is not installed", "", {})
+        missing = "triton is not installed: pip install 'specdec-kernels[gpu]' brings it"
+        return Backend("triton", "cuda", missing, "", {})
     try:
         import triton
     except Exception as error:  # whatever a package raises that fits neither this Python nor this torch

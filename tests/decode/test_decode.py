@@ -37,6 +37,7 @@ from specdec_kernels.decode.drafters import (
     NGramDrafter,
     TreeDrafter,
     adaptive,  # its clock
+    suffix_index,
 )
 from specdec_kernels.decode.drafters.autoregressive import _with_siblings
 from specdec_kernels.decode.drafters.feature import FeatureSession
@@ -335,10 +336,15 @@ def test_bad_constructions(target_model):
     assert generate(TransformersTarget(target_model), []) == []
 
 
-def test_suffix_index_against_a_slow_search():
+@pytest.fixture(params=[SuffixIndex, suffix_index.SuffixIndex], ids=["native", "python"])
+def index_of(request):
+    return request.param
+
+
+def test_suffix_index_against_a_slow_search(index_of):
     rng = np.random.default_rng(0)
     for alphabet in (2, 3, 20):
-        index, text = SuffixIndex(), []
+        index, text = index_of(), []
         for token in rng.integers(0, alphabet, 120).tolist():
             index.append(token)
             text.append(token)
@@ -363,10 +369,10 @@ def followers(text, ahead):
     return longest
 
 
-def test_followers_against_a_slow_search():
+def test_followers_against_a_slow_search(index_of):
     rng = np.random.default_rng(1)
     for alphabet in (2, 3, 20):
-        index, text = SuffixIndex(), []
+        index, text = index_of(), []
         for token in rng.integers(0, alphabet, 40).tolist():
             for count in range(4):
                 ahead = rng.integers(0, alphabet, count).tolist()
@@ -418,8 +424,8 @@ def test_what_followed_the_longest_repetition_is_drafted(target_model, tree, mon
     assert checked > 50
 
 
-def test_lookup_continues_a_repetition():
-    index = SuffixIndex()
+def test_lookup_continues_a_repetition(index_of):
+    index = index_of()
     for token in [7, 1, 2, 3, 1, 2, 3, 1]:
         index.append(token)
     assert index.continuation(7) == [2, 3, 1, 2, 3, 1, 2]

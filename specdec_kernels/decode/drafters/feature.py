@@ -54,16 +54,12 @@ class FeatureDrafter:
 
 
 class FeatureSession(AutoregressiveSession):
-    """One stream of a :class:`FeatureDrafter`.
-
-    Raises:
-        RuntimeError: the model favours repetitions, and the native module was not built for this Python.
-    """
+    """One stream of a :class:`FeatureDrafter`."""
 
     def __init__(self, drafter: FeatureDrafter, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
         network = drafter.network
         self._drafter, self._shortlist = drafter, network.shortlist
-        self._histories = Histories("FeatureDrafter", prompts) if bool(network.repeats.any()) else None
+        self._histories = Histories(prompts) if bool(network.repeats.any()) else None
         super().__init__(
             drafter.config, network.config, network.shortlist.device, drafter.vocab_size, drafter.context, prompts,
             features,

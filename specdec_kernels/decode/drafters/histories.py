@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specdec_kernels._native import SuffixIndex
+else:
+    try:
+        from specdec_kernels._native import SuffixIndex
+    except ImportError:  # not built for this Python
+        from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 
 
 class Histories:
     """A suffix index of every request's prompt and new tokens.
 
     Args:
-        user: who needs them, for the message of the error.
         prompts: what the requests begin with.
-
-    Raises:
-        RuntimeError: the native module was not built for this Python.
     """
 
-    def __init__(self, user: str, prompts: Sequence[Sequence[int]]) -> None:
-        try:
-            from specdec_kernels._native import SuffixIndex
-        except ImportError as error:
-            raise RuntimeError(f"{user} needs the native module: {error} (pip install -e .)") from None
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self.indices: list[SuffixIndex] = [SuffixIndex() for _ in prompts]
         self.extend(prompts)
 

@@ -18,7 +18,6 @@ class NGramDrafter:
 
     Raises:
         TypeError, ValueError: ``min_match`` is no int, or below 1.
-        RuntimeError: the native module was not built for this Python.
     """
 
     feature_layers: Sequence[int] = ()
@@ -38,7 +37,7 @@ class NGramSession:
     """One stream of a :class:`NGramDrafter`."""
 
     def __init__(self, min_match: int, prompts: Sequence[Sequence[int]]) -> None:
-        self._min_match, self._histories = min_match, Histories("NGramDrafter", prompts)
+        self._min_match, self._histories = min_match, Histories(prompts)
 
     def propose(self, step: Step) -> Draft:
         return Draft.point_masses(
