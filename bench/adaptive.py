@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from specdec_kernels.bench.decoding import Decoder, name_of
 from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Scores, Statistics, TargetSession, TransformersTarget
 from specdec_kernels.ops import RuleName
@@ -137,7 +136,7 @@ def main(out: Path | None, seeds: int, console: Console) -> None:
                     results[temperature, kind, length][-1].append(statistics)
     costs = _seconds_by_rows(run for texts in results.values() for text in texts for run in text)
     rates = {cell: _rates(texts, costs) for cell, texts in results.items()}
-    console.print(_table({cell: rate["tokens_per_second"] for cell, rate in rates.items()}))
+    _print(console, {cell: rate["tokens_per_second"] for cell, rate in rates.items()})
     rows = [
         {"temperature": temperature, "kind": kind, "drafts": name_of(length), **rate}
         for (temperature, kind, length), rate in rates.items()
@@ -168,17 +167,17 @@ def _rates(texts: Texts, costs: dict[int, float]) -> dict[str, float]:
     }
 
 
-def _table(tokens_per_second: dict[Cell, float]) -> Table:
+def _print(console: Console, tokens_per_second: dict[Cell, float]) -> None:
     """Tokens a second relative to plain decoding, and adaptive beside the best fixed number."""
-    table = Table("T", "kind", "plain/s", *map(name_of, LENGTHS[1:]), "to best")
+    drafted = {name_of(length): ">8" if length is None else ">5" for length in LENGTHS[1:]}
+    lines = Lines(console, {"T": ">3", "kind": "<5", "plain/s": ">7", **drafted, "to best": ">7"})
     for temperature in RULES:
         speed_ups = []
         for kind in PROMPTS:
             plain, *others = (tokens_per_second[temperature, kind, length] for length in LENGTHS)
             speed_ups.append([rate / plain for rate in others])
             cells = [f"{x:.2f}" for x in (*speed_ups[-1], speed_ups[-1][-1] / max(speed_ups[-1][:-1]))]
-            table.add_row(f"{temperature:g}", kind, f"{plain:.1f}", *cells)
+            lines.print(f"{temperature:g}", kind, f"{plain:.1f}", *cells)
         means = [mean(column) for column in zip(*speed_ups, strict=True)]
         cells = [f"{x:.2f}" for x in (*means, means[-1] / max(means[:-1]))]
-        table.add_row(f"{temperature:g}", "mean", "", *cells, end_section=True)
-    return table
+        lines.print(f"{temperature:g}", "mean", "", *cells)

@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from specdec_kernels import Verified, verify_chain_workspace
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
 from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, percentiles
 from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
-from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.bench.machine import machine, require_plots, save
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.ops.backends import BACKENDS, BackendName
 
 #: Ours, by backend.
@@ -159,25 +157,28 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """One line a case; the percentage is of the copy bandwidth."""
-    names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
-    result = Table("case", "accepted", "MB", *(f"{name} us" for name in names))
-    for row in rows:
-        cells = []
-        for name in names:
-            share = row["of_copy_bandwidth"].get(name)
-            p50 = row["microseconds"].get(name, {}).get("p50")
-            cells.append("" if p50 is None else f"{p50:,.1f}" + ("" if share is None else f" ({share:.0%})"))
-        result.add_row(row["case"], f"{row['accepted']:.1f}", f"{row['bytes'] / 1e6:,.1f}", *cells)
-    return result
+def table(console: Console) -> Lines:
+    """Microseconds: ours, with the share of the copy bandwidth, and the fastest of the others; JSON has the rest."""
+    ours = {head: width for name in OURS for head, width in ((f"{name} us", ">9"), (f"{name} %", ">8"))}
+    columns = {"V": ">6", "K": ">2", "B": ">3", "dtype": "<8", "filters": "<7", **ours, "others us": "<"}
+    return Lines(console, columns)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A case in that table."""
+    times = {name: time["p50"] for name, time in row["microseconds"].items()}
+    shape = [str(row[name]) for name in ("vocab", "num_draft", "batch", "dtype")]
+    mine = [
+        cell
+        for name in OURS
+        for cell in ([f"{times[name]:,.1f}", f"{row['of_copy_bandwidth'][name]:.0%}"] if name in times else ["-", "-"])
+    ]
+    name = min((name for name in times if name not in OURS), key=lambda name: times[name], default=None)
+    return [*shape, "yes" if row["filtered"] else "", *mine, "" if name is None else f"{times[name]:,.1f} {name}"]
 
 
 def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     """Times by batch at the shape the others are timed at, beside reading the inputs once."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = [
@@ -205,20 +206,19 @@ def main(out: Path | None, quick: bool, console: Console, clock: Clock | None = 
         if not torch.cuda.is_available():
             raise RuntimeError("there is no GPU to time: torch sees none")
         clock = GraphClock()
+    if out is not None:
+        require_plots()
     bandwidth = clock.copy_bandwidth()
     where = machine() | {"gpu": torch.cuda.get_device_name() if clock.device == "cuda" else "none"}
     where |= {"copy_gigabytes_per_second": bandwidth / 1e9, "cuda": torch.version.cuda}
     name = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower())
     rows: list[dict[str, Any]] = []
-    grid = list(cases(quick))
-    with Progress(console=notes, transient=True) as progress:
-        task = progress.add_task("timing", total=len(grid))
-        for case in grid:
-            progress.update(task, description=case.name)
+    lines = table(console)
+    for case in cases(quick):
+        with notes.status(case.name):
             rows.append(measure(case, clock, bandwidth))
-            save(out, name, where, results=rows)
-            progress.advance(task)
-    console.print(table(rows))
+        save(out, name, where, results=rows)
+        lines.print(*cells(rows[-1]))
     console.print(where)
     if out is not None:
         plot(rows, where, out / f"{name}.png")

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 
 from specdec_kernels.bench.machine import machine
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.models import load_drafter, load_target
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.integrations.transformers import generate
@@ -107,14 +106,15 @@ def measure(contenders: Contenders) -> list[dict[str, Any]]:
 def main(out: Path | None, console: Console) -> None:
     """Measure and print a table; write ``transformers.json`` where there is a directory for it."""
     results = measure(Contenders())
-    table = Table("temperature", "batch", "way", "tokens/s", "speed-up", "texts as plain")
+    lines = Lines(
+        console, {"T": ">3", "batch": ">5", "way": "<22", "tokens/s": ">8", "speed-up": ">8", "texts as plain": ">14"}
+    )
     for each in results:
         equal = "" if each["temperature"] else f"{each['as_plain']} of {each['texts']}"
-        table.add_row(
+        lines.print(
             f"{each['temperature']}", f"{each['batch']}", each["way"], f"{each['tokens_per_second']:.1f}",
             f"{each['speed_up']:.2f}x", equal,
         )  # fmt: skip
-    console.print(table)
     if out is not None:
         record = {"machine": {**machine(), "transformers": transformers.__version__}, "results": results}
         (out / "transformers.json").write_text(json.dumps(record, indent=1) + "\n")

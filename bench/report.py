@@ -211,10 +211,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=[part.name for part in PARTS])
-    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU")
     given = parser.parse_args()
     if given.part is None:
+        if given.out is None:
+            parser.error("--out must name the directory of the report")
         sys.exit(not run(given.out, given.dry, print))
     part = next(part for part in PARTS if part.name == given.part)
     print_rows(part, Setting("cpu" if given.dry else "cuda", given.dry))

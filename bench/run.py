@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from specdec_kernels.bench.cases import Case, Inputs, cases, inputs
 from specdec_kernels.bench.clocks import percentiles
 from specdec_kernels.bench.contenders import contenders, fused
-from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.bench.machine import machine, require_plots, save
+from specdec_kernels.cli.consoles import Lines, notes
 
 #: Hand-tuned PyTorch, of which the fastest counts.
 LEAN = ("lean rows", "lean batch", "lean filtered")
@@ -77,30 +75,27 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """One line a case."""
-    names = ("fused", "stream", "token rule", *LEAN, "batched", "transformers")
-    result = Table("case", "accepted", "GB/s", *(f"{name} us" for name in names), "/ stream", "/ token rule", "lean /")
-    for row in rows:
-        times = [f"{row['microseconds'][n]['p50']:,.0f}" if n in row["microseconds"] else "" for n in names]
-        lean = f"{row['faster_than_lean']:.0f}x" if row["faster_than_lean"] else ""
-        result.add_row(
-            row["case"],
-            f"{row['accepted']:.1f}",
-            f"{row['gigabytes_per_second']:.0f}",
-            *times,
-            f"{row['over_streaming']:.2f}",
-            f"{row['over_token_rule']:.2f}" if row["over_token_rule"] else "",
-            lean,
-        )
-    return result
+def table(console: Console) -> Lines:
+    """Microseconds: ours, reading the same rows, and the fastest of PyTorch; JSON has the rest."""
+    return Lines(
+        console,
+        {"V": ">6", "K": ">2", "B": ">2", "dtype": "<8", "drafts": "<10", "us": ">6", "stream": ">6", "ratio": ">5",
+         "PyTorch": ">7", "faster": ">6"},
+    )  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A case in that table."""
+    times = {name: f"{time['p50']:,.0f}" for name, time in row["microseconds"].items()}
+    lean = min((row["microseconds"][name]["p50"] for name in LEAN if name in times), default=None)
+    drafts = "block" if row["rule"] == "block" else "filtered" if row["filtered"] else row["kind"]
+    shape = [str(row[name]) for name in ("vocab", "num_draft", "batch", "dtype")]
+    faster = ["", ""] if lean is None else [f"{lean:,.0f}", f"{row['faster_than_lean']:.0f}x"]
+    return [*shape, drafts, times["fused"], times["stream"], f"{row['over_streaming']:.2f}", *faster]
 
 
 def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     """Times at V = 128,256 and K = 8, the floor beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = [r for r in rows if (r["vocab"], r["num_draft"], r["kind"]) == (128_256, 8, "statistics")]
@@ -120,15 +115,13 @@ def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
 
 def main(out: Path | None, quick: bool, console: Console) -> None:
     """Run the grid."""
-    grid = list(cases(quick))
-    rows = []
-    with Progress(console=notes, transient=True) as progress:
-        task = progress.add_task("timing", total=len(grid))
-        for case in grid:
-            progress.update(task, description=case.name)
+    if out is not None:
+        require_plots()
+    rows, lines = [], table(console)
+    for case in cases(quick):
+        with notes.status(case.name):
             rows.append(measure(case))
-            progress.advance(task)
-    console.print(table(rows))
+        lines.print(*cells(rows[-1]))
     where = machine()
     console.print(where)
     save(out, "cpu", where, results=rows)

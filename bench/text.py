@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from specdec_kernels.bench.decoding import Decoder, name_of
 from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics
 from specdec_kernels.ops import RuleName
@@ -64,19 +62,19 @@ def main(out: Path | None, seeds: int, console: Console, device: str = "cpu") ->
             if (kind, prompt, seed) == work[0]:
                 decoder.decode(*arguments, Statistics())  # warm up
             decoder.decode(*arguments, results[way, kind])
-    console.print(_table(chosen, results))
+    _print(console, chosen, results)
     rows = [{**asdict(way), "kind": kind, **asdict(statistics)} for (way, kind), statistics in results.items()]
     save(out, "text", machine(), results=rows)
 
 
-def _table(chosen: list[Way], results: dict[tuple[Way, str], Statistics]) -> Table:
+def _print(console: Console, chosen: list[Way], results: dict[tuple[Way, str], Statistics]) -> None:
     """Speed-up over plain decoding and tokens a step, by kind of prompt."""
-    table = Table("way", *(f"{kind} x" for kind in PROMPTS), "mean x", *(f"{kind} tokens" for kind in PROMPTS), "mean")
-    for way in chosen:
-        rows = [results[way, kind] for kind in PROMPTS]
-        plain = [results[Way(way.temperature, "token", 0), kind] for kind in PROMPTS]
-        ratios = [row.tokens_per_second / base.tokens_per_second for row, base in zip(rows, plain, strict=True)]
-        steps: list[Any] = [row.tokens_per_step for row in rows]
-        shown = [f"{x:.2f}" for x in (*ratios, mean(ratios), *steps, mean(steps))]
-        table.add_row(way.name, *shown)
-    return table
+    for title in ("speed-up", "tokens a step"):
+        lines = Lines(console, {title: "<24", **dict.fromkeys(PROMPTS, ">7"), "mean": ">7"})
+        for way in chosen:
+            rows = [results[way, kind] for kind in PROMPTS]
+            plain = [results[Way(way.temperature, "token", 0), kind] for kind in PROMPTS]
+            values = [row.tokens_per_step for row in rows]
+            if title == "speed-up":
+                values = [row.tokens_per_second / base.tokens_per_second for row, base in zip(rows, plain, strict=True)]
+            lines.print(way.name, *(f"{x:.2f}" for x in (*values, mean(values))))

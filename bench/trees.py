@@ -4,9 +4,9 @@ at equal numbers of rows."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from specdec_kernels import compact_kv, sample_children, tree_mask, verify_tree
 from specdec_kernels.bench.cases import COLD_BYTES, DRAFT_NOISE, TEMPERATURE
-from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.bench.machine import machine, require_floor, save
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.generate import Session, Settings
 from specdec_kernels.cli.models import DRAFTING, load_drafter
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Drafter, Statistics
 from specdec_kernels.ops import RuleName
-from specdec_kernels.ops.backends import NATIVE_LIBRARY
 from specdec_kernels.ops.tree_rules import TreeRuleName
 from specdec_kernels.ops.trees import FormatName
 
@@ -168,11 +166,11 @@ def timed(call: Callable[[int], Any], buffers: int, rounds: int) -> float:
 def torch_mask(parents: Tensor, format: str, context: int) -> Tensor:
     """Masks as one would write them in PyTorch: ancestors by squaring the matrix of parents."""
     batch, nodes = parents.shape
-    reach = torch.eye(nodes).repeat(batch, 1, 1)
-    reach[:, torch.arange(1, nodes), parents[0, 1:]] = 1.0
+    visible = torch.eye(nodes).repeat(batch, 1, 1)
+    visible[:, torch.arange(1, nodes), parents[0, 1:]] = 1.0
     for _ in range(nodes.bit_length()):
-        reach = (reach @ reach).clamp_(max=1.0)
-    mask = reach.bool()
+        visible = (visible @ visible).clamp_(max=1.0)
+    mask = visible.bool()
     if format == "packed":
         return (mask.unflatten(-1, (-1, 32)).long() << torch.arange(32)).sum(-1).int()
     full = torch.cat([mask.new_ones(batch, nodes, context), mask], 2)
@@ -201,7 +199,7 @@ def masks() -> Iterator[dict[str, Any]]:
 
 
 def keys_and_values() -> Iterator[dict[str, Any]]:
-    """A cache of SmolLM2's shape, four nodes of 16 accepted."""
+    """A cache of SmolLM2's shape, [1, 3, 544, 64] a layer; four nodes of 16 accepted, of which three move."""
     caches = [torch.randn(1, 3, 544, 64).bfloat16() for _ in range(60)]
     path, start = torch.tensor([[0, 2, 7, 12, *[-1] * 12]]), torch.tensor([500])
 
@@ -211,7 +209,7 @@ def keys_and_values() -> Iterator[dict[str, Any]]:
             cache[:, :, 500:504] = cache[:, :, source]
 
     times = {"fused": timed(lambda _: compact_kv(caches, path, start), 1, ROUNDS), "lean": timed(by_torch, 1, ROUNDS)}
-    case = "30 layers [1, 3, 544, 64] bfloat16, 3 rows move"
+    case = "30 layers, 3 rows"
     yield {"what": "compact_kv", "case": case, "bytes": 60 * 3 * 3 * 64 * 2 * 2, "microseconds": times}
 
 
@@ -285,9 +283,11 @@ def _rates(statistics: Statistics) -> dict[str, float]:
     }
 
 
-def text_table(rows: list[dict[str, Any]]) -> Table:
+def print_text(console: Console, rows: list[dict[str, Any]]) -> None:
     """Tokens a step and speed-up by rows a step; of chains the best within each budget."""
-    table = Table("T", "rows", "way", "tokens a step", "speed-up", "rows used")
+    lines = Lines(
+        console, {"T": ">3", "rows": ">4", "way": "<22", "tokens a step": ">13", "speed-up": ">8", "rows used": ">9"}
+    )
     for temperature in (0.0, 0.8):
         own = [row for row in rows if row["temperature"] == temperature]
         plain = next(row for row in own if row["drafter"] == "none")
@@ -296,31 +296,32 @@ def text_table(rows: list[dict[str, Any]]) -> Table:
             best = max(chains, key=lambda row: row["tokens_per_step"])
             for row in [best, *(row for row in own if row["drafter"] in TREES and row["rows"] == budget)]:
                 name = TREES.get(row["drafter"], f"chain, K = {row['rows'] - 1}, {row['rule']}")
-                table.add_row(
+                lines.print(
                     f"{temperature:g}", str(budget), name, f"{row['tokens_per_step']:.2f}",
                     f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f}x", f"{row['rows_per_step']:.1f}",
                 )  # fmt: skip
-    return table
 
 
-def kernel_table(rows: list[dict[str, Any]]) -> Table:
-    """One line a case."""
-    table = Table("what", "case", "bytes", "us", "stream us", "PyTorch us", "PyTorch / ours")
+def print_kernels(console: Console, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a case, when it is timed; all of them."""
+    lines = Lines(
+        console, {"what": "<21", "case": "<17", "us": ">6", "stream": ">6", "PyTorch": ">7", "faster": ">6"}
+    )  # fmt: skip
+    timed = []
     for row in rows:
         times = row["microseconds"]
         shown = [f"{times[name]:,.0f}" if name in times else "" for name in ("fused", "stream", "lean")]
         ratio = f"{times['lean'] / times['fused']:.0f}x" if "lean" in times else ""
-        size = f"{row['bytes'] / 1e6:.3g} MB" if row["bytes"] else ""
-        table.add_row(row["what"], row["case"], size, *shown, ratio)
-    return table
+        lines.print(row["what"], row["case"].removeprefix(f"V={VOCAB} "), *shown, ratio)
+        timed.append(row)
+    return timed
 
 
 def main(out: Path | None, console: Console) -> None:
     """Time the kernels, then the text; print both."""
-    torch.ops.load_library(str(NATIVE_LIBRARY.with_name("libspecdec_bench.so")))
-    kernels = [*masks(), *keys_and_values(), *verification()]
-    console.print(kernel_table(kernels))
+    require_floor()
+    kernels = print_kernels(console, chain(masks(), keys_and_values(), verification()))
     decoded = text()
-    console.print(text_table(decoded))
+    print_text(console, decoded)
     console.print(f"{mean(row['invalid'] for row in decoded):g} invalid rows")
     save(out, "trees", machine(), kernels=kernels, text=decoded)

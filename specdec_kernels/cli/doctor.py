@@ -8,10 +8,9 @@ import platform
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from specdec_kernels import selftest
+from specdec_kernels.cli.consoles import Lines
 from specdec_kernels.ops import BACKENDS
 from specdec_kernels.version import __version__
 
@@ -38,7 +37,7 @@ def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return escape(f"{type(error).__name__}: {lines[-1] if lines else ''}")
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def _gpus() -> str:
@@ -51,20 +50,24 @@ def _gpus() -> str:
 def describe(console: Console) -> None:
     """Print versions, how the native code was built, and the machine."""
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
-    console.print(f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}", highlight=False)
     built = ", ".join(f"{key} {value}" for key, value in _build_facts().items())
-    console.print(f"native code: {built}", highlight=False)
-    console.print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {_gpus()}")
+    for line in (
+        f"specdec-kernels {__version__}, python {platform.python_version()}, {versions}",
+        f"native code: {built}",
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {_gpus()}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def report(console: Console) -> bool:
     """Print it; whether every backend that runs gives the known answers and agrees with the oracle."""
     describe(console)
-    table = Table("backend", "is", "runs on", "known answers", "against the oracle")
+    columns = {"backend": "<9", "is": "<26", "runs on": "<7", "known answers": "<13", "against the oracle": "<"}
+    lines = Lines(console, columns)
     healthy = True
     for backend in BACKENDS.values():
         if backend.reason:
-            table.add_row(backend.name, backend.detail, "-", "-", f"does not run: {escape(backend.reason)}")
+            lines.print(backend.name, backend.detail, "-", "-", f"does not run: {backend.reason}")
             continue
         device = "cpu" if backend.device == "any" else backend.device
         try:
@@ -72,12 +75,11 @@ def report(console: Console) -> bool:
             result = selftest.run(backend.name, device, count=24)  # type: ignore[arg-type]
         except Exception as error:  # whatever a compiler or a driver raises
             healthy = False
-            table.add_row(backend.name, backend.detail, backend.device, "-", f"FAILS: {_root(error)}")
+            lines.print(backend.name, backend.detail, backend.device, "-", f"FAILS: {_root(error)}")
             continue
         healthy &= known and not result.wrong
         verdict = f"{len(result.wrong)} of {result.requests} wrong" if result.wrong else f"{result.requests} agree"
-        table.add_row(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)
-    console.print(table)
+        lines.print(backend.name, backend.detail, backend.device, "right" if known else "WRONG", verdict)
     for device, native in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.items():
         runs = [name for name in native if not BACKENDS[name].reason and BACKENDS[name].device == device]
         console.print(f"backend=None runs {', else '.join([*runs, 'reference'])} for tensors on {device}")

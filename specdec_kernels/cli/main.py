@@ -94,12 +94,18 @@ def generate(
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = "bfloat16",
     device: Annotated[Device, typer.Option(help="Where the models are.")] = "cpu",
-    compare: Annotated[bool, typer.Option("--compare", help="Run with and without drafts, print both rates.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode with and without drafts, in turns; print both rates.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of comparing, at most: what does not fit is left out, and told.")
+    ] = 120.0,
     show_tree: Annotated[
         bool, typer.Option("--show-tree", help="After the answer, picture its most accepted tree of drafts.")
     ] = False,
 ) -> None:
     """Stream text from a language model, decoded speculatively."""
+    from specdec_kernels.cli import compare as comparison
     from specdec_kernels.cli import generate as commands
 
     settings = commands.Settings(
@@ -115,9 +121,9 @@ def generate(
         commands.check(settings, temperatures)
         session = commands.Session(settings)
         if prompt is None:
-            commands.measure(session, temperatures)
+            comparison.measure(session, temperatures, seconds)
         elif compare:
-            commands.compare(session, prompt, temperatures[0])
+            comparison.compare(session, prompt, temperatures[0], seconds)
         else:
             commands.write(session, prompt, temperatures[0], show_tree)
 
