@@ -27,11 +27,17 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_api.py
 
+# The C++ is compiled once more, with warnings as errors, and kept: the next time only what changed.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/helpers/words.py
 	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
+	$(BIN)/cmake -S . -B build/lint -G Ninja --log-level=WARNING -DSPECDEC_WERROR=1 -DSPECDEC_CUDA=0 \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/lint
+	$(BIN)/run-clang-tidy.py -clang-tidy-binary $(BIN)/clang-tidy -p build/lint -quiet 'csrc/.*\.cpp$$'
 
 # An sdist, a wheel from it, and that installed where there is nothing but torch.
 package: $(STAMP)

@@ -10,8 +10,8 @@ from enum import IntEnum
 #: Consecutive token ids that the tile race of the two-level race treats as one entry.
 TILE = 128
 
-#: Below it a temperature is greedy. Float32 scalars cannot carry a law much colder than this: 65,504 (the largest
-#: float16) times the scale still fits the two floats of a logsumexp to 1e-5.
+#: Below it a temperature is greedy. Float32 scalars cannot carry a distribution much colder than this: 65,504 (the
+#: largest float16) times the scale still fits the two floats of a logsumexp to 1e-5.
 MIN_TEMPERATURE = 1e-5
 
 #: Where ``scale * largest logit`` reaches it a row is steep (docs/noise.md): from 2^31 on no other float32 is so near
@@ -24,12 +24,12 @@ TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
 #: Rows of one step: the row has 16 bits of the Philox counter.
 MAX_ROWS = 1 << 16
 
-#: What siblings leave of a draft's law, one minus their probabilities, is summed anew below this: a difference of large
-#: numbers would have no digits left.
+#: What siblings leave of a draft's distribution, one minus their probabilities, is summed anew below this: a difference
+#: of large numbers would have no digits left.
 LEAST_DIFFERENCE = 0.25
 
-#: A share of a draft's law below this counts as nothing when siblings are drawn and verified: float32 ends not far
-#: below.
+#: A share of a draft's distribution below this counts as nothing when siblings are drawn and verified: float32 ends not
+#: far below.
 NOTHING_LEFT = 2.0**-60
 
 #: Philox4x32-10 multipliers and key increments (Salmon et al., SC 2011).

@@ -36,8 +36,8 @@ def typical_acceptance(
     """Medusa's rule: a draft is accepted where the target does not find it surprising, whatever it was drawn from.
 
     A node is accepted iff its parent is and ``target(token) > min(epsilon, delta * exp(-entropy(target)))``; the text
-    goes on along the longest accepted path, the first of equals, and with a draw from the target. **The law of the text
-    is not the target's**: how far from it, :func:`specdec_kernels.oracle.typical_law` says exactly for small
+    goes on along the longest accepted path, the first of equals, and with a draw from the target. **The distribution of
+    the text is not the target's**: how far from it, :func:`specdec_kernels.oracle.typical_law` says exactly for small
     vocabularies.
 
     Args:
@@ -201,7 +201,7 @@ class BlankTarget:
 
 
 class _BlankSession:
-    """One stream of a :class:`BlankTarget`, which has nothing to remember."""
+    """One stream of a :class:`BlankTarget`, which has no state."""
 
     features = None
 

@@ -206,7 +206,8 @@ Summed tile_stats(const Row& row, float scale, float base, int64_t begin, int64_
   const V::F scale2 = V::set(scale * kLog2e);
   const bool usable = std::fabs(base * scale) <= kLargeSpread;  // and finite
   // So that a row of them fits.
-  const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(row.vocab / kTile + 1);
+  const int64_t tiles = row.vocab / kTile + 1;
+  const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(tiles);
   Summed summed{true, 0};
   with_dtype(row.dtype, [&](auto element) {
     for (int64_t first = begin; first < end; first += V::width) {

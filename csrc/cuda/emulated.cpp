@@ -24,7 +24,7 @@ namespace {
 // SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own.
 int64_t setting(const char* name, int64_t otherwise) {
   const char* value = std::getenv(name);
-  return value ? std::atoll(value) : otherwise;
+  return value ? std::strtoll(value, nullptr, 10) : otherwise;
 }
 
 template <class F>
@@ -32,6 +32,7 @@ void on_team(const F& body) {
 #ifdef SPECDEC_EMULATED_THREADS
   Block block(SPECDEC_EMULATED_THREADS);
   std::vector<std::thread> threads;
+  threads.reserve(SPECDEC_EMULATED_THREADS);
   for (int rank = 0; rank < SPECDEC_EMULATED_THREADS; ++rank)
     threads.emplace_back([&block, &body, rank] { body(Team(block, rank)); });
   for (std::thread& thread : threads) thread.join();

@@ -87,7 +87,8 @@ class Team {
   std::array<T, kWidth> shuffled(int first, const F& combine, T) const {
     std::array<T, kWidth> held;
     for (int lane = 0; lane < kWidth; ++lane)
-      std::memcpy(static_cast<void*>(&held[size_t(lane)]), &block_.slots_[size_t(first + lane)].bytes, sizeof(T));
+      std::memcpy(static_cast<void*>(&held[size_t(lane)]), &block_.slots_[size_t(first) + size_t(lane)].bytes,
+                  sizeof(T));
     for (int mask = kWidth / 2; mask > 0; mask /= 2) {
       const std::array<T, kWidth> before = held;
       for (int lane = 0; lane < kWidth; ++lane)

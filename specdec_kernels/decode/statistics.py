@@ -85,7 +85,7 @@ class Statistics(Acceptance):
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens over the time after the prompt."""
+        """Tokens of the text over the time after the prompt."""
         return self.emitted / max(1e-9, self.decode_seconds)
 
     @contextmanager

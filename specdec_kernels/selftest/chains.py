@@ -75,9 +75,9 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         seed, position = integers(-(2**61), 2**61, BATCH), integers(0, 2**40, BATCH)
         temperature = torch.tensor([0.7, 1.0, 0.0, 1.6, 0.02])[integers(0, 5, BATCH)]
         heat = torch.tensor([1.0, 0.6, 0.0])[integers(0, 3, BATCH)]
-        own_law: dict[str, Any] = {"temperature": heat.repeat_interleave(longest)}
+        drawn_with: dict[str, Any] = {"temperature": heat.repeat_interleave(longest)}
         if kind == "statistics":
-            own_law = {
+            drawn_with = {
                 "temperature": temperature.repeat_interleave(longest),
                 "top_k": rng.choice([None, vocab // 2 + 1]),
             }
@@ -88,7 +88,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
             row=torch.arange(longest).repeat(BATCH),
             coupled=rule == Rule.COUPLED,
             backend="reference",
-            **own_law,
+            **drawn_with,
         )
         tokens = drawn.tokens.reshape(BATCH, longest)
         if index % 4 == 3 and longest > 1:

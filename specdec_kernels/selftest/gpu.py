@@ -33,8 +33,8 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
     drafted: dict[str, Any] = {"draft_logits": draft, "draft_stats": stats}
     filters: dict[str, Any] = {"top_k": 50, "top_p": 0.9}
     for rule in get_args(RuleName):
-        laws = {} if rule == "coupled" else drafted
-        plain = partial(verify_chain, target, tokens, **laws, **keys, rule=rule, temperature=0.7)
+        options = {} if rule == "coupled" else drafted
+        plain = partial(verify_chain, target, tokens, **options, **keys, rule=rule, temperature=0.7)
         yield f"verify_chain {rule}", plain
         yield f"verify_chain {rule} filtered", partial(plain, **filters)
         workspace = torch.zeros(verify_chain_workspace(BATCH, DRAFTS, VOCAB), dtype=torch.uint8, device=device)

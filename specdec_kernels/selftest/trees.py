@@ -79,9 +79,12 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
             torch.randint(0, 7, (BATCH,), generator=generator)
         ]
         heat = torch.tensor([1.0, 0.6, 0.0])[torch.randint(0, 3, (BATCH,), generator=generator)]
-        own_law: dict[str, Any] = {"temperature": heat.repeat_interleave(nodes)}
+        options: dict[str, Any] = {"temperature": heat.repeat_interleave(nodes)}
         if kind == "statistics":
-            own_law = {"temperature": temperature.repeat_interleave(nodes), "top_k": rng.choice([None, vocab // 2 + 1])}
+            options = {
+                "temperature": temperature.repeat_interleave(nodes),
+                "top_k": rng.choice([None, vocab // 2 + 1]),
+            }
         first = (parents[:, None, :] < torch.arange(nodes)[:, None]).sum(-1) - 1  # node - 1 of the first child
         how: ChildrenName = "top" if kind == "point mass" else "race" if rule == TreeRule.COUPLED else siblings
         drawn = sample_children(
@@ -92,14 +95,14 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
             position=position.repeat_interleave(nodes),
             row=first.clamp(min=0).flatten(),
             backend="reference",
-            **own_law,
+            **options,
         )
         drawn_tokens = drawn.tokens.reshape(BATCH, nodes, WIDEST)
         tokens = torch.full((BATCH, nodes), -1)
         for b in range(BATCH):
             for node in range(1, nodes):
                 up = int(parents[b, node])
-                if up >= 0:  # a law that has no more children to give gets one it does not know
+                if up >= 0:  # a distribution that has no more children to give gets one it does not know
                     place = int((parents[b, 1:node] == up).sum())
                     tokens[b, node] = drawn_tokens[b, up, place].clamp(min=0)
         if index % 11 == 5:

@@ -169,10 +169,10 @@ class Acceptance:
 
     def gains(self, most: int) -> list[tuple[float, float]]:
         """Expected accepted drafts that the first, second, ... place adds, and its siblings."""
-        gains, reach = [], 1.0
+        gains, path_prob = [], 1.0
         for accepted, beside in zip(self._chain.expected(most), self._beside.expected(most), strict=True):
-            gains.append((reach * accepted, reach * beside))
-            reach *= accepted
+            gains.append((path_prob * accepted, path_prob * beside))
+            path_prob *= accepted
         return gains
 
 

@@ -32,7 +32,7 @@ LEAST_CHANCE = 0.35
 
 @dataclass(frozen=True)
 class Growth:
-    """How a tree grows. None of it changes the law of the text, only its speed.
+    """How a tree grows. None of it changes the distribution of the text, only its speed.
 
     Raises:
         ValueError: a value out of its range.

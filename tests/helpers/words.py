@@ -1,0 +1,109 @@
+"""What is not to be written, and what the field says instead; see CONTRIBUTING.md, "Words".
+
+    python tests/helpers/words.py  # part of `make lint`
+
+Words of the table that are ordinary English elsewhere (text, place, room, look, held, taken, given, direct, found,
+above, enter) only a reader can judge: they are not here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Words, in prose or inside of identifiers, and what to write.
+WORDS = {
+    "law": "distribution",
+    "laws": "distributions",
+    "coin": "uniform",
+    "coins": "uniforms",
+    "reach": "path_prob, the acceptance probability of the path",
+    "team": "block, cluster or group of threads",
+    "teams": "blocks, clusters or groups of threads",
+    "straight": "fast path, native entry point",
+    "edits": "logit adjustments",
+    "edited": "with logit adjustments",
+    "recall": "load_state",
+    "remember": "store_state",
+    "cooling": "temperature_scale",
+}
+#: Names and phrases as they stand, and what to write.
+EXACTLY = {
+    r"[Ee]mitted token": "bonus token, recovered token",
+    r"\bAside\b(?! from)": "CallerTask",
+    r"\bOutlook\b": "PrefetchHint",
+    r"\bTaken\b": "ArgumentChecker",
+    "some_large": "estimate_max",
+    "one_by_one": "verify_token_rule",
+    "all_together": "verify_block_rule",
+    "pays_ahead": "should_precompute",
+    "counters_at_rest": "zeroed_counters",
+    "largest_reaching": "threshold_for_mass",
+    "RuleDrafter": "CallableDrafter",
+    "LookupDrafter": "NGramDrafter",
+    "FirstOf": "FallbackDrafter",
+    r"\bDrafting\(": "DraftConfig",
+    r"\bhow=": "method=",
+    r"\bindependent=": "count_independent=",
+    r"(?<!_)\b(repetition|presence|frequency)=": "repetition_penalty, presence_penalty, frequency_penalty",
+    r"\bkeep_path\b": "commit_path",
+    "gone down to": "visited, evaluated",
+    r"\bas ever\b|nobody waits for anybody|held to its word": "what happens, in one plain sentence",
+}
+#: Where they are still found. This can only shrink: what is clean has to leave the list.
+REMAINING = (
+    "CMakeLists.txt", "csrc/common", "csrc/cpu", "csrc/cuda", "csrc/native", "docs/development.md", "docs/modules.md",
+    "specdec_kernels/_native.pyi", "specdec_kernels/lossy.py", "specdec_kernels/ops", "specdec_kernels/oracle",
+    "specdec_kernels/reference", "tests", "triton_kernels",
+)  # fmt: skip
+
+
+def patterns() -> dict[re.Pattern[str], str]:
+    """What to look for, and what to write."""
+    words = {
+        rf"(?:(?<![A-Za-z])[{word[0].upper()}{word[0]}]|(?<=[a-z]){word[0].upper()}){word[1:]}(?![a-z])": instead
+        for word, instead in WORDS.items()
+    }
+    return {re.compile(pattern): instead for pattern, instead in (words | EXACTLY).items()}
+
+
+def found(text: str) -> Iterator[tuple[int, str, str]]:
+    """(line, word, what to write) of each in a text."""
+    looked_for = patterns()
+    for number, line in enumerate(text.splitlines(), 1):
+        for pattern, instead in looked_for.items():
+            for match in pattern.finditer(line):
+                yield number, match[0], instead
+
+
+def files() -> Iterator[Path]:
+    """Everything that is written here, but for this and for what models are asked."""
+    suffixes = (".py", ".pyi", ".md", ".h", ".cpp", ".cu", ".toml")
+    for path in sorted(path for path in ROOT.rglob("*") if path.suffix in suffixes or path.name == "CMakeLists.txt"):
+        inside = path.relative_to(ROOT)
+        elsewhere = any(part.startswith(".") or part in ("build", "results", "data") for part in inside.parts)
+        elsewhere |= any((ROOT / folder).is_symlink() for folder in inside.parents)
+        if not elsewhere and inside.name not in ("words.py", "prompts.py"):
+            yield inside
+
+
+def complaints() -> list[str]:
+    """A line for each word where none should be, and for each folder that has none any more."""
+    wrong, unclean = [], set()
+    for path in files():
+        remaining = next((each for each in REMAINING if path.is_relative_to(each)), None)
+        for number, word, instead in found((ROOT / path).read_text()):
+            unclean.add(remaining)
+            if remaining is None:
+                wrong.append(f"{path}:{number}: {word!r}: write {instead}")
+    clean = [each for each in REMAINING if each not in unclean]
+    return wrong + [f"{each} is clean: take it off the list in tests/helpers/words.py" for each in clean]
+
+
+if __name__ == "__main__":
+    print(*(said := complaints()), sep="\n")
+    sys.exit(bool(said))
