@@ -24,10 +24,10 @@ from specdec_kernels.cli.models import (
     model_path,
     target_path,
 )
-from specdec_kernels.cli.text_stream import TextStream
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN, REJECTED, Watched, picture
 from specdec_kernels.decode import Statistics, Target, Token, TransformersTarget, stream
 from specdec_kernels.decode.requests import make_requests
+from specdec_kernels.decode.text_stream import TextStream
 from specdec_kernels.ops import RuleName
 
 #: Drafts a step at most where their number is chosen step by step, and of a tree.

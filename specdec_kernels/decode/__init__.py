@@ -21,8 +21,11 @@ with brought_by("decode"):
     from specdec_kernels.decode.static import StaticTarget
     from specdec_kernels.decode.statistics import Statistics
     from specdec_kernels.decode.targets import TransformersTarget
+    from specdec_kernels.decode.text import Completion, Continuation, SamplingParams, TextGenerator
 
 __all__ = [
+    "Completion",
+    "Continuation",
     "Draft",
     "Drafter",
     "DrafterSession",
@@ -31,6 +34,7 @@ __all__ = [
     "Grammar",
     "JoinableSession",
     "Sampling",
+    "SamplingParams",
     "Scheduler",
     "Scores",
     "StaticTarget",
@@ -39,6 +43,7 @@ __all__ = [
     "Submission",
     "Target",
     "TargetSession",
+    "TextGenerator",
     "Token",
     "TransformersTarget",
     "TreeDraft",

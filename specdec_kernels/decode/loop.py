@@ -88,7 +88,6 @@ class Options:
     rule: RuleName
     logprobs: bool
     backend: BackendName | None
-    stop_tokens: frozenset[int]
     stop_when: StopWhen | None
     max_rows: int | None = None
     """Rows of a step at most, of all requests together, as long as each has one."""
@@ -114,6 +113,7 @@ def stream(
     drafter: Drafter | None = None,
     num_draft: int = 4,
     max_new_tokens: int | Sequence[int] = 128,
+    min_new_tokens: int | Sequence[int] = 0,
     seed: int | Sequence[int | None] | None = None,
     stop_tokens: Collection[int] | None = None,
     stop_when: StopWhen | None = None,
@@ -143,6 +143,7 @@ def stream(
         drafter: see :mod:`specdec_kernels.decode.drafters`; ``None`` decodes plainly, one token a step.
         num_draft: drafts a step at most; of a tree, its nodes beside the root.
         max_new_tokens: one for all requests, or a list with one each.
+        min_new_tokens: likewise; before so many no stop token can be drawn.
         seed: in [-2^63, 2^63), likewise; ``None`` draws one.
         stop_tokens: ids that end a request; the id itself is the last token yielded. ``None``: the model's own end
             tokens; ``()``: none.
@@ -166,13 +167,13 @@ def stream(
     """
     check_parties(target, drafter)
     stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
-    options = Options(num_draft, rule, logprobs, backend, stops, stop_when)
+    options = Options(num_draft, rule, logprobs, backend, stop_when)
     sampling = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "grammar": grammar,
     }  # fmt: skip
-    requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling)
+    requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling, stops, min_new_tokens)
     if not requests:
         return iter(())
     loop = Loop(target, drafter, options, Statistics() if statistics is None else statistics)
@@ -188,6 +189,7 @@ def generate(
     drafter: Drafter | None = None,
     num_draft: int = 4,
     max_new_tokens: int | Sequence[int] = 128,
+    min_new_tokens: int | Sequence[int] = 0,
     seed: int | Sequence[int | None] | None = None,
     stop_tokens: Collection[int] | None = None,
     stop_when: StopWhen | None = None,
@@ -245,7 +247,7 @@ class _Outcome(NamedTuple):
     """The row that each request's last token was drawn from."""
     valid: list[bool]
     masks: Tensor | None
-    """What grammars allowed after each row, on the CPU."""
+    """What was allowed to follow each row, on the CPU."""
     proposed: list[tuple[int, int]]
     """Of each request (drafts, how deep they go)."""
 
@@ -289,7 +291,7 @@ class Loop:
 
     def admit(self, requests: list[Request], target: TargetSession, drafter: DrafterSession | None) -> None:
         """Go on with these requests, whose prompts were read; not yet with any others."""
-        self._batch = Batch(requests, self._vocab, self._device, self._options.stop_tokens)
+        self._batch = Batch(requests, self._vocab, self._device)
         self._target, self._drafter = target, drafter
         self._stepping = target if isinstance(target, SteppingSession) else None
 
@@ -299,7 +301,7 @@ class Loop:
             joinable(self._target).join(target)
             if self._drafter is not None:
                 joinable(self._drafter).join(drafter)
-            self._batch = Batch([*self.requests, *requests], self._vocab, self._device, self._options.stop_tokens)
+            self._batch = Batch([*self.requests, *requests], self._vocab, self._device)
 
     def __iter__(self) -> Iterator[Token]:
         while self._batch.requests:
@@ -348,7 +350,7 @@ class Loop:
             self._statistics.emitted += 1
             ended: Ending = ""
             stop_when = self._options.stop_when
-            if token in self._options.stop_tokens or (stop_when and stop_when(request.index, request.generated)):
+            if token in request.stop_tokens or (stop_when and stop_when(request.index, request.generated)):
                 ended = "stop"
             elif request.remaining == 0:
                 ended = "length"
@@ -407,7 +409,7 @@ class Loop:
         counts = draft.counts
         assert counts is not None, "they were counted"
         masks = None
-        if self._batch.has_grammars:
+        if self._batch.has_masks:
             chain = TreeDraft.of(draft)
             masks = self._batch.masks(chain.tokens.tolist(), chain.parents.tolist())
         how = {"rule": self._options.rule, "draft_temperature": draft.temperature}
@@ -443,7 +445,7 @@ class Loop:
 
     def _verify_tree(self, draft: TreeDraft, step: Step) -> _Outcome:
         tokens = torch.cat([self._batch.last, draft.tokens[:, 1:]], 1)
-        masks = self._batch.masks(tokens.tolist(), draft.parents.tolist()) if self._batch.has_grammars else None
+        masks = self._batch.masks(tokens.tolist(), draft.parents.tolist()) if self._batch.has_masks else None
         with self._statistics.timed("target"):
             scores = self._target.score_tree(tokens, draft.parents)
         with self._statistics.timed("verify"):

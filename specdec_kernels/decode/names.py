@@ -13,6 +13,8 @@ Returned = TypeVar("Returned")
 _MEANT = {
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "min_length": "min_new_tokens",
     "eos_token_id": "stop_tokens",
     "stop_token_ids": "stop_tokens",
     "stop": "stop_tokens (token ids)",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +81,8 @@ class Request:
     seed: int
     max_new_tokens: int
     sampling: Sampling
+    stop_tokens: frozenset[int] = frozenset()
+    min_new_tokens: int = 0
     generated: list[int] = field(default_factory=list)
 
     @property
@@ -94,7 +97,13 @@ class Request:
 
 
 def make_requests(
-    prompts: Any, vocab: int, seed: Any, max_new_tokens: Any, sampling: Mapping[str, Any]
+    prompts: Any,
+    vocab: int,
+    seed: Any,
+    max_new_tokens: Any,
+    sampling: Mapping[str, Any],
+    stop_tokens: frozenset[int] = frozenset(),
+    min_new_tokens: Any = 0,
 ) -> list[Request]:
     """Check the arguments of a batch, each one for all or a list, and make its requests.
 
@@ -113,21 +122,25 @@ def make_requests(
     count = len(histories)
     columns = {name: _each(name, value, count) for name, value in sampling.items()}
     seeds, limits = _each("seed", seed, count), _each("max_new_tokens", max_new_tokens, count)
+    least = _each("min_new_tokens", min_new_tokens, count)
     made = []
-    for index, (own_seed, limit) in enumerate(zip(seeds, limits, strict=True)):
+    for index, (own_seed, limit, at_least) in enumerate(zip(seeds, limits, least, strict=True)):
         if own_seed is None:
             own_seed = secrets.randbits(63)
         if isinstance(own_seed, bool) or not isinstance(own_seed, int):
             raise TypeError(f"seed must be an int, a list of int, or None, got {own_seed!r}")
         if not -(1 << 63) <= own_seed < 1 << 63:
             raise ValueError(f"seed must be in [-2^63, 2^63), got {own_seed}")
-        if isinstance(limit, bool) or not isinstance(limit, int):
-            raise TypeError(f"max_new_tokens must be an int or a list of int, got {limit!r}")
+        for name, value in (("max_new_tokens", limit), ("min_new_tokens", at_least)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int or a list of int, got {value!r}")
         if limit < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+        if not 0 <= at_least <= limit:
+            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {limit}], got {at_least}")
         own = Sampling(**{name: column[index] for name, column in columns.items()})
         ids_of("logit_bias", own.logit_bias, vocab)
-        made.append(Request(index, histories[index], own_seed, limit, own))
+        made.append(Request(index, histories[index], own_seed, limit, own, stop_tokens, at_least))
     return made
 
 
@@ -143,9 +156,9 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
 class Batch:
     """The requests that go on, and what the operators are told of them, on the target's device."""
 
-    def __init__(self, requests: list[Request], vocab: int, device: torch.device, stop_tokens: Collection[int]) -> None:
+    def __init__(self, requests: list[Request], vocab: int, device: torch.device) -> None:
         self.requests = requests
-        self._vocab, self._device, self._stop_tokens = vocab, device, stop_tokens
+        self._vocab, self._device = vocab, device
         self.seed = to_device([request.seed for request in requests], torch.int64, device)
         self.position = to_device([request.position for request in requests], torch.int64, device)
         """Tokens of each request so far."""
@@ -189,26 +202,37 @@ class Batch:
         return self._fixed if masks is None else {**self._fixed, "bitmask": masks.to(self._device, non_blocking=True)}
 
     @property
-    def has_grammars(self) -> bool:
+    def has_masks(self) -> bool:
         """Whether what may follow must be asked for every row."""
-        return any(request.sampling.grammar is not None for request in self.requests)
+        return any(map(_is_masked, self.requests))
 
     def masks(self, tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Tensor:
-        """What the grammars allow after each node, int32 [B, N, ceil(V/32)]; everything after a node that is not
-        allowed, since it is rejected, and after a stop token, since nothing follows."""
+        """What may follow each node, int32 [B, N, ceil(V/32)]: what the grammars allow, and no stop token before the
+        least number of tokens is there; anything after a node that is not allowed, since it is rejected, and after a
+        stop token, since nothing follows."""
         words = -(-self._vocab // 32)
         masks = torch.full((len(tokens), len(tokens[0]), words), -1, dtype=torch.int32, device=CPU)
         for slot, request in enumerate(self.requests):
-            if (grammar := request.sampling.grammar) is None:
+            if not _is_masked(request):
                 continue
             histories: dict[int, list[int]] = {0: list(request.generated)}
-            masks[slot, 0] = allowed(grammar, histories[0], self._vocab)
+            masks[slot, 0] = self._allowed(request, histories[0])
             for node, (token, up) in enumerate(zip(tokens[slot], parents[slot], strict=True)):
-                ended = node == 0 or up not in histories or token in self._stop_tokens
+                ended = node == 0 or up not in histories or token in request.stop_tokens
                 if not ended and int(masks[slot, up, token // 32]) >> token % 32 & 1:
                     histories[node] = [*histories[up], token]
-                    masks[slot, node] = allowed(grammar, histories[node], self._vocab)
+                    masks[slot, node] = self._allowed(request, histories[node])
         return masks
+
+    def _allowed(self, request: Request, history: Sequence[int]) -> Tensor:
+        """What may follow a history of a request that is masked."""
+        if (grammar := request.sampling.grammar) is None:
+            mask = bits_of(range(self._vocab), self._vocab)
+        else:
+            mask = allowed(grammar, history, self._vocab)
+        if len(history) < request.min_new_tokens:
+            mask &= ~bits_of(request.stop_tokens, self._vocab)
+        return mask
 
     def advance(self, tokens: Tensor, num_accepted: Tensor, new: Sequence[Sequence[int]]) -> None:
         """Go on behind what was verified: ``tokens [B, R]``, of each request the first ``num_accepted[b] + 1``, which
@@ -227,6 +251,18 @@ class Batch:
         if self._counts is not None:
             self._counts.select(slots)
         self._collect()
+
+
+def _is_masked(request: Request) -> bool:
+    """Whether anything is kept from following it, as far as it has come."""
+    return request.sampling.grammar is not None or len(request.generated) < request.min_new_tokens
+
+
+def bits_of(ids: Iterable[int], vocab: int) -> Tensor:
+    """A mask of these ids, int32 [ceil(V/32)]; what is no id of the vocabulary is left out."""
+    bits = np.zeros(-(-vocab // 32) * 32, dtype=np.uint8)
+    bits[[token for token in ids if token < vocab]] = 1
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
 
 
 def allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:

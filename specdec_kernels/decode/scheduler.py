@@ -50,6 +50,9 @@ class Submission:
         """Whether no more tokens will come than those not read yet: finished, cancelled or failed."""
         self.acceptance = Acceptance()
         """What became of its drafts, once it is done."""
+        self.prompt_logprobs: list[float] = []
+        """Of every token of the prompt, nan for the first, under the target's own distribution (temperature 1, nothing
+        filtered); where they were requested, once the prompt was read."""
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -110,7 +113,7 @@ class _Waiting:
     """A request in the queue: the highest priority first, and of one priority the first that came."""
 
     order: tuple[float, int]
-    submission: Submission = field(compare=False)
+    prompt: _Prompt = field(compare=False)
 
 
 class Scheduler:
@@ -122,7 +125,7 @@ class Scheduler:
     number of threads or tasks, one at a time.
 
     Args:
-        target, drafter, num_draft, rule, logprobs, stop_tokens, statistics, backend: as of
+        target, drafter, num_draft, rule, logprobs, statistics, backend: as of
             :func:`~specdec_kernels.decode.stream`. To have fewer drafts the more requests there are, down to none, let
             the drafter be an :class:`~specdec_kernels.decode.drafters.AdaptiveDrafter`. A drafter that raises an error
             costs its drafts: that is warned of, and the requests that run then are decoded without.
@@ -157,7 +160,6 @@ class Scheduler:
         chunk: int = 512,
         rule: RuleName = "token",
         logprobs: bool = False,
-        stop_tokens: Collection[int] | None = None,
         statistics: Statistics | None = None,
         backend: BackendName | None = None,
     ) -> None:
@@ -171,9 +173,8 @@ class Scheduler:
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
         self._target, self._drafter = target, drafter
-        self._options = Options(num_draft, rule, logprobs, backend, stops, self._stops, max_rows)
+        self._options = Options(num_draft, rule, logprobs, backend, self._stops, max_rows)
         self.statistics = Statistics() if statistics is None else statistics
         self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
         self._lock = threading.RLock()
@@ -189,42 +190,80 @@ class Scheduler:
         *,
         sampling: Sampling = Sampling(),
         max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
         seed: int | None = None,
+        stop_tokens: Collection[int] | None = None,
         stop_when: StopWhen | None = None,
         priority: float = 0,
+        prompt_logprobs: bool = False,
     ) -> Submission:
         """Queue a request.
 
         Args:
             prompt: token ids, at least one.
-            sampling, max_new_tokens, seed, stop_when: as of :func:`~specdec_kernels.decode.stream`.
+            sampling, max_new_tokens, min_new_tokens, seed, stop_tokens, stop_when: as of
+                :func:`~specdec_kernels.decode.stream`.
             priority: those of the highest are read first; of one priority, those that came first.
+            prompt_logprobs: note the log-probabilities of the prompt's tokens.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
             queue.Full: ``max_waiting`` requests wait already.
         """
+        named = {key: value for key, value in locals().items() if key not in ("self", "prompt", "seed", "stop_when")}
+        return self.submit_samples(prompt, [seed], stop_when=[stop_when], **named)[0]
+
+    def submit_samples(
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int | None],
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        stop_tokens: Collection[int] | None = None,
+        stop_when: Sequence[StopWhen | None] | None = None,
+        priority: float = 0,
+        prompt_logprobs: bool = False,
+    ) -> list[Submission]:
+        """Queue several continuations of one prompt, one for each seed; the target reads the prompt once.
+
+        Arguments and errors as of :meth:`submit`, but for a list of ``stop_when``, one for each seed. They start
+        together, so there must be slots for all.
+        """
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
         if isinstance(priority, bool) or not isinstance(priority, (int, float)) or priority != priority:
             raise TypeError(f"priority must be a number, got {priority!r}")
-        each = {item.name: [getattr(sampling, item.name)] for item in fields(sampling)}
-        (request,) = make_requests([prompt], self._target.vocab_size, seed, max_new_tokens, each)
+        if not 0 < len(seeds) <= self._max_requests:
+            raise ValueError(
+                f"seeds must be at least one, and no more than max_requests={self._max_requests}, got {len(seeds)}"
+            )
+        count = len(seeds)
+        each = {item.name: [getattr(sampling, item.name)] * count for item in fields(sampling)}
+        stops = self._target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
+        vocab = self._target.vocab_size
+        requests = make_requests([prompt] * count, vocab, list(seeds), max_new_tokens, each, stops, min_new_tokens)
         with self._lock:
             if self._max_waiting is not None and len(self._queue) >= self._max_waiting:
                 raise queue.Full(f"max_waiting={self._max_waiting} requests wait already")
-            request.index = self._submitted
-            self._submitted += 1
-            submission = Submission(self, request, stop_when)
-            if sampling.grammar is not None:
-                request.sampling = replace(sampling, grammar=partial(self._allowed, submission, sampling.grammar))
-            heapq.heappush(self._queue, _Waiting((-priority, request.index), submission))
-            return submission
+            order = -priority, self._submitted
+            submissions = []
+            for request, ends in zip(requests, stop_when or [None] * count, strict=True):
+                request.index = self._submitted
+                self._submitted += 1
+                submission = Submission(self, request, ends)
+                if sampling.grammar is not None:
+                    request.sampling = replace(sampling, grammar=partial(self._allowed, submission, sampling.grammar))
+                submissions.append(submission)
+            reading = _Prompt(submissions, self._target, self._drafter, prompt_logprobs)
+            heapq.heappush(self._queue, _Waiting(order, reading))
+            return submissions
 
     @property
     def waiting(self) -> int:
         """Requests that are not decoded yet."""
-        return len(self._queue) + (self._reading is not None)
+        return sum(len(prompt.submissions) for prompt in self._unread())
 
     @property
     def running(self) -> int:
@@ -262,9 +301,11 @@ class Scheduler:
             if submission.done:
                 return
             submission.done = True
-            self._queue = [waiting for waiting in self._queue if waiting.submission is not submission]
+            for prompt in self._unread():
+                prompt.submissions = [own for own in prompt.submissions if own is not submission]
+            self._queue = [waiting for waiting in self._queue if waiting.prompt.submissions]
             heapq.heapify(self._queue)
-            if self._reading is not None and self._reading.submission is submission:
+            if self._reading is not None and not self._reading.submissions:
                 self._reading = None
             if submission.request.index in self._running:
                 self._drop([submission])
@@ -312,21 +353,28 @@ class Scheduler:
             submission.fail(error)
             return torch.zeros(-(-self._target.vocab_size // 32), dtype=torch.int32, device=CPU)
 
+    def _unread(self) -> list[_Prompt]:
+        """Prompts that are not decoded from yet."""
+        return [waiting.prompt for waiting in self._queue] + ([self._reading] if self._reading else [])
+
     def _admit(self) -> None:
         """Read what waits, up to a chunk, and have what was read decoded."""
         left = self._chunk
-        while left > 0 and len(self._running) < self._max_requests and (self._reading or self._queue):
+        while left > 0 and (self._reading or self._queue):
+            prompt = self._reading or self._queue[0].prompt
+            if len(self._running) + len(prompt.submissions) > self._max_requests:
+                return
             if self._reading is None:
-                submission = heapq.heappop(self._queue).submission
-                self._reading = _Prompt(submission, self._target, self._drafter)
-            reading = self._reading
+                heapq.heappop(self._queue)
+                self._reading = prompt
             try:
-                left -= max(1, self._read(reading, left))
-                if not reading.done:
+                left -= max(1, self._read(prompt, left))
+                if not prompt.done:
                     return
-                self._start(reading)
+                self._start(prompt)
             except Exception as error:
-                reading.submission.fail(error)
+                for submission in prompt.submissions:
+                    submission.fail(error)
             self._reading = None
 
     def _read(self, prompt: _Prompt, most: int) -> int:
@@ -334,12 +382,14 @@ class Scheduler:
             return prompt.read(most)
 
     def _start(self, prompt: _Prompt) -> None:
-        submission = prompt.submission
-        if not self._running:
-            self._loop.admit([submission.request], prompt.session, self._guarded(prompt))
-        else:
-            self._loop.join([submission.request], prompt.session, self._guarded(prompt))
-        self._running[submission.request.index] = submission
+        requests = [submission.request for submission in prompt.submissions]
+        if len(requests) > 1:
+            with torch.inference_mode():
+                prompt.session.select([0] * len(requests))
+        (self._loop.join if self._running else self._loop.admit)(requests, prompt.session, self._guarded(prompt))
+        for submission in prompt.submissions:
+            submission.prompt_logprobs = prompt.logprobs
+            self._running[submission.request.index] = submission
 
     def _guarded(self, prompt: _Prompt) -> DrafterSession | None:
         if self._drafter is None:
@@ -349,10 +399,14 @@ class Scheduler:
 
 
 class _Prompt:
-    """A prompt that is read in pieces."""
+    """A prompt that is read in pieces, and the requests that go on from it."""
 
-    def __init__(self, submission: Submission, target: Target, drafter: Drafter | None) -> None:
-        self.submission, self._target = submission, target
+    def __init__(
+        self, submissions: list[Submission], target: Target, drafter: Drafter | None, with_logprobs: bool
+    ) -> None:
+        self.submissions, self._target, self._with_logprobs = submissions, target, with_logprobs
+        self.request = submissions[0].request  # but for their seeds they are alike
+        self.logprobs: list[float] = [float("nan")] if with_logprobs else []
         self._layers = () if drafter is None else drafter.feature_layers
         self._features: list[Tensor] = []
         self._read = 0
@@ -367,7 +421,7 @@ class _Prompt:
     @property
     def done(self) -> bool:
         """Whether all but the last token was read."""
-        return self._session is not None and self._read == len(self.submission.request.prompt) - 1
+        return self._session is not None and self._read == len(self.request.prompt) - 1
 
     @property
     def features(self) -> Tensor | None:
@@ -376,20 +430,25 @@ class _Prompt:
 
     def read(self, most: int) -> int:
         """Read up to so many tokens more. How many it was."""
-        request = self.submission.request
-        count = min(most, len(request.prompt) - 1 - self._read)
+        prompt = self.request.prompt
+        count = min(most, len(prompt) - 1 - self._read)
         features = None
         if self._session is None:
-            rest = len(request.prompt) - 1 - count
+            if self._with_logprobs:  # what a session reads as it begins, it gives no scores of
+                count = 0
+            rest = len(prompt) - 1 - count
             self._session = self._target.begin(
-                [request.prompt[: count + 1]], [request.max_new_tokens + rest], self._layers
+                [prompt[: count + 1]], [self.request.max_new_tokens + rest], self._layers
             )
             joinable(self._session)
             features = self._session.features
         elif count:
-            tokens = to_device([request.prompt[self._read : self._read + count]], torch.int64, self._target.device)
-            features = self._session.score(tokens, [count]).features
+            rows = to_device([prompt[self._read : self._read + count + 1]], torch.int64, self._target.device)
+            logits, features = self._session.score(rows[:, :-1], [count])
             self._session.commit([count])
+            if self._with_logprobs:
+                scores = logits.float().log_softmax(-1).gather(2, rows[:, 1:, None])
+                self.logprobs += scores.flatten().tolist()
         if features is not None:
             self._features.append(features)
         self._read += count
@@ -405,7 +464,9 @@ class _GuardedSession:
         self._attempt("begin", lambda: self._begin(drafter, prompt))
 
     def _begin(self, drafter: Drafter, prompt: _Prompt) -> None:
-        self._session = drafter.begin([prompt.submission.request.prompt], prompt.features)
+        count = len(prompt.submissions)
+        features = None if prompt.features is None else prompt.features.expand(count, -1, -1)
+        self._session = drafter.begin([prompt.request.prompt] * count, features)
 
     def _attempt(self, what: str, call: Any) -> Any:
         try:

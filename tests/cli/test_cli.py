@@ -11,40 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_tokenizers import byte_fallback, byte_level
+from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from specdec_kernels.cli import compare, main, text_stream
+from specdec_kernels.cli import compare, main
 from specdec_kernels.cli import generate as commands
 from specdec_kernels.cli import models as loading
-from specdec_kernels.cli.text_stream import TextStream
-from specdec_kernels.decode import Token
+from specdec_kernels.decode import Token, text_stream
+from specdec_kernels.decode.text_stream import TextStream
 from specdec_kernels.version import __version__
-
-END = "<|end|>"
-
-
-def byte_level():
-    """A token a byte, so that most characters are several."""
-    vocab = {letter: token for token, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
-
-
-def byte_fallback():
-    """Llama's kind: bytes for what has no token, a space before every word but the first."""
-    words = ["▁a", "b", "▁", "."]
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([END])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
 def contracting():

@@ -1,0 +1,222 @@
+"""Texts in, texts out: a scheduler with a tokenizer around it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from specdec_kernels.decode.loop import Ending
+from specdec_kernels.decode.protocols import Drafter, Target
+from specdec_kernels.decode.requests import Sampling
+from specdec_kernels.decode.scheduler import Scheduler, Submission
+from specdec_kernels.decode.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class SamplingParams(Sampling):
+    """How a prompt is continued.
+
+    Fields, beside those of :class:`Sampling`:
+        n: continuations, each with a seed of its own; the target reads the prompt once.
+        max_new_tokens, min_new_tokens: of each continuation; before the least number no stop token can be drawn.
+        stop: strings that end a continuation. None of them, and nothing behind it, is part of the text, unless
+            ``include_stop`` keeps the string itself.
+        stop_tokens: token ids that end it; ``None``: the model's own end tokens.
+        seed: of the first continuation, the others' count on from it; ``None`` draws them.
+        prompt_logprobs: note the log-probabilities of the prompt's tokens.
+
+    Raises:
+        TypeError, ValueError: naming the parameter, what was expected and what came.
+    """
+
+    n: int = 1
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    include_stop: bool = False
+    stop_tokens: Collection[int] | None = None
+    seed: int | None = None
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.n, bool) or not isinstance(self.n, int):
+            raise TypeError(f"n must be an int, got {self.n!r}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+        listed = isinstance(self.stop, (str, Sequence))
+        if not listed or not all(isinstance(stop, str) and stop for stop in self.stops):
+            raise TypeError(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished continuation.
+
+    Fields:
+        text: special tokens left out.
+        tokens: all of them, an end token and those of a stop string too.
+        logprobs: of each token; nan unless the generator was made with ``logprobs=True``.
+        finished: as of :class:`~specdec_kernels.decode.Token`.
+        stop: the stop string that ended it, or ``None``.
+        prompt_logprobs: of each token of the prompt, nan for the first; empty unless requested.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finished: Ending
+    stop: str | None
+    prompt_logprobs: list[float]
+
+
+class Continuation:
+    """One continuation as it is made: an iterator of pieces of text, whole characters each, and an asynchronous one.
+    What may be the beginning of a stop string is held back."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
+        self._tokenizer, self._params = tokenizer, params
+        self._stream = TextStream(tokenizer)
+        self._text, self._shown = "", 0
+        self._pieces: deque[str] = deque()
+        self.stop: str | None = None
+        """The stop string that ended it, once it has."""
+        self.submission: Submission
+        """What it is made of."""
+
+    def ends(self, _: int, tokens: Sequence[int]) -> bool:
+        """Take in one token more; whether a stop string is complete."""
+        self._add(self._stream.add(tokens[-1]))
+        return self.stop is not None
+
+    def _add(self, piece: str) -> None:
+        before, self._text = len(self._text), self._text + piece
+        stops = self._params.stops
+        longest = max(map(len, stops), default=1)
+        found = [(self._text.find(stop, max(0, before - longest + 1)), stop) for stop in stops]
+        if ended := [(place, stop) for place, stop in found if place >= 0]:
+            place, self.stop = min(ended, key=lambda each: each[0] + len(each[1]))
+            self._text = self._text[: place + len(self.stop) * self._params.include_stop]
+            safe = len(self._text)
+        else:
+            begun = (k for k in range(longest - 1, 0, -1) if self._text[-k:] in {stop[:k] for stop in stops})
+            safe = len(self._text) - next((k for k in begun if k <= len(self._text)), 0)
+        self._show(safe)
+
+    def _show(self, end: int) -> None:
+        if end > self._shown:
+            self._pieces.append(self._text[self._shown : end])
+            self._shown = end
+
+    def _ended(self) -> None:
+        if self.stop is None:
+            self._add(self._stream.end())
+            self._show(len(self._text))
+
+    def __iter__(self) -> Iterator[str]:
+        for _ in self.submission:
+            while self._pieces:
+                yield self._pieces.popleft()
+        self._ended()
+        yield from self._pieces
+        self._pieces.clear()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for _ in self.submission:
+            while self._pieces:
+                yield self._pieces.popleft()
+        self._ended()
+        while self._pieces:
+            yield self._pieces.popleft()
+
+    def cancel(self) -> None:
+        """End it where it is."""
+        self.submission.cancel()
+
+    def result(self) -> Completion:
+        """The whole of it, once it has ended."""
+        made = self.submission.result()
+        self._ended()
+        return Completion(
+            self._text, made.tokens, made.logprobs, made.finished, self.stop, self.submission.prompt_logprobs
+        )
+
+
+class TextGenerator:
+    """Continues texts: a :class:`~specdec_kernels.decode.Scheduler` with a tokenizer around it.
+
+    Args:
+        target, drafter: of the scheduler.
+        tokenizer: of transformers.
+        options: of the scheduler.
+
+    Example::
+
+        generator = TextGenerator(TransformersTarget(model), tokenizer, NGramDrafter())
+        params = SamplingParams(temperature=0.7, max_new_tokens=50, stop=["\\n\\n"], n=2)
+        for completion in generator.generate(["Once upon a time"], params)[0]:
+            print(completion.text)
+        for piece in generator.submit("Once more", params)[0]:
+            print(piece, end="", flush=True)
+    """
+
+    def __init__(self, target: Target, tokenizer: Any, drafter: Drafter | None = None, **options: Any) -> None:
+        self.tokenizer, self.scheduler = tokenizer, Scheduler(target, drafter, **options)
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams = SamplingParams(), *, priority: float = 0
+    ) -> list[Continuation]:
+        """Queue a prompt.
+
+        Args:
+            prompt: a text, or token ids.
+            params: how to continue it.
+            priority: as of :meth:`Scheduler.submit`.
+
+        Returns:
+            ``params.n`` continuations.
+
+        Raises:
+            TypeError, ValueError, queue.Full: as of :meth:`Scheduler.submit`; stop strings where the tokenizer
+                says nothing of a text before its end.
+        """
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        if params.stops and getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            raise ValueError(f"stop needs a tokenizer of the tokenizers library, got {type(self.tokenizer).__name__}")
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        made = [Continuation(self.tokenizer, params) for _ in range(params.n)]
+        seeds = [None if params.seed is None else params.seed + index for index in range(params.n)]
+        submissions = self.scheduler.submit_samples(
+            tokens,
+            seeds,
+            sampling=Sampling(**{field.name: getattr(params, field.name) for field in fields(Sampling)}),
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+            stop_tokens=params.stop_tokens,
+            stop_when=[continuation.ends for continuation in made],
+            priority=priority,
+            prompt_logprobs=params.prompt_logprobs,
+        )
+        for continuation, submission in zip(made, submissions, strict=True):
+            continuation.submission = submission
+        return made
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    ) -> list[list[Completion]]:
+        """Continue prompts to the end; ``params`` are for all of them, or a list with one each."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params must have one entry for each of the {len(prompts)} prompts, got {len(each)}")
+        submitted = [self.submit(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        return [[continuation.result() for continuation in own] for own in submitted]
