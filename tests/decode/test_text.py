@@ -84,9 +84,10 @@ def test_samples_share_the_reading_of_their_prompt(model):
     prompt = list(LETTERS) * 5
     rows = []
     hook = model.register_forward_pre_hook(lambda *args: rows.append(args[2]["input_ids"].numel()), with_kwargs=True)
-    made = generator(model, max_requests=3, chunk=7).generate([prompt], params(n=3, max_new_tokens=5))[0]
+    texts = TextGenerator(TransformersTarget(model, check=False), TOKENIZER, max_requests=3, chunk=7, rule="coupled")
+    made = texts.generate([prompt], params(n=3, max_new_tokens=5))[0]
     hook.remove()
-    assert sum(rows[:5]) <= len(prompt) + 3 * 6  # once, and a step of all three
+    assert rows == [7, 7, 7, 7, 1, *[3] * 5]  # once, then steps of all three
     for index, completion in enumerate(made):
         alone = generate(
             TransformersTarget(model), [prompt], seed=3 + index, temperature=0.9, max_new_tokens=5, logit_bias=ONLY,
@@ -166,7 +167,7 @@ def test_a_cancelled_text_is_what_there_is(model, whole):
         ({"stop": 7}, TypeError, "stop must be a string"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"min_new_tokens": 50}, ValueError, r"min_new_tokens must be in \[0, max_new_tokens = 40\], got 50"),
-        ({"n": 9}, ValueError, "seeds must be one to max_requests = 8, got 9"),
+        ({"n": 9}, ValueError, "seeds must be at least one, and no more than max_requests=8, got 9"),
     ],
 )
 def test_bad_parameters(model, named, error, message):
