@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
 	requirements-dev.txt
 
-.PHONY: demo test test-long bench docs lint format package versions clean
+.PHONY: demo test test-long peers bench docs lint format package versions clean
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -20,6 +20,11 @@ test: $(STAMP)
 # Thousands of random batches against slow references, which takes the better part of an hour.
 test-long: $(STAMP)
 	SPECDEC_RANDOM_BATCHES=4800 $(BIN)/python -m pytest -n auto tests/decode/test_random_batches.py
+
+# The Python files of vLLM and SGLang, for tests that skip without them: 400 MB to fetch, of which the sources are kept in
+# ~/.cache/specdec-peers or $$SPECDEC_PEERS.
+peers: $(STAMP)
+	$(BIN)/python tests/helpers/peers.py
 
 bench: $(STAMP)
 	$(BIN)/specdec bench

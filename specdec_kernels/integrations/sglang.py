@@ -1,18 +1,26 @@
-"""SGLang's form of trees: linked lists of nodes, and results as indices into the rows of a whole batch.
+"""Verification inside SGLang 0.5.23, a plugin of ``sglang.srt.plugins`` that comes with this package; and its trees.
 
-The names are SGLang's own, with their spelling.
+SGLang's trees are linked lists of nodes, and its results indices into the rows of a whole batch. The names are its own,
+with their spelling.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.ops import validate
-from specdec_kernels.ops.results import VerifiedTree
+from specdec_kernels.integrations.versions import known
+from specdec_kernels.ops import validate, verify_chain
+from specdec_kernels.ops.results import Verified, VerifiedTree
+from specdec_kernels.ops.tree_rules import verify_tree
 from specdec_kernels.ops.trees import tree_links
+
+VERSIONS = ("0.5.23",)
+"""The releases whose interface this was written against."""
 
 
 class SGLangTree(NamedTuple):
@@ -111,3 +119,198 @@ def results(verified: VerifiedTree, retrive_index: Tensor, depth: int) -> SGLang
     predict = torch.zeros(rows.numel() + 1, dtype=torch.int32, device=rows.device)
     predict[index.where(kept, rows.numel())] = verified.tokens.int()
     return SGLangResults(predict[:-1], index[:, :depth].int(), verified.num_accepted)
+
+
+def register() -> None:
+    """Hook the operators into SGLang, which calls this in each of its processes.
+
+    With a release that is not one of :data:`VERSIONS` nothing is changed, and a warning says so.
+    """
+    if not known("sglang", VERSIONS):
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    dspark = "sglang.kernels.ops.speculative.dspark.blockwise_rejection"
+    HookRegistry.register(f"{dspark}.blockwise_rejection_triton", blockwise_rejection, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.speculative.eagle_utils.eagle_sample", eagle_sample, HookType.AROUND)
+
+
+def blockwise_rejection(
+    *,
+    candidates: Tensor,
+    target_logits: Tensor,
+    draft_logits: Tensor | None,
+    target_temperatures: Tensor,
+    draft_temperatures: Tensor,
+    noise: Any,
+    cutoff_verify_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``blockwise_rejection_triton`` of DSpark by :func:`specdec_kernels.verify_chain`, rule ``"token"``.
+
+    Args:
+        candidates: ids [B, K+1]; the first is the last token of the text.
+        target_logits: [B * (K+1), V].
+        draft_logits: [at least B, at least K, Vd], before temperature; None for drafts that are argmaxes. Where Vd < V,
+            what is outside has draft probability 0 and the target's mass there stays.
+        target_temperatures, draft_temperatures: B numbers each.
+        noise: SGLang's ``RejectionNoise``: the key of the server, and a counter on the device that each call advances.
+        cutoff_verify_lens: [B]: candidates that may be kept, the first among them.
+
+    Returns:
+        Accepted drafts int32 [B]; the token behind them int64 [B]; accepted drafts that were cut off int32 [B].
+    """
+    batch, rows = candidates.shape
+    target = target_logits.view(batch, rows, -1)
+    drafts: dict[str, Any] = {}
+    if draft_logits is not None:
+        given, vocab = draft_logits[:batch, : rows - 1], target.shape[2]
+        missing = vocab - given.shape[2]
+        drafts = {
+            "draft_logits": torch.nn.functional.pad(given, (0, missing), value=-torch.inf)
+            if missing > 0
+            else given[..., :vocab],
+            "draft_temperature": draft_temperatures.reshape(-1).float(),
+        }
+    # Requests share the key and differ by their slot, which the position carries beside the step.
+    slot = torch.arange(batch, device=candidates.device)
+    verified = verify_chain(
+        target,
+        candidates[:, 1:],
+        **drafts,
+        seed=noise.key,
+        position=noise.counter * (1 << 20) + slot,
+        temperature=target_temperatures.reshape(-1).float(),
+    )
+    noise.counter.add_(1)
+    accepted = verified.num_accepted
+    kept = accepted if cutoff_verify_lens is None else torch.minimum(accepted, cutoff_verify_lens.to(accepted) - 1)
+    # Where some were cut off, the first of them is the token behind.
+    return kept, verified.tokens.gather(1, kept.long()[:, None])[:, 0], accepted - kept
+
+
+def eagle_sample(
+    original: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    verify_input: Any,
+    batch: Any,
+    logits_output: Any,
+    grammar_mask: Any = None,
+    uno_target_max_top_k: int | None = None,
+    *,
+    watermark_state: Any = None,
+    watermark_full_mask: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``eagle_sample`` from logits: no softmax, no renormalisation, no rows of zeros.
+
+    Chains under ``--speculative-use-rejection-sampling`` by :func:`specdec_kernels.verify_chain`; other trees, which
+    SGLang verifies by the target alone, by rule ``"walk"`` of :func:`specdec_kernels.verify_tree`. ``min_p`` is
+    honoured, which SGLang's own drops here. Requests with seeds have noise of their own; others draw a seed each.
+
+    What this does not do stays with ``original``, SGLang's own: all requests greedy, watermarks, simulated acceptance,
+    acceptance thresholds below 1 (which change the distribution), UNO's sparse sampling.
+
+    Args:
+        original: SGLang's own.
+        verify_input, batch, logits_output, grammar_mask, uno_target_max_top_k, watermark_state, watermark_full_mask: as
+            SGLang's.
+
+    Returns:
+        ``predict`` int32 [B * N], ``accept_lens`` int32 [B], ``accept_index`` int32 [B, D], as SGLang's.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    info, spec = batch.sampling_info, get_spec()
+    if _is_sglangs(verify_input, batch, spec, uno_target_max_top_k, watermark_state):
+        return original(
+            verify_input, batch, logits_output, grammar_mask, uno_target_max_top_k, watermark_state=watermark_state,
+            watermark_full_mask=watermark_full_mask,
+        )  # fmt: skip
+    logits = _adjusted(logits_output.next_token_logits, verify_input.draft_token_num, info, grammar_mask)
+    size, nodes = len(batch.seq_lens), verify_input.draft_token_num
+    rows, candidates = logits.view(size, nodes, -1), verify_input.draft_token.view(size, nodes)
+    seeds = info.sampling_seed
+    settings: dict[str, Any] = {
+        "seed": torch.randint(2**63 - 1, (size,), device=rows.device) if seeds is None else seeds.long(),
+        "position": batch.seq_lens.long(),
+        "temperature": info.temperatures.reshape(-1).float(),
+        "top_k": info.top_ks if info.need_top_k_sampling else None,
+        "top_p": info.top_ps if info.need_top_p_sampling else None,
+        "min_p": info.min_ps if info.need_min_p_sampling else None,
+    }
+    if spec.speculative_use_rejection_sampling:
+        probs = verify_input.draft_probs
+        if probs is None or probs.shape[-1] != rows.shape[-1]:
+            raise ValueError(
+                f"draft_probs must be float32 [B, K, V] with V = {rows.shape[-1]} for rejection sampling, got "
+                f"{validate.describe(probs)}"
+            )
+        normalised = probs.new_tensor([1.0, -torch.inf, 0.0]).expand(*probs.shape[:2], 3)
+        rule = "block" if spec.speculative_use_block_verification else "token"
+        chain = verify_chain(rows, candidates[:, 1:], probs.log(), normalised, rule=rule, **settings)  # type: ignore[arg-type]
+        verified = _as_path(chain)
+    else:
+        parents = to_parents(verify_input.retrieve_next_token, verify_input.retrieve_next_sibling)
+        verified = verify_tree(rows, candidates, parents, rule="walk", **settings)
+    found = results(verified, verify_input.retrieve_index, verify_input.max_tree_depth)
+    _from_first_rank(found)
+    return found.predict, found.accept_token_num + 1, found.accept_index
+
+
+def _is_sglangs(verify_input: Any, batch: Any, spec: Any, max_top_k: int | None, watermark_state: Any) -> bool:
+    """Whether SGLang's own ``eagle_sample`` has to do it."""
+    from sglang.srt.speculative import eagle_utils, spec_utils
+
+    info = batch.sampling_info
+    return bool(
+        batch.forward_mode.is_idle()
+        or spec_utils.SIMULATE_ACC_LEN > 0
+        or (watermark_state is not None and info.has_watermark_candidates)
+        or eagle_utils._verify_uses_greedy(
+            is_all_greedy=info.is_all_greedy,
+            is_cpu=eagle_utils._is_cpu,
+            is_hip=eagle_utils._is_hip,
+            is_xpu=eagle_utils._is_xpu,
+            use_rejection_sampling=spec.speculative_use_rejection_sampling,
+        )
+        or eagle_utils._can_use_sparse_uno_tree_target_sampling(max_top_k, info)
+        or (
+            not spec.speculative_use_rejection_sampling
+            and (spec.speculative_accept_threshold_single < 1 or spec.speculative_accept_threshold_acc < 1)
+        )
+    )
+
+
+def _adjusted(logits: Tensor, nodes: int, info: Any, grammar_mask: Any) -> Tensor:
+    """The rows with what SGLang adds to them, in place: log-probabilities are read from them afterwards."""
+    from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
+    from sglang.srt.utils.async_probe import sanitize_nan_logits
+
+    sanitize_nan_logits(logits, "verify: target model logits")
+    of_nodes = functools.partial(torch.repeat_interleave, repeats=nodes, dim=0)
+    if info.acc_additive_penalties is not None:
+        logits.add_(of_nodes(info.acc_additive_penalties))
+    if info.acc_scaling_penalties is not None:
+        apply_scaling_penalties(logits, of_nodes(info.acc_scaling_penalties))
+    if info.logit_bias is not None:
+        logits.add_(of_nodes(info.logit_bias))
+    if grammar_mask is not None:
+        grammar_mask.apply(logits)
+    return logits
+
+
+def _as_path(chain: Verified) -> VerifiedTree:
+    """A verified chain as the tree of which each node has one child."""
+    slots = torch.arange(chain.tokens.shape[1], dtype=torch.int32, device=chain.tokens.device)
+    nodes = slots.where(slots <= chain.num_accepted[:, None], -1)
+    return VerifiedTree(chain.tokens, nodes, chain.num_accepted, chain.valid, chain.logprobs, chain.raw_logprobs)
+
+
+def _from_first_rank(found: SGLangResults) -> None:
+    """Ranks that share a model go on with the same tokens: their logits may differ in a last bit."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    group = parallel.attn_tp_group if is_dp_attention_enabled() else parallel.tp_group
+    if group.world_size > 1:
+        for result in found:
+            group.broadcast(result, src=0)
