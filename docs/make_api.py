@@ -17,6 +17,7 @@ MODULES = (
     "specdec_kernels.decode",
     "specdec_kernels.decode.drafters",
     "specdec_kernels.integrations.transformers",
+    "specdec_kernels.integrations.vllm",
     "specdec_kernels.integrations.flashinfer",
     "specdec_kernels.integrations.sglang",
     "specdec_kernels.lossy",

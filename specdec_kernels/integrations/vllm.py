@@ -28,13 +28,16 @@ _RULES: dict[str, RuleName] = {"standard": "token", "block": "block"}
 _logger = logging.getLogger(__name__)
 
 
-@functools.cache  # vLLM may call it more than once in a process
 def register() -> None:
     """Put the operators in the place of vLLM's rejection sampler: vLLM calls this in each of its processes.
 
-    With a release that is not one of :data:`VERSIONS` nothing is changed, and a warning says so; likewise with
-    ``VLLM_PLUGINS`` set to other plugins, where vLLM does not call it at all.
+    With a release that is not one of :data:`VERSIONS` nothing is changed, and a warning says so.
     """
+    _register()
+
+
+@functools.cache  # vLLM may load plugins more than once in a process
+def _register() -> None:
     if not known("vllm", VERSIONS):
         return
     from vllm.sampling_params import SamplingParams

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 import json
+import pkgutil
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,13 @@ def test_sglang_results():
         assert predict[rows].tolist() == best[tree, path].tolist()
     assert count.tolist() == [2, 1, 0]
     assert (predict != 0).sum() <= 6
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
+def test_plugins_can_be_loaded_without_their_stacks(group):
+    """The entry points name functions; importing their modules imports no stack."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][group]
+    assert [callable(pkgutil.resolve_name(target)) for target in points.values()] == [True]
 
 
 def test_the_documentation_runs():

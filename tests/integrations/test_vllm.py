@@ -49,10 +49,10 @@ def registered(vllm, monkeypatch):
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(versions.metadata, "version", lambda name: f"{plugin.VERSIONS[-1]}+cu130")
-    plugin.register.cache_clear()
+    plugin._register.cache_clear()
     plugin.register()
     yield vllm
-    plugin.register.cache_clear()
+    plugin._register.cache_clear()
 
 
 class ModelState:
@@ -385,7 +385,7 @@ def test_what_is_left_to_vllm(registered, caplog, changed, state, want, said):
 def test_other_releases_are_left_alone(vllm, monkeypatch, caplog):
     before = vllm.model_states.resolve_model_state_cls, vllm.SamplingParams._validate_spec_decode
     monkeypatch.setattr(versions.metadata, "version", lambda name: "0.34.0")
-    plugin.register.cache_clear()
+    plugin._register.cache_clear()
     with caplog.at_level(logging.WARNING):
         plugin.register()
         plugin.register()
@@ -393,7 +393,7 @@ def test_other_releases_are_left_alone(vllm, monkeypatch, caplog):
         "specdec-kernels changes nothing in vllm 0.34.0: its plugin knows 0.33.0"
     ]
     assert before == (vllm.model_states.resolve_model_state_cls, vllm.SamplingParams._validate_spec_decode)
-    plugin.register.cache_clear()
+    plugin._register.cache_clear()
 
 
 @pytest.mark.parametrize("asked", [{"min_p": 0.1}, {"logit_bias": {1: 2.0}}])
