@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from specdec_kernels.contract import Purpose
-from specdec_kernels.ops import noise_words, validate, verify_chain
+from specdec_kernels.contract import TILE, Level, Purpose, counter_tag
+from specdec_kernels.ops import noise_words, validate
 from specdec_kernels.ops.backends import BackendName
 
 
@@ -26,8 +27,9 @@ def chain_speculative_sampling(
     """``flashinfer.sampling.chain_speculative_sampling`` on any device, without a seed shared by a batch.
 
     The operators take logits, and whoever has them should call :func:`specdec_kernels.verify_chain`, which reads no
-    row that it need not. Here the drafts are judged by their probabilities alone, 2 K numbers a request; then one row
-    of the residual ``(target - draft)+`` is written, and its logarithm, of [B, V] each, not of [B, K, V].
+    row that it need not. Here the drafts are judged by their probabilities alone, 2 K numbers a request; then the
+    residual ``(target - draft)+`` of one row is written, [B, V] and not [B, K, V], and the one token drawn from its
+    weights as they are, without a logarithm.
 
     Args:
         draft_probs: float32 [B, K, V].
@@ -89,21 +91,43 @@ def chain_speculative_sampling(
 
     every = torch.arange(batch, device=target.device)
     row = target[every, accepted]
-    rejected = (accepted < live.long().cumprod(1).sum(1))[:, None]
+    tiles, sums = _tiles(row)
     if count:
-        residual = (row - draft[every, accepted.clamp(max=count - 1)]).clamp(min=0)
-        empty = residual.sum(1, keepdim=True) == 0  # rounding left nothing: draft and target are the same
-        row = torch.where(rejected & ~empty, residual, row)
-    nothing = torch.empty((batch, 0), dtype=torch.int64, device=target.device)
-    drawn = verify_chain(row.log()[:, None], nothing, seed=seeds, position=position, backend=backend)
+        left, left_sums = _tiles((row - draft[every, accepted.clamp(max=count - 1)]).clamp_(min=0))
+        # Where rounding left nothing, draft and target are the same.
+        rejected = ((accepted < live.long().cumprod(1).sum(1)) & (left_sums.sum(1) != 0))[:, None]
+        sums = left_sums.where(rejected, sums)
+    tile = _race(sums, Level.TILE, seeds, position, backend)
+    weights = tiles[every, tile]
+    if count:
+        weights = left[every, tile].where(rejected, weights)
+    drawn = tile * TILE + _race(weights.double(), Level.TOKEN, seeds, position, backend)
+    total = sums.sum(1)
+    usable = total.isfinite() & (total > 0)
 
     tokens = torch.nn.functional.pad(ids, (0, 1), value=-1)
     index = torch.arange(count + 1, device=target.device)
     tokens = tokens.masked_fill(index >= accepted[:, None], -1)
-    tokens[every, accepted] = torch.where(drawn.valid, drawn.tokens[:, 0], -1)
+    tokens[every, accepted] = drawn.where(usable, -1)
     counters[0] += accept.sum(1)
     counters[1] += accepted
     return tokens.int(), counters[0], counters[1]
+
+
+def _tiles(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[B, V]`` in tiles ``[B, T, TILE]``, and the sum of each tile, float64."""
+    missing = -weights.shape[1] % TILE
+    tiles = (functional.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, TILE))
+    return tiles, tiles.sum(2, dtype=torch.float64)
+
+
+def _race(weights: Tensor, level: Level, seed: Tensor, position: Tensor, backend: BackendName | None) -> Tensor:
+    """One level of the two-level race of the token that follows the drafts (docs/noise.md): indices [B]."""
+    count = weights.shape[1]
+    tag = counter_tag(Purpose.TARGET, level)
+    words = noise_words(seed, position, tag, counters=-(-count // 4), backend=backend)[:, :count]
+    arrivals = -torch.log1p(-(words.double() + 0.5) * 2.0**-32) / weights
+    return arrivals.where(weights > 0, torch.inf).argmin(1)
 
 
 def _uniform(seed: Tensor, position: Tensor, row: int, backend: BackendName | None) -> Tensor:

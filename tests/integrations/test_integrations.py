@@ -13,6 +13,7 @@ import pytest
 import torch
 from distributions import g_test, limit
 from tiny import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_kernels import tree_links, verify_chain, verify_tree
 from specdec_kernels.integrations import sglang
@@ -59,6 +60,38 @@ def test_flashinfer_accepts_as_verify_chain_does(dtype):
     # Case 21: those kept are among those that would be accepted by themselves, and no more than were proposed.
     assert (emitted <= independent).all()
     assert (independent <= K).all()
+
+
+@pytest.mark.parametrize("vocab", [V, 384])
+@pytest.mark.parametrize("drafts", [K, 0])
+def test_flashinfer_draws_as_the_operators_do(vocab, drafts):
+    """The last token is what an operator draws from the row that is left, whose logarithm is not needed for it."""
+    torch.manual_seed(2)
+    target = (torch.randn(B, drafts + 1, vocab) * 2).softmax(-1)
+    draft = (target[:, :drafts].log() + torch.randn(B, drafts, vocab) * 0.7).softmax(-1)
+    ids = draft.argmax(-1)
+    seed, every = torch.arange(B), torch.arange(B)
+    with NoLogarithms(B * vocab):
+        tokens, _, emitted = chain_speculative_sampling(draft, ids, target, seed=seed, offset=5)
+    row = target[every, emitted]
+    if drafts:
+        left = (row - draft[every, emitted.clamp(max=drafts - 1)]).clamp(min=0)
+        row = left.where((emitted < drafts)[:, None], row)
+        assert {0, drafts} <= set(emitted.tolist())
+    want = verify_chain(row.log()[:, None], ids[:, :0], seed=seed, position=5)
+    assert tokens[every, emitted].tolist() == want.tokens[:, 0].tolist()
+
+
+class NoLogarithms(TorchDispatchMode):
+    """Fails where PyTorch takes the logarithm of so many numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "log" not in func.name() or args[0].numel() < self.size, func.name()
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
