@@ -116,8 +116,8 @@ def verify(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``RejectionSampler._verify`` by :func:`specdec_kernels.verify_chain`, in its ragged form.
 
-    A request's noise is a function of its seed and position alone, however its logits reach the operator: with the
-    parameters inside, or, where ``_needs_copy``, through vLLM's float32 copy.
+    A request's noise is a function of its seed and position alone, whether the operator reads the model's
+    logits, with the parameters inside, or, where ``_needs_copy``, vLLM's float32 copy.
 
     Args:
         sampler: vLLM's ``Sampler``, which has the parameters of each request.

@@ -56,10 +56,10 @@ def sample(
     The draw is an exponential race (Gumbel-max) in two levels, tiles of 128 ids and ids inside the tile, so that it
     costs one exponential per 128 tokens; it is exact, and the same in every backend, batch slot and launch shape.
 
-    The order is: bias, penalties, mask, temperature, top-k, top-p, min-p, as in transformers and vLLM. Top-k keeps what
-    is not below the k-th largest logit. Top-p keeps an id when the ids with larger logits hold less than ``top_p`` of
-    what top-k left. Min-p keeps an id when its probability is at least ``min_p`` of the largest one. Ids with equal
-    logits stay or go together, in all three.
+    The order is: bias, penalties, mask, temperature, top-k, top-p, min-p, as in transformers; vLLM has min-p before
+    top-k, which makes a difference where top-p is on too. Top-k keeps what is not below the k-th largest logit. Top-p
+    keeps an id when the ids with larger logits hold less than ``top_p`` of what top-k left. Min-p keeps an id when its
+    probability is at least ``min_p`` of the largest one. Ids with equal logits stay or go together, in all three.
 
     Args:
         logits: float32, bfloat16 or float16 [R, V]; any row stride; not changed.

@@ -217,7 +217,7 @@ def test_eagle_decides_as_sglangs_kernel(registered, monkeypatch, info, block):
     registered.spec.speculative_use_rejection_sampling = True
     registered.spec.speculative_use_block_verification = block
 
-    def coins(*, sampling_info, seq_lens, **_):
+    def same_uniforms(*, sampling_info, seq_lens, **_):
         seeds = sampling_info.sampling_seed
         rows = [
             [uniforms(seed[None], Purpose.ACCEPT, int(position), row).item() for row in range(K + 1)]
@@ -225,7 +225,7 @@ def test_eagle_decides_as_sglangs_kernel(registered, monkeypatch, info, block):
         ]
         return torch.tensor(rows), torch.rand(B)
 
-    monkeypatch.setattr(registered.eagle, "_verify_coins", coins)
+    monkeypatch.setattr(registered.eagle, "_verify_coins", same_uniforms)
     lengths = []
     for trial in range(3):
         torch.manual_seed(trial)

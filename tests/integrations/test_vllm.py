@@ -177,7 +177,7 @@ COPIED = [
 @pytest.mark.parametrize("requests", [MIXED, MIXED + COPIED], ids=["inside", "copied"])
 def test_the_distribution_is_vllms(registered, monkeypatch, requests, method):
     """The log-probability of each token under the operator's distribution is that under vLLM's processed rows; and
-    what vLLM has nothing to do for reaches the operator as the model wrote it."""
+    what vLLM has nothing to do for is read as the model wrote it."""
     calls = seen_calls(monkeypatch, logprobs=True)
     lengths = [3, 2, 3, 1, 0, 3, 3, 2, 3, 2][: len(requests)]
     engine = Engine(registered, requests, lengths=lengths, dtype=torch.float32, method=method)  # no ties
