@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.integrations.versions import known
+from specdec_kernels.integrations.plugins import fits
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import verify_tree
@@ -124,9 +124,10 @@ def results(verified: VerifiedTree, retrive_index: Tensor, depth: int) -> SGLang
 def register() -> None:
     """Hook the operators into SGLang, which calls this in each of its processes.
 
-    With a release that is not one of :data:`VERSIONS` nothing is changed, and a warning says so.
+    With a release that is not one of :data:`VERSIONS`, or where only the PyTorch reference runs, nothing is changed,
+    and a warning says so.
     """
-    if not known("sglang", VERSIONS):
+    if not fits("sglang", VERSIONS):
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

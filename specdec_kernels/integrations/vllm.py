@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec_kernels.integrations.versions import known
+from specdec_kernels.integrations.plugins import fits
 from specdec_kernels.ops import LogitBias, RuleName, verify_chain
 
 VERSIONS = ("0.33.0",)
@@ -31,14 +31,15 @@ _logger = logging.getLogger(__name__)
 def register() -> None:
     """Put the operators in the place of vLLM's rejection sampler: vLLM calls this in each of its processes.
 
-    With a release that is not one of :data:`VERSIONS` nothing is changed, and a warning says so.
+    With a release that is not one of :data:`VERSIONS`, or where only the PyTorch reference runs, nothing is changed,
+    and a warning says so.
     """
     _register()
 
 
 @functools.cache  # vLLM may load plugins more than once in a process
 def _register() -> None:
-    if not known("vllm", VERSIONS):
+    if not fits("vllm", VERSIONS):
         return
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor

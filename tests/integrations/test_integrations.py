@@ -152,6 +152,11 @@ def test_flashinfer_rows_that_are_no_distribution():
     tokens, _, emitted = chain_speculative_sampling(*halves, seed=1)  # nothing is left of the residual
     assert 0 < emitted.sum() < 64
     assert (tokens[:, 0] >= 0).all()
+    infinite = halves[2].clone()
+    infinite[:, 1, 0] = torch.inf  # in the row behind an accepted draft
+    tokens, _, emitted = chain_speculative_sampling(*halves[:2], infinite, seed=1)
+    assert emitted.any()
+    assert (tokens[emitted > 0] == torch.tensor([0, -1])).all()
 
 
 def test_flashinfer_bad_input():

@@ -14,8 +14,8 @@ from distributions import g_test, limit, uniforms
 from triton.runtime.interpreter import TensorHandle
 
 from specdec_kernels.contract import Purpose
+from specdec_kernels.integrations import plugins
 from specdec_kernels.integrations import sglang as plugin
-from specdec_kernels.integrations import versions
 
 V, K, B = 300, 3, 12
 
@@ -31,7 +31,7 @@ def registered(sglang, monkeypatch):
     """SGLang with the plugin; taken out again afterwards."""
     for module, name in ((sglang.eagle, "eagle_sample"), (sglang.blockwise, "blockwise_rejection_triton")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(versions.metadata, "version", lambda name: plugin.VERSIONS[-1])
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: plugin.VERSIONS[-1])
     vars(sglang.spec).update(
         speculative_use_rejection_sampling=False, speculative_use_block_verification=False,
         speculative_accept_threshold_single=1.0, speculative_accept_threshold_acc=1.0,
@@ -48,7 +48,7 @@ def registered(sglang, monkeypatch):
 
 
 def test_other_releases_are_left_alone(sglang, monkeypatch, caplog):
-    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: "0.6.0")
     sglang.hooks.HookRegistry.reset()
     with caplog.at_level(logging.WARNING):
         plugin.register()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,9 @@ from vllm_peer import GPU
 from vllm_peer import vllm as vllm_of
 
 from specdec_kernels.contract import Purpose
-from specdec_kernels.integrations import versions
+from specdec_kernels.integrations import plugins
 from specdec_kernels.integrations import vllm as plugin
+from specdec_kernels.ops import BACKENDS
 
 V, K, SLOTS = 300, 3, 12
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def registered(vllm, monkeypatch):
         (vllm.InputProcessor, "_validate_params"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(versions.metadata, "version", lambda name: f"{plugin.VERSIONS[-1]}+cu130")
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: f"{plugin.VERSIONS[-1]}+cu130")
     plugin._register.cache_clear()
     plugin.register()
     yield vllm
@@ -384,7 +386,7 @@ def test_what_is_left_to_vllm(registered, caplog, changed, state, want, said):
 
 def test_other_releases_are_left_alone(vllm, monkeypatch, caplog):
     before = vllm.model_states.resolve_model_state_cls, vllm.SamplingParams._validate_spec_decode
-    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.34.0")
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: "0.34.0")
     plugin._register.cache_clear()
     with caplog.at_level(logging.WARNING):
         plugin.register()
@@ -394,6 +396,19 @@ def test_other_releases_are_left_alone(vllm, monkeypatch, caplog):
     ]
     assert before == (vllm.model_states.resolve_model_state_cls, vllm.SamplingParams._validate_spec_decode)
     plugin._register.cache_clear()
+
+
+def test_where_only_the_reference_runs_vllm_is_left_alone(vllm, monkeypatch, caplog):
+    """It is there to be read, not to be fast."""
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: plugin.VERSIONS[-1])
+    unable = {name: replace(backend, reason="not built") for name, backend in BACKENDS.items() if name != "reference"}
+    monkeypatch.setattr(plugins, "BACKENDS", {"reference": BACKENDS["reference"], **unable})
+    with caplog.at_level(logging.WARNING):
+        assert not plugins.fits("vllm", plugin.VERSIONS)
+    assert "backend cpu: not built" in caplog.text
+    monkeypatch.setattr(plugins, "BACKENDS", {**unable, "cpu": BACKENDS["cpu"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plugins.fits("vllm", plugin.VERSIONS)
 
 
 @pytest.mark.parametrize("asked", [{"min_p": 0.1}, {"logit_bias": {1: 2.0}}])
