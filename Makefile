@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
 	requirements-dev.txt
 
-.PHONY: demo test test-long peers bench docs lint format package versions clean
+.PHONY: demo test test-long peers bench docs lint format package versions clean test-llama
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -25,6 +25,11 @@ test-long: $(STAMP)
 # ~/.cache/specdec-peers or $$SPECDEC_PEERS.
 peers: $(STAMP)
 	$(BIN)/python tests/helpers/peers.py
+
+# Against llama.cpp itself, which is compiled from its source first: ten minutes on two cores.
+test-llama: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	$(BIN)/python -m pytest tests/decode/test_llama_cpp.py
 
 bench: $(STAMP)
 	$(BIN)/specdec bench

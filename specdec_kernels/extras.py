@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 #: As in pyproject.toml.
-Extra = Literal["gpu", "decode", "cli", "plots"]
+Extra = Literal["gpu", "decode", "cli", "llama", "plots"]
 
 
 @contextmanager

@@ -163,10 +163,11 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
     """Where two texts part that should be equal, and how close the two tokens were there."""
     first = next(i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b)
     with torch.inference_mode():
-        ids = torch.tensor([session.encode(prompt) + text[:first]], device=session.model.device)
-        scores = session.model(ids, logits_to_keep=1).logits[0, -1].float().cpu()
+        history = session.encode(prompt) + text[:first]
+        last = torch.tensor([history[-1:]], device=session.target.device)
+        scores = session.target.begin([history], [1]).score(last, [1]).logits[0, 0].float().cpu()
     if temperature > 0:
-        scores = _race(scores, temperature, session.settings.seed, ids.shape[1])
+        scores = _race(scores, temperature, session.settings.seed, len(history))
     margin = abs(float(scores[text[first]] - scores[alone[first]]))
     notes.print(
         f"the texts part at token {first}, where what decides (logits, with their noise at a temperature) is "

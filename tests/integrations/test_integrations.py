@@ -7,11 +7,13 @@ import json
 import pkgutil
 import re
 import tomllib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributions import g_test, limit
+from llama_cpp_stand_in import LlamaCpp
 from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -232,14 +234,19 @@ def test_plugins_can_be_loaded_without_their_stacks(group):
 
 
 def test_the_documentation_runs():
+def test_the_documentation_runs(monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
     inputs = {
         "input_ids": torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]),
         "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4]),
     }
     scope = {"model": tiny(1), "assistant": tiny(2), "inputs": {**inputs, "pad_token_id": 0}}
+    monkeypatch.setitem(sys.modules, "llama_cpp", LlamaCpp(tiny(3, vocab=300)))
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").touch()
     for block in blocks:
         exec(block, scope)
+    assert [len(result.tokens) for result in scope["results"]] == [64, 64]
     assert scope["texts"].shape[0] == scope["tokens"].shape[0] == 2
     assert scope["accept_token_num"].shape == (1,)
     record = scope["statistics"].record()
