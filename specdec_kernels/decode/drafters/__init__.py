@@ -4,6 +4,7 @@ from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter, Costs
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.callable import CallableDrafter
 from specdec_kernels.decode.drafters.dynamic_tree import Growth, TreeDrafter
+from specdec_kernels.decode.drafters.eagle3 import Eagle3Drafter
 from specdec_kernels.decode.drafters.fallback import FallbackDrafter
 from specdec_kernels.decode.drafters.feature import FeatureDrafter
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
@@ -17,6 +18,7 @@ __all__ = [
     "CallableDrafter",
     "Costs",
     "DraftConfig",
+    "Eagle3Drafter",
     "FallbackDrafter",
     "FeatureDrafter",
     "FeatureModel",

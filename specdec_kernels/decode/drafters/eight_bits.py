@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.drafters.feature_model import FeatureModel, row_mask
 from specdec_kernels.decode.packed import pack_linear
 from specdec_kernels.ops.backends import BACKENDS
 
@@ -103,7 +103,8 @@ class EightBitModel:
             return wide.float()
         mask = None
         if attention_mask is not None:
-            mask = self.model.mask(attention_mask, rows, cache.keys.shape[2] + rows).contiguous()
+            length = cache.keys.shape[2] + rows
+            mask = row_mask(attention_mask, rows, length, embeddings.device).contiguous()
         inputs = (x.float().contiguous() for x in (embeddings, features))
         outputs, keys, values = torch.ops.specdec.feature_layer(
             *inputs, self._weights, self._scales, self._norm, self._cos, self._sin, position_ids.flatten(),

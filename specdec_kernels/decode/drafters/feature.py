@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,28 @@ from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitM
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.histories import Histories, placed_followers
 from specdec_kernels.decode.tensors import to_device
+
+
+class FeatureReader(Protocol):
+    """What a :class:`FeatureSession` asks of its drafter."""
+
+    config: DraftConfig
+    model_config: Any
+    """Of the network, for its cache."""
+    vocab_size: int
+    """Of the target."""
+    context: int | None
+    shortlist: Tensor
+    """int64 [S], the ids that can be drafted."""
+    embed: Callable[[Tensor], Tensor]
+    forward: Callable[..., Tensor]
+    """Arguments and features as of :meth:`FeatureModel.forward`."""
+    head: Callable[[Tensor], Tensor]
+    """The S logits after each feature."""
+
+    @property
+    def repetitions(self) -> tuple[FeatureModel, dict[int, int]] | None:
+        """What raises the logits of repetitions, and the offset in the short list of each id; None if nothing does."""
 
 
 class FeatureDrafter:
@@ -34,16 +56,21 @@ class FeatureDrafter:
     def __init__(
         self, model: FeatureModel, target: Any, config: DraftConfig = DraftConfig(), eight_bits: bool = False
     ) -> None:
-        self.config, self.network = config, model
+        self.config, self.network, self.model_config = config, model, model.config
         self.feature_layers: Sequence[int] = model.layers
         self.vocab_size, self.context = model_facts.vocab_size(target), model_facts.context_length(target)
-        self.embed = target.get_input_embeddings()
+        self.shortlist = model.shortlist
+        self.embed: Callable[[Tensor], Tensor] = target.get_input_embeddings()
         head = target.get_output_embeddings().weight.detach()[model.shortlist]
         self.forward: Callable[..., Tensor] = EightBitModel(model) if eight_bits else model
         self.head: Callable[[Tensor], Tensor] = (
             EightBitLinear(head) if eight_bits else partial(functional.linear, weight=head)
         )
-        self.offsets = model.offsets()
+        self._offsets = model.offsets()
+
+    @property
+    def repetitions(self) -> tuple[FeatureModel, dict[int, int]] | None:
+        return (self.network, self._offsets) if bool(self.network.repeats.any()) else None
 
     @property
     def siblings(self) -> int:
@@ -54,15 +81,15 @@ class FeatureDrafter:
 
 
 class FeatureSession(AutoregressiveSession):
-    """One stream of a :class:`FeatureDrafter`."""
+    """One stream of a drafter that reads hidden states."""
 
-    def __init__(self, drafter: FeatureDrafter, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        network = drafter.network
-        self._drafter, self._shortlist = drafter, network.shortlist
-        self._histories = Histories(prompts) if bool(network.repeats.any()) else None
+    def __init__(self, drafter: FeatureReader, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
+        self._drafter, self._shortlist = drafter, drafter.shortlist
+        self._repetitions = drafter.repetitions
+        self._histories = None if self._repetitions is None else Histories(prompts)
         super().__init__(
-            drafter.config, network.config, network.shortlist.device, drafter.vocab_size, drafter.context, prompts,
-            features,
+            drafter.config, drafter.model_config, drafter.shortlist.device, drafter.vocab_size, drafter.context,
+            prompts, features,
         )  # fmt: skip
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -81,19 +108,20 @@ class FeatureSession(AutoregressiveSession):
             self._histories.join(other._histories)
 
     def with_repetitions(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
-        if self._histories is None:
+        if self._histories is None or self._repetitions is None:
             return logits
+        network, offsets = self._repetitions
         indices = self._histories.indices
         ahead: list[list[int]] = torch.stack(list(paths), 1).tolist() if paths else [[]] * len(logits)
         rows = len(ahead) // len(indices)
         found = [
             (row, offset, length)
             for row, path in enumerate(ahead)
-            for offset, length in placed_followers(indices[row // rows], path, self._drafter.offsets)
+            for offset, length in placed_followers(indices[row // rows], path, offsets)
         ]
         if not found:
             return logits
-        return self._drafter.network.favour(logits, *to_device(found, torch.int64, logits.device).unbind(1))
+        return network.favour(logits, *to_device(found, torch.int64, logits.device).unbind(1))
 
     def _read_prompt(
         self, prompts: Sequence[Sequence[int]], features: Tensor | None

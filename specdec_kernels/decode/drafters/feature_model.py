@@ -107,15 +107,7 @@ class FeatureModel(nn.Module):
         x = self.inputs(embeddings, features)
         queries, keys, values = self.project(x, position_ids)
         keys, values = past_key_values.update(keys, values, 0)
-        batch, rows, length = len(keys), queries.shape[2], keys.shape[2]
-        mask = None
-        if rows > 1 or attention_mask is not None:
-            mask = self.mask(attention_mask, rows, length).expand(batch, rows, length)[:, None]
-            mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
-        # The query heads that share keys become rows of one head, so that no key is copied.
-        grouped = queries.reshape(batch, self.kv_heads, -1, self.head_dim)
-        attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return self.finish(x, attended.reshape(batch, self.heads, rows, self.head_dim))
+        return self.finish(x, attend(queries, keys, values, attention_mask))
 
     def offsets(self) -> dict[int, int]:
         """The offset in the short list of every id that can be drafted."""
@@ -126,14 +118,6 @@ class FeatureModel(nn.Module):
         before as it would follow the last of row ``row[i]``'s; int64 [N] each."""
         favour = self.repeats[length.clamp(max=REPEATS) - 1].to(logits.dtype)
         return logits.index_put((row, token), favour, accumulate=True)
-
-    def mask(self, attention_mask: Tensor | None, rows: int, length: int) -> Tensor:
-        """bool [1 or B, R, L]: which keys each of the last rows attends to, by the mask [B, L] of a text, or [B, 1, R,
-        L] of a tree."""
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return attention_mask[:, 0]
-        causal = torch.ones(1, rows, length, dtype=torch.bool, device=self.shortlist.device).tril(length - rows)
-        return causal if attention_mask is None else causal & attention_mask[:, None].bool()
 
     def save(self, path: Path) -> None:
         """Write the weights in bfloat16, the short list and the middle layers in int32."""
@@ -149,3 +133,27 @@ class FeatureModel(nn.Module):
         model = cls(config, shortlist, state.pop("middle", torch.empty(0)).tolist())
         model.load_state_dict({"repeats": model.repeats, **state, "shortlist": shortlist})
         return model.to(dtype).eval()
+
+
+def row_mask(attention_mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
+    """bool [1 or B, R, L]: which keys each of the last rows attends to, by the mask [B, L] of a text, or [B, 1, R, L]
+    of a tree."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask[:, 0]
+    causal = torch.ones(1, rows, length, dtype=torch.bool, device=device).tril(length - rows)
+    return causal if attention_mask is None else causal & attention_mask[:, None].bool()
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, heads, R, D]: attention of the last R rows, ``queries [B, heads, R, D]``, over ``keys`` and ``values [B,
+    kv_heads, L, D]``; the mask as of :func:`row_mask`."""
+    batch, heads, rows, width = queries.shape
+    mask = None
+    if rows > 1 or attention_mask is not None:
+        length = keys.shape[2]
+        mask = row_mask(attention_mask, rows, length, keys.device).expand(batch, rows, length)[:, None]
+        mask = mask.repeat(1, 1, heads // keys.shape[1], 1)
+    # The query heads that share keys become rows of one head, so that no key is copied.
+    grouped = queries.reshape(batch, keys.shape[1], -1, width)
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    return attended.reshape(batch, heads, rows, width)

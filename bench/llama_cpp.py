@@ -1,0 +1,119 @@
+"""Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import get_num_threads
+
+from specdec_kernels.bench.machine import machine, save
+from specdec_kernels.cli.consoles import notes
+from specdec_kernels.cli.models import load_drafter, load_gguf, smollm2_gguf
+from specdec_kernels.cli.prompts import PROMPTS
+from specdec_kernels.decode import Statistics, generate
+
+TOKENS, ROUNDS = 64, 3
+TEMPERATURES = (0.0, 0.8)
+LOOKUPS = (4, 10)
+PLAIN = "plain"
+
+
+class Contenders:
+    """Ways to decode one GGUF file, by name."""
+
+    def __init__(self) -> None:
+        import llama_cpp
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        self.target, self.tokenizer = load_gguf(smollm2_gguf())
+        self.ours: dict[str, tuple[Any, int]] = {PLAIN: (None, 0)}
+        for count in LOOKUPS:
+            self.ours[f"n-grams, {count}"] = load_drafter("lookup", self.target), count
+        self.ours["n-grams, adaptive"] = load_drafter("lookup", self.target, adaptive=True), 16
+        self.ours["trained drafter, 2"] = load_drafter("model", self.target), 2
+        self.ours["trained drafter, adaptive"] = load_drafter("model", self.target, adaptive=True), 16
+        self.ours["both, adaptive"] = load_drafter("auto", self.target, adaptive=True), 16
+
+        def theirs(lookup: int | None) -> Any:
+            threads = get_num_threads()
+            draft = None if lookup is None else LlamaPromptLookupDecoding(num_pred_tokens=lookup)
+            return llama_cpp.Llama(
+                str(self.target.path), n_ctx=512, n_threads=threads, n_threads_batch=threads, flash_attn=True,
+                draft_model=draft, verbose=False,
+            )  # fmt: skip
+
+        self.theirs = {"their loop": theirs(None)}
+        self.theirs |= {f"their prompt lookup, {count}": theirs(count) for count in LOOKUPS}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a user's message."""
+        message = [{"role": "user", "content": prompt}]
+        ids: list[int] = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        return ids
+
+    def run(self, way: str, ids: list[int], temperature: float, seed: int) -> tuple[list[int], float]:
+        """The text, and its tokens a second after the prompt and the first one."""
+        times: list[float] = []
+        if way in self.ours:
+            drafter, most = self.ours[way]
+            statistics = Statistics()
+            (text,) = generate(
+                self.target, [ids], drafter=drafter, num_draft=most, temperature=temperature, seed=seed, rule="block",
+                max_new_tokens=TOKENS, statistics=statistics,
+            )  # fmt: skip
+            return text.tokens, len(text.tokens) / statistics.decode_seconds
+        model, tokens = self.theirs[way], []
+        model.reset()
+        model.set_seed(seed)
+        for token in model.generate(ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
+            tokens.append(token)
+            times.append(time.perf_counter())
+            if len(tokens) == TOKENS or token in self.target.stop_tokens:
+                break
+        return tokens, (len(tokens) - 1) / max(1e-9, times[-1] - times[0])
+
+
+def measure(contenders: Contenders) -> list[dict[str, Any]]:
+    """Every way on one prompt of every kind, the ways in turn; of the rounds the median speed, and the median ratio to
+    our plain loop of the same round."""
+    results: list[dict[str, Any]] = []
+    ways = [*contenders.theirs, *contenders.ours]
+    for temperature in TEMPERATURES:
+        for kind, (prompt, *_) in PROMPTS.items():
+            ids = contenders.encode(prompt)
+            rounds = []
+            for seed in range(ROUNDS):
+                order = ways[seed:] + ways[:seed]
+                made = {way: contenders.run(way, ids, temperature, seed) for way in order}
+                rounds.append(made)
+            results += [
+                {
+                    "temperature": temperature,
+                    "kind": kind,
+                    "way": way,
+                    "tokens_per_second": median(made[way][1] for made in rounds),
+                    "speed_up": median(made[way][1] / made[PLAIN][1] for made in rounds),
+                    "as_theirs": sum(made[way][0] == made["their loop"][0] for made in rounds),
+                }
+                for way in ways
+            ]
+            notes.print(f"temperature {temperature}, {kind}: done")
+    return results
+
+
+def main(out: Path | None, console: Console) -> None:
+    """Measure and print a table; write ``llama_cpp.json`` where there is a directory for it."""
+    results = measure(Contenders())
+    table = Table("temperature", "way", *PROMPTS)
+    for temperature in TEMPERATURES:
+        own = [each for each in results if each["temperature"] == temperature]
+        for way in dict.fromkeys(each["way"] for each in own):
+            row = [f"{e['tokens_per_second']:.1f} ({e['speed_up']:.2f}x)" for e in own if e["way"] == way]
+            table.add_row(f"{temperature:g}", way, *row)
+    console.print(table)
+    save(out, "llama_cpp", {**machine(), "threads": get_num_threads()}, results=results)

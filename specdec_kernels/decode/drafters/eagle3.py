@@ -1,0 +1,264 @@
+"""Published EAGLE-3 drafters (arXiv:2503.01840), in the layout of ``speculators``: a folder of ``config.json`` and
+``model.safetensors``.
+
+One decoder layer, of Llama or of Qwen3, reads the embedding of token t + 1 beside the target's hidden states at token
+t, of three layers, which ``fc`` makes one of; further drafts read the layer's own output in their place. Its head has
+fewer ids than the target: ``d2t [Vd]`` is how far each is from its target id, ``t2d [V]`` which target ids there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.drafters.autoregressive import DraftConfig
+from specdec_kernels.decode.drafters.feature import FeatureSession
+from specdec_kernels.decode.drafters.feature_model import FeatureModel, attend
+
+_CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+
+#: Kinds of rotary frequencies that are the same at every length.
+_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+class Eagle3Model(nn.Module):
+    """The network, with its parameters named as in the files.
+
+    Args:
+        config: of transformers, of the one layer.
+        read: numbers that are read of the target at each token.
+        draft_vocab: columns of the head, Vd.
+        norm_before_residual: whether what the layer adds to is what it reads after the norm.
+        norm_before_fc: whether there is a norm before ``fc``.
+    """
+
+    def __init__(
+        self, config: Any, read: int, draft_vocab: int, norm_before_residual: bool, norm_before_fc: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self._norm_before_residual = config, norm_before_residual
+        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
+        heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        attention: dict[str, nn.Module] = {
+            "q_proj": nn.Linear(2 * width, heads * head, bias),
+            "k_proj": nn.Linear(2 * width, kv_heads * head, bias),
+            "v_proj": nn.Linear(2 * width, kv_heads * head, bias),
+            "o_proj": nn.Linear(heads * head, width, bias),
+        }
+        self._head_norms = config.model_type == "qwen3"
+        if self._head_norms:
+            attention |= {"q_norm": nn.RMSNorm(head, eps), "k_norm": nn.RMSNorm(head, eps)}
+        inner, mlp_bias = config.intermediate_size, getattr(config, "mlp_bias", False)
+        layer: dict[str, nn.Module] = {
+            "input_layernorm": nn.RMSNorm(width, eps),
+            "hidden_norm": nn.RMSNorm(width, eps),
+            "self_attn": nn.ModuleDict(attention),
+            "post_attention_layernorm": nn.RMSNorm(width, eps),
+            "mlp": nn.ModuleDict(
+                {
+                    "gate_proj": nn.Linear(width, inner, mlp_bias),
+                    "up_proj": nn.Linear(width, inner, mlp_bias),
+                    "down_proj": nn.Linear(inner, width, mlp_bias),
+                }
+            ),
+        }
+        if norm_before_fc:
+            self.input_norm = nn.RMSNorm(read, eps)
+        self._norm_before_fc = norm_before_fc
+        self.fc = nn.Linear(read, width, bias=False)
+        self.layers = nn.ModuleList([nn.ModuleDict(layer)])
+        self.norm = nn.RMSNorm(width, eps)
+        self.lm_head = nn.Linear(width, draft_vocab, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)  # of float32, whatever the weights are
+
+    def inputs(self, features: Tensor) -> Tensor:
+        """[..., H] of the target's hidden states side by side, or of this network's own output."""
+        if features.shape[-1] != self.fc.in_features:
+            return features
+        fused: Tensor = self.fc(self.input_norm(features) if self._norm_before_fc else features)
+        return fused
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """[B, R, H], before the final norm: as of :meth:`FeatureModel.forward`."""
+        layer: Any = self.layers[0]
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        hidden = self.inputs(features)
+        normed = layer["hidden_norm"](hidden)
+        x = torch.cat([layer["input_layernorm"](embeddings), normed], -1)
+        queries, keys, values = (
+            attention[name](x).unflatten(-1, (-1, self.config.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if self._head_norms:
+            queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
+        queries, keys, values = (each.transpose(1, 2) for each in (queries, keys, values))
+        queries, keys = apply_rotary_pos_emb(queries, keys, *self.rotary(x, position_ids))
+        keys, values = past_key_values.update(keys, values, 0)
+        attended = attend(queries, keys, values, attention_mask).transpose(1, 2).flatten(2)
+        hidden = (normed if self._norm_before_residual else hidden) + attention["o_proj"](attended)
+        x = layer["post_attention_layernorm"](hidden)
+        outputs: Tensor = hidden + mlp["down_proj"](functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        return outputs
+
+    def head(self, features: Tensor) -> Tensor:
+        """The Vd logits after each output."""
+        logits: Tensor = self.lm_head(self.norm(features))
+        return logits
+
+
+class Eagle3Drafter:
+    """An EAGLE-3 checkpoint with its target; embeddings that are not in the files are the target's.
+
+    Args:
+        path: of the folder.
+        target: the target's transformers model, the one that it was trained for.
+        config: when to stop, how boldly to draw.
+        feature_layers: the three layers of the target that are read, numbered as transformers numbers its
+            ``hidden_states``, where the files do not say or say it in another way: there are checkpoints that were
+            converted with the numbers of layers whose outputs are meant, one less. ``None`` takes those of the files,
+            or the three that EAGLE-3 has: 2, half of them, and all but 3.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+        ValueError: they hold something else, or are for another target.
+    """
+
+    #: See :class:`FeatureReader`.
+    repetitions: tuple[FeatureModel, dict[int, int]] | None = None
+
+    def __init__(
+        self,
+        path: str | Path,
+        target: Any,
+        config: DraftConfig = DraftConfig(),
+        feature_layers: Sequence[int] | None = None,
+    ) -> None:
+        model_facts.check_model(target)
+        folder = Path(path)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"path must be a folder with a {name}, got {str(path)!r}")
+        written = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "model.safetensors")
+        self.config, self.model_config = config, _layer_config(written)
+        text = model_facts.text_config(target)
+        self.feature_layers = _feature_layers(feature_layers, written, text.num_hidden_layers)
+        self.vocab_size = model_facts.vocab_size(target)
+        shortlist = _targets(state, written, self.vocab_size)
+        self.shortlist = shortlist.to(target.device)
+        lengths = [model_facts.context_length(target), self.model_config.max_position_embeddings]
+        self.context: int | None = min(length for length in lengths if length is not None)
+        embeddings = state.pop("embed_tokens.weight", None)
+        if embeddings is None:
+            embeddings = target.get_input_embeddings().weight.detach()
+        width = self.model_config.hidden_size
+        if embeddings.shape != (self.vocab_size, width):
+            raise ValueError(
+                f"path must be of a drafter whose embeddings are [{self.vocab_size}, {width}] for this target, got "
+                f"{list(embeddings.shape)}"
+            )
+        embeddings = embeddings.to(target.device, target.dtype)
+        self.embed: Callable[[Tensor], Tensor] = lambda tokens: functional.embedding(tokens, embeddings)
+        read = len(self.feature_layers) * text.hidden_size
+        self.network = Eagle3Model(
+            self.model_config, read, len(shortlist), written["norm_before_residual"], "input_norm.weight" in state
+        )
+        _load(self.network, {name: weight.to(target.dtype) for name, weight in state.items()})
+        self.network.to(target.device).eval()
+        self.forward: Callable[..., Tensor] = self.network
+        self.head: Callable[[Tensor], Tensor] = self.network.head
+
+    @property
+    def siblings(self) -> int:
+        return self.config.siblings
+
+    def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FeatureSession:
+        return FeatureSession(self, prompts, features)
+
+
+def _layer_config(written: dict[str, Any]) -> Any:
+    """The transformers configuration of the layer."""
+    if written.get("speculators_model_type") != "eagle3" or "transformer_layer_config" not in written:
+        raise ValueError(
+            "path must have an EAGLE-3 config.json of speculators, with a transformer_layer_config, got "
+            f"speculators_model_type {written.get('speculators_model_type')!r}"
+        )
+    if not isinstance(written.get("norm_before_residual"), bool):  # readers differ in what they take a missing one for
+        raise ValueError(
+            f"path must say norm_before_residual in its config.json, got {written.get('norm_before_residual')!r}"
+        )
+    layer = dict(written["transformer_layer_config"])
+    kind = layer.pop("model_type", "llama")
+    if kind not in _CONFIGS:
+        raise ValueError(f"path must be of a drafter whose layer is one of {list(_CONFIGS)}, got {kind!r}")
+    config = _CONFIGS[kind](**layer)
+    rotary = (config.rope_parameters or {}).get("rope_type", "default")
+    known = {"num_hidden_layers": (config.num_hidden_layers, 1), "hidden_act": (config.hidden_act, "silu")}
+    for name, (got, expected) in known.items():
+        if got != expected:
+            raise ValueError(f"path must be of a drafter with {name} {expected}, got {got!r}")
+    if rotary not in _ROTARY:
+        raise ValueError(f"path must be of a drafter with rotary frequencies of {_ROTARY}, got {rotary!r}")
+    return config
+
+
+def _feature_layers(requested: Sequence[int] | None, written: dict[str, Any], count: int) -> tuple[int, ...]:
+    """The layers of the target that are read, of which it has ``count``."""
+    layers = requested or written.get("eagle_aux_hidden_state_layer_ids") or (2, count // 2, count - 3)
+    # The output of the last layer before the norm, number `count` for others, is none of transformers' hidden states.
+    if not all(isinstance(layer, int) and 0 <= layer < count for layer in layers):
+        raise ValueError(f"feature_layers must be in [0, {count}) for this target, got {list(layers)}")
+    return tuple(layers)
+
+
+def _targets(state: dict[str, Tensor], written: dict[str, Any], vocab_size: int) -> Tensor:
+    """int64 [Vd]: the target id of every draft id; taken from the weights."""
+    offsets, mask = state.pop("d2t", None), state.pop("t2d", None)
+    rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else written.get("draft_vocab_size")
+    if offsets is None:
+        if rows != vocab_size:
+            raise ValueError(f"path must have a d2t for its {rows} draft ids of the target's {vocab_size}, got none")
+        return torch.arange(vocab_size)
+    targets = torch.arange(len(offsets)) + offsets.long()
+    if len(offsets) != rows or len(targets.unique()) != rows or targets.min() < 0 or targets.max() >= vocab_size:
+        raise ValueError(
+            f"path must have a d2t [{rows}] to ids of this target, in [0, {vocab_size}) and each once, got "
+            f"{len(offsets)} to {int(targets.min())} .. {int(targets.max())}"
+        )
+    if mask is not None and not torch.equal(mask.nonzero()[:, 0], targets.sort().values):
+        raise ValueError("path must have a t2d that marks the target ids of its d2t, got others")
+    return targets
+
+
+def _load(network: Eagle3Model, state: dict[str, Tensor]) -> None:
+    """Use the weights, which have to be those of the network and no others.
+
+    Raises:
+        ValueError: they are not.
+    """
+    expected = {name: list(weight.shape) for name, weight in network.state_dict().items()}
+    found = {name: list(weight.shape) for name, weight in state.items()}
+    if expected != found:
+        wrong = {
+            name: found.get(name) for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)
+        }
+        wanted = {name: expected.get(name) for name in wrong}
+        raise ValueError(f"path must hold the weights {wanted} of an EAGLE-3 drafter for this target, got {wrong}")
+    network.load_state_dict(state, assign=True)

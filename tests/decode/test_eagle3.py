@@ -1,0 +1,347 @@
+"""EAGLE-3 checkpoints in the layout of ``speculators``, of random weights, against a forward pass written out here."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from decoding import exact_law
+from distributions import g_test, limit
+from safetensors.torch import save_file
+from tiny import VOCAB, slow_greedy, steady, tiny
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from specdec_kernels.decode import Statistics, TransformersTarget, generate
+from specdec_kernels.decode.drafters import DraftConfig, Eagle3Drafter, Growth, TreeDrafter
+from specdec_kernels.decode.protocols import Step
+
+WIDTH, HEADS, KV_HEADS, HEAD, INNER = 24, 4, 2, 8, 40
+#: Not ascending: what the layout allows, and whoever mixes up the two vocabularies is seen.
+TARGETS = [7, 0, 3, 10, 5]
+LAYERS = (1, 2, 3)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+
+
+def target_model(seed=1, vocab=VOCAB):
+    return steady(tiny(seed, vocab=vocab, layers=5))
+
+
+def write(folder, *, kind="llama", vocab=VOCAB, target_width=32, targets=TARGETS, change=None, **fields):
+    """A checkpoint of random weights; ``change(config, weights)`` before it is written."""
+    torch.manual_seed(11)
+    layer = {
+        "model_type": kind, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD, "intermediate_size": INNER, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
+        "vocab_size": vocab, "max_position_embeddings": 64, "rope_theta": 50.0,
+    }  # fmt: skip
+    config = {
+        "speculators_model_type": "eagle3", "transformer_layer_config": layer, "draft_vocab_size": len(targets),
+        "norm_before_residual": False, "target_hidden_size": target_width,
+        "eagle_aux_hidden_state_layer_ids": list(LAYERS), **fields,
+    }  # fmt: skip
+    own = "layers.0."
+    shapes = {
+        "fc.weight": (WIDTH, 3 * target_width),
+        own + "self_attn.q_proj.weight": (HEADS * HEAD, 2 * WIDTH),
+        own + "self_attn.k_proj.weight": (KV_HEADS * HEAD, 2 * WIDTH),
+        own + "self_attn.v_proj.weight": (KV_HEADS * HEAD, 2 * WIDTH),
+        own + "self_attn.o_proj.weight": (WIDTH, HEADS * HEAD),
+        own + "mlp.gate_proj.weight": (INNER, WIDTH),
+        own + "mlp.up_proj.weight": (INNER, WIDTH),
+        own + "mlp.down_proj.weight": (WIDTH, INNER),
+        own + "input_layernorm.weight": (WIDTH,),
+        own + "hidden_norm.weight": (WIDTH,),
+        own + "post_attention_layernorm.weight": (WIDTH,),
+        "norm.weight": (WIDTH,),
+        "lm_head.weight": (len(targets), WIDTH),
+        "embed_tokens.weight": (vocab, WIDTH),
+    }
+    if kind == "qwen3":
+        shapes |= {own + "self_attn.q_norm.weight": (HEAD,), own + "self_attn.k_norm.weight": (HEAD,)}
+    weights = {name: torch.randn(shape) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+    weights = {name: 1 + 0.3 * torch.randn_like(w) if w.dim() == 1 else 2 * w for name, w in weights.items()}
+    weights["d2t"] = torch.tensor(targets) - torch.arange(len(targets))
+    weights["t2d"] = torch.zeros(vocab, dtype=torch.bool).scatter(0, torch.tensor(targets), True)
+    if change is not None:
+        change(config, weights)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def drafter_of(folder, model):
+    """A drafter with its logits in float32, as steady() has those of the target."""
+    drafter = Eagle3Drafter(folder, model)
+    head = drafter.head
+    drafter.head = lambda x: head(x).float()
+    return drafter
+
+
+class Reference:
+    """The layout, written out: every row alone, every key of its history, in float64."""
+
+    def __init__(self, folder):
+        from safetensors import safe_open
+
+        self.config = json.loads((folder / "config.json").read_text())
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            self.weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.weights = {name: w.double() if w.is_floating_point() else w for name, w in self.weights.items()}
+        frequencies = 50.0 ** (-torch.arange(0, HEAD, 2).double() / HEAD)
+        if "rope_parameters" in self.config["transformer_layer_config"]:
+            frequencies = torch.tensor([self.stretched(float(f)) for f in frequencies], dtype=torch.float64)
+        self.frequencies = frequencies
+
+    @staticmethod
+    def stretched(frequency):
+        """Llama 3's: long waves are four times as long, short ones stay, those between are mixed."""
+        wave = 2 * math.pi / frequency
+        if wave < 16 / 4:
+            return frequency
+        if wave > 16 / 1:
+            return frequency / 4
+        smooth = (16 / wave - 1) / (4 - 1)
+        return (1 - smooth) * frequency / 4 + smooth * frequency
+
+    def norm(self, name, x):
+        return x / (x.square().mean() + 1e-5).sqrt() * self.weights[name]
+
+    def turned(self, x, position):
+        first, second = x[: HEAD // 2], x[HEAD // 2 :]
+        angles = position * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin])
+
+    def rows(self, tokens, features):
+        """Outputs of rows: ``tokens[i]`` read with ``features[i]``, the target's (three layers) or this network's."""
+        own, keys, values, outputs = "layers.0.", [], [], []
+        w = self.weights
+        for position, (token, feature) in enumerate(zip(tokens, features, strict=True)):
+            if feature is None:
+                feature = outputs[-1]
+            hidden = feature
+            if len(feature) != WIDTH:
+                if "input_norm.weight" in w:
+                    feature = self.norm("input_norm.weight", feature)
+                hidden = w["fc.weight"] @ feature
+            embedded = self.norm(own + "input_layernorm.weight", w["embed_tokens.weight"][token])
+            normed = self.norm(own + "hidden_norm.weight", hidden)
+            x = torch.cat([embedded, normed])
+            heads = {n: (w[f"{own}self_attn.{n}_proj.weight"] @ x).view(-1, HEAD) for n in "qkv"}
+            if own + "self_attn.q_norm.weight" in w:
+                heads |= {
+                    n: torch.stack([self.norm(f"{own}self_attn.{n}_norm.weight", h) for h in heads[n]]) for n in "qk"
+                }
+            keys.append([self.turned(h, position) for h in heads["k"]])
+            values.append(heads["v"])
+            attended = []
+            for head, query in enumerate(heads["q"]):
+                shared = head // (HEADS // KV_HEADS)
+                scores = torch.stack([self.turned(query, position) @ key[shared] for key in keys]) / math.sqrt(HEAD)
+                attended.append(sum(p * value[shared] for p, value in zip(scores.softmax(0), values, strict=True)))
+            residual = normed if self.config["norm_before_residual"] else hidden
+            x = residual + w[own + "self_attn.o_proj.weight"] @ torch.cat(attended)
+            y = self.norm(own + "post_attention_layernorm.weight", x)
+            gate, up = w[own + "mlp.gate_proj.weight"] @ y, w[own + "mlp.up_proj.weight"] @ y
+            outputs.append(x + w[own + "mlp.down_proj.weight"] @ (gate * gate.sigmoid() * up))
+        return outputs
+
+    def logits(self, output):
+        """Over the target's ids."""
+        draft = self.weights["lm_head.weight"] @ self.norm("norm.weight", output)
+        ids = torch.arange(len(draft)) + self.weights["d2t"]
+        return torch.full((VOCAB,), -torch.inf, dtype=torch.float64).scatter(0, ids, draft)
+
+
+def with_rope(config, weights):
+    config["transformer_layer_config"]["rope_parameters"] = LLAMA3
+    del config["transformer_layer_config"]["rope_theta"]
+
+
+def with_input_norm(config, weights):
+    config["norm_before_fc"] = True
+    weights["input_norm.weight"] = torch.rand(weights["fc.weight"].shape[1]) + 0.5
+
+
+@torch.no_grad()
+def hidden_states(model, tokens, layers=LAYERS):
+    states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][0] for layer in layers], -1)
+
+
+def step(wanted, **named):
+    batch = len(wanted)
+    each = {"seed": torch.zeros(batch, dtype=torch.int64), "position": torch.full((batch,), 5)}
+    return Step(num_draft=wanted, temperature=1.0, **each, **named)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{}, {"norm_before_residual": True}, {"kind": "qwen3"}, {"change": with_rope}, {"change": with_input_norm}],
+    ids=["llama", "norm before residual", "qwen3", "rotary of llama 3", "norm before fc"],
+)
+def test_drafts_are_those_of_the_layout(tmp_path, described):
+    """Of two histories of different lengths, before and after a step that kept different numbers of tokens."""
+    model, folder = target_model(), write(tmp_path / "drafter", **described)
+    reference, drafter = Reference(folder), drafter_of(folder, model)
+    assert drafter.feature_layers == LAYERS
+    histories = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 1]]
+    states = [hidden_states(model, [*history[:-1]]) for history in histories]
+    features = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    session = drafter.begin(histories, features)
+    for new in ([[3, 4, 2], [6]], [[5], [2, 1]], None):
+        draft = session.propose(step([4, 4]))
+        for slot, history in enumerate(histories):
+            read = list(hidden_states(model, history[:-1]))
+            drafts = draft.tokens[slot].tolist()
+            outputs = reference.rows([*history[1:], *drafts[:-1]], [*read, *[None] * (len(drafts) - 1)])
+            for index, output in enumerate(outputs[len(read) - 1 :]):
+                torch.testing.assert_close(
+                    draft.logits[slot, index].double(), reference.logits(output), atol=1e-4, rtol=1e-4
+                )
+                assert drafts[index] in TARGETS
+        if new is not None:
+            histories = [history + own for history, own in zip(histories, new, strict=True)]
+            rows = [hidden_states(model, h[:-1])[-len(own) :] for h, own in zip(histories, new, strict=True)]
+            session.commit(new, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+def test_embeddings_that_are_not_in_the_files_are_the_targets(tmp_path):
+    def change(config, weights):
+        del weights["embed_tokens.weight"]
+        config["transformer_layer_config"]["hidden_size"] = 32
+
+    model = target_model()
+    with pytest.raises(ValueError, match=r"path must hold the weights .* of an EAGLE-3 drafter for this target, got"):
+        Eagle3Drafter(write(tmp_path / "wide", change=change), model)
+    with pytest.raises(ValueError, match=r"whose embeddings are \[11, 24\] for this target, got \[11, 32\]"):
+        Eagle3Drafter(write(tmp_path / "none", change=lambda _, weights: weights.pop("embed_tokens.weight")), model)
+    small = steady(tiny(1, layers=5, hidden_size=WIDTH, num_attention_heads=4))
+    folder = write(tmp_path / "fits", target_width=WIDTH, change=lambda _, weights: weights.pop("embed_tokens.weight"))
+    drafter, tokens = Eagle3Drafter(folder, small), torch.tensor([3, 7])
+    assert torch.equal(drafter.embed(tokens), small.get_input_embeddings()(tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("tree", [False, True])
+def test_greedy_text_is_the_targets(tmp_path, kind, tree):
+    model = target_model()
+    if kind == "qwen3":
+        torch.manual_seed(3)
+        named = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "head_dim": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+        model = steady(Qwen3ForCausalLM(Qwen3Config(**named, **heads, eos_token_id=None)).eval())
+    drafter = drafter_of(write(tmp_path / "drafter", kind=kind), model)
+    if tree:
+        drafter = TreeDrafter(drafter, Growth(depth=3, width=2, children=2))
+    prompts, statistics = [[1, 2, 3, 1, 2], [4], [5, 6, 7]], Statistics()
+    texts = generate(
+        TransformersTarget(model), prompts, drafter=drafter, temperature=0, max_new_tokens=20, statistics=statistics
+    )
+    assert [text.tokens for text in texts] == [slow_greedy(model, prompt, 20) for prompt in prompts]
+    assert statistics.accepted > 0
+
+
+def test_the_distribution_is_the_targets(tmp_path):
+    """The target's ids that cannot be drafted keep their probabilities."""
+    model = tiny(4, vocab=4, layers=5)
+    folder = write(tmp_path / "drafter", vocab=4, targets=[3, 1])
+    drafter, length, texts = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.8)), 3, 1600
+    law = exact_law(model, [1, 2], 0.8, length)
+    target = TransformersTarget(model)
+    for rule in ("token", "block", "coupled"):
+        counts, statistics = dict.fromkeys(law, 0), Statistics()
+        for first in range(0, texts, 200):
+            for each in generate(
+                target, [[1, 2]] * 200, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8,
+                rule=rule, seed=list(range(first, first + 200)), statistics=statistics,
+            ):  # fmt: skip
+                counts[tuple(each.tokens)] += 1
+        observed = torch.tensor(list(counts.values())).double()
+        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(law.values())).numpy())
+        assert statistic < limit(freedom)
+        assert 0 < statistics.accepted < statistics.proposed
+
+
+def test_layers_that_are_read(tmp_path):
+    model = target_model()
+    folder = write(tmp_path / "drafter", eagle_aux_hidden_state_layer_ids=None)
+    assert Eagle3Drafter(folder, model).feature_layers == (2, 2, 2)
+    assert Eagle3Drafter(folder, model, feature_layers=(0, 1, 4)).feature_layers == (0, 1, 4)
+    for layers in ((0, 1, 5), (-1, 0, 1)):
+        with pytest.raises(ValueError, match=r"feature_layers must be in \[0, 5\) for this target, got"):
+            Eagle3Drafter(folder, model, feature_layers=layers)
+    with pytest.raises(ValueError, match=r"path must hold the weights"):
+        Eagle3Drafter(folder, model, feature_layers=(0, 1))
+
+
+def test_a_whole_vocabulary_needs_no_map(tmp_path):
+    def change(config, weights):
+        del weights["d2t"], weights["t2d"]
+
+    drafter = Eagle3Drafter(write(tmp_path / "drafter", targets=list(range(VOCAB)), change=change), target_model())
+    assert drafter.shortlist.tolist() == list(range(VOCAB))
+
+
+def edit(**fields):
+    """A change of the layer's configuration."""
+    return {"change": lambda config, weights: config["transformer_layer_config"].update(fields)}
+
+
+def other(name, value):
+    """A change of one tensor; None leaves it out."""
+
+    def change(config, weights):
+        if value is None:
+            del weights[name]
+        else:
+            weights[name] = value
+
+    return {"change": change}
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (
+            {"speculators_model_type": "eagle"},
+            "EAGLE-3 config.json of speculators, .* got speculators_model_type 'eagle'",
+        ),
+        ({"norm_before_residual": None}, "path must say norm_before_residual in its config.json, got None"),
+        (edit(model_type="gemma"), r"whose layer is one of \['llama', 'qwen3'\], got 'gemma'"),
+        (edit(num_hidden_layers=2), "path must be of a drafter with num_hidden_layers 1, got 2"),
+        (edit(hidden_act="gelu"), "path must be of a drafter with hidden_act silu, got 'gelu'"),
+        (edit(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5.0}), "rotary .*, got 'dynamic'"),
+        (other("d2t", torch.tensor([7, -1, 1, 7, 7])), r"path must have a d2t \[5\] to ids .* got 5 to 0 .. 11"),
+        (other("d2t", torch.tensor([0, -1, 1, 7, 1])), r"each once, got 5 to 0 .. 10"),
+        (other("d2t", torch.zeros(4, dtype=torch.int64)), r"path must have a d2t \[5\] to ids .* got 4 to 0 .. 3"),
+        (other("d2t", None), "path must have a d2t for its 5 draft ids of the target's 11, got none"),
+        (
+            other("t2d", torch.ones(VOCAB, dtype=torch.bool)),
+            "path must have a t2d that marks the target ids of its d2t",
+        ),
+        (other("fc.weight", None), r"path must hold the weights {'fc.weight': \[24, 96\]} .* got {'fc.weight': None}"),
+        (other("extra.weight", torch.ones(2)), r"the weights {'extra.weight': None} .* got {'extra.weight': \[2\]}"),
+        ({"vocab": 12}, r"whose embeddings are \[11, 24\] for this target, got \[12, 24\]"),
+        (
+            {"target_width": 16},
+            r"path must hold the weights {'fc.weight': \[24, 96\]} .* got {'fc.weight': \[24, 48\]}",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_for_the_target(tmp_path, described, message):
+    with pytest.raises(ValueError, match=message):
+        Eagle3Drafter(write(tmp_path / "drafter", **described), target_model())
+
+
+def test_files_that_are_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder with a config.json, got '/nowhere'"):
+        Eagle3Drafter("/nowhere", target_model())
+    folder = write(tmp_path / "drafter")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder with a model.safetensors, got"):
+        Eagle3Drafter(folder, target_model())
