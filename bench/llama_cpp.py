@@ -1,4 +1,7 @@
-"""Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run."""
+"""Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run.
+
+What is timed is the work of the process over its threads, so that what else a machine does is not in it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from specdec_kernels.bench.machine import machine, save
 from specdec_kernels.cli.consoles import notes
 from specdec_kernels.cli.models import load_drafter, load_gguf, smollm2_gguf
 from specdec_kernels.cli.prompts import PROMPTS
-from specdec_kernels.decode import Statistics, generate
+from specdec_kernels.decode import stream
 
 TOKENS, ROUNDS = 64, 3
 TEMPERATURES = (0.0, 0.8)
@@ -57,25 +60,30 @@ class Contenders:
         return ids
 
     def run(self, way: str, ids: list[int], temperature: float, seed: int) -> tuple[list[int], float]:
-        """The text, and its tokens a second after the prompt and the first one."""
-        times: list[float] = []
+        """The text, and its tokens a second of work, the prompt not counted."""
         if way in self.ours:
             drafter, most = self.ours[way]
-            statistics = Statistics()
-            (text,) = generate(
+            text = stream(
                 self.target, [ids], drafter=drafter, num_draft=most, temperature=temperature, seed=seed, rule="block",
-                max_new_tokens=TOKENS, statistics=statistics,
+                max_new_tokens=TOKENS,
             )  # fmt: skip
-            return text.tokens, len(text.tokens) / statistics.decode_seconds
-        model, tokens = self.theirs[way], []
+            started = time.process_time()
+            tokens = [token.token for token in text]
+            return tokens, len(tokens) / self._worked(started)
+        model, tokens, started = self.theirs[way], [], 0.0
         model.reset()
         model.set_seed(seed)
         for token in model.generate(ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
+            started = started or time.process_time()  # its first token comes with the prompt
             tokens.append(token)
-            times.append(time.perf_counter())
             if len(tokens) == TOKENS or token in self.target.stop_tokens:
                 break
-        return tokens, (len(tokens) - 1) / max(1e-9, times[-1] - times[0])
+        return tokens, (len(tokens) - 1) / self._worked(started)
+
+    @staticmethod
+    def _worked(started: float) -> float:
+        """Seconds since then that every thread worked in the mean."""
+        return max(1e-9, (time.process_time() - started) / get_num_threads())
 
 
 def measure(contenders: Contenders) -> list[dict[str, Any]]:
