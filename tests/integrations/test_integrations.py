@@ -6,8 +6,8 @@ import doctest
 import json
 import pkgutil
 import re
-import tomllib
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -233,7 +233,6 @@ def test_plugins_can_be_loaded_without_their_stacks(group):
     assert [callable(pkgutil.resolve_name(target)) for target in points.values()] == [True]
 
 
-def test_the_documentation_runs():
 def test_the_documentation_runs(monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
     inputs = {
