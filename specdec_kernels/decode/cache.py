@@ -3,9 +3,12 @@
 The cache is rectangular. A row that one request takes back while another keeps its own becomes a hole: masked out, and
 squeezed out once holes are a quarter of the columns, or once a request is alone. Columns without holes need no mask.
 
+Layers that attend to the same tokens have their columns in common. Those with a window keep what is behind it while
+drafts are not decided on, which may be taken back; it is squeezed out once there is as much of it as of the window.
+
 Behind the columns in use there is capacity for more, so that new rows are written where they stay; transformers' own
-layers copy everything to put a row behind it. How many columns are in use is one number for all layers, and taking rows
-back changes nothing else.
+layers copy everything to put a row behind it. How many columns are in use is one number for all layers of a kind, and
+taking rows back changes nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops.kv import compact_kv
@@ -29,11 +32,159 @@ MAX_HOLES = 0.25
 CAPACITY = 256
 
 
-class Columns:
-    """How many columns of all layers are in use."""
+class Kind(NamedTuple):
+    """Which tokens the layers of a kind attend to."""
 
-    def __init__(self) -> None:
+    name: str
+    """transformers' own."""
+    window: int | None = None
+    """So many of the latest, the token itself among them; None for all."""
+    chunked: bool = False
+    """Whether a token attends to those of its own chunk of the history, which is cut into such windows."""
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """bool: whether tokens at some positions attend to others at positions that are not behind them."""
+        assert self.window is not None, "else nobody asks"
+        return queries // self.window == keys // self.window if self.chunked else queries - keys < self.window
+
+
+#: Layers that attend to the whole history.
+WHOLE = Kind("full_attention")
+
+_CHUNKED = "chunked_attention"
+
+
+def layer_kinds(config: Any) -> list[Kind]:
+    """Of each layer of a model's cache.
+
+    Raises:
+        ValueError: a layer keeps something else than keys and values of tokens.
+    """
+    layers = DynamicCache(config=config).layers
+    others = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    if others:
+        raise ValueError(f"model must keep keys and values of tokens in every layer, got layers of {sorted(others)}")
+    text = config.get_text_config(decoder=True)
+    chunked = None if getattr(text, "sliding_window", None) else getattr(text, "attention_chunk_size", None)
+    names = getattr(text, "layer_types", None)
+    kinds = []
+    for index, layer in enumerate(layers):
+        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        inferred = WHOLE.name if window is None else _CHUNKED if chunked == window else "sliding_attention"
+        name = names[index] if names else inferred
+        kinds.append(Kind(name, window, name == _CHUNKED))
+    if len({kind.name for kind in kinds}) < len(set(kinds)):
+        raise ValueError(f"model must have one window for all layers of a type, got {sorted(map(str, set(kinds)))}")
+    return kinds
+
+
+def masks_by_kind(masks: dict[Kind, Tensor], dtype: torch.dtype) -> Any:
+    """Masks of bool as transformers takes them: of a dtype, and by name where there are several kinds of layers. One
+    that is added to the scores has 0 where a row attends, and the lowest number elsewhere."""
+    if dtype != torch.bool:
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # softmax may be in float32
+        masks = {
+            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+            for kind, mask in masks.items()
+        }
+    return next(iter(masks.values())) if len(masks) == 1 else {kind.name: mask for kind, mask in masks.items()}
+
+
+class Columns:
+    """The columns of all layers of a kind."""
+
+    def __init__(self, kind: Kind, batch: int, device: torch.device) -> None:
+        self.kind, self._device = kind, device
+        self.layers = list[PreallocatedLayer]()
         self.used = 0
+        """How many columns are in use, holes among them."""
+        self.lengths = [0] * batch
+        """Tokens of each request in them."""
+        self.dropped = [0] * batch
+        """Tokens before those, which nothing attends to any more."""
+        self.live: Tensor | None = None
+        """bool [B, columns]: which hold a token; None where all do."""
+
+    def mask(self) -> Tensor:
+        """bool [B, columns]: which hold a token."""
+        if self.live is not None:
+            return self.live
+        return torch.ones((len(self.lengths), self.used), dtype=torch.bool, device=self._device)
+
+    def attended(self, start: int, queries: Tensor, new: Tensor, keys: Tensor) -> Tensor:
+        """bool [B, 1, R, start + T]: which columns rows at positions ``queries [B, R]`` attend to: of the first ones
+        all that hold a token, and of the T behind them, at positions ``keys [B, T]``, those of ``new [1 or B, R, T]``,
+        unless they are out of the window."""
+        batch, rows = queries.shape
+        old = self.mask()[:, None, :start].expand(-1, rows, -1)
+        new = new.expand(batch, -1, -1)
+        if self.kind.window is not None:
+            # A column's position is the number of tokens before it.
+            dropped = to_device(self.dropped, torch.int64, self._device)[:, None]
+            positions = dropped + self.mask()[:, :start].long().cumsum(1) - 1
+            old = old & self.kind.sees(queries[..., None], positions[:, None])
+            new = new & self.kind.sees(queries[..., None], keys[:, None])
+        return torch.cat([old, new], 2)[:, None]
+
+    def add(self, counts: Sequence[int], rows: int) -> None:
+        """Expect ``rows`` new columns, of which the first ``counts[b]`` of each request hold a token."""
+        if self.live is not None or any(count < rows for count in counts):
+            self.live = torch.cat([self.mask(), self._first(counts, rows)], 1)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, start: int, lengths: Sequence[int], counts: Sequence[int]) -> None:
+        """Have the first columns in use, which hold so many tokens of each request, and behind them ``counts[b]``."""
+        longest = max(counts)
+        if self.live is not None or any(count < longest for count in counts):
+            self.live = torch.cat([self.mask()[:, :start], self._first(counts, longest)], 1)
+        self.settle(start + longest, [length + count for length, count in zip(lengths, counts, strict=True)])
+
+    def settle(self, used: int, lengths: list[int]) -> None:
+        """Have the first columns in use, so many tokens of each request among them, all of them decided on."""
+        self.used, self.lengths = used, lengths
+        holes = any(length < used for length in lengths)
+        if not holes:
+            self.live = None
+        window = self.kind.window
+        if window is not None and used >= 2 * window:
+            self._squeeze([min(length, window - 1) for length in lengths])
+        elif holes and (len(lengths) == 1 or max(lengths) < (1 - MAX_HOLES) * used):
+            self._squeeze(lengths)
+
+    def select(self, slots: Sequence[int], index: Tensor) -> None:
+        """Go on with the requests in these slots only."""
+        if self.live is not None:
+            self.live = self.live[index]
+        self.dropped = [self.dropped[slot] for slot in slots]
+        self.settle(self.used, [self.lengths[slot] for slot in slots])
+
+    def join(self, other: Columns) -> None:
+        """Go on with the requests of others of the same kind too, behind one's own."""
+        requests, used = (len(self.lengths), len(other.lengths)), max(self.used, other.used)
+        live = [functional.pad(each.mask(), (0, used - each.used)) for each in (self, other)]
+        for layer, more in zip(self.layers, other.layers, strict=True):
+            layer.join(more, requests, used)
+        self.live, self.dropped = torch.cat(live), self.dropped + other.dropped
+        self.settle(used, self.lengths + other.lengths)
+
+    def _first(self, counts: Sequence[int], columns: int) -> Tensor:
+        """bool [B, columns]: the first ``counts[b]``."""
+        return torch.arange(columns, device=self._device) < to_device(counts, torch.int64, self._device)[:, None]
+
+    def _squeeze(self, lengths: list[int]) -> None:
+        """Keep the last ``lengths[b]`` tokens of each request, side by side."""
+        skipped = [before - after for before, after in zip(self.lengths, lengths, strict=True)]
+        longest = max(lengths)
+        # A stable sort keeps tokens in order; positions are in the rotated keys already.
+        order = self.mask().long().argsort(dim=1, descending=True, stable=True)
+        first = to_device(skipped, torch.int64, self._device)[:, None]
+        index = first + torch.arange(longest, device=self._device)
+        order = order.gather(1, index.clamp(max=self.used - 1))
+        for layer in self.layers:
+            layer.rearrange(order)
+        self.dropped = [before + more for before, more in zip(self.dropped, skipped, strict=True)]
+        self.live = None if min(lengths) == longest else self._first(lengths, longest)
+        self.used, self.lengths = longest, lengths
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
@@ -44,6 +195,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self._storage: list[Tensor] = []  # keys, values
         self.filled = 0
         """Columns that the model has written, of all passes so far."""
+        columns.layers.append(self)
         super().__init__()
 
     def in_use(self) -> list[Tensor]:
@@ -88,8 +240,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """The columns in use."""
-        return self._columns.used
+        """The columns in use, and those before them that were dropped of all requests."""
+        return self._columns.used + min(self._columns.dropped)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these requests only."""
@@ -112,29 +264,22 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
     def rearrange(self, order: Tensor) -> None:
         """Put the columns ``order [B, S]`` of each request first, in that order."""
-        for storage in self._storage:
+        columns = order.shape[1]
+        for place, storage in enumerate(self._storage):
             index = order[:, None, :, None].expand(-1, storage.shape[1], -1, storage.shape[3])
-            storage[:, :, : order.shape[1]] = storage.gather(2, index)
+            kept = storage.gather(2, index)
+            if storage.shape[2] > max(CAPACITY, 8 * columns):  # what a long prompt needed
+                storage = storage.new_empty((*storage.shape[:2], max(CAPACITY, 4 * columns), storage.shape[3]))
+                self._storage[place] = storage
+            storage[:, :, :columns] = kept
 
 
 class Mark(NamedTuple):
     """What a cache held at some time, to go back to."""
 
-    columns: int
     lengths: list[int]
-    live: Tensor | None
-
-
-def check_layers(config: Any) -> int:
-    """Layers of a model's cache, all of which attend to the whole history.
-
-    Raises:
-        ValueError: a layer does not.
-    """
-    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-    if others := {kind.__name__ for kind in kinds if kind is not DynamicLayer}:
-        raise ValueError(f"model must attend to the whole history in every layer, got layers of {sorted(others)}")
-    return len(kinds)
+    columns: list[tuple[int, list[int], Tensor | None]]
+    """Of each kind: the columns in use, tokens in them, and which hold a token."""
 
 
 def keep_paths(caches: Sequence[Tensor], paths: Sequence[Sequence[int]], start: Tensor | int) -> None:
@@ -154,32 +299,31 @@ class RaggedCache:
     """Keys and values of B requests, fed with rows by :meth:`run`.
 
     Args:
-        config: of the model.
+        kinds: of the model's layers.
         batch: requests.
         device: of the model.
-        additive: dtype of the masks of trees, 0 where a row attends and the lowest number elsewhere; ``None`` for masks
-            of bool.
-
-    Raises:
-        ValueError: a layer of the model does not attend to the whole history.
+        mask: dtype of the masks [B, 1, R, columns] that the model takes: ``torch.bool``, or a floating one that is
+            added to its scores; ``None`` where it takes none but [B, columns], of 1 where there is a token.
     """
 
-    def __init__(self, config: Any, batch: int, device: torch.device, additive: torch.dtype | None = None) -> None:
-        self._device, self._additive = device, additive
-        self._columns = Columns()
-        self.layers = [PreallocatedLayer(self._columns) for _ in range(check_layers(config))]
+    def __init__(
+        self, kinds: Sequence[Kind], batch: int, device: torch.device, mask: torch.dtype | None = torch.bool
+    ) -> None:
+        self._device, self._mask = device, mask
+        by_kind = {kind: Columns(kind, batch, device) for kind in dict.fromkeys(kinds)}
+        self._columns = list(by_kind.values())
+        self.layers = [PreallocatedLayer(by_kind[kind]) for kind in kinds]
         self.cache = Cache(layers=self.layers)
         self.lengths = [0] * batch
-        """Tokens of each request that are in the cache."""
-        self._live: Tensor | None = None  # bool [B, columns]: which hold a token; None where all do
+        """Tokens of each request that were read."""
         self._fresh: list[int] = []  # real rows of the last run
         self._fresh_columns = 0
-        self._tree = 0  # columns of a tree that is not decided on yet
+        self._tree: Tensor | None = None  # int64 [B, T]: depths of a tree's rows that are not decided on yet
 
     @property
     def columns(self) -> int:
-        """Columns in use, holes among them."""
-        return self._columns.used
+        """Columns in use of the first layer, holes among them."""
+        return self._columns[0].used
 
     def run(
         self, forward: Callable[..., Any], counts: Sequence[int], rows: int, positions: bool = True, **inputs: Any
@@ -188,118 +332,113 @@ class RaggedCache:
         positions, unless it takes none."""
         index = torch.arange(rows, device=self._device)
         lengths, own = to_device([self.lengths, counts], torch.int64, self._device)[..., None].unbind()
-        if self._live is not None or any(count < rows for count in counts):
-            self._live = torch.cat([self._mask(), index < own], 1)
         if positions:  # no row is behind the last real one, which may be the last position there is
             inputs["position_ids"] = (lengths + torch.minimum(index, own - 1)).clamp(min=0)
-        outputs = self._forward(forward, self._attended(counts), rows, inputs)
+        mask = self._chain_mask(counts, lengths + index)
+        for columns in self._columns:
+            columns.add(counts, rows)
+        outputs = self._forward(forward, mask, rows, inputs)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._fresh, self._fresh_columns = list(counts), rows
         return outputs
 
     def commit(self, counts: Sequence[int]) -> None:
         """Of the last run, keep the first ``counts[b]`` rows of each request."""
-        start, longest = self.columns - self._fresh_columns, max(counts)
-        if self._live is not None or any(count < longest for count in counts):
-            index = torch.arange(longest, device=self._device)
-            kept = index < to_device(counts, torch.int64, self._device)[:, None]
-            self._live = torch.cat([self._mask()[:, :start], kept], 1)
-        lengths = [n - old + new for n, old, new in zip(self.lengths, self._fresh, counts, strict=True)]
-        self._reset(start + longest, lengths)
+        fresh, columns = self._fresh, self._fresh_columns
+        for each in self._columns:
+            decided = [length - own for length, own in zip(each.lengths, fresh, strict=True)]
+            each.keep(each.used - columns, decided, counts)
+        self.lengths = [n - old + new for n, old, new in zip(self.lengths, fresh, counts, strict=True)]
 
     def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
         """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the history, and attends to it and to
         those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
-        rows, start = depth.shape[1], self.columns - self._tree
-        history = self._mask()[:, None, :start].expand(-1, rows, -1)
-        mask = torch.cat([history, ancestors], 2)[:, None]
-        if self._additive is not None:
-            lowest = max(torch.finfo(self._additive).min, torch.finfo(torch.float32).min)  # softmax may be in float32
-            mask = torch.zeros(mask.shape, dtype=self._additive, device=mask.device).masked_fill(~mask, lowest)
+        assert self._mask is not None, "that was checked before"
         lengths = to_device(self.lengths, torch.int64, self._device)[:, None]
-        outputs = self._forward(forward, mask, rows, {"position_ids": lengths + depth, **inputs})
-        if self._live is not None:
-            self._live = functional.pad(self._live, (0, rows))
-        self._tree += rows
+        queries, rows = lengths + depth, depth.shape[1]
+        before, self._tree = self._tree, depth if self._tree is None else torch.cat([self._tree, depth], 1)
+        start = 0 if before is None else before.shape[1]
+        masks = {
+            columns.kind: columns.attended(columns.used - start, queries, ancestors, lengths + self._tree)
+            for columns in self._columns
+        }
+        outputs = self._forward(forward, masks_by_kind(masks, self._mask), rows, {"position_ids": queries, **inputs})
+        for columns in self._columns:
+            if columns.live is not None:
+                columns.live = functional.pad(columns.live, (0, rows))
         return outputs
 
     def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
         """Of the tree's rows, keep those of a path of nodes of each request; an empty one keeps nothing."""
-        rows, self._tree = self._tree, 0
-        start = self.columns - rows
-        keep_paths([cache for layer in self.layers for cache in layer.in_use()], paths, start)
-        self._fresh, self._fresh_columns = [0] * len(paths), rows
+        rows = 0 if self._tree is None else self._tree.shape[1]
+        for columns in self._columns:
+            keep_paths([cache for layer in columns.layers for cache in layer.in_use()], paths, columns.used - rows)
+        self._tree, self._fresh, self._fresh_columns = None, [0] * len(paths), rows
         self.commit([len(path) for path in paths])
 
     def mark(self) -> Mark:
         """What is in the cache now."""
-        return Mark(self.columns, self.lengths, self._live)
+        return Mark(self.lengths, [(each.used, each.lengths, each.live) for each in self._columns])
 
     def restore(self, mark: Mark) -> None:
         """Take back everything that came after a mark; nothing of before may have been taken back since."""
-        self._live = mark.live
-        self._reset(mark.columns, mark.lengths)
+        self.lengths = mark.lengths
+        for columns, (used, lengths, live) in zip(self._columns, mark.columns, strict=True):
+            columns.live = live
+            columns.settle(used, lengths)
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests in these slots only."""
         index = to_device(slots, torch.int64, self._device)
         if self.columns:
             self.cache.batch_select_indices(index)
-        if self._live is not None:
-            self._live = self._live[index]
-        self._reset(self.columns, [self.lengths[slot] for slot in slots])
+        self.lengths = [self.lengths[slot] for slot in slots]
+        for columns in self._columns:
+            columns.select(slots, index)
 
     def join(self, other: RaggedCache) -> None:
         """Go on with the requests of another cache of the same model too, behind one's own."""
-        requests, columns = (len(self.lengths), len(other.lengths)), max(self.columns, other.columns)
-        live = [functional.pad(cache._mask(), (0, columns - cache.columns)) for cache in (self, other)]
-        for layer, more in zip(self.layers, other.layers, strict=True):
-            layer.join(more, requests, columns)
-        self._live = torch.cat(live)
-        self._reset(columns, self.lengths + other.lengths)
+        for columns, more in zip(self._columns, other._columns, strict=True):
+            columns.join(more)
+        self.lengths = self.lengths + other.lengths
 
-    def _attended(self, counts: Sequence[int]) -> Tensor | None:
+    def _chain_mask(self, counts: Sequence[int], positions: Tensor) -> Any:
+        """Which columns new rows at ``positions [B, R]`` attend to: all that hold a token, and of the new ones those up
+        to their own, so that a row that is none attends to something and does not become nan. No mask where that is
+        what a model does without one."""
+        rows = positions.shape[1]
+        ragged = any(count < rows for count in counts)
+        if not any(ragged or columns.live is not None or columns.kind.window for columns in self._columns):
+            return None
+        if self._mask is None:
+            return self._column_mask(counts, rows)
+        causal = torch.ones((1, rows, rows), dtype=torch.bool, device=self._device).tril()
+        masks = {each.kind: each.attended(each.used, positions, causal, positions) for each in self._columns}
+        return masks_by_kind(masks, self._mask)
+
+    def _column_mask(self, counts: Sequence[int], rows: int) -> Tensor:
         """The mask of a run, int64 [B, columns]. A request that has nothing to read, and has read nothing, attends to
         its first hole: a row that attends to nothing may become nan, and a nan is seen through every mask."""
-        if self._live is None:
-            return None
-        mask = self._live.long()
-        for slot, count in enumerate(counts):
-            if self.lengths[slot] + count == 0:
-                mask[slot, 0] = 1
-        return mask
+        (columns,) = self._columns
+        own = to_device([max(count, length == 0) for count, length in zip(counts, self.lengths, strict=True)],
+                        torch.int64, self._device)[:, None]  # fmt: skip
+        new = torch.arange(rows, device=self._device) < own
+        return torch.cat([columns.mask(), new], 1).long()
 
-    def _mask(self) -> Tensor:
-        """bool [B, columns]: which columns hold a token."""
-        if self._live is not None:
-            return self._live
-        return torch.ones((len(self.lengths), self.columns), dtype=torch.bool, device=self._device)
-
-    def _forward(self, forward: Callable[..., Any], mask: Tensor | None, rows: int, inputs: dict[str, Any]) -> Any:
+    def _forward(self, forward: Callable[..., Any], mask: Any, rows: int, inputs: dict[str, Any]) -> Any:
         outputs = forward(attention_mask=mask, past_key_values=self.cache, use_cache=True, **inputs)
-        self._columns.used += rows
-        if idle := [index for index, layer in enumerate(self.layers) if layer.filled != self.columns]:
+        for columns in self._columns:
+            columns.used += rows
+        idle = [
+            index
+            for columns in self._columns
+            for index, layer in enumerate(self.layers)
+            if layer in columns.layers and layer.filled != columns.used
+        ]
+        if idle:
             raise ValueError(
                 f"model must write its keys and values to the cache that it is given, but {type(forward).__name__} did "
                 f"not in layers {idle}: gradient checkpointing in training mode, and architectures with a state of "
                 "their own, do not"
             )
         return outputs
-
-    def _reset(self, columns: int, lengths: list[int]) -> None:
-        """Have the first columns in use, so many tokens of each request among them."""
-        self._columns.used, self.lengths = columns, lengths
-        holes = any(length < columns for length in lengths)
-        if not holes:
-            self._live = None
-        elif len(lengths) == 1 or max(lengths) < (1 - MAX_HOLES) * columns:
-            self._squeeze()
-
-    def _squeeze(self) -> None:
-        # A stable sort keeps tokens in order; positions are in the rotated keys already.
-        longest = max(self.lengths)
-        order = self._mask().long().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        for layer in self.layers:
-            layer.rearrange(order)
-        self._live = self._mask().gather(1, order)
-        self._reset(longest, self.lengths)

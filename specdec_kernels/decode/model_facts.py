@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from specdec_kernels.decode.cache import check_layers
+from specdec_kernels.decode.cache import Kind, layer_kinds
 
 
 def text_config(model: Any) -> Any:
@@ -46,8 +46,11 @@ def special_tokens(model: Any) -> frozenset[int]:
     return found
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any) -> list[Kind]:
     """Whether a model is one that the loop knows how to use.
+
+    Returns:
+        What its layers attend to.
 
     Raises:
         TypeError, ValueError: with the reason why not.
@@ -62,12 +65,15 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model must have a language-modelling head, got {_name(model)}")
     if any(module.training for module in model.modules()):
         raise ValueError(f"model must be in evaluation mode (model.eval()), got {_name(model)} in training mode")
-    check_layers(model.config)
+    kinds = layer_kinds(model.config)
+    if any(kind.window is not None for kind in kinds):
+        check_masks(model, "where layers have windows")
     if isinstance(columns := getattr(head, "out_features", None), int) and columns != vocab_size(model):
         raise ValueError(
             f"model must have as many logits as its configuration's vocab_size, {vocab_size(model)}, got {columns} in "
             f"{_name(model)}: set it, or resize_token_embeddings"
         )
+    return kinds
 
 
 def takes(model: Any, name: str) -> bool:
@@ -85,9 +91,12 @@ def context_length(model: Any) -> int | None:
 
 
 def column_window(model: Any) -> int | None:
-    """Keys that a local layer looks back at by column of the cache, whatever token is there (GPT-Neo); else None."""
+    """Tokens up to which it does not matter that a model looks at columns of its cache, whatever is there: local layers
+    of GPT-Neo look back by column, and Llama 4 scales queries by it; else None."""
     config = text_config(model)
-    return config.window_size if "local" in getattr(config, "attention_layers", ()) else None
+    if "local" in getattr(config, "attention_layers", ()):
+        return config.window_size
+    return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 
 def unchanging_lengths(model: Any) -> list[int]:
@@ -127,23 +136,33 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
         )
 
 
-def additive_mask(model: Any) -> torch.dtype | None:
-    """How a model is told what a row of a tree attends to: the dtype of a mask that is added to its scores, or None for
-    a mask of bool."""
+def mask_dtype(model: Any) -> torch.dtype | None:
+    """How a model is told what each row attends to: the dtype of a mask [B, 1, R, columns], bool or one that is added
+    to its scores; or None where it takes none but [B, columns]."""
+    if attention(model) not in ("eager", "sdpa") or has_alibi(model):
+        return None
     dtype: torch.dtype = model.dtype
-    return dtype if attention(model) == "eager" else None
+    return dtype if attention(model) == "eager" else torch.bool
 
 
-def check_tree_attention(model: Any) -> None:
-    """Whether a model's attention takes the masks of trees.
+def has_alibi(model: Any) -> bool:
+    """Whether a model adds to its scores how far tokens are from each other, which it counts in a mask [B, columns]."""
+    config = text_config(model)
+    return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
+
+
+def check_masks(model: Any, purpose: str, otherwise: str = "") -> None:
+    """Whether a model takes masks that tell of every row what it attends to.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not; with what they are for, and what to do without.
     """
-    if attention(model) not in ("eager", "sdpa"):
+    if has_alibi(model):
+        raise ValueError(f"model must have no ALiBi {purpose}, got {_name(model)}: {otherwise}")
+    if mask_dtype(model) is None:
         raise ValueError(
-            f"model must have attn_implementation 'eager' or 'sdpa' to score trees, got {attention(model)!r}: draft "
-            "chains, or load it with one of these"
+            f"model must have attn_implementation 'eager' or 'sdpa' {purpose}, got {attention(model)!r}: "
+            f"{otherwise and otherwise + ', or '}load it with one of these"
         )
 
 

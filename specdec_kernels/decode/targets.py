@@ -26,7 +26,7 @@ class TransformersTarget:
     batches and for trees, a few rows that are scored as the loop scores them are compared with a plain pass.
 
     Args:
-        model: any causal model whose layers attend to the whole history, in evaluation mode.
+        model: any causal model whose layers keep keys and values of tokens, in evaluation mode.
         fixed_rows: score in windows of exactly this many rows, at fixed offsets of the history. Passes over different
             numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
             on how it was drafted. In a window every token is always scored in the same row of the same shape,
@@ -39,7 +39,7 @@ class TransformersTarget:
     """
 
     def __init__(self, model: Any, fixed_rows: int | None = None, *, check: bool = True) -> None:
-        model_facts.check_model(model)
+        self.layers = model_facts.check_model(model)
         if fixed_rows is not None and (isinstance(fixed_rows, bool) or not isinstance(fixed_rows, int)):
             raise TypeError(f"fixed_rows must be None or an int, got {fixed_rows!r}")
         if fixed_rows is not None and fixed_rows < 1:
@@ -116,8 +116,8 @@ class TransformersSession:
     ) -> None:
         self._target, self._model, self._feature_layers = target, target.model, feature_layers
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
-        additive = model_facts.additive_mask(self._model)
-        self._cache = RaggedCache(self._model.config, len(prompts), target.device, additive)
+        mask = model_facts.mask_dtype(self._model)
+        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask)
         self._positions = model_facts.takes(self._model, "position_ids")
         read = [list(prompt[:-1]) for prompt in prompts]
         self.features: Tensor | None = None
@@ -161,7 +161,7 @@ class TransformersSession:
         self._longest = max(self._longest, other._longest)
 
     def _check_trees(self) -> None:
-        model_facts.check_tree_attention(self._model)
+        model_facts.check_masks(self._model, "to score trees", "draft chains")
         model_facts.check_tree_lengths(self._model, self._longest)
         self._target.try_out("trees")
 

@@ -40,6 +40,9 @@ SIZES: dict[str, Any] = {
 MLA: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": None}
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
 LOCAL: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
+WINDOW: dict[str, Any] = {"sliding_window": 4}  # fewer than are drafted
+MIXED: dict[str, Any] = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+CHUNKS: dict[str, Any] = {"attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,6 +89,14 @@ RIGHT: dict[str, Architecture] = {
     "bart": Architecture("bart", batches=False, trees=False),
     "whisper": Architecture("whisper", batches=False),
     "electra, decoder": Architecture("electra", {"is_decoder": True}),
+    **{
+        f"{kind}, windows": Architecture(kind, named) for kind, named in {
+            **dict.fromkeys(["mistral", "mixtral", "phi3", "starcoder2"], WINDOW),
+            **dict.fromkeys(["cohere2", "exaone4", "gemma2", "gemma3_text", "ministral", "olmo3", "smollm3"], MIXED),
+            "qwen2": {**MIXED, "use_sliding_window": True}, "gpt_oss": {**MIXED, "pad_token_id": 0},
+            "llama4_text": CHUNKS,
+        }.items()
+    },
 }  # fmt: skip
 
 
@@ -172,37 +183,35 @@ def test_text_is_that_of_transformers(name, attention):
         assert decoded(model, drafter, PROMPTS, lengths) == shrinking, kind
 
 
+@pytest.mark.parametrize("name", [name for name in RIGHT if "windows" in name])
+def test_windows_are_shorter_than_the_texts(name):
+    kinds = TransformersTarget(build(RIGHT[name], 1, "eager")).layers
+    assert {kind.window for kind in kinds} in ({4}, {4, None})
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_text_depends_on_its_first_token(name):
-    """Else nothing that goes wrong with the history would be seen above."""
+    """Else nothing that goes wrong with the history would be seen above. (With windows, on one out of the last row's.)"""
     model, _ = models(name, "eager")
+    before, (_, *behind) = (PROMPTS[2][:2], PROMPTS[2][2:]) if "windows" in name else ([], PROMPTS[2])
     with torch.inference_mode():
-        first, other = (model(torch.tensor([[token, *PROMPTS[2][1:]]])).logits[0, -1] for token in (5, 17))
+        first, other = (model(torch.tensor([[*before, token, *behind]])).logits[0, -1] for token in (5, 17))
     assert (first - other).norm() > 0.02 * (first - first.mean()).norm()
 
 
-SLIDING, STATE = (
-    "whole history in every layer, got layers of .*Sliding",
-    "whole history in every layer, got layers of .*Linear",
-)
+STATE = "keys and values of tokens in every layer, got layers of .*Linear"
 
 #: Why a model is refused, and how it comes to be one.
 REFUSED: dict[str, tuple[str, Architecture]] = {
     "bert": ("chains.*differ by", Architecture("bert")),
     "roberta, decoder": ("chains.*differ by", Architecture("roberta", {"is_decoder": True, "pad_token_id": 0})),
-    "cohere2": (SLIDING, Architecture("cohere2")),
     "deepseek_v32": ("got layers of .*Indexed", Architecture("deepseek_v32", MLA)),
     "doge": ("within the 8 positions", Architecture("doge", {"keep_window_size": 8})),
     "falcon_mamba": (STATE, Architecture("falcon_mamba")),
-    "gemma2": (SLIDING, Architecture("gemma2")),
-    "gemma3": (SLIDING, Architecture("gemma3_text")),
-    "gpt_oss": (SLIDING, Architecture("gpt_oss", {"pad_token_id": 0})),
     "jamba": (STATE, Architecture("jamba")),
     "lfm2": (STATE, Architecture("lfm2", {"layer_types": ["conv", "full_attention"]})),
-    "llama4": (SLIDING, Architecture("llama4_text")),
     "mamba": (STATE, Architecture("mamba")),
     "mamba2": (STATE, Architecture("mamba2", {"head_dim": 8, "num_heads": 8, "n_groups": 1})),
-    "mistral": (SLIDING, Architecture("mistral")),
     "openai-gpt": ("must write its keys and values to the cache", Architecture("openai-gpt")),
     "qwen3_next": (STATE, Architecture("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]})),
     "recurrent_gemma": (STATE, Architecture("recurrent_gemma")),
@@ -328,5 +337,5 @@ def test_half_precision_rounds_less_than_wrong_columns(dtype):
         else:
             with pytest.raises(ValueError, match=r"batches.*differ by"):
                 decoded(model, None, PROMPTS)
-            with pytest.raises(ValueError, match=r"trees.*differ by"):
+            with pytest.raises(ValueError, match="no ALiBi to score trees, got MptForCausalLM: draft chains"):
                 decoded(model, TreeDrafter(ModelDrafter(build(RIGHT["llama"], 1, "eager"))), PROMPTS[:1])

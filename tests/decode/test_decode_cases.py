@@ -132,10 +132,14 @@ def test_models_that_are_refused():
         TransformersTarget(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model must have a language-modelling head, got LlamaModel"):
         TransformersTarget(tiny(1).model)
-    windowed = tiny(1)
+    windowed = tiny(1)  # that does not do what its configuration says
     windowed.config.sliding_window, windowed.config.layer_types = 4, ["sliding_attention"]
-    with pytest.raises(ValueError, match="model must attend to the whole history in every layer, got layers of"):
+    with pytest.raises(ValueError, match="rows of chains as a plain pass"):
         greedy(windowed, [[1, 2]])
+    two = tiny(1, layers=2)
+    two.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"keep keys and values of tokens in every layer, got .*LinearAttentionLayer"):
+        TransformersTarget(two)
 
 
 def test_a_model_that_leaves_the_cache_alone_is_refused():

@@ -117,9 +117,9 @@ def test_the_host_waits_once_a_step(model, name):
         reads.found.clear()  # what is read at the beginning
         list(tokens)
     if name in READS_MORE:
-        assert len(reads.own) > steps.steps, f"no more than others: {READS_MORE[name]}"
+        assert len(reads.found) > steps.steps, f"no more than others: {READS_MORE[name]}"
     else:
-        assert len(reads.own) == steps.steps, reads.own
+        assert len(reads.found) == steps.steps, reads.found
 
 
 def test_a_grammar_is_asked_on_the_host(model):
@@ -128,7 +128,7 @@ def test_a_grammar_is_asked_on_the_host(model):
         steps, named = Statistics(), {"num_draft": 3, "max_new_tokens": 6, "seed": 3, **options}
         with HostReads() as reads:
             generate(TransformersTarget(model), PROMPTS, drafter=drafters(model)["model"], statistics=steps, **named)
-        assert len(reads.own) == each * steps.steps, reads.own
+        assert len(reads.found) == each * steps.steps, reads.found
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

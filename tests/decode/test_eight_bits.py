@@ -76,8 +76,11 @@ def caches(plain, batch, length, dtype):
 
 def masks(kind, batch, rows, length):
     """What :class:`RaggedCache` hands over."""
+    if kind == "text" and batch == 1:
+        return None
     if kind == "text":
-        return None if batch == 1 else torch.rand(batch, length + rows).ge(0.3).long().index_fill(1, torch.tensor(0), 1)
+        live = torch.rand(batch, 1, 1, length + rows).ge(0.3).index_fill(3, torch.tensor(0), True)
+        return live & torch.ones(rows, length + rows, dtype=torch.bool).tril(length)
     return torch.rand(batch, 1, rows, length + rows).ge(0.4) | torch.eye(rows, length + rows, dtype=torch.bool)
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -27,8 +29,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, generate, stream
-from specdec_kernels.decode.static import Graphs, StaticSession, bucket
+from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, generate, static, stream
+from specdec_kernels.decode.drafters import DraftConfig, ModelDrafter, StaticDrafter, TreeDrafter
+from specdec_kernels.decode.drafters.static import drafted
+from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.static_cache import Graphs, StaticCache, bucket
 
 RULES = ["token", "block", "coupled"]
 SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": [0, 7, 5]}}
@@ -41,7 +46,9 @@ def models():
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **plain,
     }  # fmt: skip
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     made = {
+        "gemma3, windows": Gemma3ForCausalLM(Gemma3TextConfig(**common, **windows)),
         "llama": LlamaForCausalLM(LlamaConfig(**common)),
         "llama, eager": LlamaForCausalLM(LlamaConfig(**common, attn_implementation="eager")),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**common)),
@@ -133,9 +140,9 @@ def recorded(monkeypatch):
     """Steps are recorded and replayed; what was recorded."""
     made = []
 
-    def capture(function, inputs, others):
-        module = make_fx(lambda named: tree_leaves(function(**named, **others)))(inputs)
-        results = function(**inputs, **others)
+    def capture(function, cache, inputs, others):
+        module = make_fx(lambda named: tree_leaves(function(cache, **named, **others)))(inputs)
+        results = function(cache, **inputs, **others)
         made.append(function.__name__)
         return Recorded(module, inputs, results), results
 
@@ -144,7 +151,7 @@ def recorded(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "feature of two layers", "nested"])
+@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "feature of two layers", "nested", "static"])
 def test_replayed_operations_give_the_same_text(model, name, recorded):
     """Of batches that shrink; once for each number of rows and each half of the batch, not once a step."""
     options = {"temperature": 0.9, "prompts": PROMPTS, "max_new_tokens": [24, 14, 9, 20]}
@@ -152,8 +159,47 @@ def test_replayed_operations_give_the_same_text(model, name, recorded):
     replayed = text(target, drafter_of(name), statistics=statistics, **options)
     assert replayed == text(TransformersTarget(model), drafter_of(name), **options)
     assert 0 < len(recorded) < statistics.steps
-    if name in (None, "model"):
-        assert set(recorded) == {"stepped"}
+    if name in (None, "model", "static"):
+        assert set(recorded) == {"stepped", "drafted"} if name == "static" else {"stepped"}
+
+
+def test_later_streams_replay_what_the_first_one_recorded(model, recorded):
+    """In its cache, of which they see nothing: not even a nan."""
+    target, drafter = StaticTarget(model, check=False), StaticDrafter(tiny(2))
+    options = {"temperature": 0.9, "drafter": drafter}
+    text(target, **options)
+    once = list(recorded)
+    storage = target.caches._idle.layers[0].storage
+    with torch.inference_mode():
+        for cache in (target.caches._idle, drafter.caches._idle):
+            cache.layers[0].storage[0].fill_(torch.nan)
+    other = text(TransformersTarget(model), ModelDrafter(tiny(2)), PROMPTS[1:], temperature=0.9)
+    assert text(target, prompts=PROMPTS[1:], **options) == other
+    assert recorded == once
+    assert target.caches._idle.layers[0].storage is storage
+
+
+def test_streams_at_the_same_time_have_caches_of_their_own(model):
+    target, drafter = StaticTarget(model), StaticDrafter(tiny(2))
+    options = {"temperature": 0.9, "drafter": drafter, "max_new_tokens": 12, "seed": 3, "num_draft": 3}
+    alone = [[token.token for token in stream(target, [prompt], **options)] for prompt in PROMPTS[:2]]
+    together = list(zip(*(stream(target, [prompt], **options) for prompt in PROMPTS[:2]), strict=True))
+    assert [[token.token for token in tokens] for tokens in zip(*together, strict=True)] == alone
+
+
+def test_a_cache_serves_no_stream_of_another_size_nor_a_changed_model():
+    target = StaticTarget(tiny(1, layers=2), check=False)
+    text(target)
+    first = target.caches._idle
+    text(target, prompts=PROMPTS[:2])
+    second = target.caches._idle
+    assert second is not first
+    text(target, prompts=PROMPTS[:2], max_new_tokens=100)
+    third = target.caches._idle
+    assert third.capacity > second.capacity
+    target.model.bfloat16()
+    text(target, prompts=PROMPTS[:2], max_new_tokens=100)
+    assert target.caches._idle is not third
 
 
 def begun(model, prompts=PROMPTS[:3]):
@@ -187,11 +233,11 @@ def test_a_step_is_one_graph_whatever_the_lengths(architectures, architecture):
     model = architectures[architecture]
     (session, arguments), (other, _) = begun(model), begun(model)
     torch.compiler.reset()
-    compiled = torch.compile(other.stepped, fullgraph=True, backend="eager", dynamic=False)
+    compiled = torch.compile(static.stepped, fullgraph=True, backend="eager", dynamic=False)
     for time in range(4):
         with torch.compiler.set_stance("default" if time == 0 else "fail_on_recompile"):
-            whole = compiled(**arguments)
-        stepped = session.stepped(**arguments)
+            whole = compiled(other._cache, **arguments)
+        stepped = static.stepped(session._cache, **arguments)
         for one, two in zip(tree_leaves(stepped), tree_leaves(whole), strict=True):
             torch.testing.assert_close(one, two, equal_nan=True)
         assert (stepped.lengths > arguments["lengths"]).all()
@@ -206,7 +252,7 @@ def test_steps_follow_each_other_without_the_host(model):
     arguments |= {"rule": "coupled", "draft_logits": None, "seed": torch.full((3,), 3)}
     tokens = [[], [], []]
     for _ in range(9):
-        stepped = session.stepped(**arguments)
+        stepped = static.stepped(session._cache, **arguments)
         for own, new in zip(tokens, stepped.verified.tokens.tolist(), strict=True):
             own += [token for token in new if token >= 0]
         arguments = following(arguments, stepped)
@@ -219,20 +265,19 @@ def test_steps_follow_each_other_without_the_host(model):
 def test_a_step_reads_nothing(architectures, architecture):
     session, arguments = begun(architectures[architecture])
     with HostReads() as reads:
-        session.stepped(**arguments)
+        static.stepped(session._cache, **arguments)
     assert not reads.found
 
 
 @pytest.mark.parametrize("name", [None, "lookup", "model", "feature"])
 def test_the_host_waits_once_a_step(model, name):
-    """Not even transformers waits: the target's masks are made beforehand. (A model drafter's are not.)"""
     statistics, options = Statistics(), {"num_draft": 3, "max_new_tokens": [14, 4, 9], "seed": 3}
     text(StaticTarget(model), drafter_of(name))  # the probes of first use
     with HostReads() as reads:
         tokens = stream(StaticTarget(model), PROMPTS[:3], drafter=drafter_of(name), statistics=statistics, **options)
         reads.found.clear()  # what is read at the beginning
         list(tokens)
-    assert len(reads.found if name in (None, "lookup") else reads.own) == statistics.steps, reads.found
+    assert len(reads.found) == statistics.steps, reads.found
 
 
 def test_features_are_not_overwritten_by_the_next_step(model, recorded):
@@ -247,29 +292,32 @@ def test_features_are_not_overwritten_by_the_next_step(model, recorded):
     assert torch.equal(features, before)
 
 
-def test_a_session_that_is_dropped_leaves_nothing(model, recorded):
-    """Its caches are large, and memory of a device does not wake the garbage collector."""
+def test_what_is_dropped_leaves_nothing(model, recorded):
+    """Caches are large, and memory of a device does not wake the garbage collector: that of a stream goes back to its
+    target, and with the target it is gone."""
     gc.disable()
     try:
         session, arguments = begun(model)
         with torch.inference_mode():
-            session._replay(session.stepped, **arguments)
-        dropped = weakref.ref(session)
+            session._cache.replay(static.stepped, **arguments)
+        target, cache = session._target, weakref.ref(session._cache)
         del session
-        assert dropped() is None
+        assert target.caches._idle is cache()
+        del target
+        assert cache() is None
     finally:
         gc.enable()
 
 
 def test_slots_stay_until_half_of_them_are_idle(model, monkeypatch):
     sizes = []
-    forward = StaticSession._scored
+    forward = StaticCache.pass_over
 
-    def watched(session, tokens, *rest):
+    def watched(cache, tokens, *rest):
         sizes.append(len(tokens))
-        return forward(session, tokens, *rest)
+        return forward(cache, tokens, *rest)
 
-    monkeypatch.setattr(StaticSession, "_scored", watched)
+    monkeypatch.setattr(StaticCache, "pass_over", watched)
     text(StaticTarget(model, check=False), prompts=PROMPTS, max_new_tokens=[1, 2, 3, 4])
     assert sizes == [4, 4, 2, 1]
 
@@ -291,8 +339,97 @@ def test_bad_constructions(model):
         StaticTarget(model, max_rows=0)
 
 
+# --- drafters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", models())
+def test_static_drafts_are_those_of_the_dynamic_drafter(architectures, architecture):
+    """Step by step: tokens, logits, scalars, of batches that shrink and are accepted by turns."""
+    model, kept = architectures[architecture], [[3, 1, 2], [1, 4, 1], [2, 2]]
+    for rule, temperature in (("token", 0.9), ("coupled", 0.7), ("token", 0.0)):
+        one, other = (kind(model, VOCAB).begin(PROMPTS[:3], None) for kind in (ModelDrafter, StaticDrafter))
+        position = torch.tensor([len(prompt) for prompt in PROMPTS[:3]])
+        for accepted in kept:
+            if len(accepted) < len(position):
+                position = position[1:]
+                one.select([1, 2]), other.select([1, 2])
+            step = Step(
+                num_draft=[3, 2, 3][: len(accepted)], seed=torch.arange(len(accepted)), position=position,
+                temperature=temperature, top_k=7, coupled=rule == "coupled",
+            )  # fmt: skip
+            dynamic, fixed = one.propose(step), other.propose(step)
+            assert dynamic.tokens.tolist() == fixed.tokens.tolist()
+            assert dynamic.counts == fixed.counts
+            real = dynamic.tokens >= 0
+            torch.testing.assert_close(dynamic.logits[real], fixed.logits[real], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(dynamic.stats[real], fixed.stats[real], atol=1e-4, rtol=1e-4)
+            new = [(draft + [7] * 4)[:count] for draft, count in zip(dynamic.tokens.tolist(), accepted, strict=True)]
+            new = [[max(0, token) for token in tokens] for tokens in new]
+            one.commit(new, None), other.commit(new, None)
+            position = position + torch.tensor(accepted)
+
+
+def drafting(model, prompts=PROMPTS[:3]):
+    """A cache of a drafter, and the arguments of its first drafts."""
+    session, count = StaticDrafter(model, VOCAB).begin(prompts, None), len(prompts)
+    return session._cache, {
+        "tokens": torch.tensor([[prompt[-1], 0, 0, 0] for prompt in prompts]),
+        "lengths": torch.tensor([len(prompt) - 1 for prompt in prompts]),
+        "counts": torch.ones(count, dtype=torch.int64), "wanted": torch.tensor([3, 1, 2])[:count],
+        "seed": torch.arange(count), "position": torch.tensor([len(prompt) for prompt in prompts]),
+        "temperature": 0.9, "top_k": 7, "top_p": 1.0, "min_p": 0.0,
+        "drafts": 3, "own_vocab": VOCAB, "vocab": VOCAB, "coupled": False, "backend": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", models())
+@torch.inference_mode()
+def test_drafts_are_one_graph_whatever_the_lengths(architectures, architecture):
+    """It reads nothing, and what was drafted and accepted goes into the next drafts as tensors."""
+    (cache, arguments), (other, _) = (drafting(architectures[architecture]) for _ in range(2))
+    torch.compiler.reset()
+    compiled = torch.compile(drafted, fullgraph=True, backend="eager", dynamic=False)
+    for time in range(4):
+        with torch.compiler.set_stance("default" if time == 0 else "fail_on_recompile"):
+            whole = compiled(other, **arguments)
+        with HostReads() as reads:
+            tokens, logits, stats = drafted(cache, **arguments)
+        assert not reads.found
+        for one, two in zip((tokens, logits, stats), whole, strict=True):
+            torch.testing.assert_close(one, two, equal_nan=True)
+        read, accepted = arguments["counts"], torch.tensor([3, 1, 2])
+        arguments |= {
+            "lengths": arguments["lengths"] + read, "position": arguments["position"] + accepted,
+            "counts": accepted, "tokens": torch.cat([tokens, tokens[:, :1]], 1),
+        }  # fmt: skip
+
+
+def test_a_drafter_reads_on_as_far_as_its_text_gets(model, recorded):
+    """Its cache grows, and is recorded anew; the context's last position is drafted from, and none behind it."""
+    small = models()["gpt2"]
+    for drafting_model, count in ((tiny(2, max_position_embeddings=512), 400), (small, 80)):
+        fixed, dynamic = StaticDrafter(drafting_model, VOCAB), ModelDrafter(drafting_model, VOCAB)
+        target, statistics = tiny(1, layers=2, max_position_embeddings=512), (Statistics(), Statistics())
+        for drafter, own in zip((fixed, dynamic), statistics, strict=True):
+            options = {"max_new_tokens": count, "temperature": 0.0, "num_draft": 3, "statistics": own}
+            generate(TransformersTarget(target), PROMPTS[:1], drafter=drafter, **options)
+        assert [own.proposed_at for own in statistics] == [statistics[0].proposed_at] * 2
+        assert [own.accepted_at for own in statistics] == [statistics[0].accepted_at] * 2
+    assert recorded.count("drafted") < 20
+
+
+def test_drafts_that_need_the_host_are_refused(model):
+    for config in (DraftConfig(siblings=1), DraftConfig(min_confidence=0.2)):
+        with pytest.raises(ValueError, match="min_confidence 0 and siblings 0 for drafts of static shapes"):
+            StaticDrafter(model, config=config)
+    with pytest.raises(TypeError, match="got a StaticDrafter: use ModelDrafter"):
+        text(TransformersTarget(model), TreeDrafter(StaticDrafter(model)))
+
+
 def test_a_model_that_needs_other_masks_is_refused():
     torch.manual_seed(0)
     model = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)).eval()
-    with pytest.raises(ValueError, match="model BloomForCausalLM cannot score chains"):
-        StaticTarget(model).begin([[1, 2, 3]], [4])
+    with pytest.raises(ValueError, match="no ALiBi for steps of static shapes, got BloomForCausalLM: use Transf"):
+        StaticTarget(model)
+    with pytest.raises(ValueError, match="no ALiBi for drafts of static shapes, got BloomForCausalLM: use ModelDr"):
+        StaticDrafter(model)

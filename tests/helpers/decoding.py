@@ -20,6 +20,7 @@ from specdec_kernels.decode.drafters import (
     MedusaModel,
     ModelDrafter,
     NGramDrafter,
+    StaticDrafter,
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters.feature_model import REPEATS
@@ -66,6 +67,8 @@ def drafters(model, tiny=tiny):
             "model": lambda: ModelDrafter(tiny(2)),
             "small vocabulary": lambda: ModelDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
             "self": lambda: ModelDrafter(model),
+            "static": lambda: StaticDrafter(tiny(2)),
+            "static, small vocabulary": lambda: StaticDrafter(tiny(3, vocab=6), vocab_size=VOCAB),
             "feature": lambda: feature_drafter(model),
             "feature of two layers": lambda: feature_drafter(model, (1,)),
             "feature with repeats": lambda: feature_drafter(model, repeats=0.5),

@@ -62,12 +62,6 @@ class HostReads:
             mode.__enter__()
         return self
 
-    @property
-    def own(self):
-        """Those that are not transformers': of a batch with holes, or with prompts of different lengths, it looks
-        whether a mask is full, in every pass over one row a request and in those over whole prompts."""
-        return [place for place in self.found if not place.startswith("masking_utils.py")]
-
     def __exit__(self, *error):
         for mode in reversed(self._modes):
             mode.__exit__(*error)

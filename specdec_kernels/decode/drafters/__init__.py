@@ -12,6 +12,7 @@ from specdec_kernels.decode.drafters.medusa import MedusaDrafter
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel
 from specdec_kernels.decode.drafters.model import ModelDrafter
 from specdec_kernels.decode.drafters.ngram import NGramDrafter
+from specdec_kernels.decode.drafters.static import StaticDrafter
 
 __all__ = [
     "AdaptiveDrafter",
@@ -27,5 +28,6 @@ __all__ = [
     "MedusaModel",
     "ModelDrafter",
     "NGramDrafter",
+    "StaticDrafter",
     "TreeDrafter",
 ]

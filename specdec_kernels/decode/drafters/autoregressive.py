@@ -100,7 +100,7 @@ class AutoregressiveSession(ABC):
 
     Args:
         drafter_config: how to draft.
-        model_config: transformers' configuration of the model.
+        cache: of the model, with nothing in it.
         device: of the model.
         vocab: of the target.
         context: positions that the model has; ``None`` for any number.
@@ -110,17 +110,16 @@ class AutoregressiveSession(ABC):
     def __init__(
         self,
         drafter_config: DraftConfig,
-        model_config: Any,
+        cache: RaggedCache,
         device: torch.device,
         vocab: int,
         context: int | None,
         prompts: Sequence[Sequence[int]],
         features: Tensor | None,
-        additive: torch.dtype | None = None,
     ) -> None:
         self.config, self.device, self._vocab, self._context = drafter_config, device, vocab, context
         self._logits: Tensor | None = None
-        self._cache = RaggedCache(model_config, len(prompts), device, additive)
+        self._cache = cache
         self._pending: list[list[int]] = [[] for _ in prompts]
         self._pending_features: list[Tensor] | None = None
         self._exhausted = [False] * len(prompts)  # histories longer than the context

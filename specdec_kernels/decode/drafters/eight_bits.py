@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.decode.drafters.feature_model import FeatureModel, row_mask
+from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.packed import pack_linear
 from specdec_kernels.ops.backends import BACKENDS
 
@@ -101,10 +101,7 @@ class EightBitModel:
             features = features.to(embeddings.dtype)
             wide: Tensor = self.model(embeddings, features, attention_mask, position_ids, past_key_values)
             return wide.float()
-        mask = None
-        if attention_mask is not None:
-            length = cache.keys.shape[2] + rows
-            mask = row_mask(attention_mask, rows, length, embeddings.device).contiguous()
+        mask = None if attention_mask is None else attention_mask[:, 0].contiguous()
         inputs = (x.float().contiguous() for x in (embeddings, features))
         outputs, keys, values = torch.ops.specdec.feature_layer(
             *inputs, self._weights, self._scales, self._norm, self._cos, self._sin, position_ids.flatten(),

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, joinable
 from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.ops import sample
 
 
 class FallbackDrafter:
@@ -109,10 +110,14 @@ def _stats(draft: Draft | TreeDraft) -> Tensor:
         return draft.stats
     if draft.logits is None or draft.temperature is None:
         raise ValueError("second must propose stats or a temperature with its logits, got neither")
-    heat = torch.as_tensor(draft.temperature, dtype=torch.float32, device=draft.logits.device).reshape(-1, 1)
-    scale = heat.reciprocal().expand(draft.logits.shape[:2])
-    logsumexp = (draft.logits.float() * scale[..., None]).logsumexp(-1)
-    return torch.stack([scale, torch.full_like(scale, -torch.inf), logsumexp], -1)
+    batch, drafts = draft.logits.shape[:2]
+    heat = draft.temperature
+    each = heat.repeat_interleave(drafts) if isinstance(heat, Tensor) else heat
+    nothing = torch.zeros(batch * drafts, dtype=torch.int64, device=draft.logits.device)
+    # What a sample says of the distribution that it drew from; its token is of no interest.
+    drawn = sample(draft.logits.flatten(0, 1), seed=nothing, position=nothing, temperature=each)
+    stats: Tensor = drawn.stats.unflatten(0, (batch, drafts))
+    return stats
 
 
 def _marked(stats: Tensor, certain: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.cache import WHOLE, RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitModel
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
@@ -22,8 +23,6 @@ class FeatureReader(Protocol):
     """What a :class:`FeatureSession` asks of its drafter."""
 
     config: DraftConfig
-    model_config: Any
-    """Of the network, for its cache."""
     vocab_size: int
     """Of the target."""
     context: int | None
@@ -56,7 +55,7 @@ class FeatureDrafter:
     def __init__(
         self, model: FeatureModel, target: Any, config: DraftConfig = DraftConfig(), eight_bits: bool = False
     ) -> None:
-        self.config, self.network, self.model_config = config, model, model.config
+        self.config, self.network = config, model
         self.feature_layers: Sequence[int] = model.layers
         self.vocab_size, self.context = model_facts.vocab_size(target), model_facts.context_length(target)
         self.shortlist = model.shortlist
@@ -87,8 +86,9 @@ class FeatureSession(AutoregressiveSession):
         self._drafter, self._shortlist = drafter, drafter.shortlist
         self._repetitions = drafter.repetitions
         self._histories = None if self._repetitions is None else Histories(prompts)
+        device = drafter.shortlist.device
         super().__init__(
-            drafter.config, drafter.model_config, drafter.shortlist.device, drafter.vocab_size, drafter.context,
+            drafter.config, RaggedCache([WHOLE], len(prompts), device), device, drafter.vocab_size, drafter.context,
             prompts, features,
         )  # fmt: skip
 

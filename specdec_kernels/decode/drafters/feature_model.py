@@ -44,7 +44,6 @@ class FeatureModel(nn.Module):
         super().__init__()
         self.layers = (*middle, -1)
         self.config = copy.deepcopy(config)
-        self.config.num_hidden_layers = 1  # what its cache is made for
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head
         if middle:
@@ -103,7 +102,8 @@ class FeatureModel(nn.Module):
         past_key_values: Any,
         use_cache: bool = True,
     ) -> Tensor:
-        """Features [B, R, H] of R new rows: of :meth:`inputs`' arguments, and those of a transformers decoder."""
+        """Features [B, R, H] of R new rows: of :meth:`inputs`' arguments, and those of a transformers decoder, of which
+        the mask is bool [B, 1, R, L], or None where every row attends to all up to itself."""
         x = self.inputs(embeddings, features)
         queries, keys, values = self.project(x, position_ids)
         keys, values = past_key_values.update(keys, values, 0)
@@ -135,24 +135,16 @@ class FeatureModel(nn.Module):
         return model.to(dtype).eval()
 
 
-def row_mask(attention_mask: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
-    """bool [1 or B, R, L]: which keys each of the last rows attends to, by the mask [B, L] of a text, or [B, 1, R, L]
-    of a tree."""
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[:, 0]
-    causal = torch.ones(1, rows, length, dtype=torch.bool, device=device).tril(length - rows)
-    return causal if attention_mask is None else causal & attention_mask[:, None].bool()
-
-
 def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None) -> Tensor:
     """[B, heads, R, D]: attention of the last R rows, ``queries [B, heads, R, D]``, over ``keys`` and ``values [B,
-    kv_heads, L, D]``; the mask as of :func:`row_mask`."""
+    kv_heads, L, D]``; by a mask bool [B, 1, R, L], or all that come before."""
     batch, heads, rows, width = queries.shape
-    mask = None
-    if rows > 1 or attention_mask is not None:
-        length = keys.shape[2]
-        mask = row_mask(attention_mask, rows, length, keys.device).expand(batch, rows, length)[:, None]
-        mask = mask.repeat(1, 1, heads // keys.shape[1], 1)
+    length, mask = keys.shape[2], None
+    if attention_mask is None and rows > 1:
+        causal = torch.ones(rows, length, dtype=torch.bool, device=keys.device)
+        attention_mask = causal.tril(length - rows).expand(batch, 1, -1, -1)
+    if attention_mask is not None:
+        mask = attention_mask.repeat(1, 1, heads // keys.shape[1], 1)
     # The query heads that share keys become rows of one head, so that no key is copied.
     grouped = queries.reshape(batch, keys.shape[1], -1, width)
     attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.targets import TransformersTarget, try_out
 
@@ -27,7 +28,7 @@ class ModelDrafter:
     feature_layers: Sequence[int] = ()
 
     def __init__(self, model: Any, vocab_size: int | None = None, config: DraftConfig = DraftConfig()) -> None:
-        model_facts.check_model(model)
+        self.layers = model_facts.check_model(model)
         own = model_facts.vocab_size(model)
         if vocab_size is not None and own > vocab_size:
             raise ValueError(f"vocab_size must be at least the drafter's own {own}, got {vocab_size}")
@@ -38,25 +39,25 @@ class ModelDrafter:
         return self.config.siblings
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> ModelSession:
-        return ModelSession(self, prompts)
+        mask = model_facts.mask_dtype(self.model)
+        return ModelSession(self, prompts, RaggedCache(self.layers, len(prompts), self.model.device, mask))
 
 
 class ModelSession(AutoregressiveSession):
     """One stream of a :class:`ModelDrafter`."""
 
-    def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]], cache: RaggedCache) -> None:
         self._model, self._own_vocab = drafter.model, drafter.own_vocab
         self._tried = False
         self._positions = model_facts.takes(drafter.model, "position_ids")
         super().__init__(
             drafter.config,
-            drafter.model.config,
+            cache,
             drafter.model.device,
             drafter.vocab_size,
             model_facts.context_length(drafter.model),
             prompts,
             None,
-            model_facts.additive_mask(drafter.model),
         )
 
     def _known(self, tokens: Tensor) -> Tensor:
