@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from specdec_kernels.decode.states import StateLayer
 from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops.kv import compact_kv
 
@@ -41,6 +42,8 @@ class Kind(NamedTuple):
     """So many of the latest, the token itself among them; None for all."""
     chunked: bool = False
     """Whether a token attends to those of its own chunk of the history, which is cut into such windows."""
+    states: int = 0
+    """Where there are any, all that is left of the history, in place of keys and values."""
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """bool: whether tokens at some positions attend to others at positions that are not behind them."""
@@ -58,12 +61,11 @@ def layer_kinds(config: Any) -> list[Kind]:
     """Of each layer of a model's cache.
 
     Raises:
-        ValueError: a layer keeps something else than keys and values of tokens.
+        ValueError: a layer keeps something else than keys and values, or states alone.
     """
-    layers = DynamicCache(config=config).layers
-    others = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    if others:
-        raise ValueError(f"model must keep keys and values of tokens in every layer, got layers of {sorted(others)}")
+    layers, known = DynamicCache(config=config).layers, (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+    if others := {type(layer).__name__ for layer in layers if type(layer) not in known}:
+        raise ValueError(f"model must have layers of keys and values, or of states, got {sorted(others)}")
     text = config.get_text_config(decoder=True)
     chunked = None if getattr(text, "sliding_window", None) else getattr(text, "attention_chunk_size", None)
     names = getattr(text, "layer_types", None)
@@ -72,7 +74,8 @@ def layer_kinds(config: Any) -> list[Kind]:
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         inferred = WHOLE.name if window is None else _CHUNKED if chunked == window else "sliding_attention"
         name = names[index] if names else inferred
-        kinds.append(Kind(name, window, name == _CHUNKED))
+        states = layer.number_of_states if isinstance(layer, LinearAttentionLayer) else 0
+        kinds.append(Kind(name, window, name == _CHUNKED, states))
     if len({kind.name for kind in kinds}) < len(set(kinds)):
         raise ValueError(f"model must have one window for all layers of a type, got {sorted(map(str, set(kinds)))}")
     return kinds
@@ -239,6 +242,10 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
             storage[:, :, :used] = old[:, :, :used]
         self.is_initialized = True
 
+    def was_written(self, rows: int) -> bool:
+        """Whether it was, in the pass over so many rows that has just ended."""
+        return self.filled == self._columns.used
+
     def get_seq_length(self) -> int:
         """The columns in use, and those before them that were dropped of all requests."""
         return self._columns.used + min(self._columns.dropped)
@@ -280,6 +287,8 @@ class Mark(NamedTuple):
     lengths: list[int]
     columns: list[tuple[int, list[int], Tensor | None]]
     """Of each kind: the columns in use, tokens in them, and which hold a token."""
+    states: list[list[Tensor]]
+    """Of each layer that has any."""
 
 
 def keep_paths(caches: Sequence[Tensor], paths: Sequence[Sequence[int]], start: Tensor | int) -> None:
@@ -304,15 +313,22 @@ class RaggedCache:
         device: of the model.
         mask: dtype of the masks [B, 1, R, columns] that the model takes: ``torch.bool``, or a floating one that is
             added to its scores; ``None`` where it takes none but [B, columns], of 1 where there is a token.
+        argument: of the model's forward pass that a cache is handed over as.
     """
 
     def __init__(
-        self, kinds: Sequence[Kind], batch: int, device: torch.device, mask: torch.dtype | None = torch.bool
+        self,
+        kinds: Sequence[Kind],
+        batch: int,
+        device: torch.device,
+        mask: torch.dtype | None = torch.bool,
+        argument: str = "past_key_values",
     ) -> None:
-        self._device, self._mask = device, mask
-        by_kind = {kind: Columns(kind, batch, device) for kind in dict.fromkeys(kinds)}
+        self._device, self._mask, self._argument = device, mask, argument
+        by_kind = {kind: Columns(kind, batch, device) for kind in dict.fromkeys(kinds) if not kind.states}
         self._columns = list(by_kind.values())
-        self.layers = [PreallocatedLayer(by_kind[kind]) for kind in kinds]
+        self.layers = [StateLayer(kind.states) if kind.states else PreallocatedLayer(by_kind[kind]) for kind in kinds]
+        self._states = [layer for layer in self.layers if isinstance(layer, StateLayer)]
         self.cache = Cache(layers=self.layers)
         self.lengths = [0] * batch
         """Tokens of each request that were read."""
@@ -322,14 +338,20 @@ class RaggedCache:
 
     @property
     def columns(self) -> int:
-        """Columns in use of the first layer, holes among them."""
-        return self._columns[0].used
+        """Columns in use of the first layer that has any, holes among them."""
+        return self._columns[0].used if self._columns else 0
 
     def run(
-        self, forward: Callable[..., Any], counts: Sequence[int], rows: int, positions: bool = True, **inputs: Any
+        self,
+        forward: Callable[..., Any],
+        counts: Sequence[int],
+        rows: int,
+        positions: bool = True,
+        decided: bool = False,
+        **inputs: Any,
     ) -> Any:
         """Call ``forward`` on ``rows`` new rows, of which the first ``counts[b]`` of each request are real; with their
-        positions, unless it takes none."""
+        positions, unless it takes none. Rows that are decided on are not taken back by a commit."""
         index = torch.arange(rows, device=self._device)
         lengths, own = to_device([self.lengths, counts], torch.int64, self._device)[..., None].unbind()
         if positions:  # no row is behind the last real one, which may be the last position there is
@@ -337,7 +359,13 @@ class RaggedCache:
         mask = self._chain_mask(counts, lengths + index)
         for columns in self._columns:
             columns.add(counts, rows)
+        for layer in self._states:
+            layer.lead = min(counts) if decided else 0
         outputs = self._forward(forward, mask, rows, inputs)
+        for layer in self._states:
+            layer.keep(counts)
+            if decided:
+                layer.forget_rows()
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._fresh, self._fresh_columns = list(counts), rows
         return outputs
@@ -348,12 +376,16 @@ class RaggedCache:
         for each in self._columns:
             decided = [length - own for length, own in zip(each.lengths, fresh, strict=True)]
             each.keep(each.used - columns, decided, counts)
+        for layer in self._states:
+            layer.keep(counts)
+            layer.forget_rows()
         self.lengths = [n - old + new for n, old, new in zip(self.lengths, fresh, counts, strict=True)]
 
     def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
         """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the history, and attends to it and to
         those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
         assert self._mask is not None, "that was checked before"
+        assert not self._states, "likewise"
         lengths = to_device(self.lengths, torch.int64, self._device)[:, None]
         queries, rows = lengths + depth, depth.shape[1]
         before, self._tree = self._tree, depth if self._tree is None else torch.cat([self._tree, depth], 1)
@@ -378,7 +410,8 @@ class RaggedCache:
 
     def mark(self) -> Mark:
         """What is in the cache now."""
-        return Mark(self.lengths, [(each.used, each.lengths, each.live) for each in self._columns])
+        columns = [(each.used, each.lengths, each.live) for each in self._columns]
+        return Mark(self.lengths, columns, [layer.state() for layer in self._states])
 
     def restore(self, mark: Mark) -> None:
         """Take back everything that came after a mark; nothing of before may have been taken back since."""
@@ -386,12 +419,14 @@ class RaggedCache:
         for columns, (used, lengths, live) in zip(self._columns, mark.columns, strict=True):
             columns.live = live
             columns.settle(used, lengths)
+        for layer, state in zip(self._states, mark.states, strict=True):
+            layer.put(state)
+            layer.forget_rows()
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests in these slots only."""
         index = to_device(slots, torch.int64, self._device)
-        if self.columns:
-            self.cache.batch_select_indices(index)
+        self.cache.batch_select_indices(index)
         self.lengths = [self.lengths[slot] for slot in slots]
         for columns in self._columns:
             columns.select(slots, index)
@@ -400,6 +435,8 @@ class RaggedCache:
         """Go on with the requests of another cache of the same model too, behind one's own."""
         for columns, more in zip(self._columns, other._columns, strict=True):
             columns.join(more)
+        for layer, also in zip(self._states, other._states, strict=True):
+            layer.join(also, (len(self.lengths), len(other.lengths)))
         self.lengths = self.lengths + other.lengths
 
     def _chain_mask(self, counts: Sequence[int], positions: Tensor) -> Any:
@@ -409,7 +446,7 @@ class RaggedCache:
         rows = positions.shape[1]
         ragged = any(count < rows for count in counts)
         if not any(ragged or columns.live is not None or columns.kind.window for columns in self._columns):
-            return None
+            return None  # nor where there are no columns
         if self._mask is None:
             return self._column_mask(counts, rows)
         causal = torch.ones((1, rows, rows), dtype=torch.bool, device=self._device).tril()
@@ -426,19 +463,14 @@ class RaggedCache:
         return torch.cat([columns.mask(), new], 1).long()
 
     def _forward(self, forward: Callable[..., Any], mask: Any, rows: int, inputs: dict[str, Any]) -> Any:
-        outputs = forward(attention_mask=mask, past_key_values=self.cache, use_cache=True, **inputs)
+        outputs = forward(attention_mask=mask, use_cache=True, **{self._argument: self.cache}, **inputs)
         for columns in self._columns:
             columns.used += rows
-        idle = [
-            index
-            for columns in self._columns
-            for index, layer in enumerate(self.layers)
-            if layer in columns.layers and layer.filled != columns.used
-        ]
+        idle = [index for index, layer in enumerate(self.layers) if not layer.was_written(rows)]
         if idle:
             raise ValueError(
-                f"model must write its keys and values to the cache that it is given, but {type(forward).__name__} did "
-                f"not in layers {idle}: gradient checkpointing in training mode, and architectures with a state of "
-                "their own, do not"
+                f"model must write its keys and values, or states, to the cache that it is given, but "
+                f"{type(forward).__name__} did not in layers {idle}: gradient checkpointing in training mode, and "
+                "architectures with a state of their own, do not"
             )
         return outputs

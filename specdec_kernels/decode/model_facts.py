@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from specdec_kernels.decode.cache import Kind, layer_kinds
+from specdec_kernels.decode.states import step_row_by_row
 
 
 def text_config(model: Any) -> Any:
@@ -50,7 +51,7 @@ def check_model(model: Any) -> list[Kind]:
     """Whether a model is one that the loop knows how to use.
 
     Returns:
-        What its layers attend to.
+        What its layers attend to. Those with states keep them row by row from now on, in this project's caches.
 
     Raises:
         TypeError, ValueError: with the reason why not.
@@ -73,7 +74,23 @@ def check_model(model: Any) -> list[Kind]:
             f"model must have as many logits as its configuration's vocab_size, {vocab_size(model)}, got {columns} in "
             f"{_name(model)}: set it, or resize_token_embeddings"
         )
+    step_row_by_row(model, {index for index, kind in enumerate(kinds) if kind.states})
     return kinds
+
+
+def check_no_states(layers: Sequence[Kind], purpose: str, otherwise: str) -> None:
+    """Whether all layers keep keys and values.
+
+    Raises:
+        ValueError: they do not; with what they are for, and what to do without.
+    """
+    if any(kind.states for kind in layers):
+        raise ValueError(f"model must have keys and values in every layer {purpose}, got states: {otherwise}")
+
+
+def cache_argument(model: Any) -> str:
+    """What its forward pass calls a cache."""
+    return "cache_params" if takes(model, "cache_params") else "past_key_values"
 
 
 def takes(model: Any, name: str) -> bool:
@@ -95,7 +112,7 @@ def column_window(model: Any) -> int | None:
     of GPT-Neo look back by column, and Llama 4 scales queries by it; else None."""
     config = text_config(model)
     if "local" in getattr(config, "attention_layers", ()):
-        return config.window_size
+        return int(config.window_size)
     return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 

@@ -45,6 +45,7 @@ class StaticTarget(TransformersTarget):
 
     def __init__(self, model: Any, max_rows: int = 16, *, check: bool = True) -> None:
         super().__init__(model, check=check)
+        model_facts.check_no_states(self.layers, "for steps of static shapes", "use TransformersTarget")
         model_facts.check_masks(model, "for steps of static shapes", "use TransformersTarget")
         if isinstance(max_rows, bool) or not isinstance(max_rows, int):
             raise TypeError(f"max_rows must be an int, got {max_rows!r}")

@@ -26,7 +26,8 @@ class TransformersTarget:
     batches and for trees, a few rows that are scored as the loop scores them are compared with a plain pass.
 
     Args:
-        model: any causal model whose layers keep keys and values of tokens, in evaluation mode.
+        model: any causal model whose layers keep keys and values of tokens, or states (Mamba, Qwen3-Next, LFM2), in
+            evaluation mode.
         fixed_rows: score in windows of exactly this many rows, at fixed offsets of the history. Passes over different
             numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
             on how it was drafted. In a window every token is always scored in the same row of the same shape,
@@ -117,14 +118,15 @@ class TransformersSession:
         self._target, self._model, self._feature_layers = target, target.model, feature_layers
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
         mask = model_facts.mask_dtype(self._model)
-        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask)
+        argument = model_facts.cache_argument(self._model)
+        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask, argument)
         self._positions = model_facts.takes(self._model, "position_ids")
         read = [list(prompt[:-1]) for prompt in prompts]
         self.features: Tensor | None = None
         if any(read):
             tokens = padded(read, 0, device=target.device)
             last = {"logits_to_keep": 1} if model_facts.takes(self._model, "logits_to_keep") else {}
-            self.features = self._run(tokens, [len(tokens) for tokens in read], **last).features
+            self.features = self._run(tokens, [len(tokens) for tokens in read], decided=True, **last).features
 
     @property
     def lengths(self) -> list[int]:
@@ -161,6 +163,7 @@ class TransformersSession:
         self._longest = max(self._longest, other._longest)
 
     def _check_trees(self) -> None:
+        model_facts.check_no_states(self._target.layers, "to score trees", "draft chains")
         model_facts.check_masks(self._model, "to score trees", "draft chains")
         model_facts.check_tree_lengths(self._model, self._longest)
         self._target.try_out("trees")

@@ -6,43 +6,34 @@ transformers' own ``generate`` of each prompt alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from architectures import (
+    CHUNKS,
+    CONV,
+    FULL,
+    LOCAL,
+    MAMBA,
+    MIXED,
+    MLA,
+    PROMPTS,
+    STATES,
+    TOKENS,
+    WINDOW,
+    Architecture,
+    build,
+    decoded,
+    expected,
+)
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, logging
 
 from specdec_kernels.decode import TransformersTarget, generate, stream
 from specdec_kernels.decode.drafters import Growth, ModelDrafter, NGramDrafter, TreeDrafter
 
 logging.set_verbosity_error()  # of configurations that are unlike any real one
-
-VOCAB, TOKENS = 23, 10
-PROMPTS = [[1, 2, 3, 1, 2], [4, 5], [5, 6, 7, 8, 9, 5, 6, 11, 12]]
-
-#: By every name that some configuration has for them.
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "initializer_range": 0.3, "attention_dropout": 0.0,
-    **dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "dff", "ffn_hidden_size", "decoder_ffn_dim"], 48),
-    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"], 2),
-    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 4),
-    **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len"], 128),
-    "num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4), "num_experts_per_tok": 2,
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 16),
-    "n_shared_experts": 1, "first_k_dense_replace": 1,
-}  # fmt: skip
-
-MLA: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": None}
-FULL: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
-LOCAL: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
-WINDOW: dict[str, Any] = {"sliding_window": 4}  # fewer than are drafted
-MIXED: dict[str, Any] = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-CHUNKS: dict[str, Any] = {"attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,16 +43,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A type of model, what its configuration has beside the sizes (None: not this size), and what is refused."""
-
-    kind: str
-    named: dict[str, Any] = field(default_factory=dict)
-    batches: bool = True
-    trees: bool = True
 
 
 def plain(*kinds: str, **named: Any) -> dict[str, Architecture]:
@@ -97,23 +78,16 @@ RIGHT: dict[str, Architecture] = {
             "llama4_text": CHUNKS,
         }.items()
     },
+    **{
+        f"{kind}, states": Architecture(kind, named, trees=False) for kind, named in {
+            "mamba": {}, "falcon_mamba": {}, "mamba2": {"head_dim": 8, "num_heads": 8, "n_groups": 1},
+            "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1}, "bamba": {"attn_layer_indices": [1], **MAMBA},
+            "granitemoehybrid": {**STATES, **MAMBA},
+            **dict.fromkeys(["olmo_hybrid", "qwen3_5_text", "qwen3_next"], STATES),
+            **dict.fromkeys(["lfm2", "lfm2_moe"], CONV),
+        }.items()
+    },
 }  # fmt: skip
-
-
-def build(architecture: Architecture, seed: int, attention: str | None, auto: Any = AutoModelForCausalLM) -> Any:
-    known = CONFIG_MAPPING[architecture.kind]()
-    names = known.to_dict().keys() | known.attribute_map.keys()
-    ids = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id", "forced_eos_token_id"])
-    sizes = {name: value for name, value in SIZES.items() if name in names} | architecture.named
-    given = {name: value for name, value in sizes.items() if name not in MLA or value is not None}
-    config = CONFIG_MAPPING[architecture.kind](**ids | given)
-    torch.manual_seed(seed)
-    model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() > 1:
-                weights.normal_(0, 0.3)
-    return model
 
 
 @lru_cache(maxsize=4)
@@ -126,24 +100,9 @@ def models(name: str, attention: str) -> tuple[Any, Any]:
     return target, drafter
 
 
-def expected(model: Any, prompt: list[int], count: int = TOKENS) -> list[int]:
-    """By transformers."""
-    ids = torch.tensor([prompt])
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
-    continued: list[int] = written[0, len(prompt) :].tolist()
-    return continued
-
-
 @lru_cache(maxsize=4)
 def texts(name: str, attention: str) -> list[list[int]]:
     return [expected(models(name, attention)[0], prompt) for prompt in PROMPTS]
-
-
-def decoded(model: Any, drafter: Any, prompts: list[list[int]], counts: int | list[int] = TOKENS) -> list[list[int]]:
-    results = generate(
-        TransformersTarget(model), prompts, drafter=drafter, num_draft=5, max_new_tokens=counts, temperature=0.0
-    )
-    return [result.tokens for result in results]
 
 
 def drafters(model: Any) -> dict[str, Any]:
@@ -191,7 +150,7 @@ def test_windows_are_shorter_than_the_texts(name):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_text_depends_on_its_first_token(name):
-    """Else nothing that goes wrong with the history would be seen above. (With windows, on one out of the last row's.)"""
+    """Else nothing that goes wrong with the history would be seen above. (With windows, on one out of the last's.)"""
     model, _ = models(name, "eager")
     before, (_, *behind) = (PROMPTS[2][:2], PROMPTS[2][2:]) if "windows" in name else ([], PROMPTS[2])
     with torch.inference_mode():
@@ -199,24 +158,21 @@ def test_a_text_depends_on_its_first_token(name):
     assert (first - other).norm() > 0.02 * (first - first.mean()).norm()
 
 
-STATE = "keys and values of tokens in every layer, got layers of .*Linear"
-
 #: Why a model is refused, and how it comes to be one.
 REFUSED: dict[str, tuple[str, Architecture]] = {
     "bert": ("chains.*differ by", Architecture("bert")),
     "roberta, decoder": ("chains.*differ by", Architecture("roberta", {"is_decoder": True, "pad_token_id": 0})),
-    "deepseek_v32": ("got layers of .*Indexed", Architecture("deepseek_v32", MLA)),
+    "deepseek_v32": ("got .*Indexed", Architecture("deepseek_v32", MLA)),
     "doge": ("within the 8 positions", Architecture("doge", {"keep_window_size": 8})),
-    "falcon_mamba": (STATE, Architecture("falcon_mamba")),
-    "jamba": (STATE, Architecture("jamba")),
-    "lfm2": (STATE, Architecture("lfm2", {"layer_types": ["conv", "full_attention"]})),
-    "mamba": (STATE, Architecture("mamba")),
-    "mamba2": (STATE, Architecture("mamba2", {"head_dim": 8, "num_heads": 8, "n_groups": 1})),
-    "openai-gpt": ("must write its keys and values to the cache", Architecture("openai-gpt")),
-    "qwen3_next": (STATE, Architecture("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]})),
-    "recurrent_gemma": (STATE, Architecture("recurrent_gemma")),
-    "rwkv": ("must write its keys and values to the cache", Architecture("rwkv")),
-    "xlnet": ("must write its keys and values to the cache", Architecture("xlnet")),
+    "falcon_h1": ("keys and values, or of states, got .*LinearAttentionAndFull", Architecture("falcon_h1")),
+    "minimax": ("uses cache of its own", Architecture("minimax", STATES)),
+    "openai-gpt": ("must write its keys and values, or states", Architecture("openai-gpt")),
+    "recurrent_gemma": (
+        "must write its keys and values, or states",
+        Architecture("recurrent_gemma", {"block_types": ["recurrent", "attention"], "lru_width": 32}),
+    ),
+    "rwkv": ("must write its keys and values, or states", Architecture("rwkv")),
+    "xlnet": ("must write its keys and values, or states", Architecture("xlnet")),
     "t5": ("must be a decoder alone", Architecture("t5")),
     "bart, with its encoder": ("must be a decoder alone", Architecture("bart")),
 }

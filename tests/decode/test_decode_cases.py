@@ -137,8 +137,8 @@ def test_models_that_are_refused():
     with pytest.raises(ValueError, match="rows of chains as a plain pass"):
         greedy(windowed, [[1, 2]])
     two = tiny(1, layers=2)
-    two.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ValueError, match=r"keep keys and values of tokens in every layer, got .*LinearAttentionLayer"):
+    two.config.layer_types = ["full_attention", "hybrid"]
+    with pytest.raises(ValueError, match=r"of keys and values, or of states, got .*LinearAttentionAndFullAttentionLa"):
         TransformersTarget(two)
 
 
@@ -148,7 +148,7 @@ def test_a_model_that_leaves_the_cache_alone_is_refused():
     model.model.layers[0].self_attn.layer_idx = 0
     forward = model.model.forward
     model.model.forward = lambda *args, past_key_values=None, **named: forward(*args, **named)
-    with pytest.raises(ValueError, match="model must write its keys and values to the cache that it is given"):
+    with pytest.raises(ValueError, match="model must write its keys and values, or states, to the cache that"):
         generate(target, [[1, 2, 3]], max_new_tokens=3)
     with pytest.raises(ValueError, match="cannot score chains: model must write its keys"):
         generate(TransformersTarget(model), [[1, 2, 3]], max_new_tokens=3)

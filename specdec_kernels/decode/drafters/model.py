@@ -39,8 +39,8 @@ class ModelDrafter:
         return self.config.siblings
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> ModelSession:
-        mask = model_facts.mask_dtype(self.model)
-        return ModelSession(self, prompts, RaggedCache(self.layers, len(prompts), self.model.device, mask))
+        how = model_facts.mask_dtype(self.model), model_facts.cache_argument(self.model)
+        return ModelSession(self, prompts, RaggedCache(self.layers, len(prompts), self.model.device, *how))
 
 
 class ModelSession(AutoregressiveSession):
@@ -65,7 +65,9 @@ class ModelSession(AutoregressiveSession):
         return tokens.where(tokens < self._own_vocab, 0)
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        outputs = self._cache.run(self._model, counts, tokens.shape[1], self._positions, input_ids=self._known(tokens))
+        known, rows = self._known(tokens), tokens.shape[1]
+        # Drafts are taken back to a mark, not by a commit.
+        outputs = self._cache.run(self._model, counts, rows, self._positions, decided=True, input_ids=known)
         return last_rows(outputs.logits, counts), None
 
     def advance_tree(
