@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from random_trees import trees
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from specdec_kernels import tree_attention, tree_mask
+from specdec_kernels import tree_attention, tree_mask, tree_mask_mod
 
 #: See conftest.py.
 WITHOUT = ("cpu", "cuda")
@@ -70,6 +71,18 @@ def test_a_wrong_bit_is_seen(backend, device):
     want = expected(query, key, value, parents, contexts)
     assert (got - want)[0, :, 32].abs().max() > 1e-3
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=2e-5)
+
+
+def test_flex_attention_agrees(backend, device):
+    """What an engine that has FlexAttention may take in its place: the same words as a mask_mod."""
+    query, key, value, parents, contexts = example(33, 4, 2, 16, torch.float32, [3, 40, 10, 20])
+    packed = tree_mask(parents, "packed")
+    given = [x.to(device) for x in (query, key, value, packed, contexts)]
+    blocks = create_block_mask(
+        tree_mask_mod(packed, contexts), 4, None, 33, key.shape[2], device="cpu", BLOCK_SIZE=(64, 64)
+    )
+    want = flex_attention(query, key, value, block_mask=blocks, enable_gqa=True)
+    torch.testing.assert_close(tree_attention(*given, backend=backend).cpu(), want, rtol=0, atol=2e-5)
 
 
 def test_the_cpu_backend_says_that_it_has_none():
