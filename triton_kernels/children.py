@@ -11,30 +11,28 @@ from torch import Tensor
 
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import Children
+from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING, given, instead, processing_arguments
+from specdec_kernels.triton_kernels.arrivals import arrive
+from specdec_kernels.triton_kernels.distributions import distribution_of, first_arrival, sampling_of, table_scale
+from specdec_kernels.triton_kernels.draws import COUPLED, TOKEN_LEVEL, draw_inside, race_tag
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
-from specdec_kernels.triton_kernels.laws import sampling_of, table_scale, tabled_law
 from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
-    COUPLED,
     NO_ID,
     STAGES,
     TILE,
-    TOKEN_LEVEL,
     Key,
     Rows,
     block_ids,
-    draw_inside,
-    first_arrival,
     load_block,
+    load_logits,
     load_tile,
     log_prob,
-    own_edits,
+    measure,
     probs,
-    race_tag,
-    race_tiles,
+    processing_of,
 )
-from specdec_kernels.triton_kernels.sample import DRAFT
-from specdec_kernels.triton_kernels.teams import arrive, measure
+from specdec_kernels.triton_kernels.sample import DRAFT, store_stats
 
 NOTHING_LEFT = tl.constexpr(_NOTHING_LEFT)
 TOP = tl.constexpr(int(Children.TOP))
@@ -51,26 +49,31 @@ def without(weights, ids, taken_ptr, taken):
 
 
 @triton.jit
-def draw_without(rows, i, law, taken_ptr, taken, key, tag, TILES: tl.constexpr):
+def draw_without(rows, i, distribution, taken_ptr, taken, key, tag, TILES: tl.constexpr):
     """A token by the two-level race, not one of those taken; ``NO_ID`` where they left nothing."""
     best = tl.full([TILES], float("inf"), tl.float32)
     winner = tl.full([TILES], NO_ID, tl.int64)
     share = tl.zeros([TILES], tl.float32)
     for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
-        weights = without(probs(load_block(rows, i, start, TILES), law), block_ids(start, TILES), taken_ptr, taken)
+        weights = probs(load_block(rows, i, start, TILES), distribution)
+        weights = without(weights, block_ids(start, TILES), taken_ptr, taken)
         sums = tl.sum(weights, axis=1)
         share += sums
-        best, winner = race_tiles(best, winner, sums, start, key, tag, TILES)
+        tiles = (start + tl.arange(0, TILES)).to(tl.int64)
+        time = exponentials(key.seed, key.position, tag, tiles) / sums
+        sooner = (sums > 0) & (time < best)
+        best, winner = tl.where(sooner, time, best), tl.where(sooner, tiles, winner)
     drawn = tl.full([], NO_ID, tl.int64)
     if tl.sum(share) >= NOTHING_LEFT:
         tile = first_arrival(best, winner)
-        ids = tile * TILE + tl.arange(0, TILE)
-        drawn = draw_inside(without(probs(load_tile(rows, i, tile), law), ids, taken_ptr, taken), tile, key, tag)
+        weights = probs(load_tile(rows, i, tile), distribution)
+        weights = without(weights, tile * TILE + tl.arange(0, TILE), taken_ptr, taken)
+        drawn = draw_inside(weights, tile, key, tag)
     return drawn
 
 
 @triton.jit
-def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.constexpr):
+def next_best(rows, i, distribution, value, token, key, HOW: tl.constexpr, TILES: tl.constexpr):
     """(value, id) of what comes behind (value, token) when ids are ordered by falling logit, or by arrival in the flat
     race, lower id first on ties; ``NO_ID`` if nothing does. Values rise in that order."""
     best = tl.full([], float("inf"), tl.float32)
@@ -79,13 +82,13 @@ def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.cons
         ids = block_ids(start, TILES)
         logits = load_block(rows, i, start, TILES)
         if HOW == RACE:
-            weights = probs(logits, law)
+            weights = probs(logits, distribution)
             tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
             values = exponentials(key.seed, key.position, tag, ids) / weights
             takes_part = weights >= NOTHING_LEFT
         else:
             values = -logits
-            takes_part = (logits >= law.cutoff) & (logits > float("-inf"))
+            takes_part = (logits >= distribution.cutoff) & (logits > float("-inf"))
         behind = takes_part & ((values > value) | ((values == value) & (ids > token)))
         values = tl.where(behind, values, float("inf"))
         least = tl.min(tl.min(values, axis=1), axis=0)
@@ -95,64 +98,38 @@ def next_best(rows, i, law, value, token, key, HOW: tl.constexpr, TILES: tl.cons
     return best, winner
 
 
-@triton.jit(do_not_specialize=["top_k", "num_edits", "count", "slices"])  # 1 would become a constant, of another type
+@triton.jit(do_not_specialize=["top_k", "adjustments", "count", "slices", "flags"])  # 1 would become a constant
 def sample_children_kernel(
-    logits_ptr,
-    seed_ptr,
-    position_ptr,
-    row_ptr,
-    sampling_ptr,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    bitmask_ptr,
-    edit_ids_ptr,
-    edit_counts_ptr,
-    edit_bias_ptr,
-    penalties_ptr,
-    num_edits,
-    tokens_ptr,
-    logprobs_ptr,
-    stats_ptr,
-    tables_ptr,
-    counters_ptr,
-    row_stride,
-    vocab,
-    count,
-    slices,
-    HOW: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    logits_ptr, seed_ptr, position_ptr, row_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
+    edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr, stats_ptr,
+    tables_ptr, counters_ptr, row_stride, vocab, count, slices, flags, HOW: tl.constexpr, PROCESSED: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     r = (tl.program_id(0) // slices).to(tl.int64)
     part = tl.program_id(0) % slices
     key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
-    sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, r)
-    mask = None
-    if bitmask_ptr is not None:
-        mask = bitmask_ptr + r * ((vocab + 31) // 32)
-    if edit_ids_ptr is not None:
-        edits, counts, bias, penalties = own_edits(
-            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, r
-        )
-        rows = Rows(
-            logits_ptr + r * row_stride, 0, vocab, mask, edits, counts, bias, num_edits, penalties, row_ptr, 0, None
-        )
+    sampling = sampling_of(sampling_ptr, flags & SAMPLING != 0, temperature, top_k, top_p, min_p, r)
+    if PROCESSED:
+        processing = processing_of(
+            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
+            adjustments, r, r, vocab, row_ptr, 0, row_ptr, True,
+        )  # fmt: skip
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, processing)
     else:
-        rows = Rows(logits_ptr + r * row_stride, 0, vocab, mask, None, None, None, 0, None, row_ptr, 0, None)
+        rows = Rows(logits_ptr + r * row_stride, 0, vocab, None)
     here = tl.full([], 0, tl.int64)
     table = tables_ptr + r * 2 * ENTRIES
     measure(rows, here, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
     if arrive(counters_ptr + r, slices - 1):
-        tl.store(counters_ptr + r, 0)
         row = tl.load(row_ptr + r)
-        law, valid = tabled_law(rows, here, sampling, key, race_tag(DRAFT, row), table, False, ENTRIES, TILES)
+        distribution, valid = distribution_of(
+            rows, here, sampling, key, race_tag(DRAFT, row), table, False, ENTRIES, TILES
+        )
         tokens = tokens_ptr + r * count
         value = tl.full([], float("-inf"), tl.float32)
         token = tl.full([], -1, tl.int64)
         for child in range(0, count):
-            drawn = law.argmax
+            drawn = distribution.argmax
             if drawn >= 0:
                 # A point mass has one child, unless it is drawn again; a row that is not valid has one.
                 over = child > 0
@@ -163,43 +140,27 @@ def sample_children_kernel(
             elif (HOW == TOP) | (HOW == RACE):
                 if token < NO_ID:
                     value, token = next_best(
-                        rows, here, law, value, token, Key(key.seed, key.position + row), HOW, TILES
+                        rows, here, distribution, value, token, Key(key.seed, key.position + row), HOW, TILES
                     )
                 drawn = token
             else:
                 tl.debug_barrier()  # the tokens before were stored by one thread
                 taken = 0 if HOW == IID else child
-                drawn = draw_without(rows, here, law, tokens, taken, key, race_tag(DRAFT, row + child), TILES)
+                drawn = draw_without(rows, here, distribution, tokens, taken, key, race_tag(DRAFT, row + child), TILES)
             there = drawn < NO_ID
             score = tl.full([], float("nan"), tl.float32)
             if there & valid:
-                score = log_prob(rows, here, law, drawn).to(tl.float32)
+                score = log_prob(load_logits(rows, here, drawn, True), distribution, drawn).to(tl.float32)
             tl.store(tokens + child, tl.where(there, drawn, -1))
             tl.store(logprobs_ptr + r * count + child, score)
-        nan = float("nan")
-        tl.store(stats_ptr + 3 * r, tl.where(valid, law.scale, nan))
-        tl.store(stats_ptr + 3 * r + 1, tl.where(valid, law.cutoff, nan))
-        tl.store(stats_ptr + 3 * r + 2, tl.where(valid, law.logsumexp.to(tl.float32), nan))
+        store_stats(stats_ptr + 3 * r, distribution, valid)
 
 
 def sample_children(
-    logits: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    row: Tensor,
-    sampling: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
-    penalties: Tensor | None,
-    count: int,
-    how: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, seed: Tensor, position: Tensor, row: Tensor, sampling: Tensor | None, temperature: float, top_k:
+    int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
+    edit_bias: Tensor | None, penalties: Tensor | None, count: int, how: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, vocab = logits.shape
     tokens = logits.new_empty((rows, count), dtype=torch.int64)
     logprobs = logits.new_empty((rows, count), dtype=torch.float32)
@@ -208,10 +169,12 @@ def sample_children(
         config = config_for(logits, bitmask, edit_ids)
         tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
         slices = slices_of(rows, config, logits.device)
+        counters = counters_at_rest(rows, logits.device)
         sample_children_kernel[(rows * slices,)](
-            logits, seed, position, row, sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts,
-            edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tokens, logprobs, stats, tables,
-            counters_at_rest(rows, logits.device), logits.stride(0), vocab, count, slices, HOW=how,
-            **config.constants, **config.options,
+            logits, seed, position, row, instead(sampling, tables), temperature, top_k, top_p, min_p,
+            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables), tokens,
+            logprobs, stats, tables, counters, logits.stride(0), vocab, count, slices,
+            given(sampling=sampling, bitmask=bitmask), HOW=how,
+            PROCESSED=bitmask is not None or edit_ids is not None, **config.constants, **config.options,
         )  # fmt: skip
     return tokens, logprobs, stats

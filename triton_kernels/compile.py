@@ -49,11 +49,13 @@ BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch
 @dataclass(frozen=True)
 class Usage:
     """What a kernel of a call takes on one target. ``spills``: instructions on local memory (a frame that none touches
-    costs nothing), on AMD's GPUs registers; ``widest_load_bits`` is None where no tool here can tell."""
+    costs nothing), on AMD's GPUs registers; ``widest_load_bits`` is None where no tool here can tell. Calls with the
+    same ``variant`` share a kernel."""
 
     call: str
     kernel: str
     target: str
+    variant: str
     registers: int
     spills: int
     instructions: int
@@ -77,12 +79,8 @@ def _sampling(full: bool, requests: int, rows: int) -> tuple[Any, ...]:
 def _drafts(known: tuple[bool, bool], dtype: torch.dtype, batch: int, drafts: int) -> tuple[Any, ...]:
     """Logits, scalars and temperatures of drafts."""
     logits, stats = known
-    return (
-        _tensor(dtype, batch, drafts, VOCAB) if logits else None,
-        _tensor(FP32, batch, drafts, 3) if stats else None,
-        None,
-        1.0,
-    )
+    scalars = _tensor(FP32, batch, drafts, 3) if stats else None
+    return _tensor(dtype, batch, drafts, VOCAB) if logits else None, scalars, None, 1.0
 
 
 def _keys(requests: int) -> tuple[Tensor, Tensor]:
@@ -96,14 +94,8 @@ def _sample(dtype: torch.dtype, full: bool) -> None:
 
 
 def _sample_children(how: Children) -> None:
-    kernels.sample_children(
-        _tensor(BF16, BATCH, VOCAB),
-        *_keys(BATCH),
-        _tensor(I64, BATCH),
-        *_sampling(True, BATCH, BATCH),
-        DRAFTS,
-        int(how),
-    )
+    rows, row = _tensor(BF16, BATCH, VOCAB), _tensor(I64, BATCH)
+    kernels.sample_children(rows, *_keys(BATCH), row, *_sampling(True, BATCH, BATCH), DRAFTS, int(how))
 
 
 def _verify_chain(dtype: torch.dtype, rule: Rule, known: tuple[bool, bool], full: bool) -> None:
@@ -117,12 +109,11 @@ def _verify_chain(dtype: torch.dtype, rule: Rule, known: tuple[bool, bool], full
     )  # fmt: skip
 
 
-def _verify_tree(rule: TreeRule, known: tuple[bool, bool], full: bool, batch: int) -> None:
-    """Rows are measured ahead where the batch is small."""
-    tree = _tensor(I64, batch, NODES), _tensor(I64, batch, NODES)
+def _verify_tree(rule: TreeRule, known: tuple[bool, bool], full: bool) -> None:
+    tree = _tensor(I64, BATCH, NODES), _tensor(I64, BATCH, NODES)
     kernels.verify_tree(
-        _tensor(BF16, batch, NODES, VOCAB), *tree, *_drafts(known, BF16, batch, NODES), *_keys(batch),
-        *_sampling(full, batch, batch * NODES), int(rule), False, full,
+        _tensor(BF16, BATCH, NODES, VOCAB), *tree, *_drafts(known, BF16, BATCH, NODES), *_keys(BATCH),
+        *_sampling(full, BATCH, BATCH * NODES), int(rule), False, full,
     )  # fmt: skip
 
 
@@ -162,10 +153,10 @@ LARGEST: dict[str, Callable[[], None]] = {
     "verify_chain token bf16 statistics full": partial(_verify_chain, BF16, Rule.TOKEN, STATISTICS, True),
     "verify_chain block bf16 statistics full": partial(_verify_chain, BF16, Rule.BLOCK, STATISTICS, True),
     "verify_chain coupled bf16 full": partial(_verify_chain, BF16, Rule.COUPLED, POINT_MASS, True),
-    "verify_tree walk full": partial(_verify_tree, TreeRule.WALK, POINT_MASS, True, 512),
-    "verify_tree coupled full": partial(_verify_tree, TreeRule.COUPLED, POINT_MASS, True, 512),
-    "verify_tree recursive dense": partial(_verify_tree, TreeRule.RECURSIVE, DENSE, False, 2),
-    "verify_tree traversal statistics full": partial(_verify_tree, TreeRule.TRAVERSAL, STATISTICS, True, 2),
+    "verify_tree walk full": partial(_verify_tree, TreeRule.WALK, POINT_MASS, True),
+    "verify_tree coupled full": partial(_verify_tree, TreeRule.COUPLED, POINT_MASS, True),
+    "verify_tree recursive dense": partial(_verify_tree, TreeRule.RECURSIVE, DENSE, False),
+    "verify_tree traversal statistics full": partial(_verify_tree, TreeRule.TRAVERSAL, STATISTICS, True),
 }
 #: With the other dtypes of logits, and the other kinds of drafts.
 CALLS: dict[str, Callable[[], None]] = LARGEST | {
@@ -175,9 +166,10 @@ CALLS: dict[str, Callable[[], None]] = LARGEST | {
     "verify_chain token fp16 statistics": partial(_verify_chain, FP16, Rule.TOKEN, STATISTICS, False),
     "verify_chain token bf16 point mass": partial(_verify_chain, BF16, Rule.TOKEN, POINT_MASS, False),
     "verify_chain token bf16 dense": partial(_verify_chain, BF16, Rule.TOKEN, DENSE, False),
-    "verify_chain block bf16 dense": partial(_verify_chain, BF16, Rule.BLOCK, DENSE, False),
     "verify_chain block bf16 statistics": partial(_verify_chain, BF16, Rule.BLOCK, STATISTICS, False),
+    "verify_chain block bf16 dense": partial(_verify_chain, BF16, Rule.BLOCK, DENSE, False),
     "verify_chain coupled bf16": partial(_verify_chain, BF16, Rule.COUPLED, POINT_MASS, False),
+    "verify_tree walk": partial(_verify_tree, TreeRule.WALK, POINT_MASS, False),
 }
 
 
@@ -225,7 +217,16 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.findall(rf"\.vgpr_{x}count:\s+(\d+)", text)[0]) for x in ("", "spill_"))
-        return Usage(call, compiled.name, target, registers, spilled, len(re.findall(r"^\t[a-z]", text, re.M)), None)
+        return Usage(
+            call,
+            compiled.name,
+            target,
+            compiled.hash,
+            registers,
+            spilled,
+            len(re.findall(r"^\t[a-z]", text, re.M)),
+            None,
+        )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -237,7 +238,9 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
     loads = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm["ptx"])
     widths = [int(count) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
-    return Usage(call, compiled.name, target, registers, spills, len(instructions), max(widths, default=None))
+    return Usage(
+        call, compiled.name, target, compiled.hash, registers, spills, len(instructions), max(widths, default=None)
+    )
 
 
 def usages(calls: Iterable[str], targets: Iterable[str], processes: int) -> Iterator[Usage]:

@@ -80,17 +80,6 @@ def slices(rows: int, blocks: int, processors: int) -> int:
     return min(wanted, blocks)
 
 
-def pays_ahead(all_nodes: bool, batch: int, nodes: int, processors: int) -> bool:
-    """Whether rows of a tree are measured before any is asked for: where the rule comes to all nodes, unless requests
-    alone keep the multiprocessors busy; else where there are no more rows than multiprocessors."""
-    return batch < PROGRAMS_A_PROCESSOR * processors if all_nodes else batch * nodes <= processors
-
-
-def measures_ahead(all_nodes: bool, batch: int, nodes: int, device: torch.device) -> bool:
-    """The same on a device."""
-    return pays_ahead(all_nodes, batch, nodes, processors_of(device))
-
-
 def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
     """The same on a device; the interpreter runs one program after the other."""
     if device.type == "cpu":

@@ -58,7 +58,7 @@ def exponentials(seed, position, tag, entry):
 
 
 @triton.jit
-def coin(seed, position, row):
+def uniform(seed, position, row):
     """The uniform in [0, 1) that decides on acceptance: float64, 53 bits."""
     tag = tl.full([], ACCEPT, tl.int64) | (row.to(tl.int64) << 16)
     w0, w1, _w2, _w3 = counter_words(seed, position, tag, tl.full([], 0, tl.uint32))

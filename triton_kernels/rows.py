@@ -1,4 +1,4 @@
-"""Passes over one row of logits, in blocks of ``TILES`` tiles of 128 ids, and the draws that follow from them."""
+"""Rows of logits: how they are loaded, measured into a table of their tiles, and what tokens of them weigh."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,47 +11,52 @@ import triton.language as tl
 
 from specdec_kernels.contract import STEEP as _STEEP
 from specdec_kernels.contract import TILE as _TILE
-from specdec_kernels.contract import Level, Purpose
-from specdec_kernels.triton_kernels.noise import exponentials
 
 TILE = tl.constexpr(_TILE)
 STEEP = tl.constexpr(_STEEP)
-TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
-COUPLED = tl.constexpr(int(Purpose.COUPLED))
-# Blocks of a row that are asked for before the first is there, and one.
-STAGES = tl.constexpr(4)
+# Blocks of a row that are asked for before the first is there, and one: 20 KB of bfloat16 a program, since a
+# multiprocessor needs 30 KB under way to keep its memory busy (gpu/measured.md: 12 KB were not enough).
+STAGES = tl.constexpr(6)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
 
 
+class Processing(NamedTuple):
+    """What :mod:`specdec_kernels.ops.processing` does to logits: it is done as they are loaded, and never written."""
+
+    mask: Any
+    """Pointer to the words of the first row."""
+    masked: Any
+    """Whether there is one."""
+    ids: Any
+    """Pointers to the request's logit adjustments."""
+    counts: Any
+    bias: Any
+    count: Any
+    penalties: Any
+    """(repetition, presence, frequency)."""
+    tokens: Any
+    """Pointer to the token of each row; row i counts those on its path as output, but for row 0's."""
+    stride: Any
+    parents: Any
+    """Pointer to the row that each row follows; not read where ``chained``: there it is the one before."""
+    chained: Any
+
+
 class Rows(NamedTuple):
-    """The rows of one request as its law sees them: what :mod:`specdec_kernels.ops.processing` does to the logits is
-    done as they are loaded, and never written. ``mask`` and ``ids`` may be None; a kernel has to build it where it
-    stands, since a function of Triton cannot return None."""
+    """The rows of one request as its distribution sees them."""
 
     logits: Any
     """Pointer to the first row."""
     stride: Any
     vocab: Any
-    mask: Any
-    """Pointer to the words of the first row."""
-    ids: Any
-    """Pointers to the request's edits."""
-    counts: Any
-    bias: Any
-    num_edits: Any
-    penalties: Any
-    """(repetition, presence, frequency)."""
-    drafts: Any
-    """Pointer to the drafts; row i of a chain counts the i first of them as output, a node those on its path."""
-    draft_stride: Any
-    parents: Any
-    """Of the nodes of a tree; None for a chain."""
+    processing: Any
+    """Or None. A kernel builds it where it stands, since a function of Triton cannot return None."""
 
 
-class Law(NamedTuple):
-    """What tokens are drawn from: the scalars of a distribution, or the point mass on ``argmax`` where that is one."""
+class Distribution(NamedTuple):
+    """What tokens are drawn from: three scalars, or the point mass on ``argmax`` where that is one."""
 
     scale: Any
     cutoff: Any
@@ -71,93 +76,98 @@ class Key(NamedTuple):
 
 
 @triton.jit
-def first_edit(ids_ptr, count, token):
-    """Index of the first edit whose id is not below ``token``."""
-    low = token * 0
-    high = low + count
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(ids_ptr + middle) < token:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def processing_of(
+    mask_ptr, masked, ids_ptr, counts_ptr, bias_ptr, penalties_ptr, count, first_row, request, vocab, tokens, stride,
+    parents, chained,
+):  # fmt: skip
+    """Of one request, whose rows begin at ``first_row`` of the mask."""
+    own, some = penalties_ptr + 3 * request, count > 0
+    penalties = tl.load(own, mask=some), tl.load(own + 1, mask=some), tl.load(own + 2, mask=some)
+    first = request * count
+    return Processing(
+        mask_ptr + first_row * ((vocab + 31) // 32), masked, ids_ptr + first, counts_ptr + 2 * first, bias_ptr + first,
+        count, penalties, tokens, stride, parents, chained,
+    )  # fmt: skip
 
 
 @triton.jit
-def edited(logit, rows, i, edit, token):
-    """A logit of row i after bias and penalties."""
-    repetition, presence, frequency = rows.penalties
-    output = tl.load(rows.counts + 2 * edit + 1)
-    if rows.parents is not None:
-        node = i
-        while node > 0:
-            output += (tl.load(rows.drafts + node * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
-            node = tl.load(rows.parents + node)
-    else:
-        for index in range(0, i):
-            output += (tl.load(rows.drafts + index * rows.draft_stride).to(tl.int64) == token).to(tl.int32)
-    logit += tl.load(rows.bias + edit)
-    repeated = tl.where(logit > 0, logit / repetition, logit * repetition)
-    logit = tl.where((output > 0) | (tl.load(rows.counts + 2 * edit) > 0), repeated, logit)
-    return tl.where(output > 0, logit - (frequency * output.to(tl.float32) + presence), logit)
+def adjusted(x, processing, i, ids):
+    """Logits of row i after bias and penalties."""
+    step = tl.full([], 1, tl.int32)
+    while step < processing.count:
+        step *= 2
+    place = tl.zeros_like(ids).to(tl.int32)  # how many adjusted ids are below
+    while step > 0:
+        ahead = place + step
+        fits = ahead <= processing.count
+        below = tl.load(processing.ids + ahead - 1, mask=fits, other=0).to(tl.int64) < ids
+        place = tl.where(fits & below, ahead, place)
+        step //= 2
+    fits = place < processing.count
+    found = fits & (tl.load(processing.ids + place, mask=fits, other=0).to(tl.int64) == ids)
+    repetition, presence, frequency = processing.penalties
+    prompt = tl.load(processing.counts + 2 * place, mask=found, other=0)
+    output = tl.load(processing.counts + 2 * place + 1, mask=found, other=0)
+    node = i
+    while node > 0:
+        output += (tl.load(processing.tokens + node * processing.stride).to(tl.int64) == ids).to(tl.int32)
+        node = tl.where(processing.chained, node - 1, tl.load(processing.parents + node, mask=processing.chained == 0))
+    new = x + tl.load(processing.bias + place, mask=found, other=0.0)
+    repeated = tl.where(new > 0, new / repetition, new * repetition)
+    new = tl.where((output > 0) | (prompt > 0), repeated, new)
+    new = tl.where(output > 0, new - (frequency * output.to(tl.float32) + presence), new)
+    return tl.where(found, new, x)
 
 
 @triton.jit
-def load_logits(rows, i, ids, first, last):
-    """float32 logits of ``ids`` in row i, all of them in [first, last); -inf past the end of the row."""
-    row = rows.logits + i * rows.stride
-    x = tl.load(row + ids, mask=ids < rows.vocab, other=float("-inf")).to(tl.float32)
-    if rows.ids is not None:
-        edit = first_edit(rows.ids, rows.num_edits, first)
-        end = first_edit(rows.ids, rows.num_edits, tl.minimum(last, rows.vocab))
-        while edit < end:
-            token = tl.load(rows.ids + edit).to(tl.int64)
-            x = tl.where(ids == token, edited(tl.load(row + token).to(tl.float32), rows, i, edit, token), x)
-            edit += 1
-    if rows.mask is not None:
-        words = rows.mask + i * ((rows.vocab + 31) // 32)
-        bits = tl.load(words + ids // 32, mask=ids < rows.vocab, other=0) >> (ids % 32).to(tl.int32)
-        x = tl.where(bits & 1 != 0, x, float("-inf"))
+def load_logits(rows, i, ids, there):
+    """float32 logits of ``ids`` in row i; -inf past its end, and where they are not ``there``."""
+    inside = (ids < rows.vocab) & there
+    x = tl.load(rows.logits + i * rows.stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    if rows.processing is not None:
+        if rows.processing.count > 0:
+            x = adjusted(x, rows.processing, i, ids)
+        if rows.processing.masked:
+            words = rows.processing.mask + i * ((rows.vocab + 31) // 32)
+            bits = tl.load(words + ids // 32, mask=inside, other=0) >> (ids % 32).to(tl.int32)
+            x = tl.where(bits & 1 != 0, x, float("-inf"))
     return x
+
+
+@triton.jit
+def load_draft_logits(rows, i, ids, there):
+    """float32 logits of the draft for the target's ``ids``."""
+    return load_logits(rows, i, ids, there)
+
+
+@triton.jit
+def ids_of(tiles):
+    """Ids of some tiles: [.., TILE]."""
+    return tiles[:, None].to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
 
 
 @triton.jit
 def block_ids(start, TILES: tl.constexpr):
     """Ids of a block that starts at tile ``start``: [TILES, TILE]."""
-    return (start + tl.arange(0, TILES))[:, None].to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+    return ids_of(start + tl.arange(0, TILES))
 
 
 @triton.jit
 def load_block(rows, i, start, TILES: tl.constexpr):
     """The block of row i that starts at tile ``start``: [TILES, TILE]."""
-    first = tl.full([], TILE, tl.int64) * start
-    return load_logits(rows, i, block_ids(start, TILES), first, first + TILES * TILE)
+    return load_logits(rows, i, block_ids(start, TILES), True)
 
 
 @triton.jit
 def load_tile(rows, i, tile):
     """One tile of row i: [TILE]."""
-    first = tile * TILE
-    return load_logits(rows, i, first + tl.arange(0, TILE), first, first + TILE)
+    return load_logits(rows, i, tile * TILE + tl.arange(0, TILE), True)
 
 
 @triton.jit
 def usable_base(maximum):
     """Subtracting -inf from -inf would give nan where the sum is 0."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def race_tag(purpose, row):
-    return tl.full([], 0, tl.int64) + purpose | (row.to(tl.int64) << 16)
-
-
-@triton.jit
-def first_arrival(times, ids):
-    """The id of the smallest time, the lowest one on ties; ``NO_ID`` if none is finite."""
-    earliest = tl.min(times)
-    return tl.min(tl.where((times == earliest) & (times < float("inf")), ids, NO_ID))
 
 
 @triton.jit
@@ -175,66 +185,42 @@ def tile_sums(logits, scale):
 
 
 @triton.jit
-def tables_of(tables, i, ENTRIES: tl.constexpr):
-    """Of row i where every row has its own: the target's table, and the draft's ``2 * ENTRIES`` behind it."""
-    return tables + i * 4 * ENTRIES
+def measure(rows, i, scale, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """One of the ``slices`` of row i, in whole blocks: of each tile the largest logit and the sum of exp(scale * (logit
+    - that)), written to ``table [2, ENTRIES]``.
 
-
-@triton.jit
-def tabulate(rows, i, first, last, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """Measure the tiles [first, last) of row i: of each the largest logit and the sum of exp(scale * (logit - that)),
-    written to ``table [2, ENTRIES]``; what is below ``pivot`` counts for -inf. Returns the smallest logit that is not.
-
-    All else that is asked about a row is read from its table, so it does not matter which program measured which tile,
-    nor in how large blocks.
+    All else that is asked about a row is read from its table, so it does not matter which program measured which tile.
     """
-    least = tl.full([TILES], float("inf"), tl.float32)
-    for start in tl.range(first, last, TILES, num_stages=STAGES):
-        logits = load_block(rows, i, start, TILES)
-        below = logits < pivot
-        least = tl.minimum(least, tl.min(tl.where(below, float("inf"), logits), axis=1))
-        maxima, sums = tile_sums(tl.where(below, float("-inf"), logits), scale)
-        tiles = start + tl.arange(0, TILES)
-        tl.store(table + tiles, maxima, mask=tiles < last)
-        tl.store(table + ENTRIES + tiles, sums, mask=tiles < last)
-    return tl.min(least)
+    tiles = tl.cdiv(rows.vocab, TILE)
+    size = tl.cdiv(tl.cdiv(tiles, TILES), slices) * TILES
+    last = tl.minimum((part + 1) * size, tiles)
+    for start in tl.range(part * size, last, TILES, num_stages=STAGES):
+        maxima, sums = tile_sums(load_block(rows, i, start, TILES), scale)
+        own = start + tl.arange(0, TILES)
+        tl.store(table + own, maxima, mask=own < last)
+        tl.store(table + ENTRIES + own, sums, mask=own < last)
 
 
 @triton.jit
-def measure_row(rows, i, scale, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """All of row i, by this program alone."""
-    tl.debug_barrier()  # everybody has read what is overwritten now
-    lowest = tl.full([], float("-inf"), tl.float32)
-    tabulate(rows, i, 0, tl.cdiv(rows.vocab, TILE), scale, lowest, table, ENTRIES, TILES)
-    tl.debug_barrier()
+def grouped_tiles(ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """All tiles, dealt out to ``TILES`` groups: [TILES, ENTRIES // TILES]."""
+    columns = tl.arange(0, ENTRIES // TILES)[None, :]
+    return columns * TILES + tl.arange(0, TILES)[:, None]
 
 
 @triton.jit
-def tile_weights(rows, law, table, ENTRIES: tl.constexpr):
-    """What the tiles of a row weigh under its law, from its table: [ENTRIES]."""
-    tiles = tl.arange(0, ENTRIES)
-    there = tiles < tl.cdiv(rows.vocab, TILE)
+def first_of_groups(keys, tiles, ENTRIES: tl.constexpr):
+    """Of each group its smallest key, and the tile that has it: [TILES]."""
+    smallest = tl.min(keys, axis=1)
+    return smallest, tl.min(tl.where(keys == smallest[:, None], tiles, ENTRIES), axis=1)
+
+
+@triton.jit
+def load_table(table, tiles, vocab, ENTRIES: tl.constexpr):
+    """(maxima, sums) of tiles."""
+    there = tiles < tl.cdiv(vocab, TILE)
     maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
-    return tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * probs(maxima, law)
-
-
-@triton.jit
-def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
-    """What the table of a row says: (the sum of exp(scale * (logit - the largest)) in float64, the tile that wins the
-    tile race if ``RACE``, whether the row is valid, the largest logit, the first tile that has it)."""
-    tiles = tl.arange(0, ENTRIES)
-    there = tiles < tl.cdiv(rows.vocab, TILE)
-    maxima = tl.load(table + tiles, mask=there, other=float("-inf"))
-    top = tl.max(maxima)
-    weights = tl.load(table + ENTRIES + tiles, mask=there, other=0.0) * tl.exp(gap(scale, maxima, usable_base(top)))
-    total = tl.sum(weights)
-    winner = tl.full([], 0, tl.int64)
-    if RACE:
-        times = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
-        winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
-    largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
-    valid = (total > 0) & (total < float("inf"))
-    return total.to(tl.float64), winner, valid, top, largest
+    return maxima, tl.load(table + ENTRIES + tiles, mask=there, other=0.0)
 
 
 @triton.jit
@@ -244,8 +230,8 @@ def is_steep(scale, top):
 
 
 @triton.jit
-def law_scalars(scale, cutoff, total, top):
-    """(scale, cutoff, logsumexp) of a valid row, from its ``summary``; ``cutoff``: the smallest logit measured."""
+def scalars_of(scale, cutoff, total, top):
+    """(scale, cutoff, logsumexp) of a valid row, from its summary; ``cutoff``: the smallest logit that is kept."""
     steep = is_steep(scale, top)
     scale = tl.where(steep, 0.0, scale)
     logsumexp = scale.to(tl.float64) * top.to(tl.float64) + tl.log(total)
@@ -254,9 +240,9 @@ def law_scalars(scale, cutoff, total, top):
 
 @triton.jit
 def largest_token(rows, i, top, tile):
-    """The first id in ``tile`` that has its largest logit, and that of the row; 0 where no logit is finite."""
-    logits = load_tile(rows, i, tile)
-    token = tl.min(tl.where(logits == top, tile * TILE + tl.arange(0, TILE), NO_ID))
+    """The first id in ``tile`` that has the row's largest logit; 0 where no logit is finite."""
+    ids = tile * TILE + tl.arange(0, TILE)
+    token = tl.min(tl.where(load_tile(rows, i, tile) == top, ids, NO_ID))
     return tl.where(top > float("-inf"), token, 0)
 
 
@@ -277,66 +263,16 @@ def fma(x, y, z):
 
 
 @triton.jit
-def probs(logits, law):
+def probs(logits, distribution):
     """[logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats."""
-    high, low = split(law.logsumexp)
-    return tl.where(logits < law.cutoff, 0.0, tl.exp(fma(logits, law.scale, -high) - low))
+    high, low = split(distribution.logsumexp)
+    return tl.where(logits < distribution.cutoff, 0.0, tl.exp(fma(logits, distribution.scale, -high) - low))
 
 
 @triton.jit
-def log_prob(rows, i, law, token):
-    """Of one token of a valid row, float64."""
-    logit = load_logits(rows, i, token, token, token + 1)
-    sampled = law.scale.to(tl.float64) * logit.to(tl.float64) - law.logsumexp
-    sampled = tl.where(logit < law.cutoff, float("-inf"), sampled)
-    return tl.where(law.argmax < 0, sampled, tl.where(token == law.argmax, 0.0, float("-inf")))
-
-
-@triton.jit
-def race_tiles(best, winner, sums, start, key, tag, TILES: tl.constexpr):
-    """The tile race goes on with the tiles of a block, by their weights: (arrival of the first, its tile), [TILES]."""
-    tiles = (start + tl.arange(0, TILES)).to(tl.int64)
-    time = exponentials(key.seed, key.position, tag, tiles) / sums
-    sooner = (sums > 0) & (time < best)
-    return tl.where(sooner, time, best), tl.where(sooner, tiles, winner)
-
-
-@triton.jit
-def own_edits(ids_ptr, counts_ptr, bias_ptr, penalties_ptr, num_edits, index):
-    """(ids, counts, bias, penalties) of one request, as :class:`Rows` takes them."""
-    first = index * num_edits
-    own = penalties_ptr + 3 * index
-    penalties = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
-    return ids_ptr + first, counts_ptr + 2 * first, bias_ptr + first, penalties
-
-
-@triton.jit
-def draw_inside(weights, tile, key, tag):
-    """The token race inside a tile, weights [TILE]."""
-    entry = tl.arange(0, TILE)
-    time = exponentials(key.seed, key.position, tag | TOKEN_LEVEL, entry.to(tl.int64)) / weights
-    return first_arrival(tl.where(weights > 0, time, float("inf")), tile * TILE + entry)
-
-
-@triton.jit
-def draw_from_row(rows, i, law, key, tag):
-    """A token of the winning tile by the row's own probabilities."""
-    return draw_inside(probs(load_tile(rows, i, law.tile), law), law.tile, key, tag)
-
-
-@triton.jit
-def flat_race(rows, i, law, key, TILES: tl.constexpr):
-    """All ids in one race, its noise keyed on the absolute position ``key.position + i``: the coupled rule's draw."""
-    tag = tl.full([], COUPLED | TOKEN_LEVEL, tl.int64)
-    best = tl.full([], float("inf"), tl.float32)
-    winner = tl.full([], NO_ID, tl.int64)
-    for start in tl.range(0, tl.cdiv(rows.vocab, TILE), TILES, num_stages=STAGES):
-        ids = block_ids(start, TILES)
-        weights = probs(load_block(rows, i, start, TILES), law)
-        times = exponentials(key.seed, key.position + i, tag, ids) / weights
-        times = tl.where(weights > 0, times, float("inf"))
-        earliest = tl.min(tl.min(times, axis=1), axis=0)
-        if earliest < best:
-            winner = tl.min(tl.min(tl.where(times == earliest, ids, NO_ID), axis=1), axis=0)
-            best = earliest
-    return winner
+def log_prob(logit, distribution, token):
+    """Of one token of a valid row by its logit, float64."""
+    sampled = distribution.scale.to(tl.float64) * logit.to(tl.float64) - distribution.logsumexp
+    sampled = tl.where(logit < distribution.cutoff, float("-inf"), sampled)
+    certain = tl.where(token == distribution.argmax, 0.0, float("-inf"))
+    return tl.where(distribution.argmax < 0, sampled, certain)

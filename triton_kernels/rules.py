@@ -1,4 +1,5 @@
-"""The rules: how many drafts are kept, and what is emitted after them. Semantics: :mod:`specdec_kernels.ops`."""
+"""The rules: what is asked of a row once it is measured, and how a path of rows ends. Semantics:
+:mod:`specdec_kernels.ops`."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,150 +9,191 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import Rule
-from specdec_kernels.triton_kernels.laws import tabled_law
-from specdec_kernels.triton_kernels.noise import coin
-from specdec_kernels.triton_kernels.residuals import (
-    REACH,
+from specdec_kernels.triton_kernels.arrivals import NEXT
+from specdec_kernels.triton_kernels.distributions import distribution_of, raw_distribution
+from specdec_kernels.triton_kernels.draws import (
+    PATH_PROB,
+    STATE,
     TARGET,
-    draft_law,
-    emit,
-    recalled_laws,
-    remember,
-    residual_mass,
+    draft_distribution,
+    draw_from_row,
+    draw_last,
+    flat_race,
+    load_state,
+    measured_mass,
+    next_child,
+    race_tag,
+    store_state,
 )
-from specdec_kernels.triton_kernels.rows import flat_race, log_prob, race_tag, tables_of
+from specdec_kernels.triton_kernels.noise import uniform
+from specdec_kernels.triton_kernels.rows import Key, load_logits, log_prob
 
+BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
 COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
 
-# What is known of a row once it was judged, in doubles, behind what `remember` stores of it: whether it is valid,
-# whether its draft can be tested, whether it passes, the coupled draw, the draft's probability under target and draft.
-VALID, TESTED, PASSED = tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
-DRAWN, PROB, DRAFT_PROB = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15)
-MEMORY = tl.constexpr(16)
+# What is known of a row once it was judged, in doubles, beside its distributions and NEXT: whether it is valid, whether
+# its draft can be tested, the token drawn from it, the draft's probability under target and draft.
+VALID, TESTED, DRAWN = tl.constexpr(10), tl.constexpr(11), tl.constexpr(13)
+PROB, DRAFT_PROB = tl.constexpr(14), tl.constexpr(15)
+# In the first row's place of the token it does not draw, the rows that rule block looks at.
+LOOKED_AT = tl.constexpr(13)
 
 
 @triton.jit
-def load_draft(rows, i, drafted):
-    """Draft i, -1 behind the last."""
-    token = tl.full([], -1, tl.int64)
-    if i < drafted:
-        token = tl.load(rows.drafts + i * rows.draft_stride).to(tl.int64)
-    return token
-
-
-@triton.jit
-def judge(
-    rows, draft_rows, stats_ptr, draft_scale, i, drafted, sampling, key, tables, memory, RULE: tl.constexpr,
+def judge_draft(
+    rows, drafts, tokens, stride, i, drafted, sampling, key, table, states, RULE: tl.constexpr,
     ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Look at row i, whose target's and draft's ``tables`` are made, and remember all that a rule asks of it. Whether
-    its draft passes on its own, by coin or, coupled, by being what is drawn."""
-    law, valid = tabled_law(rows, i, sampling, key, race_tag(TARGET, i), tables, RULE != COUPLED_RULE, ENTRIES, TILES)
-    token = load_draft(rows, i, drafted)
+    """Of row i, whose tables are made, store all that a rule asks for: so whether its draft passes on its own, by its
+    uniform or, coupled, by being what is drawn."""
+    target, valid = distribution_of(
+        rows, i, sampling, key, race_tag(TARGET, i), table, RULE != COUPLED_RULE, ENTRIES, TILES
+    )
+    token = tl.full([], -1, tl.int64)
+    if i < drafted:
+        token = tl.load(tokens + i * stride).to(tl.int64)
     tested = (token >= 0) & valid
-    drawn = law.argmax
-    place = memory + i * MEMORY
+    one = tl.full([], 1.0, tl.float64)
+    place = states + i * STATE
     if RULE == COUPLED_RULE:
+        drawn = target.argmax
         if drawn < 0:
-            drawn = flat_race(rows, i, law, key, TILES)
+            drawn = flat_race(rows, i, target, key, TILES)
         passed = tested & (token == drawn)
-        remember(place, law, law, tl.full([], 1.0, tl.float64))
+        store_state(place, target, target, one)
+        tl.store(place + DRAWN, drawn.to(tl.float64))
     else:
-        # A greedy target accepts its argmax and emits its argmax: there no law of the draft matters.
-        needed = tested & (law.argmax < 0)
-        draft, draft_prob, lawful = draft_law(
-            draft_rows, stats_ptr, draft_scale, i, token, needed, key, tables + 2 * ENTRIES, True, ENTRIES, TILES
-        )
-        tested = tested & lawful
+        # A greedy target accepts its argmax and draws its argmax: there no distribution of the draft matters.
+        needed = tested & (target.argmax < 0)
+        draft, draft_prob, usable = draft_distribution(drafts, i, token, needed, key, table + 2 * ENTRIES, ENTRIES)
+        tested = tested & usable
         prob = tl.full([], 0.0, tl.float64)
         if tested:
-            prob = tl.exp(log_prob(rows, i, law, token))
-        # Strict: a token the target gives probability 0 is never accepted, even by coin 0.
-        passed = tested & (coin(key.seed, key.position, i) * draft_prob < prob)
-        remember(place, law, draft, tl.full([], 1.0, tl.float64))
+            prob = tl.exp(log_prob(load_logits(rows, i, token, True), target, token))
+        # Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
+        passed = tested & (uniform(key.seed, key.position, i) * draft_prob < prob)
+        store_state(place, target, draft, one)
         tl.store(place + PROB, prob)
         tl.store(place + DRAFT_PROB, draft_prob)
     tl.store(place + VALID, valid.to(tl.float64))
     tl.store(place + TESTED, tested.to(tl.float64))
-    tl.store(place + PASSED, passed.to(tl.float64))
-    tl.store(place + DRAWN, drawn.to(tl.float64))
-    return passed
+    tl.store(place + NEXT, tl.where(passed, i + 1, -1).to(tl.float64))
 
 
 @triton.jit
-def one_by_one(
-    rows, draft_rows, drafted, key, tables, memory, RULE: tl.constexpr, ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
+def end_chain(
+    rows, drafts, drafted, end, key, table, states, RULE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """Rules token and coupled, from what was judged: (drafts kept, emitted token, all rows valid?)."""
-    kept = tl.full([], 0, tl.int64)
-    while (kept < drafted) & (tl.load(memory + kept * MEMORY + PASSED) != 0):
-        kept += 1
-    place = memory + kept * MEMORY
+    """Rules token and coupled, where the path ends in row ``end``: (drawn token, all rows valid?)."""
+    place = states + end * STATE
     tested = tl.load(place + TESTED) != 0
-    all_valid = (tl.load(place + VALID) != 0) & (tested | (kept == drafted))
+    all_valid = (tl.load(place + VALID) != 0) & (tested | (end == drafted))
     if RULE == COUPLED_RULE:
-        emitted = tl.load(place + DRAWN).to(tl.int64)
+        drawn = tl.load(place + DRAWN).to(tl.int64)
     else:
-        law, draft, _divided = recalled_laws(place, tl.full([], 1.0, tl.float64))
-        table = tables_of(tables, kept, ENTRIES)
-        emitted = emit(rows, draft_rows, kept, law, draft, None, tested, key, table, ENTRIES, TILES)
-    return kept, emitted, all_valid
+        target, draft, _divided = load_state(place, tl.full([], 1.0, tl.float64))
+        drawn = draw_last(rows, drafts, end, target, draft, None, tested, key, table, ENTRIES, TILES)
+    return drawn, all_valid
 
 
 @triton.jit
-def recall(place):
-    """(law of the target, of the draft divided by reach, reach): (reach * target - draft)+ is in proportion to
-    (target - draft / reach)+."""
-    reach = tl.load(place + REACH)
-    law, _draft, divided = recalled_laws(place, reach)
-    return law, divided, reach
-
-
-@triton.jit
-def all_together(
-    rows, draft_rows, drafted, key, tables, memory, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """Rule block, from what was judged: (drafts kept, emitted token, all rows valid?). The names follow
-    docs/algorithms.md, 2."""
-    reach = tl.full([], 1.0, tl.float64)
+def find_path_probs(drafted, states):
+    """Rule block, once all rows are judged: the acceptance probabilities of their paths, docs/algorithms.md, 2."""
+    path_prob = tl.full([], 1.0, tl.float64)
     looked_at = tl.full([], 0, tl.int64)
-    all_valid = tl.full([], 1, tl.int1)
-    looking = (drafted > 0).to(tl.int32)
-    while looking != 0:
-        place = memory + looked_at * MEMORY
-        tl.store(place + REACH, reach)
-        all_valid = tl.load(place + TESTED) != 0
-        looking = all_valid.to(tl.int32)
-        if all_valid:
+    tested = tl.full([], 1, tl.int1)
+    while tested & (path_prob > 0) & (looked_at < drafted):
+        place = states + looked_at * STATE
+        tested = tl.load(place + TESTED) != 0
+        if tested:
             # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
             prob = tl.load(place + PROB)
-            reach = tl.where(prob > 0, tl.minimum(1.0, reach * prob / tl.load(place + DRAFT_PROB)), 0.0)
+            path_prob = tl.where(prob > 0, tl.minimum(1.0, path_prob * prob / tl.load(place + DRAFT_PROB)), 0.0)
             looked_at += 1
-            looking = tl.where((reach > 0) & (looked_at < drafted), 1, 0)
-    tl.debug_barrier()  # what one thread remembered, others recall
+            tl.store(states + looked_at * STATE + PATH_PROB, path_prob)
+    tl.store(states + LOOKED_AT, looked_at.to(tl.float64))
 
-    # From the end, so that a residual's mass is only taken of rows behind the kept prefix.
+
+@triton.jit
+def load_divided(place):
+    """(distribution of the target, of the draft divided by the path's acceptance probability, that): (path_prob *
+    target - draft)+ is in proportion to (target - draft / path_prob)+."""
+    path_prob = tl.load(place + PATH_PROB)
+    target, _draft, divided = load_state(place, path_prob)
+    return target, divided, path_prob
+
+
+@triton.jit
+def wants_mass(i, states):
+    """Whether rule block asks for the mass of the residual of row i."""
+    here = (i > 0) & (i < tl.load(states + LOOKED_AT))
+    return here & (tl.load(states + i * STATE + PATH_PROB) < 1.0)
+
+
+@triton.jit
+def end_block(
+    rows, drafts, drafted, key, tables, states, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Rule block, from the path probabilities and the residuals' masses: (last row, drawn token, all rows valid?)."""
+    looked_at = tl.load(states + LOOKED_AT).to(tl.int64)
     kept = looked_at
-    deciding = (kept > 0).to(tl.int32)
-    while deciding != 0:
-        threshold = reach
+    deciding = kept > 0
+    while deciding:
+        threshold = tl.load(states + kept * STATE + PATH_PROB)
         if kept < looked_at:
-            law, draft, here = recall(memory + kept * MEMORY)
-            threshold = tl.full([], 1.0, tl.float64)
-            if here < 1.0:
-                left = here * residual_mass(rows, draft_rows, kept, law, draft, None, TILES)
-                threshold = left / (left + 1.0 - here)
-        if coin(key.seed, key.position, kept - 1) < threshold:
-            deciding = tl.full([], 0, tl.int32)
+            left = tl.full([], 1.0, tl.float64)
+            if wants_mass(kept, states):
+                left = threshold * measured_mass(rows, tables + (4 * kept + 2) * ENTRIES, ENTRIES)
+            threshold = left / (left + 1.0 - threshold)
+        if uniform(key.seed, key.position, kept - 1) < threshold:
+            deciding = tl.full([], 0, tl.int1)
         else:
             kept -= 1
-            deciding = (kept > 0).to(tl.int32)
-
+            deciding = kept > 0
     # The row after the last draft was not looked at: there is nothing to reject in it.
-    place = memory + kept * MEMORY
+    place = states + kept * STATE
+    next_place = states + looked_at * STATE  # a row that was not looked at, unless there is nothing to look for
+    all_valid = (looked_at == drafted) | (tl.load(next_place + PATH_PROB) == 0) | (tl.load(next_place + TESTED) != 0)
     all_valid = all_valid & ((kept < drafted) | (tl.load(place + VALID) != 0))
-    law, draft, _here = recall(place)
-    table = tables_of(tables, kept, ENTRIES)
-    emitted = emit(rows, draft_rows, kept, law, draft, None, kept < looked_at, key, table, ENTRIES, TILES)
-    return kept, emitted, all_valid
+    target, draft, _path_prob = load_divided(place)
+    table = tables + 4 * kept * ENTRIES
+    drawn = draw_last(rows, drafts, kept, target, draft, None, kept < looked_at, key, table, ENTRIES, TILES)
+    return kept, drawn, all_valid
+
+
+@triton.jit
+def judge_node(
+    rows, tree, node, depth, sampling, key, table, states, COUPLED: tl.constexpr, ENTRIES: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """Rules walk and coupled: what is drawn from a node's row, and its child that is that token."""
+    tag = race_tag(TARGET, node)
+    target, valid = distribution_of(rows, node, sampling, key, tag, table, not COUPLED, ENTRIES, TILES)
+    drawn = target.argmax
+    if drawn < 0:
+        if COUPLED:
+            # The race is held at the absolute position, which row `node` of a chain would be at.
+            drawn = flat_race(rows, node, target, Key(key.seed, key.position + depth - node), TILES)
+        else:
+            drawn = draw_from_row(rows, node, target, key, tag)
+    child = tree.nodes
+    if valid:
+        child = next_child(tree, node, node)
+        while (child < tree.nodes) & (tl.load(tree.tokens + child, mask=child < tree.nodes, other=-1) != drawn):
+            child = next_child(tree, node, child)
+    place = states + node * STATE
+    store_state(place, target, target, tl.full([], 1.0, tl.float64))
+    tl.store(place + VALID, valid.to(tl.float64))
+    tl.store(place + DRAWN, drawn.to(tl.float64))
+    tl.store(place + NEXT, tl.where(child < tree.nodes, child, -1).to(tl.float64))
+
+
+@triton.jit
+def logprobs_of(rows, plain, i, token, key, table, place, valid, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """(logprob, raw logprob) of a token of a judged row; its table is overwritten."""
+    nan = float("nan")
+    target, _draft, _divided = load_state(place, tl.full([], 1.0, tl.float64))
+    score = log_prob(load_logits(rows, i, token, True), target, token).to(tl.float32)
+    raw, raw_valid = raw_distribution(plain, i, key, table, ENTRIES, TILES)
+    raw_score = log_prob(load_logits(plain, i, token, True), raw, token).to(tl.float32)
+    return tl.where(valid, score, nan), tl.where(raw_valid, raw_score, nan)

@@ -1,9 +1,9 @@
 """``verify_chain``: one launch. Semantics: :mod:`specdec_kernels.ops`.
 
-Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and the last row
-of a request to be judged decides. Rows come
-in the order of the drafts, so where programs start in that order, those of rows behind a draft that was not accepted
-find that out and read nothing. Nobody waits for anybody.
+Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and whoever
+completes the path decides: rows come in the order of the drafts, so where programs begin in that order, those of rows
+behind a draft that was not accepted find that out and read nothing. Rule block looks at every row: the last to be
+judged finds what residuals have to be summed, and programs that begin later do that, each a slice of a row again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,210 +16,183 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import Rule
+from specdec_kernels.triton_kernels.arguments import (
+    BITMASK,
+    CU_ROWS,
+    DRAFT_LOGITS,
+    DRAFT_STATS,
+    INDEPENDENT,
+    LOGPROBS,
+    NUM_DRAFT,
+    SAMPLING,
+    given,
+    instead,
+    processing_arguments,
+)
+from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
+from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
+from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_residual
 from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
-from specdec_kernels.triton_kernels.laws import draft_scale_of, raw_logprob, sampling_of, table_scale
-from specdec_kernels.triton_kernels.residuals import recalled_laws
-from specdec_kernels.triton_kernels.rows import Key, Rows, log_prob, own_edits, tables_of
-from specdec_kernels.triton_kernels.rules import MEMORY, PASSED, VALID, all_together, judge, one_by_one
-from specdec_kernels.triton_kernels.teams import arrive, measure, seen
-
-BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
-COUPLED_RULE = tl.constexpr(int(Rule.COUPLED))
+from specdec_kernels.triton_kernels.rows import Key, Rows, measure, processing_of
+from specdec_kernels.triton_kernels.rules import (
+    BLOCK_RULE,
+    COUPLED_RULE,
+    VALID,
+    end_block,
+    end_chain,
+    find_path_probs,
+    judge_draft,
+    load_divided,
+    logprobs_of,
+    wants_mass,
+)
 
 
 @triton.jit
-def live_drafts(drafts, stride, most, vocab):
+def count_drafts(tokens, stride, most, vocab):
     """How many of ``most`` drafts there are: -1, or an id that is none, ends them."""
-    live = tl.full([], 0, tl.int32)
-    going = tl.full([], 1, tl.int32)
-    while (live < most) & (going != 0):
-        token = tl.load(drafts + live * stride).to(tl.int64)
-        going = ((token >= 0) & (token < vocab)).to(tl.int32)
-        live += going
-    return live
+    drafted = tl.full([], 0, tl.int32)
+    going = most > 0
+    while going:
+        token = tl.load(tokens + drafted * stride).to(tl.int64)
+        going = (token >= 0) & (token < vocab)
+        drafted += going.to(tl.int32)
+        going = going & (drafted < most)
+    return drafted
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "num_edits", "token_request_stride", "longest", "batch", "slices"]
+    do_not_specialize=["top_k", "adjustments", "token_request_stride", "longest", "batch", "slices", "flags"]
 )  # 1 would become a constant, of another type
 def verify_chain_kernel(
-    target_ptr,
-    tokens_ptr,
-    draft_ptr,
-    draft_stats_ptr,
-    draft_temperatures_ptr,
-    draft_temperature,
-    seed_ptr,
-    position_ptr,
-    num_draft_ptr,
-    cu_rows_ptr,
-    sampling_ptr,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    bitmask_ptr,
-    edit_ids_ptr,
-    edit_counts_ptr,
-    edit_bias_ptr,
-    penalties_ptr,
-    num_edits,
-    tables_ptr,
-    memory_ptr,
-    counters_ptr,
-    out_tokens_ptr,
-    out_accepted_ptr,
-    out_valid_ptr,
-    out_counters_ptr,
-    out_logprobs_ptr,
-    out_raw_logprobs_ptr,
-    target_request_stride,
-    target_row_stride,
-    draft_request_stride,
-    draft_row_stride,
-    token_request_stride,
-    token_row_stride,
-    longest,
-    vocab,
-    batch,
-    slices,
-    RULE: tl.constexpr,
-    INDEPENDENT: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    target_ptr, tokens_ptr, draft_ptr, draft_stats_ptr, draft_temperatures_ptr, draft_temperature, seed_ptr,
+    position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
+    edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr, states_ptr, counters_ptr,
+    out_tokens_ptr, out_accepted_ptr, out_valid_ptr, out_counters_ptr, out_logprobs_ptr, out_raw_logprobs_ptr,
+    target_request_stride, target_row_stride, draft_request_stride, draft_row_stride, token_request_stride,
+    token_row_stride, longest, vocab, batch, slices, flags, RULE: tl.constexpr, PROCESSED: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     b = (tl.program_id(0) % batch).to(tl.int64)
-    i = (tl.program_id(0) // batch // slices).to(tl.int64)
-    part = tl.program_id(0) // batch % slices
+    # At rest all counters are 0: of every row its programs that came (see `follow`), how many rows are done, and how
+    # far the path is known or, of rule block, how many programs began.
+    arrived = counters_ptr + b * (longest + 3)
+    done = arrived + longest + 1
+    frontier = done + 1
+    own = tl.program_id(0) // batch
+    if RULE == BLOCK_RULE:
+        own = ticket(frontier, 2 * (longest + 1) * slices)
+    i = (own // slices % (longest + 1)).to(tl.int64)
+    part = own % slices
+
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
-    sampling = sampling_of(sampling_ptr, temperature, top_k, top_p, min_p, b)
+    sampling = sampling_of(sampling_ptr, flags & SAMPLING != 0, temperature, top_k, top_p, min_p, b)
     first_row = b * (longest + 1)
-    draft_scale = draft_scale_of(draft_temperatures_ptr, draft_temperature, b)
     logits = target_ptr + b * target_request_stride
     most = longest
-    if cu_rows_ptr is not None:
+    if flags & CU_ROWS != 0:
         first_row = tl.load(cu_rows_ptr + b)
         logits = target_ptr + first_row * target_row_stride
         most = tl.minimum(most, (tl.load(cu_rows_ptr + b + 1) - first_row).to(tl.int32) - 1)
-    if num_draft_ptr is not None:
+    if flags & NUM_DRAFT != 0:
         most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
-    drafts = tokens_ptr + b * token_request_stride
-    drafted = live_drafts(drafts, token_row_stride, most, vocab)
-
-    mask = None
-    if bitmask_ptr is not None:
-        mask = bitmask_ptr + first_row * ((vocab + 31) // 32)
-    plain = Rows(logits, target_row_stride, vocab, None, None, None, None, 0, None, drafts, token_row_stride, None)
-    if edit_ids_ptr is not None:
-        edits, counts, bias, penalties = own_edits(
-            edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, num_edits, b
-        )
-        rows = Rows(
-            logits, target_row_stride, vocab, mask, edits, counts, bias, num_edits, penalties, drafts,
-            token_row_stride, None,
+    tokens = tokens_ptr + b * token_request_stride
+    drafted = count_drafts(tokens, token_row_stride, most, vocab)
+    plain = Rows(logits, target_row_stride, vocab, None)
+    if PROCESSED:
+        processing = processing_of(
+            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
+            adjustments, first_row, b, vocab, tokens - token_row_stride, token_row_stride, seed_ptr, True,
         )  # fmt: skip
+        rows = Rows(logits, target_row_stride, vocab, processing)
     else:
-        rows = Rows(logits, target_row_stride, vocab, mask, None, None, None, 0, None, drafts, token_row_stride, None)
-    draft_logits = None
-    stats = None
-    if draft_ptr is not None:
-        draft_logits = draft_ptr + b * draft_request_stride
-        if draft_stats_ptr is not None:
-            stats = draft_stats_ptr + 3 * b * longest
-    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None, None, 0, None, drafts, 0, None)
+        rows = plain
+    draft_rows = Rows(draft_ptr + b * draft_request_stride, draft_row_stride, vocab, None)
+    draft_scale = draft_scale_of(draft_temperatures_ptr, flags, draft_temperature, b)
+    drafts = Drafts(draft_rows, draft_stats_ptr + 3 * b * longest, draft_scale, flags)
+    states = states_ptr + b * (longest + 1) * STATE
+    tables = tables_ptr + b * (longest + 1) * 4 * ENTRIES
+    table = tables + i * 4 * ENTRIES
 
-    if i <= drafted:
-        memory = memory_ptr + b * (longest + 1) * MEMORY
-        tables = tables_of(tables_ptr, b * (longest + 1), ENTRIES)
-        own = tables_of(tables, i, ENTRIES)
-        # At rest all counters are 0: of every row its programs that came, rows that were judged, and how many rows from
-        # the last there are behind the earliest known stop.
-        arrived = counters_ptr + b * (longest + 3)
-        judged = arrived + longest + 1
-        stopped = judged + 1
-        behind = longest + 1 - i.to(tl.int32)
-        if seen(stopped) <= behind:
-            measure(rows, i, table_scale(sampling[0]), part, slices, own, ENTRIES, TILES)
-            if draft_ptr is not None:
-                if draft_stats_ptr is None:
+    end = tl.full([], -1, tl.int64)
+    drawn = tl.full([], -1, tl.int64)
+    valid = tl.full([], 0, tl.int1)
+    if (i <= drafted) & (own < (longest + 1) * slices):
+        every = (RULE == BLOCK_RULE) | (flags & INDEPENDENT != 0)
+        if every | (passed_by(frontier, seed_ptr, i, False) == 0):
+            measure(rows, i, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+            if RULE != COUPLED_RULE:
+                if (flags & DRAFT_LOGITS != 0) & (flags & DRAFT_STATS == 0):
                     if (i < drafted) & (sampling[0] < float("inf")) & (draft_scale < float("inf")):
-                        measure(draft_rows, i, draft_scale, part, slices, own + 2 * ENTRIES, ENTRIES, TILES)
+                        measure(draft_rows, i, draft_scale, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
-            tl.store(arrived + i, 0)
-            # Where a program of this row read nothing, the stop it saw can be seen here.
-            if seen(stopped) <= behind:
-                passed = judge(
-                    rows, draft_rows, stats, draft_scale, i, drafted, sampling, key, own, memory, RULE, ENTRIES, TILES
+            # Where a program of this row read nothing, the end that it saw can be seen here.
+            if every | (passed_by(frontier, seed_ptr, i, False) == 0):
+                judge_draft(
+                    rows, drafts, tokens, token_row_stride, i, drafted, sampling, key, table, states, RULE, ENTRIES,
+                    TILES,
                 )  # fmt: skip
                 if RULE != BLOCK_RULE:
-                    if not INDEPENDENT:
-                        if passed == 0:
-                            tl.atomic_max(stopped, behind)
-            if arrive(judged, drafted):
-                tl.store(judged, 0)
-                tl.store(stopped, 0)
+                    end = follow(arrived, frontier, states, i)
+                    if end >= 0:
+                        drawn, valid = end_chain(
+                            rows, drafts, drafted, end, key, tables + end * 4 * ENTRIES, states, RULE, ENTRIES, TILES
+                        )
+            if arrive(done, drafted):
                 if RULE == BLOCK_RULE:
-                    kept, emitted, valid = all_together(rows, draft_rows, drafted, key, tables, memory, ENTRIES, TILES)
+                    find_path_probs(drafted, states)
+                    tl.debug_barrier()
+                    tl.atomic_add(done, JUDGED, sem="release")
                 else:
-                    kept, emitted, valid = one_by_one(
-                        rows, draft_rows, drafted, key, tables, memory, RULE, ENTRIES, TILES
-                    )
-                independent = tl.full([], -1, tl.int32)
-                if INDEPENDENT:
                     independent = tl.full([], 0, tl.int32)
                     for index in range(0, drafted):
-                        independent += (tl.load(memory + index * MEMORY + PASSED) != 0).to(tl.int32)
-                tl.store(out_accepted_ptr + b, kept.to(tl.int32))
-                tl.store(out_valid_ptr + b, valid)
-                tl.store(out_counters_ptr + 2 * b, drafted)
-                tl.store(out_counters_ptr + 2 * b + 1, independent)
-                out = b * (longest + 1)
-                for index in range(0, longest + 1):
-                    token = tl.where(index == kept, emitted, -1)
-                    if index < kept:
-                        token = tl.load(drafts + index * token_row_stride).to(tl.int64)
-                    tl.store(out_tokens_ptr + out + index, token)
-                    if out_logprobs_ptr is not None:
-                        score = tl.full([], float("nan"), tl.float64)
-                        raw_score = tl.full([], float("nan"), tl.float32)
-                        if index <= kept:
-                            row = tl.full([], 0, tl.int64) + index
-                            place = memory + row * MEMORY
-                            if tl.load(place + VALID) != 0:
-                                unit = tl.full([], 1.0, tl.float64)
-                                law, _draft, _divided = recalled_laws(place, unit)
-                                score = log_prob(rows, row, law, token)
-                            raw_score = raw_logprob(plain, row, token, key, own, ENTRIES, TILES)
-                        tl.store(out_logprobs_ptr + out + index, score.to(tl.float32))
-                        tl.store(out_raw_logprobs_ptr + out + index, raw_score)
+                        independent += (tl.load(states + index * STATE + NEXT) >= 0).to(tl.int32)
+                    tl.store(out_counters_ptr + 2 * b + 1, tl.where(flags & INDEPENDENT != 0, independent, -1))
+                    rest(arrived, longest + 3)
+    if RULE == BLOCK_RULE:
+        if (i <= drafted) & (own >= (longest + 1) * slices):
+            wait(done, JUDGED)
+            if wants_mass(i, states):
+                target, divided, _path_prob = load_divided(states + i * STATE)
+                measure_residual(
+                    rows, drafts, i, target, divided, None, part, slices, table + 2 * ENTRIES, ENTRIES, TILES
+                )
+            if arrive(arrived, ((drafted + 1) * slices - 1).to(tl.int32)):
+                tl.store(done, 0)
+                end, drawn, valid = end_block(rows, drafts, drafted, key, tables, states, ENTRIES, TILES)
+                tl.store(out_counters_ptr + 2 * b + 1, -1)
+
+    if end >= 0:
+        tl.store(out_accepted_ptr + b, end.to(tl.int32))
+        tl.store(out_valid_ptr + b, valid)
+        tl.store(out_counters_ptr + 2 * b, drafted)
+        out = b * (longest + 1)
+        for index in range(0, longest + 1):
+            row = tl.full([], 0, tl.int64) + index
+            token = tl.where(row == end, drawn, -1)
+            if row < end:
+                token = tl.load(tokens + row * token_row_stride).to(tl.int64)
+            tl.store(out_tokens_ptr + out + row, token)
+            if flags & LOGPROBS != 0:
+                score = tl.full([], float("nan"), tl.float32)
+                raw_score = score
+                if row <= end:
+                    place = states + row * STATE
+                    usable = tl.load(place + VALID) != 0
+                    score, raw_score = logprobs_of(
+                        rows, plain, row, token, key, tables + row * 4 * ENTRIES, place, usable, ENTRIES, TILES
+                    )
+                tl.store(out_logprobs_ptr + out + row, score)
+                tl.store(out_raw_logprobs_ptr + out + row, raw_score)
 
 
 def verify_chain(
-    target_logits: Tensor,
-    draft_tokens: Tensor,
-    draft_logits: Tensor | None,
-    draft_stats: Tensor | None,
-    draft_temperatures: Tensor | None,
-    draft_temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    num_draft: Tensor | None,
-    cu_rows: Tensor | None,
-    sampling: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
-    penalties: Tensor | None,
-    rule: int,
-    logprobs: bool,
-    independent: bool,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None,
+    draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor, position: Tensor, num_draft: Tensor |
+    None, cu_rows: Tensor | None, sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float,
+    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties:
+    Tensor | None, rule: int, logprobs: bool, independent: bool, workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -230,25 +203,30 @@ def verify_chain(
     scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
     if batch:
         config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
-        sizes = batch * (rows + 2), batch * rows * MEMORY.value, batch * rows * 4 * config.entries
+        sizes = batch * (rows + 2), batch * rows * STATE.value, batch * rows * 4 * config.entries
         if workspace is not None:
-            at_rest, memory, tables = scratch_in(workspace, *sizes)
+            at_rest, states, tables = scratch_in(workspace, *sizes)
         else:
             at_rest = counters_at_rest(sizes[0], target_logits.device)
-            memory = empty(torch.float64, sizes[1])
-            tables = empty(torch.float32, sizes[2])
+            states, tables = empty(torch.float64, sizes[1]), empty(torch.float32, sizes[2])
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = draft_temperatures = None
+        flags = given(
+            sampling=sampling, bitmask=bitmask, draft_logits=draft_logits, draft_stats=draft_stats,
+            draft_temperatures=draft_temperatures, num_draft=num_draft, cu_rows=cu_rows, logprobs=logprobs,
+            independent=independent,
+        )  # fmt: skip
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
-        verify_chain_kernel[(batch * rows * slices,)](
-            target_logits, draft_tokens, draft_logits, draft_stats, draft_temperatures,
-            draft_temperature, seed, position, num_draft, cu_rows, sampling, temperature, top_k, top_p, min_p,
-            bitmask, edit_ids, edit_counts, edit_bias, penalties, 0 if edit_ids is None else edit_ids.shape[1], tables,
-            memory, at_rest, tokens, accepted, valid, counters,
-            scores if logprobs else None, raw_scores if logprobs else None, *target_strides,
-            *draft_strides, *draft_tokens.stride(), rows - 1, vocab, batch, slices, RULE=rule,
-            INDEPENDENT=independent, **config.constants, **config.options,
+        verify_chain_kernel[(batch * rows * slices * (2 if rule == Rule.BLOCK else 1),)](
+            target_logits, draft_tokens, instead(draft_logits, target_logits), instead(draft_stats, tables),
+            instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
+            instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
+            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables,
+            states, at_rest, tokens, accepted, valid, counters, scores if logprobs else tables,
+            raw_scores if logprobs else tables, *target_strides, *draft_strides, *draft_tokens.stride(), rows - 1,
+            vocab, batch, slices, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
+            **config.constants, **config.options,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from specdec_kernels import sample, sample_children, verify_chain, verify_tree
+from specdec_kernels import sample, sample_children, tree_attention, tree_mask, verify_chain, verify_tree
 from specdec_kernels.ops import BACKENDS
 
 pytestmark = pytest.mark.skipif(BACKENDS["triton"].device == "cuda", reason="the interpreter's order is set here")
@@ -30,7 +30,7 @@ def launched(monkeypatch):
     builder = type(interpreter.interpreter_builder)
     in_order = builder.set_grid_idx
 
-    def launch_as(slices: int, shuffled: bool) -> None:
+    def launch_as(slices: int, shuffled: bool, tiles: int = 2) -> None:
         rng = random.Random(slices)
         order: dict[int, list[int]] = {}
 
@@ -40,9 +40,6 @@ def launched(monkeypatch):
                 order[size] = rng.sample(range(size), size) if shuffled else list(range(size))
             in_order(self, order[size][x], y, z)
 
-        def small_blocks(logits, *_, **__):
-            return launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1)
-
         monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
         for module in modules:
             monkeypatch.setattr(module, "slices_of", lambda *_: slices)
@@ -50,7 +47,7 @@ def launched(monkeypatch):
             monkeypatch.setattr(
                 module,
                 "config_for",
-                lambda logits, *_, **__: launch.LaunchConfig(2, launch.entries(logits.shape[-1]), 1),
+                lambda logits, *_, **__: launch.LaunchConfig(tiles, launch.entries(logits.shape[-1]), 1),
             )
 
     return launch_as
@@ -80,9 +77,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("rule", "kind"), [("token", "statistics"), ("token", "dense"), ("block", "dense"),
-                                        ("coupled", "point mass")])  # fmt: skip
-@pytest.mark.parametrize("options", OPTIONS)
+#: Each rule with each kind of drafts it reads, each option with one of them.
+CHAINS = [
+    ("token", "statistics", "plain"), ("token", "dense", "plain"), ("block", "dense", "plain"),
+    ("coupled", "point mass", "plain"), ("token", "statistics", "greedy"), ("block", "dense", "filtered"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "kind", "options"), CHAINS)
 def test_tokens_do_not_depend_on_the_launch(launched, rule, kind, options):
     positional, keys = batch(kind)
     arguments = {**keys, **OPTIONS[options], "rule": rule, "logprobs": True}
@@ -111,7 +113,7 @@ def test_draws_do_not_depend_on_the_launch(launched):
 
 
 def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
-    verify = importlib.import_module("specdec_kernels.triton_kernels.verify")
+    verify = module("verify")
     measured = []
     measure = verify.measure
 
@@ -135,58 +137,126 @@ def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
     assert len(measured) == 30, "the counters of independent acceptance need every row"
 
 
+def module(name: str):
+    return importlib.import_module(f"specdec_kernels.triton_kernels.{name}")
+
+
+def test_nodes_that_the_path_passes_by_are_not_read(launched, monkeypatch):
+    tree_rules = module("tree_rules")
+    measured = []
+    measure = tree_rules.measure
+
+    def counting(rows, i, *rest):
+        measured.append(int(i.handle.data[0]))
+        return measure(rows, i, *rest)
+
+    monkeypatch.setattr(tree_rules, "measure", counting)
+    target = torch.zeros(1, 7, VOCAB)
+    target[:, :, 7] = 30.0
+    parents, tokens = torch.tensor([[-1, 0, 0, 1, 1, 2, 3]]), torch.tensor([[0, 9, 7, 7, 7, 7, 7]])
+    launched(3, False)
+    verified = verify_tree(target, tokens, parents, seed=torch.arange(1), position=torch.arange(1), backend="triton")
+    assert verified.nodes.tolist() == [[0, 2, 5, -1, -1, -1, -1]]
+    # Node 1 may have been on the path until node 0 was judged, as it was before any program of node 1 began.
+    assert measured == [0] * 3 + [2] * 3 + [5] * 3
+
+
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("kind", ["point mass", "dense", "statistics"])
 def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind):
-    """What its row's own tiles bound, without a pass over the row; with one, the same tokens."""
-    import triton.language as tl
-
-    modules = [importlib.import_module(f"specdec_kernels.triton_kernels.{name}") for name in ("residuals", "rules")]
-    looked = []
-    real = modules[0].residuals
+    """What its row's own tiles bound; with a look at all of them, the same tokens."""
+    draws = module("draws")
+    looks = []
+    real = draws.residuals
 
     def counting(*given):
-        looked.append(given[6].shape)  # ids
+        looks.append(given[6].shape)  # ids
         return real(*given)
 
     launched(1, False)
     positional, keys = batch(kind)
     keys["seed"] += 40 if kind == "statistics" else 0
     given = {**keys, "temperature": 0.5, "rule": rule, "backend": "triton"}
-    monkeypatch.setattr(modules[0], "residuals", counting)
+    monkeypatch.setattr(draws, "residuals", counting)
     few = verify_chain(*positional, **given)
-    tiles = [shape for shape in looked if len(shape) == 1]
-    assert tiles
+    drawn = looks.count((128,))
+    assert drawn
     if rule == "token":
-        assert len(tiles) == len(looked), "no pass"
-        assert len(tiles) < 4 * 5  # of 12 tiles a request, and the winner again
-    monkeypatch.setattr(modules[0], "MOST_LOOKS", tl.constexpr(0))
-    looked.clear()
-    passed = verify_chain(*positional, **given)
-    assert any(len(shape) == 2 for shape in looked)
-    for one, other in zip(few, passed, strict=True):
+        assert len(looks) - drawn < 4 * 3  # of 6 pairs of tiles a request
+    launched(1, False, tiles=16)
+    looks.clear()
+    all_tiles = verify_chain(*positional, **given)
+    assert (16, 128) in looks
+    for one, other in zip(few, all_tiles, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
+FILTERS = {
+    "top_k": {"top_k": 5},
+    "top_k of all tiles": {"top_k": 400},
+    "top_k and top_p": {"top_k": 5, "top_p": 0.6},
+    "top_p": {"top_p": 0.3},
+    "min_p": {"min_p": 0.2},
+}
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, filters):
+    """One tile of three has large logits: those are all that is looked at twice, unless more is kept."""
+    distributions = module("distributions")
+    looked: set[int] = set()
+    real = distributions.load_logits
+
+    def counting(rows, i, ids, there):
+        live = there.handle.data.any(axis=1)
+        looked.update((ids.handle.data[live][:, 0] // 128).tolist())
+        return real(rows, i, ids, there)
+
+    monkeypatch.setattr(distributions, "load_logits", counting)
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2)).half().float()  # some are equal
+    large = (torch.arange(VOCAB) // 128) % 3 == 1
+    logits[:, large] += 3.5
+    named = {"seed": torch.tensor([5]), "position": torch.tensor([9]), "temperature": 0.5, **FILTERS[filters]}
+    expected = sample(logits, **named, backend="reference")
+    launched(1, False)
+    found = sample(logits, **named, backend="triton")
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.stats[:, 1], expected.stats[:, 1]), "the cutoff is one of the logits"
+    torch.testing.assert_close(found.stats, expected.stats)
+    assert looked
+    if filters != "top_k of all tiles":
+        assert looked <= {1, 4, 7, 10}
+
+
 def test_counters_are_left_at_rest(launched, monkeypatch):
-    verify = importlib.import_module("specdec_kernels.triton_kernels.verify")
     counters = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(verify, "counters_at_rest", lambda *_: counters)
+    for name in ("verify", "tree_rules"):
+        monkeypatch.setattr(module(name), "counters_at_rest", lambda *_: counters)
     positional, keys = batch("dense")
     launched(3, True)
-    for rule in ("token", "block", "token"):
+    for rule in ("token", "block", "token", "coupled"):
         expected = verify_chain(*positional, **keys, rule=rule, backend="reference")
         assert torch.equal(verify_chain(*positional, **keys, rule=rule, backend="triton").tokens, expected.tokens)
         assert not counters.any()
+    target, tokens, draft, _ = positional
+    tree = torch.cat([tokens[:, :1], tokens], 1), torch.tensor([[-1, 0, 0, 1]] * 4)
+    drafted = {"draft_logits": torch.cat([draft, draft[:, :1]], 1), "siblings": "iid"}
+    for rule in ("traversal", "walk", "recursive"):
+        given = {**keys, "rule": rule, **({"draft_temperature": None} if rule == "walk" else drafted)}
+        expected = verify_tree(target, *tree, **given, backend="reference")
+        assert torch.equal(verify_tree(target, *tree, **given, backend="triton").tokens, expected.tokens)
+        assert not counters.any()
 
 
-@pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options):
-    """One program a request, or several that measure rows ahead, in any order."""
-    if options == "filtered" and rule != "traversal":
-        pytest.skip("the interpreter takes its time, and filters are found by the same functions")
-    tree_rules = importlib.import_module("specdec_kernels.triton_kernels.tree_rules")
+TREES = [
+    ("walk", "plain"), ("recursive", "plain"), ("traversal", "plain"), ("coupled", "plain"), ("recursive", "greedy"),
+    ("traversal", "filtered"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "options"), TREES)
+def test_trees_do_not_depend_on_the_launch(launched, rule, options):
+    """Masses are summed by programs that wait for others, and begin behind those in any order."""
     (target, tokens, draft, _), keys = batch("dense")
     tokens = torch.cat([torch.zeros(4, 1, dtype=torch.int64), tokens], 1)
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, -1], [-1, -1, -1, -1]])
@@ -195,9 +265,8 @@ def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options)
     arguments = {**keys, **drafted, **OPTIONS[options], "rule": rule, "logprobs": True}
     expected = verify_tree(target, tokens, parents, **arguments, backend="reference")
     found = []
-    for ahead, slices, shuffled in ((False, 1, True), (True, 1, False), (True, 3, True), (True, 6, True)):
+    for slices, shuffled in ((1, False), (3, True), (6, True)):
         launched(slices, shuffled)
-        monkeypatch.setattr(tree_rules, "measures_ahead", lambda *_, ahead=ahead: ahead)
         found.append(verify_tree(target, tokens, parents, **arguments, backend="triton"))
     for each in found:
         assert torch.equal(each.tokens, expected.tokens)
@@ -206,19 +275,40 @@ def test_trees_do_not_depend_on_the_launch(launched, monkeypatch, rule, options)
             assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), "not the same bits"
 
 
+@pytest.mark.parametrize("processors", [1, 5, 1000])
+def test_attention_of_a_context_that_is_shared(monkeypatch, processors):
+    """No splits, some, and as many as there may be; one of them behind the end of a shorter context."""
+    attention = module("attention")
+    given = []
+    real = attention.context_splits
+    monkeypatch.setattr(attention.launch, "processors_of", lambda *_: processors)
+    monkeypatch.setattr(attention, "context_splits", lambda *x: given.append(real(*x)) or given[-1])
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 24, generator=generator)
+    key, value = torch.randn(2, 2, 2, 805, 24, generator=generator)
+    packed = tree_mask(torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, -1, -1, -1]]), "packed")
+    arguments = query, key, value, packed, torch.tensor([800, 100])
+    expected = tree_attention(*arguments, backend="reference")
+    torch.testing.assert_close(tree_attention(*arguments, backend="triton"), expected, rtol=0, atol=1e-5)
+    assert given[0][0] == {1: 1, 5: 2, 1000: 3}[processors]
+
+
 def test_launches_are_chosen_by_pure_functions():
-    from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, pays_ahead, slices
+    from specdec_kernels.triton_kernels.attention import AttentionConfig, attention_config, context_splits
+    from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, slices
 
     assert launch_config(128_256, "cuda", large=True) == LaunchConfig(16, 1024, 8, 255)
     assert launch_config(100, "cuda", large=False) == LaunchConfig(1, 1, 8, 128)
     assert launch_config(128_256, "hip", large=True).options == {"num_warps": 8}
     assert launch_config(128_256, "interpreter", large=False).tiles == 1024
-    # All nodes come to?, requests, nodes, multiprocessors.
-    assert pays_ahead(True, 100, 64, 132)
-    assert not pays_ahead(True, 600, 64, 132)
-    assert pays_ahead(False, 8, 16, 132)
-    assert not pays_ahead(False, 64, 16, 132)
     # Rows, blocks of a row, multiprocessors.
     assert slices(5, 64, 132) == 64  # one request: as many as there are blocks
     assert slices(320, 64, 132) == 2
     assert slices(4352, 64, 132) == 1
+    # 64 nodes of 4 heads a key head: rows in all, elements of a head, their bytes.
+    assert attention_config(256, 128, 2, "cuda") == AttentionConfig(ROWS=128, KEYS=64, STAGES=3, num_warps=8)
+    assert attention_config(5, 128, 4, "hip") == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
+    # Tokens, programs without splits, multiprocessors.
+    assert context_splits(4096, 16 * 8 * 2, 132) == (1, 4096)
+    assert context_splits(2048, 8, 132) == (8, 256)
+    assert context_splits(0, 8, 132) == (1, 0)

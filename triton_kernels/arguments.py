@@ -1,0 +1,34 @@
+"""What a call gives and what it leaves out: a kernel is compiled once for both. A pointer to what is missing is not
+followed; one number of the launch says which those are."""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+_NAMES = (
+    "sampling", "bitmask", "draft_logits", "draft_stats", "draft_temperatures", "num_draft", "cu_rows", "logprobs",
+    "independent", "replacement",
+)  # fmt: skip
+_BITS = {name: 1 << index for index, name in enumerate(_NAMES)}
+SAMPLING, BITMASK, DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, NUM_DRAFT, CU_ROWS, LOGPROBS, INDEPENDENT, \
+    REPLACEMENT = (tl.constexpr(bit) for bit in _BITS.values())  # fmt: skip
+
+
+def given(**named: object) -> int:
+    """The number that says which of ``named`` a call gives or wants."""
+    return sum(_BITS[name] for name, value in named.items() if value is not None and value is not False)
+
+
+def instead(pointer: Tensor | None, other: Tensor) -> Tensor:
+    """What is passed for a pointer, of the same type whether there is one or not."""
+    return other if pointer is None else pointer
+
+
+def processing_arguments(
+    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties:
+    Tensor | None, int32: Tensor, float32: Tensor,
+) -> tuple[Tensor | int, ...]:  # fmt: skip
+    """(mask, ids, counts, bias, penalties, adjustments a request); what is missing points to other tensors."""
+    pointers = (bitmask, int32), (edit_ids, int32), (edit_counts, int32), (edit_bias, float32), (penalties, float32)
+    return *(instead(x, other) for x, other in pointers), 0 if edit_ids is None else edit_ids.shape[1]

@@ -1,0 +1,241 @@
+"""From the table of a row and its sampling parameters to its distribution, and to the winner of its tile race."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from specdec_kernels.contract import MIN_TEMPERATURE
+from specdec_kernels.triton_kernels.noise import exponentials
+from specdec_kernels.triton_kernels.rows import (
+    NO_ID,
+    Distribution,
+    first_of_groups,
+    gap,
+    grouped_tiles,
+    ids_of,
+    is_steep,
+    largest_token,
+    load_logits,
+    load_table,
+    measure,
+    probs,
+    scalars_of,
+    usable_base,
+)
+
+GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
+# The least float there is.
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def scale_of(temperature):
+    """inf: greedy."""
+    greedy = temperature < GREEDY_BELOW
+    return tl.where(greedy, float("inf"), 1.0 / tl.where(greedy, 1.0, temperature))
+
+
+@triton.jit
+def sampling_of(sampling_ptr, given, temperature, top_k, top_p, min_p, index):
+    """(scale, top_k, top_p, min_p) of a request: its row of ``sampling [B, 4]`` if that is ``given``, or the scalars.
+    Scale inf: greedy."""
+    own = sampling_ptr + 4 * index
+    temperature = tl.load(own, mask=given, other=temperature)
+    top_k = tl.load(own + 1, mask=given, other=top_k).to(tl.int32)
+    top_p = tl.load(own + 2, mask=given, other=top_p)
+    min_p = tl.load(own + 3, mask=given, other=min_p)
+    return scale_of(temperature), top_k, top_p, min_p
+
+
+@triton.jit
+def first_arrival(times, ids):
+    """The id of the smallest time, the lowest one on ties; ``NO_ID`` if none is finite."""
+    earliest = tl.min(times)
+    return tl.min(tl.where((times == earliest) & (times < float("inf")), ids, NO_ID))
+
+
+@triton.jit
+def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
+    """What the table of a row says: (the sum of exp(scale * (logit - the largest)) in float64, the tile that wins the
+    tile race if ``RACE``, whether the row is valid, the largest logit, the first tile that has it)."""
+    tiles = tl.arange(0, ENTRIES)
+    maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
+    top = tl.max(maxima)
+    weights = sums * tl.exp(gap(scale, maxima, usable_base(top)))
+    total = tl.sum(weights)
+    winner = tl.full([], 0, tl.int64)
+    if RACE:
+        times = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
+        winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
+    largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
+    return total.to(tl.float64), winner, (total > 0) & (total < float("inf")), top, largest
+
+
+@triton.jit
+def keeps_few(top_k, rows):
+    """Whether top-k takes anything away."""
+    return (top_k > 0) & (top_k < rows.vocab)
+
+
+@triton.jit
+def compare(x, weights, pivot):
+    """Of finite values [M, N] not below ``pivot``: (how many, their weight, the smallest); and the largest below."""
+    above = (x >= pivot) & (x > float("-inf"))
+    count = tl.sum(tl.sum(above.to(tl.int32), axis=1))
+    weight = tl.sum(tl.sum(tl.where(above, weights, 0.0), axis=1))
+    least = tl.min(tl.min(tl.where(above, x, float("inf")), axis=1))
+    return count, weight, least, tl.max(tl.max(tl.where(above, float("-inf"), x), axis=1))
+
+
+@triton.jit
+def compare_logits(rows, i, scale, top, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """The same of the logits of row i by their exp(scale * (logit - top)): of the tiles that have one not below
+    ``pivot``, ``TILES`` at a time. The others are known by their maxima."""
+    tiles = grouped_tiles(ENTRIES, TILES)
+    maxima, _sums = load_table(table, tiles, rows.vocab, ENTRIES)
+    some = maxima >= pivot
+    waiting = tl.where(some, -maxima, float("inf"))
+    count = tl.full([], 0, tl.int32)
+    mass = tl.full([], 0.0, tl.float32)
+    least = tl.full([], float("inf"), tl.float32)
+    below = tl.max(tl.max(tl.where(some, float("-inf"), maxima), axis=1))
+    while tl.min(waiting) < float("inf"):
+        first, own = first_of_groups(waiting, tiles, ENTRIES)
+        waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
+        logits = load_logits(rows, i, ids_of(own), (first < float("inf"))[:, None])
+        more, weight, smallest, largest = compare(logits, tl.exp(gap(scale, logits, top)), pivot)
+        count += more
+        mass += weight
+        least = tl.minimum(least, smallest)
+        below = tl.maximum(below, largest)
+    return count, mass, least, below
+
+
+@triton.jit
+def filter_pivot(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """What top-k, then top-p, then min-p keep of a valid row is what is not below this.
+
+    The largest logit such that what is not below it reaches a goal is found by bisection by value; both ends move on to
+    the next logit there is, so it ends with the answer. That is done up to three times: the k-th largest maximum of a
+    tile bounds the k-th largest logit from below, and that what top-p keeps of it."""
+    scale, top_k, top_p, min_p = sampling
+    of_tiles = keeps_few(top_k, rows)
+    by_number = of_tiles
+    low = tl.full([], float("-inf"), tl.float32)  # reaches the goal; -inf: nobody looked
+    kept = total.to(tl.float32)  # the weight of what is not below that; less than 0: nobody looked
+    high = top  # the largest that may reach the goal
+    reach = 1.0 / scale
+    goal = tl.where(by_number, top_k.to(tl.float32), top_p * kept)
+    searching = by_number | (top_p < 1.0)
+    while searching:
+        pivot = 0.5 * low + 0.5 * high
+        if low == float("-inf"):
+            pivot = tl.maximum(high - reach, LEAST)
+            reach *= 2.0
+        pivot = tl.where(pivot > low, pivot, high)
+        if kept < 0:
+            pivot = low
+        if of_tiles:
+            maxima, sums = load_table(table, grouped_tiles(ENTRIES, TILES), rows.vocab, ENTRIES)
+            count, weight, least, below = compare(maxima, sums, pivot)
+        else:
+            count, weight, least, below = compare_logits(rows, i, scale, top, pivot, table, ENTRIES, TILES)
+        reached = tl.where(by_number, count.to(tl.float32), weight)
+        if reached >= goal:
+            low = least
+            kept = tl.where(of_tiles, -1.0, weight)
+            if by_number & (reached == goal):
+                high = least
+        else:
+            high = tl.maximum(below, low)
+        if (low >= high) & ((kept >= 0) | of_tiles):
+            searching = of_tiles | (by_number & (top_p < 1.0))
+            if of_tiles == 0:
+                by_number = tl.full([], 0, tl.int1)
+                goal = top_p * kept
+            of_tiles = tl.full([], 0, tl.int1)
+            high = top
+    if min_p > 0.0:
+        low = tl.maximum(low, top + tl.log(min_p) / scale)
+    return low
+
+
+@triton.jit
+def drop_below(rows, i, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """Leave in the table of row i what is not below ``pivot``; the smallest logit of that."""
+    tiles = grouped_tiles(ENTRIES, TILES)
+    maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
+    some = maxima >= pivot
+    least = tl.full([], float("inf"), tl.float32)
+    waiting = tl.where(some, -maxima, float("inf"))
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tl.store(table + tiles, tl.where(some, maxima, float("-inf")))
+    tl.store(table + ENTRIES + tiles, tl.where(some, sums, 0.0))
+    tl.debug_barrier()
+    while tl.min(waiting) < float("inf"):
+        first, own = first_of_groups(waiting, tiles, ENTRIES)
+        waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
+        there = first < float("inf")
+        logits = load_logits(rows, i, ids_of(own), there[:, None])
+        kept = logits >= pivot
+        least = tl.minimum(least, tl.min(tl.where(kept, logits, float("inf"))))
+        weights = tl.exp(gap(scale, tl.where(kept, logits, float("-inf")), tl.where(there, -first, 0.0)[:, None]))
+        tl.store(table + ENTRIES + own, tl.sum(weights, axis=1), mask=there)
+    tl.debug_barrier()
+    return least
+
+
+@triton.jit
+def table_scale(scale):
+    """What a row is measured with: greedily the scale is infinite, and only its largest logit is asked for."""
+    return tl.where(scale == float("inf"), 1.0, scale)
+
+
+@triton.jit
+def distribution_of(
+    rows, i, sampling, key, tag, table, RACE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """(the distribution of row i, whether the row is valid), from its table; where tokens are filtered out, the table
+    keeps what is left. Greedy is the point mass on the largest logit; so is, for what is drawn then, a row that is not
+    valid, on its largest finite one."""
+    scale, top_k, top_p, min_p = sampling
+    cutoff = tl.full([], float("-inf"), tl.float32)
+    argmax = tl.full([], -1, tl.int64)
+    greedy = scale == float("inf")
+    finite = table_scale(scale)
+    logsumexp = tl.full([], 0.0, tl.float64)
+    total, tile, valid, top, largest = summary(rows, finite, table, key, tag, RACE, ENTRIES)
+    if greedy | (valid == 0):
+        cutoff = top
+        argmax = largest_token(rows, i, top, largest)
+    else:
+        filters = keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)
+        if filters & (is_steep(scale, top) == 0):
+            pivot = filter_pivot(rows, i, sampling, top, total, table, ENTRIES, TILES)
+            cutoff = drop_below(rows, i, scale, pivot, table, ENTRIES, TILES)
+            total, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
+        scale, cutoff, logsumexp = scalars_of(scale, cutoff, total, top)
+    return Distribution(scale, cutoff, logsumexp, argmax, tile), valid
+
+
+@triton.jit
+def raw_distribution(rows, i, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """(The plain softmax of row i, whether the row is valid); measured by this program alone."""
+    one = tl.full([], 1.0, tl.float32)
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    measure(rows, i, one, 0, 1, table, ENTRIES, TILES)
+    tl.debug_barrier()
+    total, tile, valid, top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
+    scale, cutoff, logsumexp = scalars_of(one, tl.full([], float("-inf"), tl.float32), total, top)
+    return Distribution(scale, cutoff, logsumexp, tl.full([], -1, tl.int64), tile), valid
+
+
+@triton.jit
+def tile_weights(rows, distribution, table, tiles, ENTRIES: tl.constexpr):
+    """What tiles of a row weigh under its distribution, from its table."""
+    maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
+    return sums * probs(maxima, distribution)
