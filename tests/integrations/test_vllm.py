@@ -400,6 +400,7 @@ def test_other_releases_are_left_alone(vllm, monkeypatch, caplog):
 
 def test_where_only_the_reference_runs_vllm_is_left_alone(vllm, monkeypatch, caplog):
     """It is there to be read, not to be fast."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(plugins.metadata, "version", lambda name: plugin.VERSIONS[-1])
     unable = {name: replace(backend, reason="not built") for name, backend in BACKENDS.items() if name != "reference"}
     monkeypatch.setattr(plugins, "BACKENDS", {"reference": BACKENDS["reference"], **unable})
@@ -407,7 +408,6 @@ def test_where_only_the_reference_runs_vllm_is_left_alone(vllm, monkeypatch, cap
         assert not plugins.fits("vllm", plugin.VERSIONS)
     assert "backend cpu: not built" in caplog.text
     monkeypatch.setattr(plugins, "BACKENDS", {**unable, "cpu": BACKENDS["cpu"]})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert plugins.fits("vllm", plugin.VERSIONS)
 
 
