@@ -96,7 +96,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             for layer, count in zip((self, other), requests, strict=True)
         ]
         if not self.state():
-            vars(self).update(vars(other))
+            self.__dict__.update(other.__dict__)
         self.put([torch.cat(pair) for pair in zip(*sides, strict=True)])
 
 

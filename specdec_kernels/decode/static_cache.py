@@ -171,10 +171,26 @@ class StaticCache:
         they do not suffice."""
         if max(self.lengths) + rows <= self.capacity:
             return
-        self.capacity = max(2 * self.capacity, rounded(max(self.lengths) + rows))
+        self._grow(max(2 * self.capacity, rounded(max(self.lengths) + rows)))
+
+    @torch.inference_mode()
+    def join(self, other: StaticCache) -> None:
+        """Go on with the requests of another cache of the same model too, in slots behind one's own, with new
+        graphs."""
+        capacity, batch, more = max(self.capacity, other.capacity), len(self.lengths), len(other.lengths)
+        for cache in (self, other):
+            cache._grow(capacity)
+        for layer, behind in zip(self.layers, other.layers, strict=True):
+            pairs = zip(layer.storage, behind.storage, strict=True)
+            layer.storage = tuple(torch.cat([old[:batch], new[:more]]) for old, new in pairs)
+        self._all_slots = batch + more
+        self._set(self.lengths + other.lengths, batch + more)
+
+    def _grow(self, capacity: int) -> None:
+        """Have so many columns."""
+        self.capacity, self._graphs = capacity, Graphs()
         for layer in self.layers:
-            layer.grow(self.capacity)
-        self._graphs = Graphs()
+            layer.grow(capacity)
 
     def replay(self, function: Callable[..., Any], **arguments: Any) -> Any:
         """``function(self, **arguments)`` of all slots, for the requests that go on: the slots behind them repeat the

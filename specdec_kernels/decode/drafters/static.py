@@ -54,7 +54,6 @@ class StaticDraftSession(ModelSession):
     """One stream of a :class:`StaticDrafter`."""
 
     _cache: StaticCache  # type: ignore[assignment]
-    join = None  # type: ignore[assignment]  # a cache of a fixed number of slots takes no later requests
 
     def __init__(self, drafter: StaticDrafter, prompts: Sequence[Sequence[int]]) -> None:
         columns = max(map(len, prompts)) + 4 * GRANULARITY
