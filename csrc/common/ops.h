@@ -169,11 +169,6 @@ enum class Rule { token = 0, block = 1, coupled = 2 };
 enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
 enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
 
-// What the thread that calls does if it is through before others are. It may be left undone.
-struct Aside {
-  virtual void run() noexcept = 0;
-};
-
 struct VerifyChain {
   Verification common;     // R = K + 1
   const int64_t* cu_rows;  // [B + 1], or null: K + 1 rows each
@@ -183,7 +178,6 @@ struct VerifyChain {
   int32_t* out_counters;      // [B, 2]: proposed, independent
   void* workspace = nullptr;  // handed in, or null; what a CPU needs it has
   int64_t workspace_bytes = 0;
-  Aside* aside = nullptr;
 
   SPECDEC_SHARED int64_t longest() const { return common.rows - 1; }
 

@@ -1,9 +1,7 @@
 // Rules for a chain of drafts.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <deque>
-#include <thread>
 #include <vector>
 
 #include "request.h"
@@ -24,26 +22,12 @@ class ChainRequest : Request {
     for (int64_t i = 0; i < room && token_at(i) >= 0; ++i) drafts_.push_back(token_at(i));
   }
 
-  // Whether this thread takes part.
-  bool join(Lockstep& lockstep, bool is_caller) {
-    lockstep_ = &lockstep;
-    if (!lockstep.join(share_, is_caller)) return false;
-    // Where it begins is on its way while it looks at what else there is.
-    const int64_t begin = std::countr_zero(share_.pieces) * piece_tiles(tiles_of(op_.vocab), threads_);
-    prefetch(target_row(0), begin * kTile, kTile);
-    return true;
-  }
-
-  // Whether this is the thread that writes results.
-  bool leads() const { return lockstep_ == nullptr || share_.leads(); }
-
   void run() {
     switch (chain_.rule) {
       case Rule::token: token_rule(); break;
       case Rule::block: block_rule(); break;
       case Rule::coupled: coupled_rule(); break;
     }
-    if (!leads()) return;
     chain_.out_counters[2 * b_] = int32_t(drafted());
     chain_.out_counters[2 * b_ + 1] = chain_.independent ? count_independent() : -1;
   }
@@ -52,26 +36,20 @@ class ChainRequest : Request {
   int64_t drafted() const { return int64_t(drafts_.size()); }
   int64_t draft_at(int64_t i) const { return i < drafted() ? drafts_[size_t(i)] : -1; }
 
-  RowView view_of(int64_t i, int64_t place) {
-    Outlook outlook{draft_at(i), large_, i < drafted() ? target_row(i + 1).logits : nullptr};
-    // What the rule coupled draws depends neither on drafts nor on where a step began, not even in its last digit.
-    if (chain_.rule == Rule::coupled) outlook = {.next = outlook.next};
-    return view(i, place, {drafts_.data(), i}, outlook);
-  }
+  RowView view_of(int64_t i, int64_t place) { return view(i, place, {drafts_.data(), i}); }
 
   void token_rule() {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
       const int64_t token = draft_at(i);
-      const double u = token >= 0 ? coin(i) : 0.0;  // before the pass, whose waiting for memory hides it
+      const double u = token >= 0 ? coin(i) : 0.0;
       const DraftLaw draft = score(target, i, token);
       Residual left(kernels_, target, draft, pass_, false);
       const bool usable = target.valid() && token >= 0 && draft.usable(token);
       if (usable && left.accepts(token, u)) {
-        if (leads()) write(target, i, token);
+        write(target, i, token);
         continue;
       }
-      if (!leads()) return;
       if (!target.valid()) return finish_unusable(target, i);
       if (usable)
         left.reject(token);
@@ -121,7 +99,7 @@ class ChainRequest : Request {
   void coupled_rule() {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
-      pass_over(target);
+      target.pass_all(pass_);
       if (!target.valid()) return finish_unusable(target, i);
       const int64_t drawn = coupled_draw(target, i);
       if (i == drafted() || drawn != drafts_[size_t(i)]) return finish(target, i, drawn);
@@ -131,7 +109,6 @@ class ChainRequest : Request {
 
   int32_t count_independent() {
     int32_t count = 0;
-    large_ = NAN;  // as in the beginning
     for (int64_t i = 0; i < drafted(); ++i) {
       const int64_t token = drafts_[size_t(i)];
       RowView target = view_of(i, 0);
@@ -148,31 +125,6 @@ class ChainRequest : Request {
   const VerifyChain& chain_;
   std::vector<int64_t> drafts_;
 };
-
-// A single request of which no row takes more than one pass; whether it was one.
-bool verify_in_lockstep(const VerifyChain& op, const Kernels& kernels, int64_t threads, RunOnThreads run) {
-  const Verification& all = op.common;
-  const bool a_pass_a_row = op.rule == Rule::token && !op.independent && all.out_logprobs == nullptr &&
-                            (all.draft.data == nullptr || all.draft_stats != nullptr);
-  if (all.batch != 1 || !a_pass_a_row || sampling_of(all.sampling, 0).filters.any()) return false;
-  const int64_t tiles = tiles_of(all.vocab), pieces = pieces_of(tiles, piece_tiles(tiles, threads));
-  const int64_t several = useful_threads(1, all.vocab, threads);
-  if (several == 1 || pieces == 1 || pieces > Lockstep::kMostPieces) return false;
-  if (op.room(0) > 0 && all.tokens[0] >= 0)  // while threads come
-    prefetch(row_at(all.target, all.vocab, 0), all.tokens[0], 1);
-  Lockstep lockstep(pieces, tiles, scratch().lockstep);
-  const auto caller = std::this_thread::get_id();
-  auto member = [&] {
-    SharedPass nobody_helps;
-    ChainRequest request(op, kernels, threads, 0, nobody_helps);
-    const bool is_caller = std::this_thread::get_id() == caller;
-    if (!request.join(lockstep, is_caller)) return;
-    request.run();
-    if (is_caller && !request.leads() && op.aside != nullptr) op.aside->run();
-  };
-  run(several, [](void* context) { (*static_cast<decltype(member)*>(context))(); }, &member);
-  return true;
-}
 
 }  // namespace
 
@@ -191,7 +143,6 @@ bool ids_in_range(const VerifyChain& op) {
 
 void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
   const Kernels& table = *kernels();
-  if (verify_in_lockstep(op, table, threads, run)) return;
   each_request(op.common.batch, op.common.vocab, threads, run,
                [&](int64_t b, SharedPass& pass) { ChainRequest(op, table, threads, b, pass).run(); });
 }

@@ -41,72 +41,30 @@ inline double sum_of_tile(const float* weights) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// What is likely of a row: that the logit of `token` is asked for, and none of the small ones (-1: of no token); that
-// its large logits are about `base` (nan: about nothing known); that the row at `next` is looked at after it. It costs
-// time where it is not so, and nothing else.
-struct Outlook {
-  int64_t token = -1;
-  float base = NAN;
-  const void* next = nullptr;
-};
-
 class RowView {
  public:
-  // `own` is where this thread alone may write; the pass fills it too, unless it is one of threads that fill
-  // `together`.
-  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& own,
-          const Outlook& outlook = {}, TileSpace* together = nullptr)
+  // `space` is where the pass leaves what it finds.
+  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space)
       : kernels_(kernels),
         source_(source),
-        known_{outlook.token},
-        next_(reinterpret_cast<uintptr_t>(outlook.next)),
         scale_(sampling.scale),
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
         piece_(piece_tiles(tiles_, threads)),
-        space_(together ? together : &own),
-        own_(&own) {
-    own.pieces.resize(pieces());
-    if (is_greedy(scale_) || !source.plain()) return;
-    guessed_ = std::isfinite(outlook.base) && scale_ <= kMostScale;
-    base_ = guessed_ ? outlook.base : some_large();
+        space_(space) {
+    space.pieces.resize(pieces());
+    if (!is_greedy(scale_) && source.plain()) base_ = kernels_.estimate_max(source_.row(), 0, tiles_);
   }
 
   // Work on the tiles of one piece; `finish` once all pieces are done.
-  Found pass(uint32_t piece) {
-    Found found = pass_over(piece);
-    const auto [begin, end] = tiles_of_piece(piece);
-    if (known_.token >= begin * kTile && known_.token < end * kTile) found.logit = source_.logit(known_.token);
-    return found;
-  }
-
-  // With what all pieces found. False if they have to be done again: a base far above the row cost the sums their
-  // digits.
-  [[nodiscard]] bool finish(const Found& found) {
-    known_.logit = found.logit;
-    if (is_greedy(scale_)) return finish_greedy(), true;
-    return finish_sampled(found);
-  }
-
-  // The same, where what a piece found is kept until all are done.
-  void pass_and_keep(uint32_t piece) { own_->pieces[piece].found = pass(piece); }
-  [[nodiscard]] bool finish_kept() {
-    Found all;
-    for (uint32_t piece = 0; piece < pieces(); ++piece) all.add(own_->pieces[piece].found);
-    return finish(all);
-  }
-
-  // The pieces are done again elsewhere.
-  void move_to(TileSpace& space) { space_ = &space; }
+  void pass(uint32_t piece) { space_.pieces[piece].result = pass_over(piece); }
+  void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
 
   // All of it, with whoever helps.
   void pass_all(SharedPass& by) {
-    do by.run(pieces(), [&](uint32_t piece) { pass_and_keep(piece); });
-    while (!finish_kept());
+    by.run(pieces(), [&](uint32_t piece) { pass(piece); });
+    finish();
   }
-
-  // About its large logits: of the next row's, a good guess.
-  float large() const { return valid_ && !is_greedy(scale_) ? float(lse_ / double(scale_)) : NAN; }
 
   uint32_t pieces() const { return uint32_t(pieces_of(tiles_, piece_)); }
   int64_t tiles() const { return tiles_; }
@@ -125,7 +83,7 @@ class RowView {
   // Of one token, in double precision.
   double logprob(int64_t token) const {
     if (is_greedy(scale_)) return token == argmax_ ? 0.0 : -INFINITY;
-    const float logit = known_.of(token, [&] { return source_.logit(token); });
+    const float logit = source_.logit(token);
     return logit < cutoff_ ? -INFINITY : double(scale_) * double(logit) - lse_;
   }
 
@@ -156,7 +114,7 @@ class RowView {
       const auto [begin, end] = tiles_of_piece(piece);
       float weights[kTile];
       for (int64_t tile = begin; tile < end; ++tile) {
-        if (space_->weight[size_t(tile)] == 0.0f) continue;
+        if (space_.weight[size_t(tile)] == 0.0f) continue;
         token_weights(tile, weights);
         sums[piece] += sum_of_tile(weights);
       }
@@ -173,7 +131,7 @@ class RowView {
     float weights[kTile];
     for (double least = total_ / 16.0;; least = least > total_ * 1e-6 ? least / 16.0 : 0.0) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const double weight = double(space_->weight[size_t(tile)]);
+        const double weight = double(space_.weight[size_t(tile)]);
         if (weight == 0.0 || weight < least || weight >= heavier) continue;
         token_weights(tile, weights);
         sum += sum_of_tile(weights);
@@ -202,13 +160,13 @@ class RowView {
     const int64_t tile = token / kTile;
     float weights[kTile];
     tile_probs(tile, weights);
-    space_->weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
+    space_.weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
   }
 
   // Of the law's probability, what removed tokens left.
   double share_left() const {
     double sum = 0.0;
-    for (const float w : space_->weight) sum += double(w);
+    for (const float w : space_.weight) sum += double(w);
     return sum / total_;
   }
 
@@ -234,7 +192,7 @@ class RowView {
     noise.tag |= kTokenRace << 8;
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_->weight[size_t(tile)] == 0.0f) continue;
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
       tile_probs(tile, weights);
       kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
       for (int64_t i = 0; i < kTile; ++i)
@@ -249,7 +207,7 @@ class RowView {
     Arrival first{-1, INFINITY};
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_->weight[size_t(tile)] == 0.0f) continue;
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
       tile_probs(tile, weights);
       kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
       const Arrival here = kernels_.first_arrival(times, kTile);
@@ -264,7 +222,7 @@ class RowView {
   // tiles are ever looked at. -1 if no weight is positive. `announce` is told of a tile one look before.
   template <class F, class G>
   int64_t draw_below(Noise noise, const F& token_weights, const G& announce) const {
-    float* bounds = space_->arrival.data();
+    float* bounds = space_.arrival.data();
     float weights[2][kTile];
     float* candidate = weights[0];
     float* best = weights[1];
@@ -283,7 +241,7 @@ class RowView {
       next = announced(first_of(bounds));
       token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
-      const float time = float(double(here.time) * double(space_->weight[size_t(here.index)]) / (sum * total_));
+      const float time = float(double(here.time) * double(space_.weight[size_t(here.index)]) / (sum * total_));
       if (time < winning || (time == winning && here.index < winner)) {
         winning = time;
         winner = here.index;
@@ -308,32 +266,14 @@ class RowView {
   // Tiles that are processed before a kernel reads them.
   static constexpr int64_t kFilled = 16;
 
-  // A logit of the row that few are far above. A draft is a better guess than any sample.
-  float some_large() const {
-    const float logit = known_.token < 0 ? NAN : logit_of(source_.row(), known_.token);
-    return std::isfinite(logit) ? logit : kernels_.some_large(source_.row(), 0, tiles_);
-  }
-
-  // Beyond it, at low temperatures, rows differ by more than a guess may be wrong.
-  static constexpr float kMostScale = 2.0f;
-
-  // Sums of less than that from a guessed base may have lost digits.
-  static constexpr double kLeastTotal = 0x1p-40;
-
   std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
     const int64_t begin = int64_t(piece) * piece_;
     return {begin, std::min(begin + piece_, tiles_)};
   }
 
-  Found pass_over(uint32_t piece) {
+  TilePassResult pass_over(uint32_t piece) {
     const auto [begin, end] = tiles_of_piece(piece);
-    if (source_.plain()) {
-      const Found found = pass_over(source_.row(), begin, end, 0);
-      const auto offset = uintptr_t(begin * kTile * bytes_of(source_.row().dtype));
-      if (next_ != 0) ahead = {next_ + offset, Ahead::kMostLines};
-      return found;
-    }
-    Found found{.shared = false};  // a base each
+    if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {
       const int64_t stop = std::min(tile + kFilled, end);
@@ -344,32 +284,32 @@ class RowView {
       source_.fill(tile, stop - tile, logits);
       pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
     }
-    return found;
+    return {.shared = false};  // a base each
   }
 
   // Tiles [begin, end) of `row` are those of this row from `offset` on.
-  Found pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
-    float* level = space_->level.data() + offset;
+  TilePassResult pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
+    float* level = space_.level.data() + offset;
     if (is_greedy(scale_)) {
       kernels_.tile_max(row, begin, end, level);
       return {};
     }
     // Nothing but the law's own logits will do for a base: those of these tiles, where the row is not the law's.
-    const float base = source_.plain() ? base_ : kernels_.some_large(row, begin, end);
-    const Summed summed = kernels_.tile_stats(row, scale_, base, begin, end, level, space_->weight.data() + offset);
+    const float base = source_.plain() ? base_ : kernels_.estimate_max(row, begin, end);
+    const Summed summed = kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset);
     return {summed.total, summed.shared};
   }
 
   Arrival first_of(const float* arrivals) const {
-    return kernels_.first_arrival(arrivals, int64_t(space_->arrival.size()));
+    return kernels_.first_arrival(arrivals, int64_t(space_.arrival.size()));
   }
 
   Arrival first_tile(Noise noise) const {
     noise.tag |= kTileRace << 8;
     // All at once: other cores have written some, and the race asks for each only when it has noise for it.
-    for (size_t i = 0; i < space_->weight.size(); i += 16) __builtin_prefetch(&space_->weight[i]);
-    kernels_.arrivals(space_->weight.data(), 0, int64_t(space_->weight.size()), noise, space_->arrival.data());
-    return first_of(space_->arrival.data());
+    for (size_t i = 0; i < space_.weight.size(); i += 16) __builtin_prefetch(&space_.weight[i]);
+    kernels_.arrivals(space_.weight.data(), 0, int64_t(space_.weight.size()), noise, space_.arrival.data());
+    return first_of(space_.arrival.data());
   }
 
   int64_t draw_inside(int64_t tile, const float* weights, Noise noise) const {
@@ -379,20 +319,16 @@ class RowView {
     return tile * kTile + kernels_.first_arrival(times, kTile).index;
   }
 
-  bool finish_sampled(const Found& found) {
+  void finish_sampled() {
+    TilePassResult found;
+    for (const TileSpace::Piece& piece : space_.pieces) found.add(piece.result);
     float base = base_;
     if (found.shared) {
       total_ = std::ldexp(double(found.total), -kFixedBits);
-      if (guessed_ && !(total_ >= kLeastTotal)) {
-        guessed_ = false;
-        base_ = some_large();
-        return false;
-      }
     } else {
-      const auto padded = int64_t(space_->weight.size());
+      const auto padded = int64_t(space_.weight.size());
       const Combined combined =
-          kernels_.combine(space_->level.data(), space_->weight.data(), padded, scale_, own_->weight.data());
-      space_ = own_;
+          kernels_.combine(space_.level.data(), space_.weight.data(), padded, scale_, space_.weight.data());
       base = combined.base;
       total_ = combined.total;
     }
@@ -401,23 +337,22 @@ class RowView {
     lse_ = double(scale_) * double(base) + std::log(total_);
     valid_ = std::isfinite(lse_);
     if (valid_ && !steep && filters_.any()) filter(base);
-    return true;
   }
 
   // Tiles lose the weight of what the filters take away.
   void filter(float base) {
-    CutoffSearch search(kernels_, source_, scale_, base, total_, tiles_, *space_);
+    CutoffSearch search(kernels_, source_, scale_, base, total_, tiles_, space_);
     const float pivot = search.pivot(filters_);
     if (pivot == -INFINITY) return;
     const auto kept = search.tiles_reaching(pivot);
-    std::fill_n(space_->weight.begin(), tiles_, 0.0f);
+    std::fill_n(space_.weight.begin(), tiles_, 0.0f);
     cutoff_ = INFINITY;
     total_ = 0.0;
     float logits[kTile];
     for (const int32_t tile : kept) {
       const Source::At at = source_.at(tile, logits);
       const Above above = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
-      space_->weight[size_t(tile)] = above.mass;
+      space_.weight[size_t(tile)] = above.mass;
       total_ += double(above.mass);
       cutoff_ = std::min(cutoff_, above.least);
     }
@@ -425,7 +360,7 @@ class RowView {
   }
 
   void finish_greedy() {
-    const Largest top = kernels_.largest(space_->level.data(), int64_t(space_->level.size()));
+    const Largest top = kernels_.largest(space_.level.data(), int64_t(space_.level.size()));
     max_ = top.value;
     valid_ = std::isfinite(max_);
     if (!valid_) return;
@@ -435,14 +370,11 @@ class RowView {
 
   const Kernels& kernels_;
   Source source_;
-  KnownLogit known_;  // if the pass found it
-  uintptr_t next_;
   float scale_;
   Filters filters_;
   int64_t tiles_, piece_;
-  TileSpace *space_, *own_;
+  TileSpace& space_;
   float base_ = -INFINITY;  // of the weights of tiles, if all share it
-  bool guessed_ = false;    // and it may lie far above the row
   float max_ = 0.0f, cutoff_ = -INFINITY;
   double lse_ = 0.0, total_ = 0.0;  // total_: of the tile weights
   bool valid_ = false;

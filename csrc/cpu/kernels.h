@@ -83,7 +83,7 @@ struct Kernels {
   Largest (*largest)(const float* numbers, int64_t count);
 
   // A logit of these tiles that few are far above.
-  float (*some_large)(const Row&, int64_t begin, int64_t end);
+  float (*estimate_max)(const Row&, int64_t begin, int64_t end);
 
   // Of each tile, the sum of exp(scale * (logit - base)) and that base, which is the one given but for tiles that are
   // far above it. nan or inf where a tile holds a nan or +inf.

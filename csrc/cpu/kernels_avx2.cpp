@@ -16,7 +16,7 @@ const Kernels kAvx2Kernels = {
     "avx2",
     avx2::tile_max,
     avx2::largest,
-    avx2::some_large,
+    avx2::estimate_max,
     avx2::tile_stats,
     avx2::combine,
     avx2::count_at_least,

@@ -16,7 +16,7 @@ const Kernels kAvx512Kernels = {
     "avx512",
     avx512::tile_max,
     avx512::largest,
-    avx512::some_large,
+    avx512::estimate_max,
     avx512::tile_stats,
     avx512::combine,
     avx512::count_at_least,

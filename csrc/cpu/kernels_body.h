@@ -177,7 +177,7 @@ V::F group_maxima(const Group<T>& group) {
 
 // A row's tiles are summed from one base, so that nothing has to be known of a group before it is summed. Any logit of
 // the row will do that is not far below a tile's largest: what it makes vanish is nothing beside it.
-float some_large(const Row& row, int64_t begin, int64_t end) {
+float estimate_max(const Row& row, int64_t begin, int64_t end) {
   constexpr int64_t kPlaces = 8;
   V::F largest = V::set(-INFINITY);
   with_dtype(row.dtype, [&](auto element) {

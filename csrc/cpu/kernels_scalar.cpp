@@ -16,7 +16,7 @@ const Kernels kScalarKernels = {
     "scalar",
     scalar::tile_max,
     scalar::largest,
-    scalar::some_large,
+    scalar::estimate_max,
     scalar::tile_stats,
     scalar::combine,
     scalar::count_at_least,

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "distribution.h"
-#include "lockstep.h"
 #include "residual.h"
 #include "verify.h"
 
@@ -21,11 +20,10 @@ inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {
   return {scale_of(own.temperature), {own.top_k, own.top_p, own.min_p}};
 }
 
-// The scratch of one thread, kept between calls; `lockstep` is for all threads of its call.
+// The scratch of one thread, kept between calls.
 struct Scratch {
   std::vector<TileSpace> targets;
   TileSpace draft;
-  Lockstep::Memory lockstep;
 };
 
 inline Scratch& scratch() {
@@ -76,41 +74,11 @@ class Request {
   }
 
   // Target row i, whose penalties count `before` as output; its tiles kept in the given place of the scratch.
-  RowView view(int64_t i, int64_t place, const Prefix& before, const Outlook& outlook) {
-    TileSpace& own = scratch_.targets[size_t(place)];
-    own.resize(tiles_of(op_.vocab));
+  RowView view(int64_t i, int64_t place, const Prefix& before) {
+    TileSpace& space = scratch_.targets[size_t(place)];
+    space.resize(tiles_of(op_.vocab));
     const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), edits_, before);
-    return RowView(kernels_, source, sampling_, threads_, own, outlook,
-                   lockstep_ ? &lockstep_->space(share_) : nullptr);
-  }
-
-  void pass_over(RowView& row) {
-    pass_over(row, [] {}, [] { return NAN; });
-  }
-
-  // With what `fetch` asks for on its way meanwhile. The result of `look`, behind the pass: side by side one thread
-  // looks for all, since the way is long, to a page that nobody was at; nan if each may look for itself.
-  template <class F, class G>
-  float pass_over(RowView& row, const F& fetch, const G& look) {
-    Found found;
-    if (lockstep_ == nullptr) {
-      fetch();
-      row.pass_all(pass_);
-    } else {
-      const auto work = [&](uint32_t piece) {
-        const bool last = piece + 1 == row.pieces();  // and the shortest
-        if (last) fetch();
-        Found own = row.pass(piece);
-        if (last) own.looked = look();
-        return own;
-      };
-      for (;; row.move_to(lockstep_->space(share_))) {
-        found = lockstep_->run(share_, work);
-        if (row.finish(found)) break;
-      }
-    }
-    large_ = row.large();
-    return found.looked;
+    return RowView(kernels_, source, sampling_, threads_, space);
   }
 
   // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
@@ -119,7 +87,7 @@ class Request {
   DraftLaw score(RowView& target, int64_t i, int64_t token) {
     DraftLaw law;
     if (token < 0 || op_.draft.data == nullptr || is_greedy(target.scale()) || is_greedy(draft_scale_)) {
-      pass_over(target);
+      target.pass_all(pass_);
       law.point_mass = true;
       return law;
     }
@@ -129,21 +97,14 @@ class Request {
       RowView draft(kernels_, Source(law.row), {draft_scale_, {}}, threads_, scratch_.draft);
       RowView* const rows[] = {&target, &draft};
       const uint32_t pieces = target.pieces();
-      pass_.run(2 * pieces, [&](uint32_t piece) { rows[piece / pieces]->pass_and_keep(piece % pieces); });
-      for (RowView* row : rows)
-        if (!row->finish_kept()) row->pass_all(pass_);
-      large_ = target.large();
+      pass_.run(2 * pieces, [&](uint32_t piece) { rows[piece / pieces]->pass(piece % pieces); });
+      for (RowView* row : rows) row->finish();
       law.dist = draft.distribution();
       law.valid = draft.valid();
       return law;
     }
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
-    const auto fetch = [&] {
-      __builtin_prefetch(stats);
-      prefetch(law.row, token, 1);
-    };
-    const auto look = [&] { return is_greedy(stats[0]) ? NAN : logit_of(law.row, token); };
-    law.known = {token, pass_over(target, fetch, look)};
+    target.pass_all(pass_);
     law.point_mass = is_greedy(stats[0]);
     law.dist = {stats[0], stats[1], stats[2], 0.0f};
     return law;
@@ -198,9 +159,6 @@ class Request {
   const Sampling sampling_;
   const float draft_scale_;  // of drafts that came without stats
   const Edits edits_;
-  Lockstep* lockstep_ = nullptr;  // if threads decide for themselves
-  Lockstep::Share share_;
-  float large_ = NAN;  // of the row before, about its large logits
   int64_t written_ = 0;
   bool valid_ = true;
 };

@@ -15,11 +15,10 @@ struct DraftLaw {
   bool valid = true;
   Row row{};
   Distribution dist{};
-  KnownLogit known{};
 
   double prob(int64_t token) const {
     if (point_mass) return 1.0;
-    const float logit = known.of(token, [&] { return logit_of(row, token); });
+    const float logit = logit_of(row, token);
     if (logit < dist.cutoff) return 0.0;
     return std::exp(double(dist.scale) * double(logit) - (double(dist.lse_high) + double(dist.lse_low)));
   }

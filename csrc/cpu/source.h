@@ -19,17 +19,6 @@ inline float logit_of(const Row& row, int64_t token) {
   }
 }
 
-// The logit of one token that is mostly asked for, nan if it was not looked at: another may have the way there to go.
-struct KnownLogit {
-  int64_t token = -1;
-  float logit = NAN;
-
-  template <class F>
-  float of(int64_t asked, const F& look) const {
-    return asked == token && !std::isnan(logit) ? logit : look();
-  }
-};
-
 // Fetches logits that will be asked for.
 inline void prefetch(const Row& row, int64_t first, int64_t count) {
   const auto* const begin = static_cast<const char*>(address({.data = row.logits, .dtype = row.dtype}, first));

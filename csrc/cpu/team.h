@@ -15,24 +15,7 @@
 
 namespace specdec {
 
-// What this thread reads next if things go on as they mostly do. It is fetched line by line while the thread waits for
-// another one, so in time and over a bus that nobody has use for: a row of two threads took a tenth less.
-struct Ahead {
-  static constexpr int kLine = 64, kMostLines = 256;
-
-  uintptr_t at = 0;  // may come to lie past the row: an address, no pointer
-  int lines = 0;
-
-  void fetch_line() {
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-    at += kLine;
-    --lines;
-  }
-};
-inline thread_local Ahead ahead;
-
 inline void relax() {
-  if (ahead.lines > 0) return ahead.fetch_line();
 #if defined(__x86_64__)
   _mm_pause();
 #endif
@@ -83,7 +66,6 @@ class Team {
       : requests_(requests), slots_(threads), passes_(new SharedPass[size_t(threads)]), request_(request) {}
 
   void join() {
-    ahead = {};
     const int64_t slot = members_.fetch_add(1, std::memory_order_relaxed);
     if (slot >= slots_) return;
     for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < requests_;) {

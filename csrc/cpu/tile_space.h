@@ -11,17 +11,13 @@
 namespace specdec {
 
 // What a pass over some tiles of a row found.
-struct Found {
+struct TilePassResult {
   FixedPoint total = 0;  // of their weights, if they
   bool shared = true;    // are all sums from the row's base
-  float logit = NAN;     // that was asked for, if it is among them
-  float looked = NAN;    // what one piece looks at for all
 
-  void add(const Found& other) {
+  void add(const TilePassResult& other) {
     total += other.total;
     shared = shared && other.shared;
-    if (!std::isnan(other.logit)) logit = other.logit;
-    if (!std::isnan(other.looked)) looked = other.looked;
   }
 };
 
@@ -29,7 +25,7 @@ struct Found {
 // was found in each piece of the row; and what a search for a cutoff looks at.
 struct TileSpace {
   struct alignas(64) Piece {
-    Found found;
+    TilePassResult result;
   };
 
   std::vector<float> level, weight, arrival, candidates;

@@ -55,9 +55,7 @@ class TreeRequest : Request {
     return true;
   }
 
-  RowView view_of(int64_t node, int64_t place, const Outlook& outlook = {}) {
-    return view(node, place, {path_.data(), int64_t(path_.size())}, outlook);
-  }
+  RowView view_of(int64_t node, int64_t place) { return view(node, place, {path_.data(), int64_t(path_.size())}); }
 
   void accept(const RowView& target, int64_t node, int64_t child) {
     write(target, node, token_at(child));
@@ -69,7 +67,7 @@ class TreeRequest : Request {
   void walk() {
     for (int64_t node = 0;;) {
       RowView target = view_of(node, 0);
-      pass_over(target);
+      target.pass_all(pass_);
       if (!target.valid()) return finish_unusable(target, node);
       const int64_t drawn = tree_.rule == TreeRule::coupled ? coupled_draw(target, int64_t(path_.size()))
                                                             : target.draw(noise(kTarget, node));
@@ -86,7 +84,7 @@ class TreeRequest : Request {
     for (int64_t node = 0;;) {
       int64_t child = child_of(node, node);
       const int64_t token = child >= 0 ? token_at(child) : -1;
-      RowView target = view_of(node, 0, {token, large_});
+      RowView target = view_of(node, 0);
       const DraftLaw draft = score(target, node, token);
       if (!target.valid()) return finish_unusable(target, node);
       Residual left(kernels_, target, draft, pass_, tree_.replacement);
@@ -142,7 +140,7 @@ class TreeRequest : Request {
   void enter(std::deque<Visit>& visits, int64_t node, double reach) {
     int64_t child = child_of(node, node);
     const int64_t token = child >= 0 ? token_at(child) : -1;
-    RowView target = view_of(node, int64_t(visits.size()), {token, large_});
+    RowView target = view_of(node, int64_t(visits.size()));
     const DraftLaw draft = score(target, node, token);
     if (!target.valid() || !usable(draft, node)) {
       valid_ = false;

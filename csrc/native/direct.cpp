@@ -36,48 +36,6 @@ struct {
 // An error that Python has been told of.
 struct Raised {};
 
-// Where to look for what a tensor is made of: in its Python object, as an index of a pointer, for its C++ object, and
-// in that for its storage. Found in one tensor of which these are known, and good for fetching only. 0: not found.
-class Parts {
- public:
-  void find(const py::handle tensor) {
-    const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
-    const auto storage = tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
-    const auto words = size_t(tensor_type->tp_basicsize) / sizeof(uintptr_t);
-    impl_ = index_of(impl, reinterpret_cast<const uintptr_t*>(tensor.ptr()), words);
-    storage_ = index_of(storage, reinterpret_cast<const uintptr_t*>(impl), kLine / sizeof(uintptr_t));
-  }
-
-  // Each tensor leads from one place to the next, and no cache holds them when a step has just read a model: six of
-  // them, one after the other, took as long as a third of a row. None of them waits for another here.
-  void fetch(PyObject* const* objects, size_t count) const {
-    if (impl_ == 0 || storage_ == 0) return;
-    const uintptr_t* impls[kMost];
-    size_t found = 0;
-    for (PyObject* object : std::span(objects, count)) fetch_lines(object, 1);
-    for (PyObject* object : std::span(objects, count))
-      if (Py_TYPE(object) == tensor_type)
-        impls[found++] = reinterpret_cast<const uintptr_t*>(reinterpret_cast<const uintptr_t*>(object)[impl_]);
-    for (const uintptr_t* impl : std::span(impls, found)) fetch_lines(impl, 3);
-    for (const uintptr_t* impl : std::span(impls, found)) fetch_lines(reinterpret_cast<const void*>(impl[storage_]), 2);
-  }
-
- private:
-  static constexpr size_t kLine = 64, kMost = 9;
-
-  static void fetch_lines(const void* at, size_t lines) {
-    for (size_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + i * kLine);
-    asm volatile("");  // GCC takes what does nothing but fetch for a function without effects, and drops its calls
-  }
-
-  static size_t index_of(uintptr_t word, const uintptr_t* words, size_t count) {
-    const auto* found = std::find(words, words + count, word);
-    return found == words + count ? 0 : size_t(found - words);
-  }
-
-  size_t impl_ = 0, storage_ = 0;
-} parts;
-
 // A tensor on a CPU, with the accessors of torch::stable::Tensor.
 class View {
  public:
@@ -270,16 +228,15 @@ void run(void (*entry)(const Op&), const Op& op, bool keeps_lock) {
   entry(op);
 }
 
-// Fetches the tensors that arguments begin with; whether those from `key` on are plain, and the four numbers behind the
-// tensors are of all requests. Often they are not, since Python spreads numbers over requests: no exception is thrown.
+// Whether the tensors from `key` on are plain, and the four numbers behind the tensors are of all requests. Often they
+// are not, since Python spreads numbers over requests: no exception is thrown.
 bool taken(PyObject* const* objects, size_t tensors, int key, int keys) {
-  parts.fetch(objects, tensors);
   return std::all_of(objects + key, objects + key + keys, View::is_plain) && Arguments::are_numbers(objects + tensors);
 }
 
 // The results of a chain or a tree, in the order of the operators, `nodes` behind the first or `counters` behind the
 // flags.
-class Outputs : public Aside {
+class Outputs {
  public:
   Outputs(int64_t batch, int64_t rows, bool tree, bool logprobs)
       : filling_(bytes(batch, rows)), tree_(tree), logprobs_(logprobs) {
@@ -297,25 +254,14 @@ class Outputs : public Aside {
   const Results& results() const { return results_; }
   int32_t* more() const { return more_; }  // nodes or counters
 
-  // Makes the tuple before it is asked for, by a thread that holds Python's lock.
-  void run() noexcept override {
-    try {
-      tuple_ = made();
-    } catch (const Raised&) {
-      PyErr_Clear();  // it will be raised again
-    }
-  }
-
-  PyObject* tuple() { return tuple_ != nullptr ? std::exchange(tuple_, nullptr) : made(); }
-
- private:
-  PyObject* made() const {
+  PyObject* tuple() const {
     PyObject* tuple = filling_.block->tuple(tree_ ? types.verified_tree : types.verified, 6);
     if (!logprobs_)
       for (const Py_ssize_t place : {4, 5}) PyTuple_SET_ITEM(tuple, place, Py_NewRef(empty));
     return tuple;
   }
 
+ private:
   static size_t bytes(int64_t batch, int64_t rows) {
     constexpr size_t kEachRow = sizeof(int64_t) + sizeof(int32_t) + 2 * sizeof(float), kEach = 4 * sizeof(int32_t);
     return size_t(batch) * (size_t(rows) * kEachRow + kEach);
@@ -325,17 +271,14 @@ class Outputs : public Aside {
   bool tree_, logprobs_;
   Results results_{};
   int32_t* more_ = nullptr;
-  PyObject* tuple_ = nullptr;
 };
 
 template <class Op, class Given>
 PyObject* verified(void (*entry)(const Op&), const Given& arguments, int64_t rows, bool tree) {
   arguments.require();
   Outputs outputs(arguments.batch(), rows, tree, arguments.logprobs);
-  Op op = arguments.op(outputs.results(), outputs.more());
+  const Op op = arguments.op(outputs.results(), outputs.more());
   const bool keeps_lock = are_few(arguments.target_logits);
-  if constexpr (requires { op.aside; })
-    if (keeps_lock) op.aside = &outputs;
   run(entry, op, keeps_lock);
   return outputs.tuple();
 }
@@ -434,7 +377,6 @@ void connect(const py::type& tensor, const py::capsule& api, uintptr_t address,
   filling.block->add<float>(kDLFloat, 0);
   const auto one = py::reinterpret_steal<py::tuple>(filling.block->tuple(&PyTuple_Type, 1));
   empty = Py_NewRef(PyTuple_GET_ITEM(one.ptr(), 0));
-  parts.find(empty);
   entries = found;
 }
 

@@ -76,14 +76,11 @@ except ValueError:
 
 
 MUTANTS_OF_THREADS = {
-    "a row is done before it is written": (
-        "lockstep.h",
-        "store(done, std::memory_order_release)",
-        "store(done, std::memory_order_relaxed)",
+    "work is offered before it is written": (
+        "team.h",
+        "ticket_.store(uint64_t(pieces) << 32, std::memory_order_release)",
+        "ticket_.store(uint64_t(pieces) << 32, std::memory_order_relaxed)",
     ),
-    "one memory for two rows": ("lockstep.h", "turns[share.row % 2].space", "turns[0].space"),
-    "one line for two rows": ("lockstep.h", "turns[share.row % 2].pieces", "turns[0].pieces"),
-    "any thread does what is the caller's": ("chain.cpp", "if (is_caller && !request.leads() && ", "if ("),
     "help is done before it is written": (
         "team.h",
         "done_.fetch_add(1, std::memory_order_release)",
