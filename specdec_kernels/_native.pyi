@@ -1,7 +1,10 @@
 """Native code made for Python (csrc/native)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
 
@@ -33,14 +36,12 @@ def connect(
     tensor: type,
     exchange: object,
     entries: int,
-    off: tuple[float, int, float, float] | None,
+    on_cuda: bool,
+    off: tuple[float, int, float, float],
     results: tuple[type[Verified], type[VerifiedTree], type[Sample], type[DrawnChildren]],
-) -> None:
-    """Make the functions below run: by ``torch.Tensor``, its DLPack interface, the library's entries, a temperature
-    with filters that are off, and the classes of their results."""
-
-# See specdec_kernels.ops.straight.Straight.
-def verify_chain(*arguments: Any) -> Verified | None: ...
-def verify_tree(*arguments: Any) -> VerifiedTree | None: ...
-def sample(*arguments: Any) -> Sample | None: ...
-def sample_children(*arguments: Any) -> DrawnChildren | None: ...
+    empty_strided: Callable[..., Tensor] | None,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """The functions of a library, as specdec_kernels.ops.fast_path.FastPath: by ``torch.Tensor``, its DLPack interface,
+    the library's entries (0: check and return True), whether its tensors are on a GPU, a temperature with filters that
+    are off, the classes of results, what makes results (None: they are made in C++, on a CPU) and their dtypes."""

@@ -40,9 +40,9 @@ const T* data_of(const std::optional<Tensor>& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 
-// Temperature, filters, mask and edits: what makes a law of logits.
+// Temperature, filters, mask and edits: what makes a distribution of logits.
 template <class Tensor>
-struct LawArguments {
+struct DistributionArguments {
   std::optional<Tensor> sampling;
   double temperature;
   int64_t top_k;
@@ -77,7 +77,7 @@ struct DraftTemperature {
 };
 
 // Where the results of a chain or a tree go.
-struct Results {
+struct VerifyResults {
   int64_t* tokens;
   int32_t* accepted;
   bool* valid;
@@ -88,7 +88,8 @@ template <class Tensor>
 Verification verification(const Tensor& target_logits, const Tensor& draft_tokens,
                           const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& draft_stats,
                           const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed, const Tensor& position,
-                          const LawArguments<Tensor>& law, int64_t rows, const Results& results, bool logprobs) {
+                          const DistributionArguments<Tensor>& distribution, int64_t rows, const VerifyResults& results,
+                          bool logprobs) {
   return {
       .batch = draft_tokens.size(0),
       .rows = rows,
@@ -103,8 +104,8 @@ Verification verification(const Tensor& target_logits, const Tensor& draft_token
       .draft_temperature = float(draft_temperature.all),
       .seed = data_of<int64_t>(seed),
       .position = data_of<int64_t>(position),
-      .sampling = law.parameters(),
-      .processing = law.processing(),
+      .sampling = distribution.parameters(),
+      .processing = distribution.processing(),
       .out_tokens = results.tokens,
       .out_accepted = results.accepted,
       .out_valid = results.valid,
@@ -121,7 +122,7 @@ struct ChainArguments {
   DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
   std::optional<Tensor> num_draft, cu_rows;
-  LawArguments<Tensor> law;
+  DistributionArguments<Tensor> distribution;
   Rule rule;
   bool logprobs, independent;
   std::optional<Tensor> workspace;
@@ -135,20 +136,20 @@ struct ChainArguments {
     taken.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
     const int64_t all = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = (vocab + 31) / 32;
     taken.require(cu_rows ? taken.logits(target_logits, {all, vocab}) &&
-                                taken.array(law.bitmask, ScalarType::Int, {all, words}) &&
+                                taken.array(distribution.bitmask, ScalarType::Int, {all, words}) &&
                                 taken.offsets(*cu_rows, batch(), rows() - 1, all)
                           : taken.logits(target_logits, {batch(), rows(), vocab}) &&
-                                taken.array(law.bitmask, ScalarType::Int, {batch(), rows(), words}));
+                                taken.array(distribution.bitmask, ScalarType::Int, {batch(), rows(), words}));
     taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, num_draft) &&
                   taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
-                  taken.keys(seed, batch()) && taken.keys(position, batch()) && law.taken(taken, batch()) &&
-                  (!workspace || taken.array(*workspace, ScalarType::Byte, {workspace->size(0)})));
+                  taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
+                  taken.workspace(workspace, workspace_bytes(batch(), rows(), vocab)));
   }
 
-  VerifyChain op(const Results& results, int32_t* counters) const {
+  VerifyChain op(const VerifyResults& results, int32_t* counters) const {
     return {
         .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
-                               position, law, rows(), results, logprobs),
+                               position, distribution, rows(), results, logprobs),
         .cu_rows = data_of<int64_t>(cu_rows),
         .num_draft = num_draft ? ids_of(*num_draft) : Ids{},
         .rule = rule,
@@ -167,7 +168,7 @@ struct TreeArguments {
   std::optional<Tensor> draft_logits, draft_stats;
   DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
-  LawArguments<Tensor> law;
+  DistributionArguments<Tensor> distribution;
   TreeRule rule;
   bool replacement, logprobs;
 
@@ -185,14 +186,14 @@ struct TreeArguments {
                   (!draft_stats || draft_logits) &&
                   taken.array(draft_stats, ScalarType::Float, {batch(), nodes(), 3}) &&
                   taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
-                  taken.keys(seed, batch()) && taken.keys(position, batch()) && law.taken(taken, batch()) &&
-                  taken.array(law.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
+                  taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
+                  taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
   }
 
-  VerifyTree op(const Results& results, int32_t* out_nodes) const {
+  VerifyTree op(const VerifyResults& results, int32_t* out_nodes) const {
     return {
         .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
-                               position, law, nodes(), results, logprobs),
+                               position, distribution, nodes(), results, logprobs),
         .parents = data_of<int64_t>(parents),
         .rule = rule,
         .replacement = replacement,
@@ -211,7 +212,7 @@ struct DrawResults {
 template <class Tensor>
 struct SampleArguments {
   Tensor logits, seed, position, row;
-  LawArguments<Tensor> law;
+  DistributionArguments<Tensor> distribution;
   bool coupled;
 
   void require() const {
@@ -219,8 +220,8 @@ struct SampleArguments {
     taken.require(logits.dim() == 2);
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     taken.require(taken.logits(logits, {rows, vocab}) && taken.keys(seed, rows) && taken.keys(position, rows) &&
-                  taken.rows_of_step(row, rows) && law.taken(taken, rows) &&
-                  taken.array(law.bitmask, torch::headeronly::ScalarType::Int, {rows, (vocab + 31) / 32}));
+                  taken.rows_of_step(row, rows) && distribution.taken(taken, rows) &&
+                  taken.array(distribution.bitmask, torch::headeronly::ScalarType::Int, {rows, (vocab + 31) / 32}));
   }
 
   Sample op(const DrawResults& results) const {
@@ -231,8 +232,8 @@ struct SampleArguments {
         .seed = data_of<int64_t>(seed),
         .position = data_of<int64_t>(position),
         .row = data_of<int64_t>(row),
-        .sampling = law.parameters(),
-        .processing = law.processing(),
+        .sampling = distribution.parameters(),
+        .processing = distribution.processing(),
         .coupled = coupled,
         .out_tokens = results.tokens,
         .out_logprobs = results.logprobs,

@@ -57,7 +57,7 @@ struct Outputs {
     return make(like, {batch, rows}, aoti_torch_dtype_float32());
   }
 
-  Results results() const {
+  VerifyResults results() const {
     return {out<int64_t>(tokens), out<int32_t>(accepted), out<bool>(valid), out<float>(scores), out<float>(raw)};
   }
 };

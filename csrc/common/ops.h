@@ -1,6 +1,7 @@
 // What the operations take, on raw pointers and strides (in elements), for every backend in C++.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -168,6 +169,17 @@ struct Verification {
 enum class Rule { token = 0, block = 1, coupled = 2 };
 enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
 enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
+
+// What verify_chain_workspace (specdec_kernels/ops/workspace.py) asks for: enough for any backend.
+constexpr int64_t kWorkspaceAlignment = 256;
+inline int64_t workspace_bytes(int64_t batch, int64_t rows, int64_t vocab) {
+  const auto aligned = [](int64_t size) {
+    return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  };
+  const auto entries = int64_t(std::bit_ceil(uint64_t(tiles_of(vocab))));
+  const int64_t all = batch * rows;
+  return aligned((all + 2 * batch) * 4) + aligned(all * 128) + aligned(all * entries * 4 * 4);
+}
 
 struct VerifyChain {
   Verification common;     // R = K + 1

@@ -114,6 +114,12 @@ class Taken {
            array(*penalties, ScalarType::Float, {count, 3});
   }
 
+  // Of this many bytes at least; where kernels lay their scratch out in it, aligned as they expect.
+  bool workspace(const OptionalTensor& t, int64_t bytes) const {
+    return !t || (array(*t, ScalarType::Byte, {t->size(0)}) && t->size(0) >= bytes &&
+                  (on_cpu_ || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kWorkspaceAlignment == 0));
+  }
+
   static void require(bool fits) {
     STD_TORCH_CHECK(fits, "an argument is not taken as it is: the functions of specdec_kernels say which one and why");
   }

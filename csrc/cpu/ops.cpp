@@ -4,36 +4,36 @@
 
 #include <vector>
 
+#include "../common/entries.h"
 #include "../common/operators.h"
-#include "entries.h"
 #include "pool.h"
 #include "verify.h"
 
 namespace specdec {
 namespace {
 
-void run(const VerifyChain& op) {
+void run(const VerifyChain& op, int32_t) {
   require_kernels();
   Taken<Tensor>::require(ids_in_range(op));
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const Sample& op) {
+void run(const Sample& op, int32_t) {
   require_kernels();
   sample(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const VerifyTree& op) {
+void run(const VerifyTree& op, int32_t) {
   require_kernels();
   verify_tree(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const SampleChildren& op) {
+void run(const SampleChildren& op, int32_t) {
   require_kernels();
   sample_children(op, torch::stable::get_num_threads(), on_threads);
 }
 
-void run(const NoiseWords& op) {
+void run(const NoiseWords& op, int32_t) {
   const Kernels& table = require_kernels();
   std::vector<uint32_t> buffer(size_t(4 * op.counters));
   for (int64_t r = 0; r < op.rows; ++r) {
@@ -46,16 +46,14 @@ void run(const NoiseWords& op) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
-  implement<[](const auto& op, const Tensor&) { run(op); }>(m);
+  implement<[](const auto& op, const Tensor&) { run(op, 0); }>(m);
 }
 
 }  // namespace specdec
 
 // For who calls without the dispatcher.
-extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_cpu_entries() {
-  using specdec::run;
-  static const specdec::Entries entries{.verify_chain = run, .verify_tree = run, .sample = run, .sample_children = run};
-  return &entries;
+extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_entries() {
+  return specdec::entries_of<[](const auto& op, int32_t device) { specdec::run(op, device); }>();
 }
 
 // For `specdec doctor`, through ctypes.

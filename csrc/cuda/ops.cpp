@@ -8,9 +8,16 @@
 #include <mutex>
 #include <utility>
 
+#include "../common/entries.h"
 #include "../common/operators.h"
 #include "../common/tree_operators.h"
 #include "launch.h"
+
+#ifndef SPECDEC_NAMESPACE  // else see stand_in.cpp
+#define SPECDEC_NAMESPACE specdec
+#define SPECDEC_DEVICE CUDA
+#define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cuda
+#endif
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -25,38 +32,60 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Nothing of a device changes, so each is asked once.
 Device describe(int32_t device) {
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return {processors};
+  static std::mutex mutex;
+  static std::map<int32_t, Device> known;
+  const std::lock_guard lock(mutex);
+  const auto [entry, added] = known.try_emplace(device);
+  if (added) {
+    int processors = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    entry->second.processors = processors;
+  }
+  return entry->second;
 }
 
-// int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each other
-// and share them; a graph may be replayed beside anything, so each has its own.
-Tensor counters_at_rest(const Tensor& like, int64_t count, cudaStream_t stream) {
-  static std::mutex mutex;
-  static auto& kept = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;  // outlives the driver's own exit
-  const auto fresh = [&](int64_t size) {
-    Tensor made = make(like, {size}, aoti_torch_dtype_int32());
-    check(cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(4 * size), stream));
+// Memory of a launch that nobody reads after it. The counters are 0, and who uses them leaves them so, which saves a
+// launch.
+struct Buffers {
+  Tensor counters, memory;
+
+  static Tensor bytes(int64_t size, int32_t device) {
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), SPECDEC_DEVICE_TYPE(), device, &handle));
+    return Tensor(handle);
+  }
+  static Tensor zeros(int64_t size, int32_t device, cudaStream_t stream) {
+    Tensor made = bytes(size, device);
+    check(cudaMemsetAsync(made.mutable_data_ptr(), 0, size_t(size), stream));
     return made;
-  };
+  }
+};
+
+// Calls on one stream follow each other and share what they need; a graph may be replayed beside anything, so each call
+// of it has its own.
+Buffers buffers(int64_t counters, int64_t memory, int32_t device, cudaStream_t stream) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capturing));
-  if (capturing != cudaStreamCaptureStatusNone) return fresh(count);
+  if (capturing != cudaStreamCaptureStatusNone)
+    return {Buffers::zeros(counters, device, stream), Buffers::bytes(memory, device)};
+  static std::mutex mutex;
+  static auto& cached = *new std::map<std::pair<int32_t, cudaStream_t>, Buffers>;  // outlives the driver's own exit
   const std::lock_guard lock(mutex);
-  const std::pair key{like.get_device_index(), stream};
-  const auto found = kept.find(key);
-  if (found != kept.end() && found->second.size(0) >= count) return found->second;
-  Tensor made = fresh(2 * count);
-  kept.insert_or_assign(key, made);
-  return made;
+  const auto [entry, added] = cached.try_emplace({device, stream});
+  Buffers& own = entry->second;
+  if (added || own.counters.size(0) < counters) own.counters = Buffers::zeros(2 * counters, device, stream);
+  if (added || own.memory.size(0) < memory) own.memory = Buffers::bytes(memory, device);
+  return own;
 }
 
-// Makes the device of a tensor the current one for a while.
+// Makes a device the current one for a while.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& like) : device_(like.get_device_index()) {
+  explicit OnDevice(int32_t device) : device_(device) {
     check(cudaGetDevice(&before_));
     if (before_ != device_) check(cudaSetDevice(device_));
   }
@@ -70,47 +99,57 @@ class OnDevice {
   int device_, before_ = 0;
 };
 
+int64_t vocab_of(const Verification& all) { return all.vocab; }
+int64_t vocab_of(const Sample& op) { return op.vocab; }
 template <class Op>
-void run(const Op& op, const Tensor& like) {
-  const OnDevice guard(like);
-  const Device device = describe(like.get_device_index());
+int64_t vocab_of(const Op& op) {
+  return vocab_of(op.common);
+}
+
+template <class Op>
+void run(const Op& op, int32_t index) {
+  const OnDevice guard(index);
+  const Device device = describe(index);
   const Needs needs = needs_of(op, device);
   if (needs.rows == 0) return;
-  const cudaStream_t stream = current_stream(like.get_device_index());
-  const int64_t vocab = like.size(like.dim() - 1);
-  const Shape shape = shape_of(op, vocab, device);
+  const cudaStream_t stream = current_stream(index);
+  const Shape shape = shape_of(op, vocab_of(op), device);
+  const Layout layout(needs, shape);
   if (const auto [memory, bytes] = handed(op); memory != nullptr) {
-    const Layout layout(needs, shape);
     STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);
     return check(cudaError_t(launch(op, shape, layout.in(memory, bytes), stream)));
   }
-  const Tensor tables = make(like, {needs.tables, 2 * shape.entries}, aoti_torch_dtype_float32());
-  const Tensor places = make(like, {needs.places, kPlaceBytes}, aoti_torch_dtype_uint8());
-  const Tensor counters = counters_at_rest(like, needs.counters, stream);
-  const Scratch scratch{out<float>(tables), out<uint8_t>(places), out<int32_t>(counters)};
+  const Buffers own = buffers(layout.counters, layout.places + layout.tables, index, stream);
+  auto* const places = out<unsigned char>(own.memory);
+  const Scratch scratch{reinterpret_cast<float*>(places + layout.places), places, out<int32_t>(own.counters)};
   check(cudaError_t(launch(op, shape, scratch, stream)));
 }
 
-void run(const NoiseWords& op, const Tensor& like) {
+void run(const NoiseWords& op, int32_t device) {
   if (op.rows * op.counters == 0) return;
-  const OnDevice guard(like);
-  check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
+  const OnDevice guard(device);
+  check(cudaError_t(launch(op, current_stream(device))));
 }
 
 void run(const TreeMask& op, const Tensor& like) {
-  const OnDevice guard(like);
+  const OnDevice guard(like.get_device_index());
   check(cudaError_t(launch(op, current_stream(like.get_device_index()))));
 }
 
 void run(const CompactKv& op, const std::vector<char*>& caches, const Tensor& like) {
-  const OnDevice guard(like);
+  const OnDevice guard(like.get_device_index());
   check(cudaError_t(launch(op, caches.data(), int64_t(caches.size()), current_stream(like.get_device_index()))));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) {
-  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
+STABLE_TORCH_LIBRARY_IMPL(SPECDEC_NAMESPACE, SPECDEC_DEVICE, m) {
+  implement<[](const auto& op, const Tensor& like) { run(op, like.get_device_index()); }>(m);
   implement_trees<[](const auto&... arguments) { run(arguments...); }>(m);
 }
 
 }  // namespace
 }  // namespace specdec::cuda
+
+// For who calls without the dispatcher.
+extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_entries() {
+  return specdec::entries_of<[](const auto& op, int32_t device) { specdec::cuda::run(op, device); }>();
+}

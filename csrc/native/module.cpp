@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "direct.h"
+#include "fast_path.h"
 #include "suffix_index.h"
 
 namespace py = pybind11;
@@ -38,5 +38,5 @@ PYBIND11_MODULE(_native, m) {
            "(tokens, lengths): what followed a suffix of the text and of tokens `ahead` of it, wherever it occurred in "
            "the text; each token once, with the length of the longest such suffix.")
       .def("__len__", &SuffixIndex::size);
-  specdec::add_direct(m);
+  specdec::add_fast_path(m);
 }

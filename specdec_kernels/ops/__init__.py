@@ -11,9 +11,9 @@ from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
+from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
-from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
 
@@ -104,7 +104,7 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
+    if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
@@ -219,11 +219,11 @@ def verify_chain(
         draft_temperature = None
     elif draft_logits is not None or draft_temperature is not None:
         draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
-    plain = penalties is None and logit_bias is None and workspace is None
-    if plain and (call := straight_to(backend, target_logits)) is not None:
+    if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
             target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft,
             cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, count_independent,
+            workspace,
         )  # fmt: skip
         if made is not None:
             return made

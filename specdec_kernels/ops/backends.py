@@ -38,6 +38,8 @@ class Backend:
     reason: str
     detail: str
     functions: dict[str, Callable[..., Any]]
+    library: Path | None = None
+    """Of a backend in C++."""
 
     def require(self, device: torch.device) -> None:
         """Raise with the reason when this backend cannot run on ``device``."""
@@ -61,7 +63,7 @@ def _cpu() -> Backend:
         return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} does not load: {error}", "", functions)
     isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
     isa.restype = ctypes.c_char_p
-    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions)
+    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions, NATIVE_LIBRARY)
 
 
 def _no_cuda() -> str:
@@ -76,11 +78,12 @@ def _no_cuda() -> str:
 
 
 def _cuda() -> Backend:
-    """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a team, "threads" by many."""
+    """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a block, "threads" by many. By
+    "host" it is the host's side of the backend alone, and the CPU's operators compute."""
     emulated = os.environ.get("SPECDEC_EMULATE_CUDA", "")
-    suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads"}
+    suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads", "host": "_emulated_host"}
     if emulated not in suffixes:
-        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1 or threads, got {emulated!r}", "", {})
+        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1, threads or host, got {emulated!r}", "", {})
     if not emulated and (reason := _no_cuda()):  # the library would answer for the device all the same
         return Backend("cuda", "cuda", reason, "", {})
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
@@ -96,9 +99,9 @@ def _cuda() -> Backend:
     namespace = torch.ops.specdec_emulated if emulated else torch.ops.specdec
     functions = {op: getattr(namespace, op).default for op in _NATIVE_OPS}
     if emulated:
-        return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions)
+        return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions, library)
     reason = "" if torch.cuda.is_available() else "there is no GPU"
-    return Backend("cuda", "cuda", reason, "CUDA C++", functions)
+    return Backend("cuda", "cuda", reason, "CUDA C++", functions, library)
 
 
 def _triton() -> Backend:

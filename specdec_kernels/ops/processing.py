@@ -56,7 +56,7 @@ class LogitBias(NamedTuple):
 
 
 Edits = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-NO_EDITS: Edits = (None, None, None, None)
+NO_ADJUSTMENTS: Edits = (None, None, None, None)
 
 
 def _texts(name: str, value: object, size: int, dim: str, vocab: int) -> Tensor:
@@ -116,7 +116,7 @@ def edits(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     if penalties is None and bias is None:
-        return NO_EDITS
+        return NO_ADJUSTMENTS
     vocab, device = logits.shape[-1], logits.device
     ids = biased = drafted = torch.empty((size, 0), dtype=torch.int32, device=device)
     counts = torch.empty((size, 0, 2), dtype=torch.int32, device=device)

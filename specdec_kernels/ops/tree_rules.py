@@ -10,9 +10,9 @@ from torch import Tensor
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
-from specdec_kernels.ops.straight import straight_to
 from specdec_kernels.ops.trees import checked
 
 TreeRuleName = Literal["walk", "recursive", "traversal", "coupled"]
@@ -92,7 +92,7 @@ def sample_children(
         raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
-    if penalties is None and logit_bias is None and (call := straight_to(backend, logits)) is not None:
+    if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         law = temperature, top_k, top_p, min_p
@@ -214,7 +214,7 @@ def verify_tree(
                 "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
                 "without draft_logits)"
             )
-    if penalties is None and logit_bias is None and (call := straight_to(backend, target_logits)) is not None:
+    if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         law = temperature, top_k, top_p, min_p
         made = call.verify_tree(
             target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, *law,

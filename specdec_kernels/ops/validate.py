@@ -243,17 +243,6 @@ def columns(values: Sequence[float | Tensor], size: int, device: torch.device) -
     )
 
 
-def scalars(temperature: object, top_k: object, top_p: object, min_p: object) -> tuple[float, int, float, float] | None:
-    """The sampling parameters as the operators take them where they are one for all; their ranges are not looked at."""
-    values = (
-        temperature,
-        TOP_K_OFF if top_k is None else top_k,
-        TOP_P_OFF if top_p is None else top_p,
-        MIN_P_OFF if min_p is None else min_p,
-    )
-    return values if tuple(map(type, values)) == (float, int, float, float) else None  # type: ignore[return-value]
-
-
 def sampling(
     size: int, dim: str, device: torch.device, temperature: object, top_k: object, top_p: object, min_p: object
 ) -> tuple[Tensor | None, float, int, float, float]:

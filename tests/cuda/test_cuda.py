@@ -34,7 +34,7 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
     result = run_python("-c", code, SPECDEC_EMULATE_CUDA="", SPECDEC_LIBRARY="/nowhere/libspecdec_cpu.so")
     assert "libspecdec_cuda.so was not built (it takes nvcc)" in result.stdout
     result = run_python("-c", code, SPECDEC_EMULATE_CUDA="2")
-    assert "SPECDEC_EMULATE_CUDA must be 1 or threads, got '2'" in result.stdout
+    assert "SPECDEC_EMULATE_CUDA must be 1, threads or host, got '2'" in result.stdout
 
 
 def test_registers():

@@ -29,7 +29,7 @@ FOR_MACOS = ("--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64", "--
 #: What sees torch's headers.
 WITH_TORCH = (
     "csrc/cpu/ops.cpp", "csrc/cpu/tree_ops.cpp", "csrc/cpu/feature_ops.cpp", "csrc/cuda/ops.cpp",
-    "csrc/cuda/emulated.cpp", "csrc/native/module.cpp", "csrc/native/direct.cpp", "csrc/bench/stream.cpp",
+    "csrc/cuda/emulated.cpp", "csrc/native/module.cpp", "csrc/native/fast_path.cpp", "csrc/bench/stream.cpp",
 )  # fmt: skip
 
 

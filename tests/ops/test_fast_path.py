@@ -1,10 +1,16 @@
-"""Calls without the dispatcher: the same results, refusals that change nothing, memory that lives as its tensors do."""
+"""Calls that are checked in C++: the same results as through Python's checks and the dispatcher, refusals that change
+nothing, memory that lives as its tensors do; and the host's side of the CUDA backend."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import importlib
+import os
 import resource
-from functools import partial
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +19,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_kernels import (
-    DrawnChildren,
-    Sample,
-    Verified,
-    VerifiedTree,
     _native,
     sample,
     sample_children,
     verify_chain,
     verify_tree,
 )
-from specdec_kernels.ops import BACKENDS, straight
+from specdec_kernels.ops import BACKENDS
+from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.tree_rules import CHILDREN
+
+fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
+CPU = fast_path._PATHS["cpu"][None]
 
 pytestmark = pytest.mark.skipif(bool(BACKENDS["cpu"].reason), reason=BACKENDS["cpu"].reason)
 
@@ -41,7 +47,7 @@ def chain(dtype: torch.dtype = torch.float32, batch: int = 3, drafts: int = 4, v
 
 
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straight, "_DIRECT", straight._DISPATCHED)
+    monkeypatch.setattr(fast_path, "_on_cpu", {})
 
 
 def assert_equal(ours: Any, others: Any) -> None:
@@ -50,9 +56,12 @@ def assert_equal(ours: Any, others: Any) -> None:
         assert torch.equal(mine.nan_to_num(), other.nan_to_num())
 
 
-def test_the_direct_way_is_taken_here():
-    assert straight.straight_to(None, torch.zeros(1)).verify_chain is _native.verify_chain
-    assert straight.straight_to("reference", torch.zeros(1)) is None
+def test_the_fast_path_is_taken_here():
+    assert fast_path.find_fast_path(None, torch.zeros(1)) is CPU
+    assert fast_path.find_fast_path("cpu", torch.zeros(1)) is CPU
+    for backend in ("reference", "no such"):
+        assert fast_path.find_fast_path(backend, torch.zeros(1)) is None
+    assert fast_path.find_fast_path(None, torch.zeros(1, device="meta")) is None
 
 
 CHAINS: dict[str, dict[str, Any]] = {
@@ -150,10 +159,9 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         "a missing id": (1, torch.full((3, 5), -1)),
         "fewer rows": (0, given["target_logits"][:, :4]),
     }
-    for way in (straight._DIRECT, straight._DISPATCHED):
-        assert len(way.verify_tree(*arguments)) == 6
-        for place, value in wrong.values():
-            assert way.verify_tree(*(value if at == place else x for at, x in enumerate(arguments))) is None
+    assert len(CPU.verify_tree(*arguments)) == 6
+    for place, value in wrong.values():
+        assert CPU.verify_tree(*(value if at == place else x for at, x in enumerate(arguments))) is None
     with pytest.raises(ValueError, match="parents must be -1 for the root"):
         verify_tree(**{**given, "parents": wrong["a later parent"][1]}, siblings="iid")
 
@@ -168,10 +176,9 @@ def test_children_of_what_is_no_row_are_refused_by_the_operators():
         (3, ids.int()),
         (8, ids.int()),
     )
-    for way in (straight._DIRECT, straight._DISPATCHED):
-        assert len(way.sample_children(*given)) == 3
-        for place, value in wrong:
-            assert way.sample_children(*(value if at == place else x for at, x in enumerate(given))) is None
+    assert len(CPU.sample_children(*given)) == 3
+    for place, value in wrong:
+        assert CPU.sample_children(*(value if at == place else x for at, x in enumerate(given))) is None
 
 
 def test_empty_batches():
@@ -209,18 +216,27 @@ def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
 
 def test_refusals_write_nothing_and_leave_no_error_behind():
     given = chain()
+    workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
     arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, 0.7, given["seed"]]
-    arguments += [given["position"], None, None, 1.0, None, None, None, None, 0, False, False]
-    call = _native.verify_chain
+    arguments += [given["position"], None, None, 1.0, None, None, None, None, 0, False, False, workspace]
+    call = CPU.verify_chain
     assert len(call(*arguments)) == 6
     refused: tuple[tuple[int, Any], ...] = (
         (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"]),
-        (4, torch.full((3,), -1.0)), (4, -1.0), (5, given["seed"][:2]), (5, 5), (10, 1 << 70),
+        (4, torch.full((3,), -1.0)), (4, -1.0), (5, given["seed"][:2]), (5, 5), (10, 1 << 70), (17, workspace[:-1]),
+        (17, workspace.view(torch.int8)), (17, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
+        (0, given["target_logits"].to("meta")),
     )  # fmt: skip
     for place, wrong in refused:
         assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None
-    with pytest.raises(TypeError, match="expected 17 arguments, once connected, got 16"):
+    with pytest.raises(TypeError, match="expected 18 arguments, got 17"):
         call(*arguments[1:])
+
+
+def test_a_workspace_is_no_reason_to_check_in_python(monkeypatch):
+    workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
+    monkeypatch.setattr(workspaces, "checked", None)
+    assert verify_chain(**chain(), workspace=workspace).tokens.shape == (3, 5)
 
 
 class Seen(TorchDispatchMode):
@@ -245,19 +261,119 @@ def test_who_watches_what_is_dispatched_sees_it():
 
 
 def test_a_library_of_another_build_is_not_connected(monkeypatch):
-    library = straight.ctypes.CDLL(str(straight.NATIVE_LIBRARY))
-    library.specdec_cpu_entries.restype = straight.ctypes.c_void_p
-    entries = library.specdec_cpu_entries()
-    other = (straight.ctypes.c_size_t * 4)(1, 1, 0, 0)
-    connect = partial(
-        _native.connect, torch.Tensor, torch.Tensor.__dlpack_c_exchange_api__, off=(1.0, 0, 1.0, 0.0),
-        results=(Verified, VerifiedTree, Sample, DrawnChildren),
-    )  # fmt: skip
+    other = (ctypes.c_size_t * 4)(1, 1, 0, 0)
     with pytest.raises(RuntimeError, match="another build"):
-        connect(entries=straight.ctypes.addressof(other))
-    connect(entries=entries)
+        fast_path.connect(ctypes.addressof(other), "cpu", False)
     monkeypatch.delattr(_native, "connect")
-    assert straight._directly() is straight._DISPATCHED
+    assert fast_path._of_library(BACKENDS["cpu"]) is None
+    assert fast_path._of_launchers(BACKENDS["triton"]) is None
+
+
+def test_without_a_library_arguments_are_only_checked():
+    checks = fast_path.connect(0, "cpu", False)
+    rows, ids = torch.randn(3, 50), torch.arange(3)
+    assert checks.sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) is True
+    assert checks.sample(rows, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
+    assert fast_path.connect(0, "cuda", False).sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) is None
+
+
+def test_launchers_in_python_get_the_arguments_of_the_operators():
+    """Triton's: what the C++ has checked is what the operator would have been called with."""
+    seen: dict[str, Any] = {}
+
+    def launcher(op: str) -> Any:
+        def launch(*arguments: Any) -> Any:
+            seen[op] = arguments
+            return getattr(torch.ops.specdec, op).default(*arguments)
+
+        return launch
+
+    names = ("verify_chain", "verify_tree", "sample", "sample_children")
+    ours = fast_path._of_launchers(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}))
+    given, ids, rows = chain(), torch.arange(3), torch.randn(3, 300)
+    first = [given[name] for name in ("target_logits", "draft_tokens", "draft_logits")]
+    keys = [given["seed"], given["position"]]
+    tail = [0.7, 20, None, 0.01, None]
+    branches = tree()
+    nodes = [branches[x] for x in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
+    calls = {
+        "verify_chain": [*first, None, torch.ones(3), *keys, None, None, *tail, 1, True, False, None],
+        "verify_tree": [*nodes, None, *keys, *tail, 1, False, True],
+        "sample": [rows, ids, ids, ids, *tail, True],
+        "sample_children": [rows, ids, ids, ids, *tail, 2, 1],
+    }
+    for op, arguments in calls.items():
+        got = getattr(ours, op)(*arguments)
+        assert_equal(got, getattr(CPU, op)(*arguments))
+        assert type(got) is type(getattr(CPU, op)(*arguments))
+        seen.clear()
+        assert getattr(ours, op)(*arguments[:1], rows.double(), *arguments[2:]) is None
+        assert not seen
+
+
+HOST = """
+import ctypes, torch
+from specdec_kernels import sample, sample_children, verify_chain, verify_chain_workspace, verify_tree
+from specdec_kernels.ops.backends import BACKENDS
+import importlib
+fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
+assert fast_path.find_fast_path("cuda", torch.zeros(1)) is not fast_path.find_fast_path(None, torch.zeros(1))
+library = ctypes.CDLL(str(BACKENDS["cuda"].library))
+def stand_in(stream=0, capturing=False):
+    library.specdec_stand_in(ctypes.c_void_p(stream), ctypes.c_bool(capturing), ctypes.c_bool(False))
+def counts():
+    found = (ctypes.c_int * 3)()
+    library.specdec_stand_in_counts(found)
+    return tuple(found)
+def chain(batch, workspace=None, **more):
+    torch.manual_seed(batch)
+    target = torch.randn(batch, 5, 700).mul_(3)
+    arguments = dict(seed=torch.arange(batch), position=torch.arange(batch) + 3, draft_temperature=1.0, **more)
+    tokens = target[:, :4].argmax(-1)
+    ours, others = (verify_chain(target, tokens, target[:, :4] / 2, backend=name, workspace=scratch, **arguments)
+                    for name, scratch in (("cuda", workspace), ("cpu", None)))
+    for mine, other in zip(ours, others):
+        assert (mine.dtype, mine.shape, mine.stride()) == (other.dtype, other.shape, other.stride())
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+    return ours
+for _ in range(2):
+    chain(3), chain(3, logprobs=True), chain(3, rule="block")
+assert counts() == (1, 1, 6)  # a device is asked once, memory of a stream is cleared once
+chain(2), chain(64), chain(3)
+assert counts() == (0, 1, 3)  # only more of it is cleared again
+stand_in(stream=8)
+chain(64), chain(64)
+assert counts() == (0, 1, 2)  # another stream, another memory
+stand_in(stream=8, capturing=True)
+chain(3), chain(3)
+assert counts() == (0, 2, 2)  # a graph may run beside anything
+size = verify_chain_workspace(8, 4, 700)
+memory = torch.zeros(size + 256, dtype=torch.uint8)
+begin = -memory.data_ptr() % 256
+for batch in (8, 3, 8):
+    chain(batch, memory[begin : begin + size])
+assert counts() == (0, 0, 3)  # nothing is allocated, nothing cleared
+stand_in()
+rows, ids = torch.randn(5, 700), torch.arange(5)
+for draw in (lambda **to: sample(rows, seed=ids, position=ids, row=ids, **to),
+             lambda **to: sample_children(rows, 3, seed=ids, position=ids, row=ids, **to)):
+    assert all(torch.equal(*pair) for pair in zip(draw(backend="cuda"), draw(backend="cpu")))
+tokens, parents = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[-1, 0, 0, 1]])
+trees = [verify_tree(rows[None, :4], tokens, parents, seed=ids[:1], position=ids[:1], backend=name)
+         for name in ("cuda", "cpu")]
+assert all(torch.equal(*pair) for pair in zip(*trees))
+assert counts() == (0, 0, 3)
+one, two = chain(3), chain(3)
+assert one.logprobs is two.logprobs and one.tokens.data_ptr() != two.tokens.data_ptr()
+print("done")
+"""
+
+
+def test_the_host_side_of_cuda(tmp_path):
+    """ops.cpp as it is: what is cached by device and stream, what is not, and the same results as elsewhere."""
+    environment = {**os.environ, "SPECDEC_EMULATE_CUDA": "host"}
+    result = subprocess.run([sys.executable, "-c", HOST], env=environment, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr[-3000:]
 
 
 def test_results_keep_their_memory_as_long_as_one_of_them_lives():
