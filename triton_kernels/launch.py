@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from specdec_kernels.contract import TILE
+
+try:
+    from specdec_kernels._native import launch_key
+except ImportError:  # another Python
+
+    def launch_key(*arguments: object) -> bytes | None:
+        """Nothing is known of the arguments."""
+        return None
+
 
 #: Programs that one multiprocessor should have to choose from. What more there are finds rows decided.
 PROGRAMS_A_PROCESSOR = 4
 #: Whose GPUs kernels are compiled for; :mod:`.compile` sets it.
 PLATFORM = "hip" if torch.version.hip else "cuda"
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: Multiprocessors of the GPU that tensors on "meta" stand for: an H100.
 _ABSENT_PROCESSORS = 132
 
@@ -41,11 +55,16 @@ class LaunchConfig:
 
 
 def entries(vocab: int) -> int:
-    """Of the table of a row."""
-    count: int = triton.next_power_of_2(triton.cdiv(vocab, TILE))
-    return count
+    """Of the table of a row: its tiles, up to a power of two."""
+    return power_of_two(-(-vocab // TILE))
 
 
+def power_of_two(least: int) -> int:
+    """The first that is not below. Triton's own function and ``cdiv`` take as long as a tensor to make."""
+    return 1 << (least - 1).bit_length()
+
+
+@cache
 def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
     """The launch for ``platform``: "cuda", "hip" or "interpreter"; ``large``: of a kernel that takes all registers.
 
@@ -62,29 +81,32 @@ def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
 def config_for(logits: Tensor, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
     """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and all where there is
     any ``processing`` of the logits."""
-    platform = "interpreter" if logits.device.type == "cpu" else PLATFORM
-    return launch_config(logits.shape[-1], platform, large or any(x is not None for x in processing))
+    return launch_config(logits.shape[-1], _platform_of(logits.device), large or any(x is not None for x in processing))
 
 
+def _platform_of(device: torch.device) -> str:
+    return "interpreter" if device.type == "cpu" and INTERPRETED else PLATFORM
+
+
+@cache
 def processors_of(device: torch.device) -> int:
     """Multiprocessors; the interpreter counts for one."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if device.type == "cpu" else _ABSENT_PROCESSORS
+    return 1 if _platform_of(device) == "interpreter" else _ABSENT_PROCESSORS
 
 
 def slices(rows: int, blocks: int, processors: int) -> int:
     """Programs that measure one of ``rows`` rows together, each some of its ``blocks``: as many as it takes to keep
     every multiprocessor busy. The results do not depend on it."""
-    wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS_A_PROCESSOR * processors, rows))
-    return min(wanted, blocks)
+    return min(power_of_two(-(-PROGRAMS_A_PROCESSOR * processors // rows)), blocks)
 
 
 def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
     """The same on a device; the interpreter runs one program after the other."""
-    if device.type == "cpu":
+    if _platform_of(device) == "interpreter":
         return 1
-    return slices(rows, triton.cdiv(config.entries, config.tiles), processors_of(device))
+    return slices(rows, -(-config.entries // config.tiles), processors_of(device))
 
 
 def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +129,34 @@ def counters_at_rest(count: int, device: torch.device) -> Tensor:
     other and share them; a graph may be replayed beside anything, so each has its own."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    place = stream.device_index, stream.stream_id
-    if place not in _COUNTERS or _COUNTERS[place].numel() < count:
-        _COUNTERS[place] = torch.zeros(triton.next_power_of_2(count), dtype=torch.int32, device=device)
-    return _COUNTERS[place]
+    place = device.index, driver.active.get_current_stream(device.index)
+    counters = _COUNTERS.get(place)
+    if counters is None or counters.shape[0] < count:
+        counters = _COUNTERS[place] = torch.zeros(power_of_two(count), dtype=torch.int32, device=device)
+    return counters
+
+
+#: By kernel: compiled kernels with their constants, by all that Triton compiles a kernel apart for.
+_COMPILED: dict[int, dict[Any, tuple[Any, tuple[Any, ...]]]] = {}
+
+
+def launch(kernel: JITFunction[Any], programs: int, *arguments: Any, **constants: Any) -> None:
+    """``kernel[(programs,)](*arguments, **constants)``, where the constants are the last parameters of the kernel.
+
+    Triton looks at each argument anew in every launch, which takes a kernel of 45 arguments as long as all else of the
+    call. C++ looks here (csrc/native/fast_path.cpp), more closely than Triton, so that what is found was compiled for
+    such arguments. Not for AMD's GPUs, where it also matters how much memory a tensor lies in.
+    """
+    key = None if INTERPRETED or PLATFORM != "cuda" else launch_key(*arguments)
+    if key is None:
+        kernel[(programs,)](*arguments, **constants)
+        return
+    of_kernel = _COMPILED.setdefault(id(kernel), {})
+    place = driver.active.get_current_device(), key, *constants.values()
+    found = of_kernel.get(place)
+    if found is None:
+        names = kernel.arg_names[len(arguments) :]
+        of_kernel[place] = kernel[(programs,)](*arguments, **constants), tuple(constants[name] for name in names)
+        return
+    compiled, last = found
+    compiled[(programs, 1, 1)](*arguments, *last)

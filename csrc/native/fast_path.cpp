@@ -13,6 +13,7 @@
 #include <numeric>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../common/arguments.h"
@@ -370,6 +371,37 @@ PyObject* sample_children(Library& library, PyObject* const* objects) {
   });
 }
 
+// What Triton compiles a kernel apart for, of every argument: whether it is there, its type, whether an address or a
+// number is a multiple of 16, whether a number is 1 and how wide it is. None where an argument is anything else.
+PyObject* launch_key(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  std::string key;
+  for (PyObject* object : std::span(objects, size_t(count))) {
+    DLTensor tensor;
+    int overflow = 0;
+    if (object == Py_None) {
+      key += 'n';
+    } else if (PyFloat_CheckExact(object)) {
+      key += 'f';
+    } else if (PyBool_Check(object)) {
+      key += object == Py_True ? 't' : 'u';
+    } else if (PyLong_CheckExact(object)) {
+      const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+      if (overflow != 0) return Py_NewRef(Py_None);
+      key += {value == 1 ? '1' : value % 16 == 0 ? 'd' : 'i', value == int32_t(value) ? 'w' : 'l'};
+    } else if (tensor_type != nullptr && TensorView::is_plain(object)) {
+      if (exchange->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+        PyErr_Clear();
+        return Py_NewRef(Py_None);
+      }
+      const auto address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+      key += {address % 16 == 0 ? 'a' : 'p', char(tensor.dtype.code), char(tensor.dtype.bits)};
+    } else {
+      return Py_NewRef(Py_None);
+    }
+  }
+  return PyBytes_FromStringAndSize(key.data(), Py_ssize_t(key.size()));
+}
+
 constexpr const char* kLibrary = "specdec library";
 
 // A function of Python that takes `expected` arguments and returns None where one of them is not taken as it is.
@@ -421,6 +453,12 @@ py::tuple connect(const py::type& tensor, const py::capsule& api, uintptr_t addr
 }  // namespace
 
 void add_fast_path(py::module_& m) {
+  static PyMethodDef methods[] = {
+      {"launch_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(launch_key)), METH_FASTCALL,
+       "What Triton compiles a kernel apart for, of these arguments; None where one is neither None nor a number nor a "
+       "plain tensor."},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("on_cuda"),
         py::arg("off"), py::arg("results"), py::arg("empty_strided"), py::arg("dtypes"),
         "The functions `verify_chain`, `verify_tree`, `sample` and `sample_children` of a library: by torch.Tensor, its"

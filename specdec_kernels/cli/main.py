@@ -20,7 +20,7 @@ from specdec_kernels.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 Precision = Literal["bfloat16", "float32"]
-Subject = Literal["kernels", "trees", "text", "adaptive", "integrations", "llama-cpp"]
+Subject = Literal["kernels", "trees", "text", "adaptive", "integrations", "llama-cpp", "host"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -138,7 +138,8 @@ def bench(
             help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. "
             "trees: their kernels, and text. text: decoding, by rule. "
             "adaptive: the choice of the number of drafts, on equal texts. "
-            "integrations: text inside transformers, beside its own. llama-cpp: text of llama.cpp, beside its own."
+            "integrations: text inside transformers, beside its own. llama-cpp: text of llama.cpp, beside its own. "
+            "host: what a call on a GPU takes the host, without one."
         ),
     ] = "kernels",
     out: Annotated[
@@ -174,6 +175,10 @@ def bench(
             from specdec_kernels.bench.llama_cpp import main as around
 
             around(out, console)
+        elif subject == "host":
+            from specdec_kernels.bench.host import main as call
+
+            call(out, console)
         elif subject == "trees":
             from specdec_kernels.bench.trees import main as grow
 
