@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "ops.h"
-#include "taken.h"
+#include "argument_checker.h"
 
 namespace specdec {
 
@@ -63,7 +63,7 @@ struct DistributionArguments {
   }
 
   // All but the mask, whose shape differs.
-  bool taken(const Taken<Tensor>& by, int64_t requests) const {
+  bool taken(const ArgumentChecker<Tensor>& by, int64_t requests) const {
     return by.sampling(sampling, requests, temperature, top_k, top_p, min_p) &&
            by.edits(requests, edit_ids, edit_counts, edit_bias, penalties);
   }
@@ -132,7 +132,7 @@ struct ChainArguments {
 
   void require() const {
     using torch::headeronly::ScalarType;
-    const Taken<Tensor> taken(target_logits);
+    const ArgumentChecker<Tensor> taken(target_logits);
     taken.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
     const int64_t all = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = (vocab + 31) / 32;
     taken.require(cu_rows ? taken.logits(target_logits, {all, vocab}) &&
@@ -177,7 +177,7 @@ struct TreeArguments {
 
   void require() const {
     using torch::headeronly::ScalarType;
-    const Taken<Tensor> taken(target_logits);
+    const ArgumentChecker<Tensor> taken(target_logits);
     taken.require(target_logits.dim() == 3 && parents.dim() == 2);
     const int64_t vocab = target_logits.size(2);
     taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
@@ -216,7 +216,7 @@ struct SampleArguments {
   bool coupled;
 
   void require() const {
-    const Taken<Tensor> taken(logits);
+    const ArgumentChecker<Tensor> taken(logits);
     taken.require(logits.dim() == 2);
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     taken.require(taken.logits(logits, {rows, vocab}) && taken.keys(seed, rows) && taken.keys(position, rows) &&

@@ -51,7 +51,7 @@ SPECDEC_SHARED static inline bool is_steep(float scale, float largest) {
 // A sum of what is left is formed as one minus what is gone down to this; below, that would have no digits left.
 constexpr double kLeastDifference = 0.25;
 
-// A share of a law below this counts as nothing when siblings are drawn and verified.
+// A share of a distribution below this counts as nothing when siblings are drawn and verified.
 constexpr double kNothingLeft = 0x1p-60;
 
 // Token ids come as int64 or int32.

@@ -42,8 +42,8 @@ class ChainRequest : Request {
     for (int64_t i = 0;; ++i) {
       RowView target = view_of(i, 0);
       const int64_t token = draft_at(i);
-      const double u = token >= 0 ? coin(i) : 0.0;
-      const DraftLaw draft = score(target, i, token);
+      const double u = token >= 0 ? uniform(i) : 0.0;
+      const DraftDistribution draft = score(target, i, token);
       Residual left(kernels_, target, draft, pass_, false);
       const bool usable = target.valid() && token >= 0 && draft.usable(token);
       if (usable && left.accepts(token, u)) {
@@ -59,36 +59,36 @@ class ChainRequest : Request {
     }
   }
 
-  // Sun et al., arXiv:2403.10444: the longest prefix that its coin keeps. Looked at from the end, so that a residual's
-  // mass is only taken of rows behind the kept prefix.
+  // Sun et al., arXiv:2403.10444: the longest prefix that its uniform keeps. Looked at from the end, so that a
+  // residual's mass is only taken of rows behind the kept prefix.
   void block_rule() {
     std::deque<RowView> targets;  // residuals hold on to them
     std::deque<Residual> left;
-    double reach = 1.0;
-    const auto look = [&](int64_t token) {
+    double path_prob = 1.0;
+    const auto visit = [&](int64_t token) {
       const auto i = int64_t(left.size());
       targets.push_back(view_of(i, i));
-      const DraftLaw draft = score(targets.back(), i, token);
-      left.emplace_back(kernels_, targets.back(), draft, pass_, false, reach);
+      const DraftDistribution draft = score(targets.back(), i, token);
+      left.emplace_back(kernels_, targets.back(), draft, pass_, false, path_prob);
       return draft;
     };
-    int64_t looked_at = 0;
-    for (; looked_at < drafted() && reach > 0.0; ++looked_at) {  // once 0, it stays 0
-      const int64_t token = drafts_[size_t(looked_at)];
-      const DraftLaw draft = look(token);
+    int64_t visited = 0;
+    for (; visited < drafted() && path_prob > 0.0; ++visited) {  // once 0, it stays 0
+      const int64_t token = drafts_[size_t(visited)];
+      const DraftDistribution draft = visit(token);
       if (!targets.back().valid() || !draft.usable(token)) {
         valid_ = false;
         break;
       }
-      reach = left.back().reach_of(token);
+      path_prob = left.back().path_prob_of(token);
       left.back().reject(token);
     }
-    int64_t accepted = looked_at;
+    int64_t accepted = visited;
     for (; accepted > 0; --accepted) {
-      const double u = coin(accepted - 1);
-      if (accepted == looked_at ? u < reach : left[size_t(accepted)].reached(u)) break;
+      const double u = uniform(accepted - 1);
+      if (accepted == visited ? u < path_prob : left[size_t(accepted)].reached(u)) break;
     }
-    if (accepted == int64_t(left.size())) look(-1);
+    if (accepted == int64_t(left.size())) visit(-1);
     for (int64_t i = 0; i < accepted; ++i) write(targets[size_t(i)], i, drafts_[size_t(i)]);
     const RowView& target = targets[size_t(accepted)];
     if (!target.valid()) return finish_unusable(target, accepted);
@@ -112,12 +112,12 @@ class ChainRequest : Request {
     for (int64_t i = 0; i < drafted(); ++i) {
       const int64_t token = drafts_[size_t(i)];
       RowView target = view_of(i, 0);
-      const DraftLaw draft = score(target, i, token);
+      const DraftDistribution draft = score(target, i, token);
       if (!target.valid()) continue;
       if (chain_.rule == Rule::coupled)
         count += coupled_draw(target, i) == token;
       else
-        count += draft.usable(token) && Residual(kernels_, target, draft, pass_, false).accepts(token, coin(i));
+        count += draft.usable(token) && Residual(kernels_, target, draft, pass_, false).accepts(token, uniform(i));
     }
     return count;
   }

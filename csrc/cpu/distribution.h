@@ -10,7 +10,7 @@
 #include "filters.h"
 #include "kernels.h"
 #include "source.h"
-#include "team.h"
+#include "thread_group.h"
 #include "tile_space.h"
 
 namespace specdec {
@@ -71,7 +71,7 @@ class RowView {
   bool valid() const { return valid_; }
   const Source& source() const { return source_; }
   float scale() const { return scale_; }
-  // The scalars of the law, as they are handed over.
+  // The scalars of the distribution, as they are handed over.
   float cutoff() const { return is_greedy(scale_) ? max_ : cutoff_; }
   double logsumexp() const { return is_greedy(scale_) ? 0.0 : lse_; }
 
@@ -163,7 +163,7 @@ class RowView {
     space_.weight[size_t(tile)] = float(sum_of_tile(weights) * total_);
   }
 
-  // Of the law's probability, what removed tokens left.
+  // Of the distribution's probability, what removed tokens left.
   double share_left() const {
     double sum = 0.0;
     for (const float w : space_.weight) sum += double(w);
@@ -294,7 +294,8 @@ class RowView {
       kernels_.tile_max(row, begin, end, level);
       return {};
     }
-    // Nothing but the law's own logits will do for a base: those of these tiles, where the row is not the law's.
+    // Nothing but the distribution's own logits will do for a base: those of these tiles, where the row is not the
+    // distribution's.
     const float base = source_.plain() ? base_ : kernels_.estimate_max(row, begin, end);
     const Summed summed = kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset);
     return {summed.total, summed.shared};
@@ -351,7 +352,7 @@ class RowView {
     float logits[kTile];
     for (const int32_t tile : kept) {
       const Source::At at = source_.at(tile, logits);
-      const Above above = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
+      const TailStats above = kernels_.tile_above(at.row, scale_, base, pivot, at.tile);
       space_.weight[size_t(tile)] = above.mass;
       total_ += double(above.mass);
       cutoff_ = std::min(cutoff_, above.least);

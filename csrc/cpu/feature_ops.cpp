@@ -12,13 +12,13 @@ namespace specdec {
 namespace {
 
 const float* floats(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
-  STD_TORCH_CHECK(Taken(t).array(t, ScalarType::Float, sizes), name,
+  STD_TORCH_CHECK(ArgumentChecker(t).array(t, ScalarType::Float, sizes), name,
                   " must be contiguous float32 of the size of the rest");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
 EightBits matrix(const Tensor& rows, const Tensor& scale, int64_t inputs) {
-  STD_TORCH_CHECK(rows.dim() == 2 && Taken(rows).array(rows, ScalarType::Char, {rows.size(0), inputs}),
+  STD_TORCH_CHECK(rows.dim() == 2 && ArgumentChecker(rows).array(rows, ScalarType::Char, {rows.size(0), inputs}),
                   "weights must be contiguous int8 [outputs, ", inputs, "]");
   const int64_t outputs = rows.size(0);
   return {static_cast<const int8_t*>(rows.const_data_ptr()), floats(scale, {outputs}, "scales"), outputs, inputs};
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_layer_of(Tensor embeddings, Tensor fe
                                                     std::vector<Tensor> scales, Tensor norm, Tensor cos, Tensor sin,
                                                     Tensor position, Tensor keys, Tensor values, OptionalTensor mask,
                                                     double eps) {
-  const Taken taken(embeddings);
+  const ArgumentChecker taken(embeddings);
   taken.require(embeddings.dim() == 3 && features.dim() == 3 && keys.dim() == 4 && weights.size() >= 5 &&
                 scales.size() == weights.size() && cos.dim() == 2);
   const int64_t batch = embeddings.size(0), rows = embeddings.size(1), width = embeddings.size(2);

@@ -60,7 +60,7 @@ class CutoffSearch {
       } else {
         collect_mass(double(filters.top_p) * total, (1.0 - double(filters.top_p)) * total / double(vocab));
       }
-      pivot = largest_reaching(double(filters.top_p) * total);
+      pivot = threshold_for_mass(double(filters.top_p) * total);
     }
     if (filters.min_p > 0.0f)
       pivot = std::max(pivot, float(double(largest()) + std::log(double(filters.min_p)) / double(scale_)));
@@ -113,11 +113,11 @@ class CutoffSearch {
   }
 
   // What the candidates that are not below the pivot hold.
-  Above above(float pivot) const {
-    Above sum{0, 0.0f, 0.0f};
+  TailStats above(float pivot) const {
+    TailStats sum{0, 0.0f, 0.0f};
     double mass = 0.0;
     for (int64_t t = 0; t * kTile < count_; ++t) {
-      const Above tile = kernels_.tile_above(candidates(), scale_, base_, pivot, t);
+      const TailStats tile = kernels_.tile_above(candidates(), scale_, base_, pivot, t);
       sum.count += tile.count;
       mass += double(tile.mass);
     }
@@ -139,7 +139,7 @@ class CutoffSearch {
   }
 
   // The largest candidate such that what is not below it has at least the mass `goal`.
-  float largest_reaching(double goal) {
+  float threshold_for_mass(double goal) {
     double done = 0.0;  // the mass of what is not below `high`
     float low = -INFINITY, high = INFINITY;
     if (count_ > kFew) {
@@ -184,7 +184,7 @@ class CutoffSearch {
     return kernels_.tile_peak(at.row, at.tile);
   }
 
-  // A logit that at least `count` logits are not below, and not many more: what the heaviest tiles all reach; -inf
+  // A logit that at least `count` logits are not below, and not many more: what no heaviest tile is below; -inf
   // where there are not so many tiles.
   float reached_by(int64_t count) {
     if (count > tiles_) return -INFINITY;

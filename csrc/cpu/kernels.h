@@ -49,7 +49,7 @@ struct Combined {
 };
 
 // The logits of a tile that are not below a pivot: how many, the sum of exp(scale * (logit - base)), the smallest.
-struct Above {
+struct TailStats {
   int64_t count;
   float mass;
   float least;
@@ -98,7 +98,7 @@ struct Kernels {
   int64_t (*find_at_least)(const float* numbers, int64_t count, float x, int32_t* out);
 
   // What one tile holds at and above a pivot.
-  Above (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);
+  TailStats (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);
 
   // The largest logit of one tile, of any value where there is a nan.
   float (*tile_peak)(const Row&, int64_t tile);

@@ -274,7 +274,7 @@ int64_t find_at_least(const float* numbers, int64_t count, float x, int32_t* out
   return found;
 }
 
-Above tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
+TailStats tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
   const Gap gap(V::set(base), V::set(scale * kLog2e));
   const V::F pivots = V::set(pivot);
   V::F mass = V::set(0.0f), least = V::set(INFINITY);

@@ -14,7 +14,7 @@ namespace {
 
 void run(const VerifyChain& op, int32_t) {
   require_kernels();
-  Taken<Tensor>::require(ids_in_range(op));
+  ArgumentChecker<Tensor>::require(ids_in_range(op));
   verify_chain(op, torch::stable::get_num_threads(), on_threads);
 }
 

@@ -18,7 +18,7 @@ inline const Kernels& require_kernels() {
 }
 
 inline void on_threads(int64_t threads, void (*body)(void*), void* context) {
-  // A range that the pool cuts into fewer pieces than threads is fine: a Team does not count on its members.
+  // A range that the pool cuts into fewer pieces than threads is fine: a ThreadGroup does not count on its members.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
 }
 

@@ -67,7 +67,7 @@ class Request {
   }
 
   // A 64-bit uniform in [0, 1), cut to the 53 bits of a double so that it cannot round to 1.
-  double coin(int64_t row) const {
+  double uniform(int64_t row) const {
     uint32_t words[4];
     kernels_.words(noise(kAccept, row), 0, 1, words);
     return double((uint64_t(words[0]) << 32 | words[1]) >> 11) * 0x1p-53;
@@ -81,33 +81,33 @@ class Request {
     return RowView(kernels_, source, sampling_, threads_, space);
   }
 
-  // Looks at target row i, and at the law of its drafts if there are any, `token` the first of them, else -1; both rows
-  // in one shared pass where both are needed. A greedy target accepts its argmax and emits its argmax: there no law of
-  // the draft matters.
-  DraftLaw score(RowView& target, int64_t i, int64_t token) {
-    DraftLaw law;
+  // Looks at target row i, and at the distribution of its drafts if there are any, `token` the first of them, else -1;
+  // both rows in one shared pass where both are needed. A greedy target accepts its argmax and emits its argmax: there
+  // no distribution of the draft matters.
+  DraftDistribution score(RowView& target, int64_t i, int64_t token) {
+    DraftDistribution drafted;
     if (token < 0 || op_.draft.data == nullptr || is_greedy(target.scale()) || is_greedy(draft_scale_)) {
       target.pass_all(pass_);
-      law.point_mass = true;
-      return law;
+      drafted.point_mass = true;
+      return drafted;
     }
-    law.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
+    drafted.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
-      RowView draft(kernels_, Source(law.row), {draft_scale_, {}}, threads_, scratch_.draft);
+      RowView draft(kernels_, Source(drafted.row), {draft_scale_, {}}, threads_, scratch_.draft);
       RowView* const rows[] = {&target, &draft};
       const uint32_t pieces = target.pieces();
       pass_.run(2 * pieces, [&](uint32_t piece) { rows[piece / pieces]->pass(piece % pieces); });
       for (RowView* row : rows) row->finish();
-      law.dist = draft.distribution();
-      law.valid = draft.valid();
-      return law;
+      drafted.dist = draft.distribution();
+      drafted.valid = draft.valid();
+      return drafted;
     }
     const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
     target.pass_all(pass_);
-    law.point_mass = is_greedy(stats[0]);
-    law.dist = {stats[0], stats[1], stats[2], 0.0f};
-    return law;
+    drafted.point_mass = is_greedy(stats[0]);
+    drafted.dist = {stats[0], stats[1], stats[2], 0.0f};
+    return drafted;
   }
 
   // What the rule coupled draws at an absolute position.
@@ -173,11 +173,11 @@ inline int64_t useful_threads(int64_t requests, int64_t vocab, int64_t threads) 
 template <class F>
 void each_request(int64_t requests, int64_t vocab, int64_t threads, RunOnThreads run, const F& request) {
   threads = useful_threads(requests, vocab, threads);
-  Team<F> team(requests, threads, request);
+  ThreadGroup<F> group(requests, threads, request);
   if (threads == 1)
-    team.join();
+    group.join();
   else
-    run(threads, [](void* context) { static_cast<Team<F>*>(context)->join(); }, &team);
+    run(threads, [](void* context) { static_cast<ThreadGroup<F>*>(context)->join(); }, &group);
 }
 
 }  // namespace specdec

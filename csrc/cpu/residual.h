@@ -1,4 +1,4 @@
-// The law drafts were drawn from, and what is left of a target's law once some of them were rejected.
+// The distribution drafts were drawn from, and what is left of a target's distribution once some of them were rejected.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace specdec {
 
 // What the drafts of one row were drawn from.
-struct DraftLaw {
+struct DraftDistribution {
   bool point_mass = false;
   bool valid = true;
   Row row{};
@@ -34,38 +34,45 @@ struct DraftLaw {
   }
 };
 
-// What the tokens rejected at a row leave of its law (algorithms.md, 1, 2 and 5). Nothing of the size of the vocabulary
-// is written: rejecting x_1, ..., x_j one after the other leaves, up to a factor, (target - taken * draft)+ with one
-// number `taken`, since a maximum with 0 can be taken at the end; but siblings drawn without replacement were not drawn
-// from what was rejected before them, so of a rejected token only what was taken up to its own rejection counts.
+// What the tokens rejected at a row leave of its distribution (algorithms.md, 1, 2 and 5). Nothing of the size of the
+// vocabulary is written: rejecting x_1, ..., x_j one after the other leaves, up to a factor, (target - taken * draft)+
+// with one number `taken`, since a maximum with 0 can be taken at the end; but siblings drawn without replacement were
+// not drawn from what was rejected before them, so of a rejected token only what was taken up to its own rejection
+// counts.
 class Residual {
  public:
-  // `reach` is the chance that the row is come to at all, as the rules block and traversal count it; 1 for the others.
-  Residual(const Kernels& kernels, const RowView& target, const DraftLaw& draft, SharedPass& pass, bool replacement,
-           double reach = 1.0)
-      : kernels_(&kernels), target_(&target), draft_(draft), pass_(&pass), replacement_(replacement), reach_(reach) {}
+  // `path_prob` is the chance that the row is visited at all, as the rules block and traversal count it; 1 for the
+  // others.
+  Residual(const Kernels& kernels, const RowView& target, const DraftDistribution& draft, SharedPass& pass,
+           bool replacement, double path_prob = 1.0)
+      : kernels_(&kernels),
+        target_(&target),
+        draft_(draft),
+        pass_(&pass),
+        replacement_(replacement),
+        path_prob_(path_prob) {}
 
   bool untouched() const { return rejected_.empty(); }
 
-  // The token rule's test against what is left. Strict: what the target excludes is never accepted, even by coin 0.
-  bool accepts(int64_t token, double coin) {
-    settle();
-    return coin * mass_ * draft_prob(token) < weight(token);
+  // The token rule's test against what is left. Strict: what the target excludes is never accepted, even by uniform 0.
+  bool accepts(int64_t token, double uniform) {
+    update();
+    return uniform * mass_ * draft_prob(token) < weight(token);
   }
 
-  // The chance that what comes after `token` is come to. What the target excludes never is, whatever the draft was
+  // The chance that what comes after `token` is visited. What the target excludes never is, whatever the draft was
   // declared to be: 0 / 0 is 0.
-  double reach_of(int64_t token) {
-    settle();
+  double path_prob_of(int64_t token) {
+    update();
     const double left = weight(token);
-    return left > 0.0 ? std::min(1.0, reach_ * left / mass_ / draft_prob(token)) : 0.0;
+    return left > 0.0 ? std::min(1.0, path_prob_ * left / mass_ / draft_prob(token)) : 0.0;
   }
 
   void reject(int64_t token) {
-    settle();
+    update();
     const double rest = draft_left();
-    if (rest > 0.0 && reach_ > 0.0 && mass_ > 0.0) {
-      const double factor = reach_ * rest / mass_;
+    if (rest > 0.0 && path_prob_ > 0.0 && mass_ > 0.0) {
+      const double factor = path_prob_ * rest / mass_;
       factor_ = std::isinf(factor_) ? factor : 1.0 / (1.0 / factor_ + 1.0 / factor);
     }
     settled_ = draft_known_ = false;
@@ -74,13 +81,13 @@ class Residual {
     rejected_.push_back({token, factor_});
   }
 
-  // Whether a coin is below the chance of the row itself once these tokens are rejected, without taking more of the
+  // Whether a uniform is below the chance of the row itself once these tokens are rejected, without taking more of the
   // residual's sum than the answer needs.
-  bool reached(double coin) {
-    if (settled_ || reach_ == 1.0) return coin < reach_;
-    if (reach_ == 0.0) return false;
+  bool reached(double uniform) {
+    if (settled_ || path_prob_ == 1.0) return uniform < path_prob_;
+    if (path_prob_ == 0.0) return false;
     divide();
-    const double needed = coin * (1.0 - reach_) / (1.0 - coin) / reach_ * mass_;
+    const double needed = uniform * (1.0 - path_prob_) / (1.0 - uniform) / path_prob_ * mass_;
     double left;
     if (draft_.point_mass && subtract(left)) return left > needed;
     return target_->mass_exceeds(needed, [&](int64_t tile, float* weights) { tile_weights(tile, weights); });
@@ -135,7 +142,7 @@ class Residual {
     return weight(r == rejected_.end() ? Rejected{token, factor_} : *r);
   }
 
-  // The law a token was drawn from, given the siblings before it.
+  // The distribution a token was drawn from, given the siblings before it.
   double draft_prob(int64_t token) {
     const double prob = draft_.prob(token);
     if (draft_.point_mass || replacement_) return prob;
@@ -143,8 +150,8 @@ class Residual {
     return was_rejected(token) || rest == 0.0 ? 0.0 : prob / rest;
   }
 
-  // What the siblings so far left of the draft's law: one minus what they took, summed anew where that would have no
-  // digits left.
+  // What the siblings so far left of the draft's distribution: one minus what they took, summed anew where that would
+  // have no digits left.
   double draft_left() {
     if (draft_.point_mass || replacement_) return 1.0;
     if (draft_known_) return draft_left_;
@@ -172,25 +179,25 @@ class Residual {
 
   void divide() { divided_ = draft_.divided_by(factor_); }
 
-  // Mass and reach after the latest rejection.
-  void settle() {
+  // Mass and path probability after the latest rejection.
+  void update() {
     if (settled_) return;
     settled_ = true;
     divide();
     double mass;
     if (!draft_.point_mass || !subtract(mass))
       mass = target_->mass_below([&](int64_t tile, float* weights) { tile_weights(tile, weights); }, *pass_);
-    const double left = reach_ * mass / mass_;
-    if (reach_ < 1.0) reach_ = left > 0.0 ? left / (left + 1.0 - reach_) : 0.0;
+    const double left = path_prob_ * mass / mass_;
+    if (path_prob_ < 1.0) path_prob_ = left > 0.0 ? left / (left + 1.0 - path_prob_) : 0.0;
     mass_ = mass;
   }
 
   const Kernels* kernels_;
   const RowView* target_;
-  DraftLaw draft_;
+  DraftDistribution draft_;
   SharedPass* pass_;
   bool replacement_;
-  double reach_;
+  double path_prob_;
   double factor_ = INFINITY;  // 1 / taken
   double mass_ = 1.0;         // of the residual
   double drafted_ = 0.0;      // draft's probability of the rejected tokens

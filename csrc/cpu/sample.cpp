@@ -8,7 +8,7 @@
 namespace specdec {
 namespace {
 
-// A row as its law sees it, after the pass over it.
+// A row as its distribution sees it, after the pass over it.
 RowView row_view(const Sample& op, const Kernels& kernels, int64_t threads, int64_t r, SharedPass& pass) {
   const Source source(row_at(op.logits, op.vocab, r * op.logits.row_stride), mask_of(op.processing, op.vocab, r),
                       edits_of(op.processing, r));
@@ -88,7 +88,7 @@ std::vector<int64_t> best_of_pieces(const RowView& view, int64_t count, SharedPa
   return tokens;
 }
 
-// The children of one node; fewer than asked for where its law has no more to give.
+// The children of one node; fewer than asked for where its distribution has no more to give.
 std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_t r, SharedPass& pass) {
   const Sample& row = op.common;
   if (!view.valid()) return {view.largest_finite()};

@@ -1,5 +1,5 @@
-// One row of a request as its law sees it: logits with bias, penalties and mask applied on the way, tile by tile, so
-// that no processed row is ever written.
+// One row of a request as its distribution sees it: logits with bias, penalties and mask applied on the way, tile by
+// tile, so that no processed row is ever written.
 #pragma once
 
 #include <algorithm>

@@ -48,8 +48,8 @@ class TreeRequest : Request {
     return -1;
   }
 
-  // Whether all children of a node were drawn from a law that can be used; none is looked at otherwise.
-  bool usable(const DraftLaw& draft, int64_t node) const {
+  // Whether all children of a node were drawn from a distribution that can be used; none is looked at otherwise.
+  bool usable(const DraftDistribution& draft, int64_t node) const {
     for (int64_t n = child_of(node, node); n >= 0; n = child_of(node, n))
       if (!draft.usable(token_at(n))) return false;
     return true;
@@ -85,14 +85,14 @@ class TreeRequest : Request {
       int64_t child = child_of(node, node);
       const int64_t token = child >= 0 ? token_at(child) : -1;
       RowView target = view_of(node, 0);
-      const DraftLaw draft = score(target, node, token);
+      const DraftDistribution draft = score(target, node, token);
       if (!target.valid()) return finish_unusable(target, node);
       Residual left(kernels_, target, draft, pass_, tree_.replacement);
       if (!usable(draft, node)) {
         valid_ = false;  // the path ends here with a draw from the target
         child = -1;
       }
-      while (child >= 0 && !left.accepts(token_at(child), coin(child - 1))) {
+      while (child >= 0 && !left.accepts(token_at(child), uniform(child - 1))) {
         left.reject(token_at(child));
         child = child_of(node, child);
       }
@@ -104,9 +104,9 @@ class TreeRequest : Request {
 
   // A node that is being decided on: its children one after the other, then itself.
   struct Visit {
-    Visit(int64_t visited, int64_t child, const RowView& row, const Kernels& kernels, const DraftLaw& draft,
-          SharedPass& pass, bool replacement, double reach)
-        : node(visited), next(child), target(row), left(kernels, target, draft, pass, replacement, reach) {}
+    Visit(int64_t visited, int64_t child, const RowView& row, const Kernels& kernels, const DraftDistribution& draft,
+          SharedPass& pass, bool replacement, double path_prob)
+        : node(visited), next(child), target(row), left(kernels, target, draft, pass, replacement, path_prob) {}
 
     int64_t node, next;  // child to look at
     RowView target;
@@ -116,19 +116,19 @@ class TreeRequest : Request {
   // Weng et al., arXiv:2505.12398, bottom-up and with the path to the node in hand in place of a recursion.
   void traversal() {
     std::deque<Visit> visits;  // of things that stay where they are
-    enter(visits, 0, 1.0);
+    init_node(visits, 0, 1.0);
     for (;;) {
       Visit& here = visits.back();
       if (here.next >= 0) {
         const int64_t child = here.next, token = token_at(child);
         here.next = child_of(here.node, child);
-        const double reach = here.left.reach_of(token);
+        const double path_prob = here.left.path_prob_of(token);
         here.left.reject(token);  // to be read only once it is
-        if (reach > 0.0) {        // else nothing below it can be accepted, and nothing is read
+        if (path_prob > 0.0) {    // else nothing below it can be accepted, and nothing is read
           path_.push_back(token);
-          enter(visits, child, reach);
+          init_node(visits, child, path_prob);
         }
-      } else if (here.node == 0 || here.left.reached(coin(here.node - 1))) {
+      } else if (here.node == 0 || here.left.reached(uniform(here.node - 1))) {
         return accept_visits(visits);
       } else {
         visits.pop_back();
@@ -137,16 +137,16 @@ class TreeRequest : Request {
     }
   }
 
-  void enter(std::deque<Visit>& visits, int64_t node, double reach) {
+  void init_node(std::deque<Visit>& visits, int64_t node, double path_prob) {
     int64_t child = child_of(node, node);
     const int64_t token = child >= 0 ? token_at(child) : -1;
     RowView target = view_of(node, int64_t(visits.size()));
-    const DraftLaw draft = score(target, node, token);
+    const DraftDistribution draft = score(target, node, token);
     if (!target.valid() || !usable(draft, node)) {
       valid_ = false;
       child = -1;
     }
-    visits.emplace_back(node, child, target, kernels_, draft, pass_, tree_.replacement, reach);
+    visits.emplace_back(node, child, target, kernels_, draft, pass_, tree_.replacement, path_prob);
   }
 
   // The text goes on along the visited nodes.

@@ -91,7 +91,7 @@ def sample(
 
         scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits.float() / temperature))
         probs = torch.softmax(scores, -1)
-        tokens = torch.multinomial(probs, 1)[:, 0]          # in law; the noise is docs/noise.md's
+        tokens = torch.multinomial(probs, 1)[:, 0]          # in distribution; the noise is docs/noise.md's
         logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
 
     Example:
@@ -143,8 +143,8 @@ def verify_chain(
 ) -> Verified:
     """Decide how many drafts to keep and draw the next token: the text has exactly the target's distribution.
 
-    ``"token"``: draft ``x`` of row i is accepted iff ``coin * draft(x) < target(x)``. At the first rejection a token is
-    drawn from the residual ``(target - draft)+``; after K acceptances from target row K (the bonus). Rows after the
+    ``"token"``: draft ``x`` of row i is accepted iff ``uniform * draft(x) < target(x)``. At the first rejection a token
+    is drawn from the residual ``(target - draft)+``; after K acceptances from target row K (the bonus). Rows after the
     first rejection are not read, and with ``draft_stats`` no draft row is but the rejected one.
 
     ``"block"`` judges the drafts together and never accepts fewer in expectation: a later good token rescues an earlier

@@ -14,13 +14,13 @@ class Sample(NamedTuple):
     tokens: Tensor
     """int64 [R], always in [0, V)."""
     logprobs: Tensor
-    """float32 [R], natural logarithm of the token's probability under the law it was drawn from; nan for a row that
-    is not valid."""
+    """float32 [R], natural logarithm of the token's probability under the distribution it was drawn from; nan for a row
+    that is not valid."""
     stats: Tensor
-    """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``. The law is
-    ``[logit >= cutoff] * exp(scale * logit - logsumexp)``; cutoff is the smallest logit the filters keep, -inf without
-    filters. Where the largest logit is 2^31 temperatures or more, (0, largest, log(how many have it)): see
-    docs/noise.md."""
+    """float32 [R, 3], ``(scale, cutoff, logsumexp)``; hand it to :func:`verify_chain` as ``draft_stats``. The
+    distribution is ``[logit >= cutoff] * exp(scale * logit - logsumexp)``; cutoff is the smallest logit the filters
+    keep, -inf without filters. Where the largest logit is 2^31 temperatures or more, (0, largest, log(how many have
+    it)): see docs/noise.md."""
 
 
 class Verified(NamedTuple):
@@ -35,8 +35,8 @@ class Verified(NamedTuple):
     counters: Tensor
     """int32 [B, 2]: :attr:`num_proposed` and :attr:`num_independent`."""
     logprobs: Tensor
-    """float32 [B, K+1]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
-    there is no token or the row is not usable. Empty unless asked for."""
+    """float32 [B, K+1]: of ``tokens`` under the target's distribution, after all processing, temperature and filters;
+    nan where there is no token or the row is not usable. Empty unless asked for."""
     raw_logprobs: Tensor
     """float32 [B, K+1]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
 
@@ -66,9 +66,9 @@ class DrawnChildren(NamedTuple):
     """What :func:`sample_children` returns."""
 
     tokens: Tensor
-    """int64 [R, count]; -1 behind the last, where the law has fewer ids to give."""
+    """int64 [R, count]; -1 behind the last, where the distribution has fewer ids to give."""
     logprobs: Tensor
-    """float32 [R, count]: natural logarithm of each token's probability under the law of the row, whatever its
+    """float32 [R, count]: natural logarithm of each token's probability under the distribution of the row, whatever its
     siblings; nan where there is none, and for a row that is not valid."""
     stats: Tensor
     """float32 [R, 3]: as of :class:`Sample`; hand them to :func:`verify_tree` as ``draft_stats`` of the node."""
@@ -87,8 +87,8 @@ class VerifiedTree(NamedTuple):
     valid: Tensor
     """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
     logprobs: Tensor
-    """float32 [B, N]: of ``tokens`` under the target's law, after all processing, temperature and filters; nan where
-    there is no token or the row is not usable. Empty unless asked for."""
+    """float32 [B, N]: of ``tokens`` under the target's distribution, after all processing, temperature and filters; nan
+    where there is no token or the row is not usable. Empty unless asked for."""
     raw_logprobs: Tensor
     """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
 

@@ -52,8 +52,8 @@ def sample_children(
     ``"race"``                   the first arrivals of the race that the target will hold: verify by ``"coupled"``
     ===========================  ====================================================================================
 
-    Draw j of "iid" and "without_replacement" is the two-level race of :func:`sample` with row ``row + j``. A law gives
-    no more children once what is left of it is below 2^-60.
+    Draw j of "iid" and "without_replacement" is the two-level race of :func:`sample` with row ``row + j``. A
+    distribution gives no more children once what is left of it is below 2^-60.
 
     Args:
         logits: float32, bfloat16 or float16 [R, V]; any row stride; not changed.
@@ -74,7 +74,7 @@ def sample_children(
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend that was asked for cannot run, with the reason.
 
-    Equivalent to, in law and without filters::
+    Equivalent to, in distribution and without filters::
 
         probs = torch.softmax(logits / temperature, -1)
         top = probs.topk(count).indices
@@ -95,8 +95,8 @@ def sample_children(
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
-        law = temperature, top_k, top_p, min_p
-        made = call.sample_children(logits, seed, position, row, *law, bitmask, count, _CHILDREN[method])
+        own = temperature, top_k, top_p, min_p
+        made = call.sample_children(logits, seed, position, row, *own, bitmask, count, _CHILDREN[method])
         if made is not None:
             return made
     given = processing.row_arguments(
@@ -215,9 +215,9 @@ def verify_tree(
                 "without draft_logits)"
             )
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
-        law = temperature, top_k, top_p, min_p
+        own = temperature, top_k, top_p, min_p
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, *law,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, *own,
             bitmask, _RULES[rule], siblings == "iid", logprobs,
         )  # fmt: skip
         if made is not None:

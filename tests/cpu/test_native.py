@@ -77,12 +77,12 @@ except ValueError:
 
 MUTANTS_OF_THREADS = {
     "work is offered before it is written": (
-        "team.h",
+        "thread_group.h",
         "ticket_.store(uint64_t(pieces) << 32, std::memory_order_release)",
         "ticket_.store(uint64_t(pieces) << 32, std::memory_order_relaxed)",
     ),
     "help is done before it is written": (
-        "team.h",
+        "thread_group.h",
         "done_.fetch_add(1, std::memory_order_release)",
         "done_.fetch_add(1, std::memory_order_relaxed)",
     ),

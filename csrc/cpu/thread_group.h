@@ -60,9 +60,9 @@ class SharedPass {
 
 // `request(index, pass)` for every index below `requests`; each thread of the pool calls `join` once.
 template <class F>
-class Team {
+class ThreadGroup {
  public:
-  Team(int64_t requests, int64_t threads, const F& request)
+  ThreadGroup(int64_t requests, int64_t threads, const F& request)
       : requests_(requests), slots_(threads), passes_(new SharedPass[size_t(threads)]), request_(request) {}
 
   void join() {

@@ -17,14 +17,14 @@ namespace specdec {
 
 // Of any class with the accessors of torch::stable::Tensor.
 template <class Tensor>
-class Taken {
+class ArgumentChecker {
  public:
   using OptionalTensor = std::optional<Tensor>;
   using ScalarType = torch::headeronly::ScalarType;
   using Sizes = std::initializer_list<int64_t>;
 
   // Everything else has to be where `first` is.
-  explicit Taken(const Tensor& first) : on_cpu_(first.is_cpu()), device_(first.get_device_index()) {}
+  explicit ArgumentChecker(const Tensor& first) : on_cpu_(first.is_cpu()), device_(first.get_device_index()) {}
 
   // Rows of logits any stride apart, with at least one token.
   bool logits(const Tensor& t, Sizes sizes) const {
