@@ -255,9 +255,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--largest", action="store_true", help="not the other dtypes and kinds of drafts")
+    parser.add_argument("--calls", nargs="+", choices=CALLS, metavar="CALL", help="these alone")
     parser.add_argument("--processes", type=int, default=1)
     chosen = parser.parse_args()
-    for each in usages(LARGEST if chosen.largest else CALLS, chosen.targets, chosen.processes):
+    calls = chosen.calls or (LARGEST if chosen.largest else CALLS)
+    for each in usages(calls, chosen.targets, chosen.processes):
         print(json.dumps(asdict(each)), flush=True)
 
 

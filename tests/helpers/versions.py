@@ -1,53 +1,70 @@
-"""Compile what is promised: the kernels under every Triton, the C++ against every torch and by every compiler.
+"""Compile what is promised: the kernels under every Triton, the C++ against every torch, by every compiler and for
+every Python.
 
-    make versions  # when a version is raised; the log goes to bench/results/versions.txt
+    make versions                                        # when a version is raised; the log: bench/results/versions.txt
+    python tests/helpers/versions.py --only "torch 2.15" # the parts whose version or name has it
 
-What pip unpacks, below build/versions, is 6 GB. Of torch it takes the wheels for macOS, which have the same
-headers and are a tenth of the size.
+It is done in parts, one file or call under one version each, side by side. What each found is kept in
+build/versions/found.jsonl as long as its sources stay the same, so that a second start goes on where the first one
+ended. What pip unpacks there is 6 GB. Of torch it takes the wheels for macOS, which have the same headers and are a
+tenth of the size.
+
+A compiler or a Python that is not here is not checked, and the log says so. Debian 12 has packages of g++ 11 and 12,
+and of clang 14, 15, 16, 19 and 22; pyenv's Pythons are found where they lie.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / "build" / "versions"
+FOUND = CACHE / "found.jsonl"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 COMPILERS = (*(f"g++-{n}" for n in range(11, 16)), *(f"clang++-{n}" for n in range(14, 24)))
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FOR_MACOS = ("--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64", "--python-version=3.12")
-#: What sees torch's headers.
-WITH_TORCH = (
-    "csrc/cpu/ops.cpp", "csrc/cpu/tree_ops.cpp", "csrc/cpu/feature_ops.cpp", "csrc/cuda/ops.cpp",
-    "csrc/cuda/emulated.cpp", "csrc/native/module.cpp", "csrc/native/fast_path.cpp", "csrc/bench/stream.cpp",
-)  # fmt: skip
+#: Seconds that a part may take.
+LIMIT = 1800
+_UNPACKING = threading.Lock()
 
 
 def unpacked(package: str, version: str, *options: str) -> Path:
     """The folder that has the package, and nothing that it needs."""
     folder = CACHE / f"{package}-{version}"
-    if not folder.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        options = ("--no-compile", "--only-binary=:all:", *options, f"--target={folder}.new", f"{package}=={version}")
-        shutil.rmtree(f"{folder}.new", ignore_errors=True)
-        run([*pip, *options])
-        Path(f"{folder}.new").rename(folder)
+    with _UNPACKING:
+        if not folder.is_dir():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            options = (
+                "--no-compile", "--only-binary=:all:", *options, f"--target={folder}.new", f"{package}=={version}"
+            )  # fmt: skip
+            shutil.rmtree(f"{folder}.new", ignore_errors=True)
+            # A machine may keep torch below some version for what is installed on it, which this is not.
+            run([*pip, *options], env={**os.environ, "PIP_CONSTRAINT": os.devnull})
+            Path(f"{folder}.new").rename(folder)
     return folder
 
 
 def run(command: list[Any], **named: Any) -> str:
     """Its output; an error with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **named)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT, **named)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-2000:])
     return done.stdout
@@ -76,24 +93,47 @@ def flaws(found: list[dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def compile_cpp(compiler: str, torch: Path, source: str, *options: str) -> None:
-    """Every warning is an error, and nothing is kept."""
+@cache
+def sees_torch(source: Path) -> bool:
+    """Whether a file, or a header of this tree that it includes, includes one of torch."""
+    text = source.read_text()
+    if re.search(r"#include <torch/", text):
+        return True
+    own = (source.parent / name for name in re.findall(r'#include "(.*)"', text))
+    return any(sees_torch(header.resolve()) for header in own if header.is_file())
+
+
+def sources() -> list[Path]:
+    """The C++."""
+    return sorted(ROOT.glob("csrc/*/*.cpp"))
+
+
+def includes(python: str) -> list[str]:
+    """Folders of the headers of a Python, and of pybind11."""
     import pybind11
 
+    code = "import sysconfig; print(sysconfig.get_path('include'))"
+    return [pybind11.get_include(), run([python, "-c", code]).strip()]
+
+
+def compile_cpp(compiler: str, torch: Path, source: Path, *options: str, python: str = sys.executable) -> None:
+    """Every warning is an error."""
+    import pybind11
+
+    name = str(source.relative_to(ROOT))
     cuda = Path(pybind11.__file__).parent.parent / "nvidia" / "cu13" / "include"
     sets = {"avx512": "avx512f avx512bw avx512dq avx512vl fma f16c", "avx2": "avx2 fma f16c", "stream": "avx2"}
-    machine = next((names for unit, names in sets.items() if unit in source), "")
-    python = run([sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('include'))"]).strip()
-    include = [pybind11.get_include(), torch / "include", torch / "include/torch/csrc/api/include", python, cuda]
+    machine = next((names for unit, names in sets.items() if unit in name), "")
+    include = [*includes(python), torch / "include", torch / "include/torch/csrc/api/include", cuda]
     defined = ["TORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    if "native" in source:  # it has nothing of torch but names of dtypes
+    if "native" in name:  # it has nothing of torch but names of dtypes
         defined = ['SPECDEC_COMPILER=""', 'SPECDEC_TORCH=""', "SPECDEC_SANITIZED=false"]
     run(
         [compiler, "-std=c++20", *options, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
         + [f"-m{name}" for name in machine.split()]
         + [f"-D{each}" for each in defined]
         + [f"-isystem{folder}" for folder in include]
-        + [source]
+        + [name]
     )
 
 
@@ -108,64 +148,172 @@ def missing_symbols(torch: Path) -> list[str]:
     return sorted(name for name in needed if name.encode() not in exported)
 
 
-def checks() -> Iterator[tuple[str, Any]]:
-    """(what, a function that raises where it fails and else says what was seen)."""
+def python_of(version: str) -> str | None:
+    """A Python of a version, on the path or among those of pyenv."""
+    own = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python{version}"))
+    for found in (shutil.which(f"python{version}"), *map(str, own)):
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return found
+    return None
 
-    def under(version: str) -> str:
-        found = kernels("sm_90", triton=unpacked("triton", version))
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to check under one version."""
+
+    version: str
+    name: str
+    reads: str
+    """Of what files it depends on: their pattern."""
+    check: Callable[[], Any]
+    """Gives what it found, which JSON can hold; raises where that is wrong."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.version}: {self.name} of {fingerprint(self.reads)}"
+
+
+@cache
+def fingerprint(pattern: str) -> str:
+    """Of all files of a pattern as they are now."""
+    files = sorted(path for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
+    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def under_triton(version: str) -> Iterator[Part]:
+    """A part a call of a kernel."""
+
+    def check(call: str) -> list[dict[str, Any]]:
+        found = kernels("sm_90", "--calls", call, triton=unpacked("triton", version))
         assert not flaws(found), "; ".join(flaws(found))
-        largest = max(each["instructions"] for each in found)
-        return f"{len(found)} kernels for sm_90: no spills, loads of 16 bytes, {largest:,} instructions in the largest"
+        return found
 
-    def against(version: str) -> str:
-        torch = unpacked("torch", version, *FOR_MACOS) / "torch"
-        for compiler, source in itertools.product(oldest, WITH_TORCH):
-            compile_cpp(compiler, torch, source, "-fsyntax-only")
-        missing = missing_symbols(torch)
+    calls = json.loads(run([sys.executable, "-c", _CALLS]))
+    for call in calls:
+        yield Part(f"triton {version}", call, "triton_kernels/*", lambda call=call: check(call))
+
+
+_CALLS = "import json; from specdec_kernels.triton_kernels.compile import CALLS; print(json.dumps(list(CALLS)))"
+
+
+def against_torch(version: str, compilers: Iterable[str]) -> Iterator[Part]:
+    """A part a file and compiler, and one for the symbols of the libraries that are built."""
+
+    def check(compiler: str, source: Path) -> None:
+        compile_cpp(compiler, unpacked("torch", version, *FOR_MACOS) / "torch", source, "-fsyntax-only")
+
+    def has_all() -> None:
+        missing = missing_symbols(unpacked("torch", version, *FOR_MACOS) / "torch")
         assert not missing, f"it has not {missing}"
-        names = " and ".join(oldest)
-        return (
-            f"{len(WITH_TORCH)} files with its headers pass {names}; it has all that the libraries built here ask for"
-        )
 
-    def by(compiler: str) -> str:
+    for compiler, source in product(compilers, filter(sees_torch, sources())):
+        name = f"{source.relative_to(ROOT)} by {compiler}"
+        yield Part(f"torch {version}", name, "csrc/**/*", lambda c=compiler, s=source: check(c, s))
+    yield Part(f"torch {version}", "symbols", "specdec_kernels/lib/*.so", has_all)
+
+
+def by_compiler(compiler: str) -> Iterator[Part]:
+    """A part a file."""
+
+    def check(source: Path) -> None:
         torch = unpacked("torch", TORCHES[0], *FOR_MACOS) / "torch"
-        sources = [str(each.relative_to(ROOT)) for each in sorted(ROOT.glob("csrc/*/*.cpp"))]
-        for source in sources:
-            compile_cpp(compiler, torch, source, "-O1", "-c", "-o", os.devnull)
-        return f"{len(sources)} files compile, with torch {TORCHES[0]}"
+        compile_cpp(compiler, torch, source, "-O1", "-c", "-o", os.devnull)
 
-    def with_python(version: str) -> str:
+    for source in sources():
+        yield Part(compiler, str(source.relative_to(ROOT)), "csrc/**/*", lambda source=source: check(source))
+
+
+def for_python(version: str, python: str) -> Iterator[Part]:
+    """Its syntax; and the module that is compiled for one Python alone, loaded."""
+
+    def parses() -> int:
         program = "import ast, pathlib, sys\nfor name in sys.argv[1:]: ast.parse(pathlib.Path(name).read_text())"
         files = [
             each for folder in ("specdec_kernels", "triton_kernels", "bench") for each in ROOT.glob(f"{folder}/**/*.py")
         ]
-        run([f"python{version}", "-W", "error", "-c", program, *files])
-        return f"{len(files)} files parse"
+        run([python, "-W", "error", "-c", program, *files])
+        return len(files)
 
-    for version in TRITONS:
-        yield f"triton {version}", lambda version=version: under(version)
+    def loads() -> None:
+        torch = unpacked("torch", TORCHES[0], *FOR_MACOS) / "torch"
+        with tempfile.TemporaryDirectory() as folder:
+            objects = []
+            for source in ROOT.glob("csrc/native/*.cpp"):
+                objects.append(f"{folder}/{source.stem}.o")
+                compile_cpp("c++", torch, source, "-O1", "-c", "-o", objects[-1], python=python)
+            run(["c++", "-shared", *objects, "-o", f"{folder}/_native.so"])
+            program = "import sys; sys.path.insert(0, sys.argv[1]); import _native; _native.build_facts()"
+            run([python, "-c", program, folder])
+
+    yield Part(f"python {version}", "syntax", "*/**/*.py", parses)
+    yield Part(f"python {version}", "native module", "csrc/**/*", loads)
+
+
+def everything() -> dict[str, list[Part]]:
+    """The parts of every version; none where it is not here."""
     here = [compiler for compiler in COMPILERS if shutil.which(compiler)]
     oldest = [next(each for each in here if each.startswith(kind)) for kind in ("g++", "clang++")]
-    for version in TORCHES:
-        yield f"torch {version}", lambda version=version: against(version)
-    for compiler in COMPILERS:
-        yield compiler, (lambda compiler=compiler: by(compiler)) if compiler in here else None
-    for version in PYTHONS:
-        found = shutil.which(f"python{version}")
-        yield f"python {version}", (lambda version=version: with_python(version)) if found else None
+    parts: dict[str, Iterable[Part]] = {f"triton {version}": under_triton(version) for version in TRITONS}
+    parts |= {f"torch {version}": against_torch(version, oldest) for version in TORCHES}
+    parts |= {compiler: by_compiler(compiler) if compiler in here else () for compiler in COMPILERS}
+    pythons = {version: python_of(version) for version in PYTHONS}
+    parts |= {f"python {version}": for_python(version, found) if found else () for version, found in pythons.items()}
+    return {version: list(own) for version, own in parts.items()}
+
+
+def said(version: str, found: dict[str, Any]) -> str:
+    """What the parts of a version found, by their names, in one line."""
+    kind = version.split()[0]
+    if kind == "triton":
+        all_kernels = [each for of_call in found.values() for each in of_call]
+        largest = max(each["instructions"] for each in all_kernels)
+        return (
+            f"{len(all_kernels)} kernels for sm_90: no spills, loads of 16 bytes, {largest:,} instructions in the "
+            "largest"
+        )
+    if kind == "torch":
+        by = sorted({name.rpartition(" by ")[2] for name in found if " by " in name})
+        files = len({name.partition(" by ")[0] for name in found if " by " in name})
+        symbols = "; it has all that the libraries built here ask for" if "symbols" in found else ""
+        return f"{files} files with its headers pass {' and '.join(by)}{symbols}"
+    if kind == "python":
+        return f"{found.get('syntax', 'no')} files parse; the native module compiles and loads"
+    return f"{len(found)} files compile, with torch {TORCHES[0]}"
 
 
 def main() -> int:
-    """Print a line a check; whether one failed."""
-    failed = False
-    for name, check in checks():
-        try:
-            said = check() if check else "not here, not checked"
-        except (RuntimeError, AssertionError) as error:
-            failed, said = True, f"FAILS: {error}"
-        print(f"{name}: {said}", flush=True)
-    return failed
+    """Print a line a version; whether a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", default="", help="parts whose version or name has this text")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="side by side")
+    options = parser.parse_args()
+    wanted = everything()
+    parts = [part for own in wanted.values() for part in own if options.only in f"{part.version}: {part.name}"]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    known = dict(json.loads(line) for line in FOUND.read_text().splitlines()) if FOUND.is_file() else {}
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(options.jobs) as pool, FOUND.open("a") as file:
+        running = {pool.submit(part.check): part for part in parts if part.key not in known}
+        for count, done in enumerate(as_completed(running), 1):
+            part = running[done]
+            try:
+                known[part.key] = done.result()
+                print(json.dumps([part.key, known[part.key]]), file=file, flush=True)
+            except (RuntimeError, AssertionError, OSError, subprocess.TimeoutExpired) as error:
+                failed[part.key] = str(error)
+            how = "FAILS" if part.key in failed else "done"
+            print(f"{count} of {len(running)}: {part.version}: {part.name}: {how}", file=sys.stderr, flush=True)
+    for version, own in wanted.items():
+        own = [part for part in own if part in parts]
+        wrong = [f"FAILS: {part.name}: {failed[part.key]}" for part in own if part.key in failed]
+        if wrong or own:
+            print(f"{version}: {'; '.join(wrong) or said(version, {part.name: known[part.key] for part in own})}")
+        elif not wanted[version]:
+            print(f"{version}: not here, not checked")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
