@@ -32,7 +32,7 @@ from specdec_kernels.triton_kernels.arguments import (
 from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
 from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_residual
-from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, scratch_in, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, launch, scratch_in, slices_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, measure, processing_of
 from specdec_kernels.triton_kernels.rules import (
     BLOCK_RULE,
@@ -219,8 +219,9 @@ def verify_chain(
         )  # fmt: skip
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
-        verify_chain_kernel[(batch * rows * slices * (2 if rule == Rule.BLOCK else 1),)](
-            target_logits, draft_tokens, instead(draft_logits, target_logits), instead(draft_stats, tables),
+        launch(
+            verify_chain_kernel, batch * rows * slices * (2 if rule == Rule.BLOCK else 1), target_logits, draft_tokens,
+            instead(draft_logits, target_logits), instead(draft_stats, tables),
             instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
             instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
             *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables,
