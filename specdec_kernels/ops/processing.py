@@ -178,14 +178,16 @@ def row_arguments(
     """
     rows = validate.logits("logits", logits, "R, V", (None, None))
     count, device = rows.shape[0], rows.device
-    if isinstance(row, int) and not 0 <= row < MAX_ROWS:
+    checked = isinstance(row, int)
+    if checked and not 0 <= row < MAX_ROWS:  # type: ignore[operator]
         raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
     keys = tuple(
         validate.integers(name, value, count, "R", device)
         for name, value in (("seed", seed), ("position", position), ("row", row))
     )
     places = keys[2]
-    if places.is_cpu and not torch.compiler.is_compiling() and ((places < 0) | (places >= MAX_ROWS)).any():
+    readable = places.is_cpu and not torch.compiler.is_compiling()
+    if not checked and readable and ((places < 0) | (places >= MAX_ROWS)).any():
         raise ValueError(f"row must be in [0, {MAX_ROWS}), got {places.tolist()}")
     sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
     allowed = bitmask(mask, rows)
