@@ -1,5 +1,5 @@
 """How programs of one launch work together: each does its part and arrives, and the last to arrive goes on. But for
-:func:`wait`, nobody waits for anybody, so nothing depends on which programs run at a time."""
+:func:`wait`, no program waits for another, so nothing depends on which programs run at a time."""
 
 # mypy: disable-error-code="no-untyped-def"
 

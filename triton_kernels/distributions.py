@@ -127,17 +127,17 @@ def filter_pivot(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr, TI
     by_number = of_tiles
     low = tl.full([], float("-inf"), tl.float32)  # reaches the goal; -inf: nobody looked
     kept = total.to(tl.float32)  # the weight of what is not below that; less than 0: nobody looked
-    high = top  # the largest that may reach the goal
-    reach = 1.0 / scale
+    high = top  # the largest that may do so
+    distance = 1.0 / scale
     goal = tl.where(by_number, top_k.to(tl.float32), top_p * kept)
     searching = by_number | (top_p < 1.0)
     while searching:
         pivot = 0.5 * low + 0.5 * high
         if low == float("-inf"):
-            pivot = tl.maximum(high - reach, LEAST)
-            reach *= 2.0
+            pivot = tl.maximum(high - distance, LEAST)
+            distance *= 2.0
         pivot = tl.where(pivot > low, pivot, high)
-        if kept < 0:
+        if (kept < 0) & (of_tiles == 0):
             pivot = low
         if of_tiles:
             maxima, sums = load_table(table, grouped_tiles(ENTRIES, TILES), rows.vocab, ENTRIES)
