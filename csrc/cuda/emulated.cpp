@@ -1,6 +1,6 @@
-// The same programs on a CPU, one after the other: how tests hold them against the oracle where there is no GPU. What
-// it does not show is what depends on the machine: the shuffles of a warp, and how programs that run at a time see each
-// other's writes.
+// The same programs on a CPU: how tests hold them against the oracle where there is no GPU. Those of a crew run side by
+// side, the others one after the other. What it does not show is what depends on the machine: the shuffles of a warp,
+// and how programs that run by rows see each other's writes.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -27,86 +27,90 @@ int64_t setting(const char* name, int64_t otherwise) {
   return value ? std::strtoll(value, nullptr, 10) : otherwise;
 }
 
+// body(team) by the threads of `blocks` blocks that run side by side, each block with a number.
 template <class F>
-void on_team(const F& body) {
-#ifdef SPECDEC_EMULATED_THREADS
-  Block block(SPECDEC_EMULATED_THREADS);
+void on_teams(int64_t blocks, const F& body) {
+  if (blocks * kThreads == 1) {
+    Block block;
+    return body(Team(block, 0), 0);
+  }
+  std::vector<std::unique_ptr<Block>> all;
   std::vector<std::thread> threads;
-  threads.reserve(SPECDEC_EMULATED_THREADS);
-  for (int rank = 0; rank < SPECDEC_EMULATED_THREADS; ++rank)
-    threads.emplace_back([&block, &body, rank] { body(Team(block, rank)); });
+  threads.reserve(size_t(blocks) * kThreads);
+  for (int64_t number = 0; number < blocks; ++number) {
+    Block& block = *all.emplace_back(std::make_unique<Block>());
+    for (int rank = 0; rank < kThreads; ++rank)
+      threads.emplace_back([&block, &body, rank, number] { body(Team(block, rank), number); });
+  }
   for (std::thread& thread : threads) thread.join();
-#else
-  Block block(1);
-  body(Team(block, 0));
-#endif
 }
 
-// program(team, workspace, index) on all programs of an operation.
-template <class Op, class F>
-void run_programs(const Op& op, int64_t vocab, const F& program) {
+void run_as(const VerifyChain& op, const Team& team, const Workspace& work, const Part& part) {
+  with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (op.rule) {
+      case Rule::token: return ChainProgram<T, Rule::token>(team, op, work, part).run();
+      case Rule::block: return ChainProgram<T, Rule::block>(team, op, work, part).run();
+      case Rule::coupled: return ChainProgram<T, Rule::coupled>(team, op, work, part).run();
+    }
+  });
+}
+
+void run_as(const VerifyTree& op, const Team& team, const Workspace& work, const Part& part) {
+  with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (op.rule) {
+      case TreeRule::walk: return WalkProgram<T, false>(team, op, work, part).run();
+      case TreeRule::coupled: return WalkProgram<T, true>(team, op, work, part).run();
+      default: return DescendProgram<T>(team, op, work, part).run();
+    }
+  });
+}
+
+void run_as(const Sample& op, const Team& team, const Workspace& work, const Part& part) {
+  with_dtype(op, [&](auto type) {
+    RowProgram<typename decltype(type)::type> program(team, op, work, part);
+    op.coupled ? program.template sample<true>() : program.template sample<false>();
+  });
+}
+
+void run_as(const SampleChildren& op, const Team& team, const Workspace& work, const Part& part) {
+  RowProgram<Mixed>(team, op.common, work, part).sample_children(int(op.count), op.how);
+}
+
+template <class Op>
+void run(const Op& op, const Tensor& like) {
   const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1)};
   const Needs needs = needs_of(op, device);
-  const Shape shape = shape_of(op, vocab, device);
-  std::vector<float> tables(size_t(needs.tables * 2 * shape.entries), NAN);
-  std::vector<double> places(size_t(needs.places * kPlaceBytes) / sizeof(double), NAN);
+  const Shape shape = shape_of(op, like.size(like.dim() - 1), device);
+  std::vector<Four> tables(size_t(needs.tables * 2 * shape.entries) / 4, Four{NAN, NAN, NAN, NAN});
+  std::vector<Four> places(size_t(needs.places * kPlaceBytes) / sizeof(Four), Four{NAN, NAN, NAN, NAN});
   std::vector<int32_t> counters(size_t(needs.counters), 0);
-  Scratch scratch{tables.data(), places.data(), counters.data()};
+  Scratch scratch{tables.data()->x, places.data(), counters.data()};
   if (const auto [memory, bytes] = handed(op); memory != nullptr) {
     const Layout layout(needs, shape);
     STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);
     scratch = layout.in(memory, bytes);
   }
   const Workspace work = workspace_of(shape, scratch);
-  std::vector<int64_t> order(size_t(shape.programs()));
-  std::iota(order.begin(), order.end(), int64_t(0));
-  if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
-    std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
-  on_team([&](const Team& team) {
-    for (const int64_t index : order) {
-      program(team, work, index);
-      team.sync();  // what one program wrote, the next reads
-    }
-  });
+  if (by_crews(op)) {
+    for (int64_t request = 0; request < requests_of(op); ++request)
+      on_teams(shape.slices,
+               [&](const Team& team, int64_t block) { run_as(op, team, work, {int(request), 0, int(block)}); });
+  } else {
+    std::vector<int64_t> order(size_t(shape.programs));
+    std::iota(order.begin(), order.end(), int64_t(0));
+    if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
+      std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
+    on_teams(1, [&](const Team& team, int64_t) {
+      for (const int64_t index : order) {
+        run_as(op, team, work, part_of(op, unsigned(index), unsigned(shape.slices)));
+        team.sync();  // what one program wrote, the next reads
+      }
+    });
+  }
   for (int64_t i = 0; i < needs.counters; ++i)
     STD_TORCH_CHECK(scratch.counters[i] == 0, "a counter was left at ", scratch.counters[i]);
-}
-
-template <Rule kRule, bool P>
-void run_chain(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
-  ChainProgram<kRule, P>(team, op, work, program).run();
-}
-
-template <bool P>
-void run_as(const VerifyChain& op, const Team& team, const Workspace& work, int64_t program) {
-  switch (op.rule) {
-    case Rule::token: return run_chain<Rule::token, P>(op, team, work, program);
-    case Rule::block: return run_chain<Rule::block, P>(op, team, work, program);
-    case Rule::coupled: return run_chain<Rule::coupled, P>(op, team, work, program);
-  }
-}
-
-template <bool P>
-void run_as(const VerifyTree& op, const Team& team, const Workspace& work, int64_t program) {
-  TreeProgram<P>(team, op, work, program).run();
-}
-
-template <bool P>
-void run_as(const Sample& op, const Team& team, const Workspace& work, int64_t program) {
-  RowProgram<P>(team, op, work, program).sample();
-}
-
-template <bool P>
-void run_as(const SampleChildren& op, const Team& team, const Workspace& work, int64_t program) {
-  RowProgram<P>(team, op.common, work, program).sample_children(op.count, op.how);
-}
-
-template <class Op>
-void run(const Op& op, const Tensor& like) {
-  const auto program = [&](const Team& team, const Workspace& work, int64_t index) {
-    processes(op) ? run_as<true>(op, team, work, index) : run_as<false>(op, team, work, index);
-  };
-  run_programs(op, like.size(like.dim() - 1), program);
 }
 
 void run(const NoiseWords& op, const Tensor&) {
@@ -120,7 +124,7 @@ void run_mask(const TreeMask& op, const Team& team) {
 }
 
 void run(const TreeMask& op, const Tensor&) {
-  on_team([&](const Team& team) {
+  on_teams(1, [&](const Team& team, int64_t) {
     switch (element_bytes(op.element)) {
       case 4: return run_mask<4>(op, team);
       case 2: return run_mask<2>(op, team);

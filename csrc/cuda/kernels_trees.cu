@@ -1,58 +1,37 @@
-// The kernels of masks.h.
-#include <algorithm>
+// The kernels of `verify_tree`.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
-#include "launch.h"
-#include "masks.h"
+#include "trees.h"
+#include "start.h"
 
 namespace specdec::cuda {
 namespace {
 
-template <int kBytes>
-__global__ void __launch_bounds__(kThreads, 1)
-    tree_mask_kernel(const __grid_constant__ TreeMask op, int64_t programs_a_request) {
+static_assert(sizeof(Visited) <= kPlaceBytes && sizeof(Node) <= kPlaceBytes);
+
+template <class T, bool kIsCoupled>
+SPECDEC_KERNEL walk_tree_kernel(const __grid_constant__ VerifyTree op, const __grid_constant__ Workspace work) {
   const Team team;
-  MaskProgram<kBytes>(team, op, blockIdx.x, programs_a_request).run();
+  WalkProgram<T, kIsCoupled>(team, op, work, part_of(op, blockIdx.x, work.slices)).run();
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    compact_kv_kernel(const __grid_constant__ CompactKv op, const __grid_constant__ Caches caches, int64_t count) {
-  compact_kv_program<T>(op, caches, count, int64_t(blockIdx.x) * blockDim.x + threadIdx.x);
-}
-
-template <class T>
-int move(const CompactKv& op, const Caches& caches, int64_t count, void* stream) {
-  const int64_t threads = op.row_bytes / int64_t(sizeof(T)) * op.heads * op.batch * count;
-  const auto blocks = unsigned((threads + kThreads - 1) / kThreads);
-  compact_kv_kernel<T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, caches, count);
-  return int(cudaGetLastError());
+SPECDEC_KERNEL descend_tree_kernel(const __grid_constant__ VerifyTree op, const __grid_constant__ Workspace work) {
+  const Team team;
+  DescendProgram<T>(team, op, work, part_of(op, blockIdx.x, work.slices)).run();
 }
 
 }  // namespace
 
-int launch(const TreeMask& op, void* stream) {
-  const int64_t programs = programs_a_request(op, kThreads);
-  const auto start = [&](void (*kernel)(TreeMask, int64_t)) {
-    kernel<<<unsigned(op.batch * programs), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, programs);
-    return int(cudaGetLastError());
-  };
-  switch (element_bytes(op.element)) {
-    case 4: return start(tree_mask_kernel<4>);
-    case 2: return start(tree_mask_kernel<2>);
-    default: return start(tree_mask_kernel<1>);
-  }
-}
-
-int launch(const CompactKv& op, char* const* data, int64_t count, void* stream) {
-  for (int64_t first = 0; first < count; first += kCachesALaunch) {
-    Caches caches{};
-    const int64_t some = std::min<int64_t>(kCachesALaunch, count - first);
-    std::copy_n(data + first, some, caches.data);
-    if (const int error =
-            with_kv_unit(op, caches, some, [&](auto unit) { return move<decltype(unit)>(op, caches, some, stream); }))
-      return error;
-  }
-  return 0;
+int launch(const VerifyTree& op, const Shape& shape, const Scratch& scratch, void* stream) {
+  return with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = op.rule == TreeRule::walk      ? walk_tree_kernel<T, false>
+                        : op.rule == TreeRule::coupled ? walk_tree_kernel<T, true>
+                                                       : descend_tree_kernel<T>;
+    return start(kernel, op, shape, scratch, stream);
+  });
 }
 
 }  // namespace specdec::cuda

@@ -5,19 +5,26 @@
 #include <cstdint>
 #include <utility>
 
+#include "../common/elements.h"
 #include "../common/ops.h"
 #include "../common/trees.h"
 
 namespace specdec::cuda {
 
-// Ids that a block of threads takes at a time.
-constexpr int kThreads = 256, kIdsABlock = 8 * kThreads;
-// Teams that a multiprocessor should have to choose from.
-constexpr int64_t kTeamsAProcessor = 4;
+// A warp measures a span of a row at a time, a block as many as it has warps. The table of a span has so many floats
+// (rows.h).
+constexpr int64_t kSpanTiles = 8, kSpanIds = kSpanTiles * kTile, kSpanFloats = 2 * kSpanTiles + 4, kChunkSpans = 8;
+// Blocks that a multiprocessor has at a time: 1,024 threads of 64 registers.
+constexpr int64_t kBlocksAProcessor = 4;
+// Spans of a row that a block takes at most, one chunk after the other: it arrives once for all of them, but rows that
+// are not needed are found out by blocks that have not started.
+constexpr int64_t kMostChunks = 8;
 
 // A GPU, as far as launches depend on it.
 struct Device {
   int64_t processors;
+
+  int64_t blocks() const { return kBlocksAProcessor * processors; }
 };
 
 // Scratch of a launch; see workspace.h.
@@ -29,48 +36,84 @@ struct Scratch {
 // Bytes of a place.
 constexpr int64_t kPlaceBytes = 128;
 
-// What an operation needs of it. A chain: two tables a row; of every row the teams that came, of every request the rows
-// that were judged and where it is known to stop. A tree: two tables a request, whose one team measures a row when it
-// comes to it; or `ahead`, two a row, and of every request the teams that came.
+// How an operation works. By rows: each block has a slice of a row, and nobody waits for anybody (request.h). By crews:
+// the blocks that share a request go through its rows together, and wait for each other after each pass (crew.h).
+inline bool by_crews(const VerifyChain& op) { return op.rule == Rule::block; }
+inline bool by_crews(const VerifyTree& op) { return op.rule == TreeRule::recursive || op.rule == TreeRule::traversal; }
+inline bool by_crews(const Sample&) { return false; }
+inline bool by_crews(const SampleChildren&) { return false; }
+
+SPECDEC_SHARED inline int64_t requests_of(const VerifyChain& op) { return op.common.batch; }
+SPECDEC_SHARED inline int64_t requests_of(const VerifyTree& op) { return op.common.batch; }
+SPECDEC_SHARED inline int64_t requests_of(const Sample& op) { return op.rows; }
+SPECDEC_SHARED inline int64_t requests_of(const SampleChildren& op) { return op.common.rows; }
+inline int64_t rows_of_request(const VerifyChain& op) { return op.common.rows; }
+inline int64_t rows_of_request(const VerifyTree& op) { return op.common.rows; }
+inline int64_t rows_of_request(const Sample&) { return 1; }
+inline int64_t rows_of_request(const SampleChildren&) { return 1; }
+inline int64_t vocab_of(const VerifyChain& op) { return op.common.vocab; }
+inline int64_t vocab_of(const VerifyTree& op) { return op.common.vocab; }
+inline int64_t vocab_of(const Sample& op) { return op.vocab; }
+inline int64_t vocab_of(const SampleChildren& op) { return op.common.vocab; }
+
+// Blocks that share a request: all that the GPU has at a time, as long as each has a span of a row and a multiprocessor
+// to itself.
+template <class Op>
+int64_t crew_of(const Op& op, const Device& device) {
+  const int64_t most = std::max<int64_t>(std::min((vocab_of(op) + kSpanIds - 1) / kSpanIds, device.processors), 1);
+  return std::clamp<int64_t>(device.blocks() / std::max<int64_t>(requests_of(op), 1), 1, most);
+}
+
+// What an operation needs of scratch: of each row two tables, of target and draft; of each request counters (request.h,
+// crew.h). A tree's rows are each measured when a crew comes to it, in two tables a request, or `ahead`, all of them:
+// where the rule comes to all nodes, or there are so few that they keep no multiprocessor busy.
 struct Needs {
-  int64_t rows;  // that are measured side by side
+  int64_t rows;
   int64_t tables, places, counters;
-  bool sliced = true;  // several teams may measure a row
-  bool ahead = false;
+  bool ahead = true;
 };
+inline int64_t counters_of_request(int64_t rows) { return rows + 2 + (rows + 31) / 32; }
 inline Needs needs_of(const VerifyChain& op, const Device&) {
   const int64_t rows = op.common.batch * op.common.rows;
-  return {rows, 2 * rows, rows, rows + 2 * op.common.batch};
+  return {rows, 2 * rows, rows, op.common.batch * counters_of_request(op.common.rows)};
 }
 inline Needs needs_of(const VerifyTree& op, const Device& device) {
   const int64_t batch = op.common.batch, rows = batch * op.common.rows;
-  // Ahead where the rule comes to all nodes, unless requests alone keep the multiprocessors busy; else where there are
-  // no more rows than multiprocessors.
-  const bool pays =
-      op.rule == TreeRule::traversal ? batch < kTeamsAProcessor * device.processors : rows <= device.processors;
-  if (pays) return {rows, 2 * rows, rows, batch, true, true};
-  return {batch, 2 * batch, rows, 0, false};
+  const int64_t counters = batch * counters_of_request(op.common.rows);
+  if (!by_crews(op)) return {rows, 2 * rows, rows, counters};
+  const bool ahead = op.rule == TreeRule::traversal ? batch < device.blocks() : rows <= device.processors;
+  return {rows, 2 * (ahead ? rows : batch), rows * crew_of(op, device), counters, ahead};
 }
 inline Needs needs_of(const Sample& op, const Device&) { return {op.rows, op.rows, 0, op.rows}; }
 inline Needs needs_of(const SampleChildren& op, const Device& device) { return needs_of(op.common, device); }
 
-// How the rows of a launch are cut. The results do not depend on it.
+// How a launch is cut. The results do not depend on it.
 struct Shape {
-  int64_t rows;
-  int64_t slices;      // of a row, each measured by a team of its own
-  int64_t entries;     // of a row's table: its tiles
-  bool ahead = false;  // see Needs
+  int64_t programs;  // blocks
+  int64_t slices;    // blocks that share a row, or a request
+  int64_t length;    // spans of each slice of a row
+  int64_t entries;   // half the floats of a row's table
+  bool in_waves;     // blocks start after others have ended
+  bool ahead;        // see Needs
 
-  int64_t programs() const { return rows * slices; }
+  int64_t spans() const { return 2 * entries / kSpanFloats; }
 };
 
-// As many slices as it takes to give every multiprocessor four teams to choose from.
 template <class Op>
 Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
   const Needs needs = needs_of(op, device);
-  const int64_t blocks = needs.sliced ? (vocab + kIdsABlock - 1) / kIdsABlock : 1;
-  const int64_t wanted = (kTeamsAProcessor * device.processors + needs.rows - 1) / std::max<int64_t>(needs.rows, 1);
-  return {needs.rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1)), tiles_of(vocab), needs.ahead};
+  const int64_t spans = (vocab + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
+  if (by_crews(op)) {
+    const int64_t crew = crew_of(op, device);
+    return {requests_of(op) * crew, crew, spans, entries, false, needs.ahead};
+  }
+  // Some waves of blocks, so that few wait for the last ones.
+  constexpr int64_t kWaves = 2;
+  const int64_t chunks = std::max<int64_t>((spans + kChunkSpans - 1) / kChunkSpans, 1);
+  const int64_t each = std::clamp<int64_t>(needs.rows * chunks / (kWaves * device.blocks()), 1, kMostChunks);
+  const int64_t slices = (chunks + each - 1) / each, length = (chunks + slices - 1) / slices * kChunkSpans;
+  const int64_t programs = needs.rows * slices;
+  return {programs, slices, length, entries, programs > device.blocks(), needs.ahead};
 }
 
 // Where scratch lies in memory that was handed in: the counters at its begin, all else at its end, so that calls of
@@ -103,13 +146,35 @@ std::pair<void*, int64_t> handed(const Op&) {
   return {nullptr, 0};
 }
 
-// Whether logits are changed on the way: kernels that do are compiled apart.
-inline bool processes(const Processing& p) { return p.bitmask != nullptr || p.ids != nullptr; }
-inline bool processes(const Sample& op) { return processes(op.processing); }
-inline bool processes(const Verification& op) { return processes(op.processing); }
-template <class Op>
-bool processes(const Op& op) {
-  return processes(op.common);
+// Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, or whose drafts
+// have another dtype: f(Mixed), with what stands for it.
+inline const Processing& processing_of(const VerifyChain& op) { return op.common.processing; }
+inline const Processing& processing_of(const VerifyTree& op) { return op.common.processing; }
+inline const Processing& processing_of(const Sample& op) { return op.processing; }
+inline const Logits& logits_of(const VerifyChain& op) { return op.common.target; }
+inline const Logits& logits_of(const VerifyTree& op) { return op.common.target; }
+inline const Logits& logits_of(const Sample& op) { return op.logits; }
+inline bool drafts_differ(const Verification& all) {
+  return all.draft.data != nullptr && all.draft.dtype != all.target.dtype;
+}
+inline bool drafts_differ(const VerifyChain& op) { return drafts_differ(op.common); }
+inline bool drafts_differ(const VerifyTree& op) { return drafts_differ(op.common); }
+inline bool drafts_differ(const Sample&) { return false; }
+
+template <class T>
+struct TypeOf {
+  using type = T;
+};
+struct Mixed;
+template <class Op, class F>
+auto with_dtype(const Op& op, const F& f) {
+  const Processing& processing = processing_of(op);
+  if (processing.bitmask != nullptr || processing.ids != nullptr || drafts_differ(op)) return f(TypeOf<Mixed>());
+  switch (logits_of(op).dtype) {
+    case DType::bf16: return f(TypeOf<BFloat16>());
+    case DType::f16: return f(TypeOf<Half>());
+    default: return f(TypeOf<float>());
+  }
 }
 
 // `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "team.h"
 
@@ -32,35 +31,19 @@ SPECDEC_DEVICE Words philox(const Noise& noise, uint32_t index) {
 SPECDEC_DEVICE float exponential(uint32_t word) {
   const bool small = word < 0x80000000u;
   const float half = (float(small ? word : ~word) + 0.5f) * 0x1p-32f;
-  return small ? -log1pf(-half) : -logf(half);
-}
-
-SPECDEC_DEVICE float exponential(const Noise& noise, int64_t entry) {
-  return exponential(philox(noise, uint32_t(entry / 4)).w[entry % 4]);
+  return small ? -log1pf(-half) : -log_of_small(half);
 }
 
 // The uniform in [0, 1) that decides on acceptance, of 53 bits.
-SPECDEC_DEVICE double coin(uint64_t seed, uint64_t position, int64_t row) {
+SPECDEC_DEVICE double uniform(uint64_t seed, uint64_t position, int row) {
   const Words words = philox({seed, position, kAccept | uint32_t(row) << 16}, 0);
   return double((uint64_t(words.w[0]) << 32 | words.w[1]) >> 11) * 0x1p-53;
 }
 
-// Who comes first in a race; the lower id on ties. No id: nobody.
-constexpr int64_t kNobody = std::numeric_limits<int64_t>::max();
-struct Arrived {
-  float time = INFINITY;
-  float unused = 0.0f;
-  int64_t id = kNobody;
-};
-struct Earlier {
-  SPECDEC_DEVICE Arrived operator()(const Arrived& a, const Arrived& b) const {
-    return b.time < a.time || (b.time == a.time && b.id < a.id) ? b : a;
-  }
-};
-
 // An entry takes part if its weight is positive.
-SPECDEC_DEVICE void take_part(Arrived& first, float exponential, float weight, int64_t id) {
-  if (weight > 0.0f && exponential / weight < INFINITY) first = Earlier()(first, {exponential / weight, 0.0f, id});
+SPECDEC_DEVICE void take_part(Arrived& first, float exponential, float weight, int id) {
+  const float time = quotient(exponential, weight);
+  if (weight > 0.0f && time < INFINITY) first = Earlier()(first, {time, id});
 }
 
 }  // namespace specdec::cuda

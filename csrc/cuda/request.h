@@ -5,105 +5,162 @@
 
 namespace specdec::cuda {
 
-template <bool P>
+template <class T>
+SPECDEC_DEVICE Rows<T> rows_of(const Logits& logits, int64_t elements, int64_t vocab) {
+  if constexpr (std::is_same_v<T, Mixed>) {
+    Rows<Mixed> rows;
+    rows.logits = address(logits, elements), rows.dtype = logits.dtype;
+    rows.stride = logits.row_stride, rows.vocab = int(vocab);
+    return rows;
+  } else {
+    return {static_cast<const T*>(logits.data) + elements, logits.row_stride, int(vocab)};
+  }
+}
+
+// The log-probability of a token under the plain softmax of a row.
+template <class T>
+SPECDEC_SELDOM float raw_log_prob(const Team team, const Rows<T> rows, int i, int id) {
+  const Together together(kLog2E);
+  Mass all;
+  for (int span = team.warp(); span * kSpan < rows.vocab; span += kWarps) {
+    Span<T> here;
+    here.load(team, rows, i, span);
+    Mass own;
+    SPECDEC_UNROLL
+    for (int u = 0; u < kLoads; ++u) own.top = LargerOrNan()(own.top, here.v[u].top());
+    const Weights weight(kLog2E, usable_base(own.top));
+    SPECDEC_UNROLL
+    for (int u = 0; u < kLoads; ++u) {
+      SPECDEC_UNROLL
+      for (int e = 0; e < kElements; ++e) own.sum += weight(here.v[u].at(e));
+    }
+    all = together(all, own);
+  }
+  all = team.reduce(all, together);
+  return all.valid() ? (rows.logit(i, id) - all.top) - logf(all.sum) : NAN;
+}
+
+template <class T>
 class RequestProgram {
  protected:
-  // `elements`: where the rows of the request begin; `first`: its first row among all masks.
-  SPECDEC_DEVICE RequestProgram(const Team& team, const Verification& all, const Workspace& work, int64_t request,
-                                int64_t elements, int64_t first)
+  // `cu_rows`: where the rows of requests begin, or null where each has as many.
+  SPECDEC_DEVICE RequestProgram(const Team& team, const Verification& all, const Workspace& work, int request,
+                                const int64_t* cu_rows)
       : team_(team),
         all_(all),
         work_(work),
+        cu_rows_(cu_rows),
         b_(request),
-        sampling_(sampling_of(all.sampling, request)),
-        draft_scale_(all.draft_stats ? 1.0f : all.draft_scale(request)) {
-    seed_ = uint64_t(all.seed[b_]), position_ = uint64_t(all.position[b_]);
-    target_.logits = address(all.target, elements);
-    target_.dtype = all.target.dtype, target_.stride = all.target.row_stride, target_.vocab = all.vocab;
-    target_.drafts = all.tokens;
-    target_.first_draft = b_ * all.token_strides[0], target_.draft_stride = all.token_strides[1];
-    if constexpr (P) target_.mask = mask_of(all.processing, all.vocab, first);
-    if constexpr (P) target_.edits = edits_of(all.processing, b_);
-    if (!dense()) return;
-    draft_.logits = address(all.draft, b_ * all.draft.request_stride);
-    draft_.dtype = all.draft.dtype, draft_.stride = all.draft.row_stride, draft_.vocab = all.vocab;
+        rows_(int(all.rows)),
+        vocab_(int(all.vocab)) {}
+
+  // Nothing of this is held in registers while a row is measured: it is asked for again behind that.
+  SPECDEC_DEVICE Sampling sampling() const { return sampling_of(all_.sampling, b_); }
+  SPECDEC_DEVICE float draft_scale() const { return all_.draft_stats ? 1.0f : all_.draft_scale(b_); }
+  SPECDEC_DEVICE uint64_t seed() const { return uint64_t(given(all_.seed + b_)); }
+  SPECDEC_DEVICE uint64_t position() const { return uint64_t(given(all_.position + b_)); }
+  SPECDEC_DEVICE Rows<T> target() const {
+    const int64_t first = cu_rows_ ? given(cu_rows_ + b_) : 0;
+    Rows<T> rows = rows_of<T>(all_.target, cu_rows_ ? first * all_.target.row_stride : b_ * all_.target.request_stride,
+                              all_.vocab);
+    if constexpr (std::is_same_v<T, Mixed>) {
+      rows.drafts = all_.tokens;
+      rows.first_draft = b_ * all_.token_strides[0], rows.draft_stride = all_.token_strides[1];
+      rows.mask = mask_of(all_.processing, all_.vocab, cu_rows_ ? first : b_ * all_.rows);
+      rows.edits = edits_of(all_.processing, b_);
+      rows.parents = parents_;
+    }
+    return rows;
   }
+  SPECDEC_DEVICE Rows<T> draft() const { return rows_of<T>(all_.draft, b_ * all_.draft.request_stride, all_.vocab); }
 
   // Whether drafts were drawn from rows of logits.
-  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && draft_scale_ != INFINITY; }
-  SPECDEC_DEVICE int64_t token(int64_t i) const { return all_.tokens[target_.first_draft + i * target_.draft_stride]; }
-  SPECDEC_DEVICE Noise noise(int64_t i) const { return {seed_, position_, kTarget | uint32_t(i) << 16}; }
+  SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && draft_scale() != INFINITY; }
+  SPECDEC_DEVICE int64_t any_token(int i) const {
+    const int64_t at = b_ * all_.token_strides[0] + i * all_.token_strides[1];
+    return all_.tokens.wide ? given(static_cast<const int64_t*>(all_.tokens.data) + at)
+                            : given(static_cast<const int32_t*>(all_.tokens.data) + at);
+  }
+  SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < vocab_; }
+  SPECDEC_DEVICE int token(int i) const { return int(any_token(i)); }
+  SPECDEC_DEVICE Noise noise(int i) const { return {seed(), position(), kTarget | uint32_t(i) << 16}; }
+  SPECDEC_DEVICE Noise coupled_noise(int depth) const {
+    return {seed(), position() + uint64_t(depth), kCoupled | kTokenRace << 8};
+  }
+  SPECDEC_DEVICE Measure draft_measure() const { return {draft_scale() * kLog2E, Sums::plain}; }
 
-  // The law that the drafts of row i were drawn from, and whether it is usable: the scalars handed over (a greedy
-  // drafter's leave `law`, a point mass, as it is), or the softmax of a row whose table is made.
-  SPECDEC_DEVICE bool look_at_draft(int64_t i, const Table& table, bool measured, Law& law) const {
+  // A logit that a draft was drawn by: the one place where one is loaded alone.
+  SPECDEC_DEVICE float draft_logit(int i, int id) const { return draft().logit(i, id); }
+
+  // The distribution that the drafts of row i were drawn from, and whether it is usable: the scalars handed over (a
+  // greedy drafter's leave `d`, a point mass, as it is), or the softmax of a row whose table is made.
+  SPECDEC_DEVICE bool draft_distribution(int i, const Table& table, Distribution& d) const {
     if (all_.draft_stats) {
       const float* stats = all_.draft_stats + 3 * (b_ * all_.draft_rows + i);
-      if (stats[0] != INFINITY) law = {stats[0], stats[1], double(stats[2]), -1, 0};
+      const float scale = given(stats);
+      if (scale != INFINITY) d = {scale, given(stats + 1), 0.0f, given(stats + 2), -1};
       return true;
     }
-    if (!measured) measure_row<false>(team_, draft_, i, draft_scale_, table);
-    const Summary found = summary(team_, draft_, draft_scale_, table, {}, false);
-    law = law_from(found, draft_scale_, -INFINITY);
-    return found.valid;
+    const Mass mass = mass_of(team_, table, draft_scale() * kLog2E);
+    d = {draft_scale(), -INFINITY, mass.top, logf(mass.sum), -1};
+    if (is_steep(draft_scale(), mass.top)) d.scale = 0.0f, d.cutoff = mass.top;
+    return mass.valid();
   }
 
-  // Of a token under the plain softmax of row i.
-  SPECDEC_DEVICE float raw_logprob(int64_t i, int64_t id, const Table& table) const {
-    Rows rows = target_;
-    measure_row<false>(team_, rows, i, 1.0f, table);
-    const Summary raw = summary(team_, rows, 1.0f, table, {}, false);
-    return raw.valid ? float(log_prob<false>(rows, i, law_from(raw, 1.0f, -INFINITY), id)) : NAN;
+  SPECDEC_DEVICE float raw_logprob(int i, int id) const {
+    Rows<T> rows = target();
+    if constexpr (std::is_same_v<T, Mixed>) rows.mask = nullptr, rows.edits = {};
+    return raw_log_prob<T>(team_, rows, i, id);
   }
 
-  // The winner of the tile race of weights that are nowhere above a row's probabilities, such as a residual; kNobody
-  // where there are none. `sum(first)`: of this thread's ids of a tile. The row's own tiles, which are in its table,
-  // bound these: none can arrive before its bound does. So each group looks at its tiles in the order of their bounds
-  // until none of the others can win: exact, and about 1 / (what is left of the probability) of them. `bounds`:
-  // scratch.
+  // --- which rows the path is known to need -------------------------------------------------------------------------
+  //
+  // A row is settled once it was judged, or once the path is known to pass it by. A request has a bit for each row in
+  // words, and whoever settles the last ones knows that the path is complete, and decides. That is as soon as its last
+  // row was judged: rows behind the end of a chain, or beside the path through a tree, are passed by.
+  SPECDEC_DEVICE int words() const { return (rows_ + 31) / 32; }
+  SPECDEC_DEVICE uint32_t* counters() const { return work_.counters + int64_t(b_) * (rows_ + 2 + words()); }
+  SPECDEC_DEVICE uint32_t* rows_done() const { return counters() + rows_; }
+  SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
+  SPECDEC_DEVICE uint32_t* settled_bits() const { return counters() + rows_ + 2; }
+  SPECDEC_DEVICE bool is_settled(int row) const { return (glance(settled_bits() + row / 32) >> row % 32 & 1) != 0; }
+
+  // Settles the rows of which `settles(row)` is true. Whether those were the last of `live`.
   template <class F>
-  SPECDEC_DEVICE int64_t race_below(const Law& law, const Table& table, float* bounds, const Noise& noise,
-                                    const F& sum) const {
-    const int64_t groups = team_.size() / kGroup, tiles = tiles_of(all_.vocab);
-    const int64_t own = team_.rank() / kGroup + team_.rank() % kGroup * groups;  // of this thread, every size()-th
-    for (int64_t tile = own; tile < tiles; tile += team_.size()) {
-      Arrived bound;
-      const float largest = fresh(table.maxima + tile);
-      const float share = float(double(law.scale) * double(largest) - law.logsumexp);
-      if (!(largest < law.cutoff))
-        take_part(bound, exponential(noise, tile), fresh(table.sums + tile) * expf(share), tile);
-      bounds[tile] = bound.time;
+  SPECDEC_DEVICE bool settle(int live, const F& settles) const {
+    bool last = false;
+    int more = 0;
+    team_.sync();  // what was judged is written
+    for (int word = team_.warp(); 32 * word < live; word += kWarps) {
+      const uint32_t bits = team_.bits([&](int bit) { return 32 * word + bit < live && settles(32 * word + bit); });
+      if (team_.lane() != 0 || bits == 0) continue;
+      const uint32_t before = set_bits(settled_bits() + word, bits);
+      const uint32_t all = live >= 32 ? ~0u : (1u << live) - 1;
+      last = before != all && (before | bits) == all;
+      more += count_bits(bits & ~before);
     }
-    Arrived first;
-    for (;;) {
-      Arrived next;
-      for (int64_t tile = own; tile < tiles; tile += team_.size())
-        if (bounds[tile] < INFINITY) next = Earlier()(next, {bounds[tile], 0.0f, tile});
-      next = team_.in_group(next, Earlier());
-      // The bounds and the weights are rounded apart: leave room for that.
-      const bool looking = next.id != kNobody && next.time * 0.9999f < first.time;
-      if (!team_.any_in_warp(looking)) break;
-      if (looking && next.id % team_.size() == own % team_.size()) bounds[next.id] = INFINITY;
-      const float weight = team_.in_group(looking ? sum(own_ids(team_, next.id)) : 0.0f, Plus());
-      if (looking) take_part(first, exponential(noise, next.id), weight, next.id);
+    if (live > 32) {  // no word alone tells
+      more = team_.reduce(more, Plus());
+      last = team_.rank() == 0 && more > 0 && int(add_to(rows_settled(), uint32_t(more))) + more == live;
     }
-    return team_.reduce(first, Earlier()).id;
+    return team_.of_first(last) != 0;
   }
 
-  // The probabilities of a law, divided by `factor`.
-  SPECDEC_DEVICE static Probabilities divided(Law law, double factor) {
-    law.logsumexp += log(factor);
-    return Probabilities(law);
+  // Once all blocks of a row have come. The last row of the request leaves its counters as they were found.
+  SPECDEC_DEVICE void leave(int live) const {
+    if (team_.rank() != kThreads - 1) return;  // not who has most to do
+    if (come_to(rows_done(), uint32_t(live - 1)) != uint32_t(live - 1)) return;
+    acquire();
+    put(rows_settled(), 0u);
+    for (int word = 0; word < words(); ++word) put(settled_bits() + word, 0u);
   }
 
   const Team& team_;
   const Verification& all_;
   const Workspace& work_;
-  const int64_t b_;
-  const Sampling sampling_;
-  const float draft_scale_;  // of drafts that came without stats
-  uint64_t seed_, position_;
-  Rows target_, draft_;
+  const int64_t* const cu_rows_;
+  const int b_, rows_, vocab_;
+  const int64_t* parents_ = nullptr;  // of a tree
 };
 
 }  // namespace specdec::cuda

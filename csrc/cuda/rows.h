@@ -1,279 +1,376 @@
-// Rows of logits as their law sees them, and passes over them.
+// Rows of logits, and measuring them.
 #pragma once
 
 #include "noise.h"
 
 namespace specdec::cuda {
 
-// The rows of one request. What specdec_kernels/ops/processing.py says is done to the logits as they are loaded, and
-// never written; `P` below is whether there is any of that.
+constexpr float kLog2E = 1.4426950408889634f;
+
+SPECDEC_DEVICE float as_float(float x) { return x; }
+SPECDEC_DEVICE float as_float(BFloat16 x) {
+#ifdef __CUDACC__
+  return __uint_as_float(uint32_t(x.bits) << 16);
+#else
+  return to_float(x);
+#endif
+}
+SPECDEC_DEVICE float as_float(Half x) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  return to_float(x);
+#endif
+}
+SPECDEC_DEVICE float one(const float* p) { return given(p); }
+template <class T>
+SPECDEC_DEVICE float one(const T* p) {
+  return as_float(T{given(reinterpret_cast<const uint16_t*>(p))});
+}
+
+#ifdef __CUDACC__
+
+// Eight neighbouring logits as they lie in memory.
+template <class T>
+struct Eight {
+  uint32_t pairs[4];
+
+  __device__ __forceinline__ void load(const T* p) {
+    const uint4 q = __ldcs(reinterpret_cast<const uint4*>(p));
+    pairs[0] = q.x, pairs[1] = q.y, pairs[2] = q.z, pairs[3] = q.w;
+  }
+  __device__ __forceinline__ void gather(const T* row, int first, int vocab) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int id = first + 2 * k;
+      const auto* bits = reinterpret_cast<const uint16_t*>(row) + id;
+      const uint32_t none = is_half() ? 0xFC00u : 0xFF80u;
+      pairs[k] = (id < vocab ? __ldg(bits) : none) | (id + 1 < vocab ? __ldg(bits + 1) : none) << 16;
+    }
+  }
+  __device__ __forceinline__ float at(int e) const {
+    if constexpr (is_half()) return as_float(Half{uint16_t(e % 2 ? pairs[e / 2] >> 16 : pairs[e / 2])});
+    return __uint_as_float(e % 2 ? pairs[e / 2] & 0xFFFF0000u : pairs[e / 2] << 16);
+  }
+  // The largest; nan if one is.
+  __device__ __forceinline__ float top() const {
+    if constexpr (is_half()) {
+      const auto pair = [&](int k) { return *reinterpret_cast<const __half2*>(&pairs[k]); };
+      const __half2 m = __hmax2_nan(__hmax2_nan(pair(0), pair(1)), __hmax2_nan(pair(2), pair(3)));
+      return LargerOrNan()(__low2float(m), __high2float(m));
+    } else {
+      const auto pair = [&](int k) { return *reinterpret_cast<const __nv_bfloat162*>(&pairs[k]); };
+      const __nv_bfloat162 m = __hmax2_nan(__hmax2_nan(pair(0), pair(1)), __hmax2_nan(pair(2), pair(3)));
+      return LargerOrNan()(__low2float(m), __high2float(m));
+    }
+  }
+
+ private:
+  __device__ static constexpr bool is_half() { return std::is_same_v<T, Half>; }
+};
+template <>
+struct Eight<float> {
+  float x[8];
+
+  __device__ __forceinline__ void load(const float* p) {
+    const float4 low = __ldcs(reinterpret_cast<const float4*>(p)),
+                 high = __ldcs(reinterpret_cast<const float4*>(p) + 1);
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+  }
+  __device__ __forceinline__ void gather(const float* row, int first, int vocab) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = first + e < vocab ? __ldg(row + first + e) : -INFINITY;
+  }
+  __device__ __forceinline__ float at(int e) const { return x[e]; }
+  __device__ __forceinline__ float top() const {
+    const LargerOrNan larger;
+    return larger(larger(larger(x[0], x[1]), larger(x[2], x[3])), larger(larger(x[4], x[5]), larger(x[6], x[7])));
+  }
+};
+
+#else
+
+template <class T>
+struct Eight {
+  float x[8];
+
+  void load(const T* p) { gather(p, 0, kElements); }
+  void gather(const T* row, int first, int vocab) {
+    for (int e = 0; e < 8; ++e) x[e] = first + e < vocab ? as_float(row[first + e]) : -INFINITY;
+  }
+  float at(int e) const { return x[e]; }
+  float top() const {
+    float m = x[0];
+    for (const float value : x) m = LargerOrNan()(m, value);
+    return m;
+  }
+};
+
+#endif
+
+// The rows of one request.
+template <class T>
 struct Rows {
+  using Loaded = Eight<T>;
+  const T* logits = nullptr;
+  int64_t stride = 0;
+  int vocab = 0;
+
+  SPECDEC_DEVICE const T* row(int i) const { return logits + i * stride; }
+  SPECDEC_DEVICE float logit(int i, int id) const { return one(row(i) + id); }
+
+  // The logits of eight ids from `first`; -inf past the end of the row.
+  SPECDEC_DEVICE Loaded load(int i, int first) const {
+    Loaded v;
+    if (first + kElements <= vocab && reinterpret_cast<uintptr_t>(row(i)) % 16 == 0)
+      v.load(row(i) + first);
+    else
+      v.gather(row(i), first, vocab);
+    return v;
+  }
+};
+
+// What specdec_kernels/ops/processing.py says is done to the logits as they are loaded, and never written.
+template <>
+struct Rows<Mixed> {
+  using Loaded = Eight<float>;
   const void* logits = nullptr;
+  int64_t stride = 0;
+  int vocab = 0;
   DType dtype = DType::f32;
-  int64_t stride = 0, vocab = 0;
   const uint32_t* mask = nullptr;  // of the first row
   Edits edits;
   Ids drafts;  // row i counts the i first of them as output
   int64_t first_draft = 0, draft_stride = 0;
   const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
-};
 
-// Tiles that a thread asks for at a time, of a row that needs nothing but reading.
-constexpr int kAhead = 4;
-
-// What tokens are drawn from: the scalars of a distribution, or the point mass on `argmax` where that is one.
-struct Law {
-  float scale = 1.0f, cutoff = -INFINITY;
-  double logsumexp = 0.0;
-  int64_t argmax = -1;
-  int64_t tile = 0;  // the winner of the tile race, where one was held
-};
-
-SPECDEC_DEVICE float float_of(const void* row, DType dtype, int64_t id) {
-  if (dtype == DType::f32) return static_cast<const float*>(row)[id];
-  const uint16_t bits = static_cast<const uint16_t*>(row)[id];
-#ifdef __CUDACC__
-  return dtype == DType::bf16 ? __uint_as_float(uint32_t(bits) << 16) : __half2float(__ushort_as_half(bits));
-#else
-  return dtype == DType::bf16 ? to_float(BFloat16{bits}) : to_float(Half{bits});
-#endif
-}
-
-SPECDEC_DEVICE const void* row_of(const Rows& rows, int64_t i) {
-  return address({rows.logits, rows.dtype}, i * rows.stride);
-}
-
-// A logit of row i whose id has an edit.
-SPECDEC_DEVICE float edited(const Rows& rows, int64_t i, int64_t edit, float x) {
-  int64_t drafted = 0;
-  const auto is_here = [&](int64_t draft) {
-    return rows.drafts[rows.first_draft + draft * rows.draft_stride] == rows.edits.ids[edit];
-  };
-  if (rows.parents != nullptr)
-    for (int64_t node = i; node > 0; node = rows.parents[node]) drafted += is_here(node);
-  else
-    for (int64_t before = 0; before < i; ++before) drafted += is_here(before);
-  return specdec::edited(rows.edits, edit, drafted, x);
-}
-
-SPECDEC_DEVICE bool allowed(const Rows& rows, int64_t i, int64_t id) {
-  return rows.mask == nullptr || (rows.mask[i * ((rows.vocab + 31) / 32) + id / 32] >> (id % 32) & 1) != 0;
-}
-
-template <bool P>
-SPECDEC_DEVICE float logit(const Rows& rows, int64_t i, int64_t id) {
-  float x = float_of(row_of(rows, i), rows.dtype, id);
-  if constexpr (P) {
-    const int64_t edit = first_edit(rows.edits, id);
-    if (edit < rows.edits.count && rows.edits.ids[edit] == id) x = edited(rows, i, edit, x);
-    if (!allowed(rows, i, id)) x = -INFINITY;
+  template <class T>
+  SPECDEC_DEVICE Rows<T> as() const {
+    return {static_cast<const T*>(logits), stride, vocab};
   }
-  return x;
-}
 
-// The logits of kElements ids from `first`; -inf past the end of the row.
-template <bool P>
-SPECDEC_DEVICE void load(const Rows& rows, int64_t i, int64_t first, float (&x)[kElements]) {
-  const void* row = row_of(rows, i);
-#ifdef __CUDACC__
-  if (first + kElements <= rows.vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    if (rows.dtype == DType::f32) {
-      const float4* place = reinterpret_cast<const float4*>(static_cast<const float*>(row) + first);
-      const float4 low = __ldg(place), high = __ldg(place + 1);
-      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-    } else {
-      const uint4 packed = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + first));
-      const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        if (rows.dtype == DType::bf16) {
-          x[2 * pair] = __uint_as_float(pairs[pair] << 16);
-          x[2 * pair + 1] = __uint_as_float(pairs[pair] & 0xFFFF0000u);
-        } else {
-          x[2 * pair] = __half2float(__ushort_as_half(uint16_t(pairs[pair])));
-          x[2 * pair + 1] = __half2float(__ushort_as_half(uint16_t(pairs[pair] >> 16)));
-        }
-      }
-    }
-  } else
-#endif
-  {
-    SPECDEC_UNROLL
-    for (int e = 0; e < kElements; ++e)
-      x[e] = first + e < rows.vocab ? float_of(row, rows.dtype, first + e) : -INFINITY;
+  // A logit of row i whose id has an edit.
+  SPECDEC_DEVICE float edited(int i, int64_t edit, float x) const {
+    int64_t drafted = 0;
+    const auto is_here = [&](int64_t draft) { return drafts[first_draft + draft * draft_stride] == edits.ids[edit]; };
+    if (parents != nullptr)
+      for (int64_t node = i; node > 0; node = parents[node]) drafted += is_here(node);
+    else
+      for (int64_t before = 0; before < i; ++before) drafted += is_here(before);
+    return specdec::edited(edits, edit, drafted, x);
   }
-  if constexpr (P) {
-    int64_t edit = first_edit(rows.edits, first);
-    for (; edit < rows.edits.count && rows.edits.ids[edit] < first + kElements && rows.edits.ids[edit] < rows.vocab;
-         ++edit) {
-      const int64_t place = rows.edits.ids[edit] - first;
+
+  SPECDEC_DEVICE bool allowed(int i, int id) const {
+    return mask == nullptr || (given(mask + int64_t(i) * ((vocab + 31) / 32) + id / 32) >> (id % 32) & 1) != 0;
+  }
+
+  SPECDEC_DEVICE float logit(int i, int id) const {
+    float x = dtype == DType::f32    ? as<float>().logit(i, id)
+              : dtype == DType::bf16 ? as<BFloat16>().logit(i, id)
+                                     : as<Half>().logit(i, id);
+    const int64_t edit = first_edit(edits, id);
+    if (edit < edits.count && edits.ids[edit] == id) x = edited(i, edit, x);
+    return allowed(i, id) ? x : -INFINITY;
+  }
+
+  SPECDEC_DEVICE Loaded load(int i, int first) const {
+    Loaded v;
+    if (dtype == DType::f32)
+      v = as<float>().load(i, first);
+    else if (dtype == DType::bf16)
+      v = in_floats(as<BFloat16>().load(i, first));
+    else
+      v = in_floats(as<Half>().load(i, first));
+    for (int64_t edit = first_edit(edits, first); edit < edits.count && edits.ids[edit] < first + kElements; ++edit) {
+      const int64_t offset = edits.ids[edit] - first;
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e)  // an index known to the compiler keeps the logits in registers
-        if (e == place) x[e] = edited(rows, i, edit, x[e]);
+        if (e == offset && first + e < vocab) v.x[e] = edited(i, edit, v.x[e]);
     }
     SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e)
-      if (first + e < rows.vocab && !allowed(rows, i, first + e)) x[e] = -INFINITY;
-  }
-}
-
-// Subtracting -inf from -inf would give nan where the sum is 0.
-SPECDEC_DEVICE float usable_base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
-
-// scale * (x - base), in halves: the difference of two floats may be none.
-SPECDEC_DEVICE float gap(float scale, float x, float base) { return 2.0f * scale * (0.5f * x - 0.5f * base); }
-
-// A row is measured into its table: of every tile the largest logit, and the sum of exp(scale * (logit - that)) of
-// what is not below `pivot`. A nan or +inf shows in the sum and not in the maximum. All else that is asked about a row
-// is read from there, so it does not matter which team measured which tile. Returns the smallest logit that is not
-// below.
-struct Table {
-  float* maxima;
-  float* sums;
-};
-
-template <bool P>
-SPECDEC_PASS float tabulate(const Team& team, const Rows& rows, int64_t i, int64_t begin, int64_t end, float scale,
-                            float pivot, const Table& table) {
-  float least = INFINITY;
-  for_tiles<P ? 1 : kAhead>(team, begin, end, [&](int64_t tile, bool there) {
-    float x[kElements], top = -INFINITY, sum = 0.0f;
-    load<P>(rows, i, there ? own_ids(team, tile) : rows.vocab, x);
-    SPECDEC_UNROLL
-    for (float& value : x) {
-      if (value < pivot) value = -INFINITY;
-      if (value >= pivot) least = fminf(least, value);
-      if (value < INFINITY) top = fmaxf(top, value);
-    }
-    top = team.in_group(top, Larger());
-    const float base = usable_base(top);
-    SPECDEC_UNROLL
-    for (const float value : x) sum += expf(gap(scale, value, base));
-    sum = team.in_group(sum, Plus());
-    if (there && team.rank() % kGroup == 0) table.maxima[tile] = top, table.sums[tile] = sum;
-  });
-  return least;
-}
-
-// What the table of a row says.
-struct Summary {
-  double total;     // the sum of exp(scale * (logit - top))
-  float top;        // the largest logit
-  int64_t largest;  // the first tile that has it
-  int64_t winner;   // of the tile race
-  bool valid;
-};
-
-struct Peak {
-  float value;
-  int32_t tile;
-};
-struct Higher {
-  SPECDEC_DEVICE Peak operator()(const Peak& a, const Peak& b) const {
-    return b.value > a.value || (b.value == a.value && b.tile < a.tile) ? b : a;
-  }
-};
-
-SPECDEC_PASS Summary summary(const Team& team, const Rows& rows, float scale, const Table& table, const Noise& noise,
-                             bool race) {
-  const int64_t tiles = tiles_of(rows.vocab);
-  Peak peak{-INFINITY, 0x7FFFFFFF};
-  for (int64_t tile = team.rank(); tile < tiles; tile += team.size())
-    peak = Higher()(peak, {fresh(table.maxima + tile), int32_t(tile)});
-  peak = team.reduce(peak, Higher());
-  const float base = usable_base(peak.value);
-  double total = 0.0;
-  Arrived first;
-  for (int64_t tile = team.rank(); tile < tiles; tile += team.size()) {
-    const float weight = fresh(table.sums + tile) * expf(gap(scale, fresh(table.maxima + tile), base));
-    total += double(weight);
-    if (race) take_part(first, exponential(noise, tile), weight, tile);
-  }
-  total = team.reduce(total, Plus());
-  if (race) first = team.reduce(first, Earlier());
-  return {total, peak.value, peak.tile, first.id, total > 0.0 && total < INFINITY};
-}
-
-// The law of a row that is valid, `cutoff` the smallest logit that was measured. A steep row (docs/noise.md) weighs
-// nothing but its largest logits, by its table too.
-SPECDEC_DEVICE Law law_from(const Summary& found, float scale, float cutoff) {
-  const bool steep = is_steep(scale, found.top);
-  if (steep) scale = 0.0f, cutoff = found.top;
-  return {scale, cutoff, double(scale) * double(found.top) + log(found.total), -1, found.winner};
-}
-
-// The first id in a tile whose logit is `top`; 0 where no logit is finite.
-template <bool P>
-SPECDEC_PASS int64_t largest_token(const Team& team, const Rows& rows, int64_t i, float top, int64_t tile) {
-  int64_t found = kNobody;
-  for (int64_t id = tile * kTile + team.rank(); id < (tile + 1) * kTile && id < rows.vocab; id += team.size())
-    if (logit<P>(rows, i, id) == top && id < found) found = id;
-  found = team.reduce(found, Smaller());
-  return top > -INFINITY && found != kNobody ? found : 0;
-}
-
-// [logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats.
-class Probabilities {
- public:
-  SPECDEC_DEVICE explicit Probabilities(const Law& law)
-      : scale_(law.scale),
-        cutoff_(law.cutoff),
-        high_(float(law.logsumexp)),
-        low_(float(law.logsumexp - double(high_))) {}
-  SPECDEC_DEVICE float operator()(float logit) const {
-    return logit < cutoff_ ? 0.0f : expf(fmaf(logit, scale_, -high_) - low_);
+      if (mask != nullptr && first + e < vocab && !allowed(i, first + e)) v.x[e] = -INFINITY;
+    return v;
   }
 
  private:
-  float scale_, cutoff_, high_, low_;
+  template <class T>
+  SPECDEC_DEVICE static Loaded in_floats(const Eight<T>& packed) {
+    Loaded v;
+    SPECDEC_UNROLL
+    for (int e = 0; e < kElements; ++e) v.x[e] = packed.at(e);
+    return v;
+  }
 };
 
-// Of one token of a valid row.
-template <bool P>
-SPECDEC_DEVICE double log_prob(const Rows& rows, int64_t i, const Law& law, int64_t token) {
-  if (law.argmax >= 0) return token == law.argmax ? 0.0 : -INFINITY;
-  const float x = logit<P>(rows, i, token);
-  return x < law.cutoff ? -INFINITY : double(law.scale) * double(x) - law.logsumexp;
-}
+// A lane's part of a span of row i.
+template <class T>
+struct Span {
+  typename Rows<T>::Loaded v[kLoads];
 
-// The token race inside a tile; `weight(id)` is asked for ids of the vocabulary.
-template <class F>
-SPECDEC_DEVICE int64_t draw_inside(const Team& team, int64_t tile, int64_t vocab, Noise noise, const F& weight) {
-  noise.tag |= kTokenRace << 8;
-  Arrived first;
-  for (int64_t entry = team.rank(); entry < kTile && tile * kTile + entry < vocab; entry += team.size())
-    take_part(first, exponential(noise, entry), weight(tile * kTile + entry), tile * kTile + entry);
-  return team.reduce(first, Earlier()).id;
-}
-
-// A token of the winning tile by the row's own probabilities.
-template <bool P>
-SPECDEC_DEVICE int64_t draw_from_row(const Team& team, const Rows& rows, int64_t i, const Law& law,
-                                     const Noise& noise) {
-  const Probabilities probability(law);
-  return draw_inside(team, law.tile, rows.vocab, noise, [&](int64_t id) { return probability(logit<P>(rows, i, id)); });
-}
-
-// All ids in one race: the coupled rule's draw, its noise keyed on the absolute position.
-template <bool P>
-SPECDEC_PASS int64_t flat_race(const Team& team, const Rows& rows, int64_t i, const Law& law, uint64_t seed,
-                               uint64_t position) {
-  const Noise noise{seed, position, kCoupled | kTokenRace << 8};
-  const Probabilities probability(law);
-  Arrived first;
-  for_tiles<1>(team, 0, tiles_of(rows.vocab), [&](int64_t tile, bool there) {
-    const int64_t ids = there ? own_ids(team, tile) : rows.vocab;
-    float x[kElements];
-    load<P>(rows, i, ids, x);
+  SPECDEC_DEVICE void load(const Team& team, const Rows<T>& rows, int i, int span) {
     SPECDEC_UNROLL
-    for (int counter = 0; counter < kElements / 4; ++counter) {
-      const Words words = philox(noise, uint32_t(ids / 4 + counter));
-      for (int word = 0; word < 4; ++word)
-        take_part(first, exponential(words.w[word]), probability(x[4 * counter + word]), ids + 4 * counter + word);
+    for (int u = 0; u < kLoads; ++u) v[u] = rows.load(i, span * kSpan + load_offset(team, u));
+  }
+};
+
+// Subtracting -inf from -inf would give nan where the sum is 0.
+SPECDEC_DEVICE float usable_base(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// 2^(scale * (x - base)), with the scale of base 2; in halves: the difference of two floats may be none.
+class Weights {
+ public:
+  SPECDEC_DEVICE Weights(float scale2, float base) : half_(-0.5f * base), twice_(2.0f * scale2) {}
+  SPECDEC_DEVICE float operator()(float x) const { return ex2(fmaf(x, 0.5f, half_) * twice_); }
+
+ private:
+  float half_, twice_;
+};
+
+// A row is measured into its table: of every tile the sum of the weights of its ids relative to the largest logit of
+// the tile's span, which is the base of that span; its largest logit, where filters will ask for it; and of every span
+// who came first in the race of all ids, where there is one. All else that is asked about a row is read from there, so
+// it does not matter which block measured which span.
+struct alignas(16) Four {
+  float x[4];
+};
+struct Table {
+  float* at;
+  int spans;
+
+  SPECDEC_SHARED static int64_t floats(int64_t spans) { return kSpanFloats * spans; }
+  SPECDEC_DEVICE float* sums() const { return at; }
+  SPECDEC_DEVICE float* tops() const { return at + kTilesOfSpan * spans; }
+  SPECDEC_DEVICE float* bases() const { return at + 2 * kTilesOfSpan * spans; }
+  SPECDEC_DEVICE const Four* four_sums(int k) const { return reinterpret_cast<const Four*>(sums()) + k; }
+  SPECDEC_DEVICE const Four* four_tops(int k) const { return reinterpret_cast<const Four*>(tops()) + k; }
+  SPECDEC_DEVICE float* times() const { return bases() + spans; }
+  SPECDEC_DEVICE float* winners() const { return times() + spans; }
+};
+
+// What of a row is measured: greedily the bases alone; and for what only some draws ask, the largest logits of tiles.
+enum class Sums { none, plain, with_tops };
+struct Measure {
+  float scale2;  // scale, of base 2
+  Sums sums;
+};
+
+// The race of all ids: the coupled rule's draw, its noise keyed on the absolute position. Eight ids, from `id`.
+template <class Loaded>
+SPECDEC_DEVICE void race(const Loaded& v, int id, const Weights& weight, const Noise& noise, Arrived& first) {
+  SPECDEC_UNROLL
+  for (int quad = 0; quad < kElements / 4; ++quad) {
+    const Words words = philox(noise, uint32_t(id / 4 + quad));
+    SPECDEC_UNROLL
+    for (int word = 0; word < 4; ++word) {
+      const float w = weight(v.at(4 * quad + word));
+      // An exponential is not below its uniform, so most need no logarithm to be seen to come later.
+      if (float(words.w[word]) * (0.999f * 0x1p-32f) < first.time * w)
+        take_part(first, exponential(words.w[word]), w, id + 4 * quad + word);
     }
-  });
-  return team.reduce(first, Earlier()).id;
+  }
+}
+
+// One span, loaded into `v`; `used(u)` once a load is not needed any more.
+template <bool kRace, Sums kSums, class Loaded, class F>
+SPECDEC_DEVICE void measure_span(const Team& team, const Loaded (&v)[kLoads], int span, float scale2,
+                                 const Noise& noise, const Table& table, const F& used) {
+  float x[kLoads], own[kOwnTiles], top = x[0] = v[0].top();
+  SPECDEC_UNROLL
+  for (int u = 1; u < kLoads; ++u) x[u] = v[u].top(), top = LargerOrNan()(top, x[u]);
+  if constexpr (kSums == Sums::with_tops) {
+    team.per_tile(x, LargerOrNan(), own);
+    for (int k = 0; k < kOwnTiles; ++k)
+      if (team.leads_tile()) put(table.tops() + (kTilesOfSpan * span + team.own_tile(k)), own[k]);
+  }
+  top = team.in_warp(top, LargerOrNan());
+  if (team.lane() == 0) put(table.bases() + span, top);
+  const Weights weight(scale2, usable_base(top));
+  Arrived first;
+  SPECDEC_UNROLL
+  for (int u = 0; u < kLoads; ++u) {
+    if constexpr (kSums != Sums::none) {
+      x[u] = weight(v[u].at(0));
+      SPECDEC_UNROLL
+      for (int e = 1; e < kElements; ++e) x[u] += weight(v[u].at(e));
+      if constexpr (kRace) race(v[u], span * kSpan + load_offset(team, u), weight, noise, first);
+    }
+    used(u);
+  }
+  if constexpr (kSums == Sums::none) return;
+  team.per_tile(x, Plus(), own);
+  for (int k = 0; k < kOwnTiles; ++k)
+    if (team.leads_tile()) put(table.sums() + (kTilesOfSpan * span + team.own_tile(k)), own[k]);
+  if constexpr (!kRace) return;
+  first = team.first_in_warp(first);
+  if (team.lane() == 0) put(table.times() + span, first.time), put(table.winners() + span, float_of_bits(first.id));
+}
+
+// Spans at the end of a row, and of rows that lie at odd addresses, or whose logits are processed.
+template <bool kRace, class T>
+SPECDEC_SELDOM void measure_carefully(const Team team, const Rows<T> rows, int i, int span, int end, int stride,
+                                      float scale2, const Noise noise, const Table table) {
+  for (; span < end; span += stride) {
+    Span<T> here;
+    here.load(team, rows, i, span);
+    measure_span<kRace, Sums::with_tops>(team, here.v, span, scale2, noise, table, [](int) {});
+  }
+}
+
+// Spans that are loaded without asking for the end of the row, or whether it begins at a multiple of 16 bytes: all but
+// the last one, nearly always. The first that was not.
+template <bool kRace, class T, class F>
+SPECDEC_DEVICE int measure_whole(const Team& team, const T* row, int vocab, int span, int end, int stride,
+                                 const Measure& what, const Noise& noise, const Table& table, const F& meanwhile) {
+  const int whole = reinterpret_cast<uintptr_t>(row) % 16 == 0 ? Smaller()(vocab / kSpan, end) : 0;
+  Eight<T> v[kLoads];
+  if (span < whole) {
+    SPECDEC_UNROLL
+    for (int u = 0; u < kLoads; ++u) v[u].load(row + (span * kSpan + load_offset(team, u)));
+  }
+  meanwhile();
+  const auto all = [&](auto sums) {
+    for (; span < whole; span += stride) {
+      // What has been summed makes room for the same part of the next span, which comes while the rest is summed.
+      // Behind the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to
+      // other registers first.
+      const T* next = span + stride < whole ? row + ((span + stride) * kSpan + load_offset(team, 0)) : row;
+      measure_span<kRace, decltype(sums)::value>(team, v, span, what.scale2, noise, table,
+                                                 [&](int u) { v[u].load(next + u * kLanes * kElements); });
+    }
+  };
+  if (what.sums == Sums::plain)
+    all(std::integral_constant<Sums, Sums::plain>());
+  else if (what.sums == Sums::none)
+    all(std::integral_constant<Sums, Sums::none>());
+  else
+    all(std::integral_constant<Sums, Sums::with_tops>());
+  return span;
+}
+
+// The spans first, first + stride, ... before `end`, by a warp. `meanwhile` is called once, after the first loads have
+// been asked for.
+template <bool kRace, class T, class F>
+SPECDEC_DEVICE void measure(const Team& team, const Rows<T>& rows, int i, int first, int end, int stride,
+                            const Measure& what, const Noise& noise, const Table& table, const F& meanwhile) {
+  int span = first;
+  if constexpr (std::is_same_v<T, Mixed>)
+    meanwhile();
+  else
+    span = measure_whole<kRace>(team, rows.row(i), rows.vocab, first, end, stride, what, noise, table, meanwhile);
+  if (span < end) measure_carefully<kRace, T>(team, rows, i, span, end, stride, what.scale2, noise, table);
+}
+
+// f(id, logit) on all ids of row i, by a block.
+template <class T, class F>
+SPECDEC_DEVICE void for_ids(const Team& team, const Rows<T>& rows, int i, const F& f) {
+  for (int first = team.rank() * kElements; first < rows.vocab; first += kThreads * kElements) {
+    const auto v = rows.load(i, first);
+    SPECDEC_UNROLL
+    for (int e = 0; e < kElements; ++e)
+      if (first + e < rows.vocab) f(first + e, v.at(e));
+  }
 }
 
 }  // namespace specdec::cuda

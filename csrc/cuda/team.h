@@ -1,24 +1,35 @@
-// The threads that run a program together: a block on a GPU; where tests run the same text on a CPU, see
+// The threads that run a program together: a block on a GPU. Where tests run the same text on a CPU, see
 // team_emulated.h.
+//
+// A row is measured in spans of 1,024 ids, each by one warp: a lane takes eight neighbouring ids at a time, which are
+// 16 bytes of bfloat16, `kLoads` times. Half a warp takes a tile at a time.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
-#include "../common/ops.h"
+#include "launch.h"
 
-// SPECDEC_PASS is for what goes over a whole row: a call costs nothing there, and one copy of it compiles faster.
+// SPECDEC_SELDOM is for what is called seldom, or goes over a whole row: a call costs nothing there, its registers are
+// not those of what calls it, and one copy compiles faster. Arguments come by value, so that nothing of the caller has
+// an address.
 #ifdef __CUDACC__
 #define SPECDEC_DEVICE __device__ __forceinline__
-#define SPECDEC_PASS __device__ __noinline__
+#define SPECDEC_SELDOM __device__ __noinline__
 #define SPECDEC_UNROLL _Pragma("unroll")
 #else
 #define SPECDEC_DEVICE inline
-#define SPECDEC_PASS inline
+#define SPECDEC_SELDOM inline
 #define SPECDEC_UNROLL
 #endif
 
 namespace specdec::cuda {
+
+constexpr int kTileIds = int(kTile), kSpan = int(kSpanIds), kTilesOfSpan = int(kSpanTiles);
+// Neighbouring ids that a lane loads at a time.
+constexpr int kElements = 8;
 
 struct Smaller {
   template <class T>
@@ -38,6 +49,37 @@ struct Plus {
     return a + b;
   }
 };
+// The larger one; nan if either is: so the largest logit of a row says whether the row is valid.
+struct LargerOrNan {
+  SPECDEC_DEVICE float operator()(float a, float b) const {
+#ifdef __CUDACC__
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#else
+    return a != a || b < a ? a : b;
+#endif
+  }
+};
+
+// Who comes first in a race; the lower id on ties. No id: nobody.
+constexpr int kNobody = std::numeric_limits<int>::max();
+struct Arrived {
+  float time = INFINITY;
+  int id = kNobody;
+};
+struct Earlier {
+  SPECDEC_DEVICE Arrived operator()(const Arrived& a, const Arrived& b) const {
+    return b.time < a.time || (b.time == a.time && b.id < a.id) ? b : a;
+  }
+};
+
+// What a block has in its shared memory while it looks for what filters keep (filters.h), or for the end of a path.
+constexpr int kListed = 1024, kKept = 1024;
+struct BlockMemory {
+  int list[kListed];
+  float values[kKept], weights[kKept];
+};
 
 }  // namespace specdec::cuda
 
@@ -45,13 +87,84 @@ struct Plus {
 
 namespace specdec::cuda {
 
-// Neighbouring ids that one thread holds: 16 bytes of bfloat16.
-constexpr int kElements = 8;
-// Threads that hold one tile between them.
-constexpr int kGroup = kTile / kElements;
+constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kLoads = kSpan / (kElements * kLanes);
+// Tiles of a span whose results a lane has, after those of its warp were combined.
+constexpr int kOwnTiles = 1;
+
+// What the launch only reads, what blocks of this launch wrote, and writing it: always in global memory, which the
+// compiler cannot tell of every pointer. What was written is not read from this multiprocessor's own cache.
+template <class T>
+__device__ __forceinline__ T given(const T* p) {
+  return __ldg(p);
+}
+template <class T>
+__device__ __forceinline__ T fresh(const T* p) {
+  static_assert(sizeof(T) <= 8 || sizeof(T) % 16 == 0);
+  if constexpr (sizeof(T) <= 8) {
+    return __ldcg(p);
+  } else {
+    uint4 words[sizeof(T) / 16];
+#pragma unroll
+    for (int k = 0; k < int(sizeof(T) / 16); ++k) words[k] = __ldcg(reinterpret_cast<const uint4*>(p) + k);
+    T x;
+    memcpy(&x, words, sizeof(T));
+    return x;
+  }
+}
+template <class T>
+__device__ __forceinline__ void put(T* p, const T& x) {
+  if constexpr (sizeof(T) % 16 == 0) {
+    uint4 words[sizeof(T) / 16];
+    memcpy(words, &x, sizeof(T));
+#pragma unroll
+    for (int k = 0; k < int(sizeof(T) / 16); ++k) __stcg(reinterpret_cast<uint4*>(p) + k, words[k]);
+  } else {
+    __stcg(p, x);
+  }
+}
+
+__device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
+__device__ __forceinline__ int first_bit(uint32_t word) { return __ffs(int(word)) - 1; }
+__device__ __forceinline__ float float_of_bits(int bits) { return __int_as_float(bits); }
+__device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
+// Within a few units in the last place, the logarithm up to a half.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float log_of_small(float x) { return __logf(x); }
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Counters of a launch. Coming to one releases what the block wrote; only who finds that it was the last acquires what
+// the others did.
+__device__ __forceinline__ uint32_t come_to(uint32_t* counter, uint32_t wrap) {
+  uint32_t before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(wrap) : "memory");
+  return before;
+}
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ uint32_t add_to(uint32_t* counter, uint32_t more) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
+  return before;
+}
+__device__ __forceinline__ uint32_t set_bits(uint32_t* word, uint32_t bits) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bits) : "memory");
+  return before;
+}
+__device__ __forceinline__ uint32_t glance(const uint32_t* word) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(word) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
 
 template <class T>
-__device__ __forceinline__ T shuffled(const T& x, int mask) {
+__device__ __forceinline__ T shuffled(T x, int mask) {
   static_assert(sizeof(T) % 4 == 0);
   uint32_t words[sizeof(T) / 4];
   memcpy(words, &x, sizeof(T));
@@ -62,64 +175,101 @@ __device__ __forceinline__ T shuffled(const T& x, int mask) {
   return result;
 }
 
-// The order does not depend on the thread, nor does the result.
-template <int kWidth, class T, class F>
-__device__ __forceinline__ T shuffle_reduce(T x, const F& combine) {
-#pragma unroll
-  for (int mask = kWidth / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
-  return x;
-}
-
-// What other blocks wrote: not from this multiprocessor's own cache.
-template <class T>
-__device__ __forceinline__ T fresh(const T* place) {
-  return __ldcg(place);
-}
-
 class Team {
  public:
-  __device__ int rank() const { return int(threadIdx.x); }
-  __device__ int size() const { return int(blockDim.x); }
-  __device__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ static int rank() { return int(threadIdx.x); }
+  __device__ __forceinline__ static int size() { return kThreads; }
+  __device__ __forceinline__ static int lane() { return rank() % kLanes; }
+  __device__ __forceinline__ static int warp() { return rank() / kLanes; }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-  // Over the threads of a tile, known to all of them.
-  template <class T, class F>
-  __device__ T in_group(T x, const F& combine) const {
-    return shuffle_reduce<kGroup>(x, combine);
+  __device__ __forceinline__ static BlockMemory& memory() {
+    __shared__ BlockMemory own;
+    return own;
   }
 
-  // Whether it holds for a thread of the groups that shuffle together.
-  __device__ bool any_in_warp(bool x) const { return __any_sync(~0u, x) != 0; }
-
-  // Over the whole team, known to all.
+  // Over the lanes of a warp, known to all of them. The order does not depend on the lane, nor does the result.
   template <class T, class F>
-  __device__ T reduce(T x, const F& combine) const {
-    __shared__ alignas(16) unsigned char scratch[32 * 16];
-    static_assert(sizeof(T) <= 16);
-    T* shared = reinterpret_cast<T*>(scratch);
-    x = shuffle_reduce<32>(x, combine);
-    sync();  // an earlier result may still be read
-    if (rank() % 32 == 0) shared[rank() / 32] = x;
-    sync();
-    x = shared[0];
-    for (int warp = 1; warp < size() / 32; ++warp) x = combine(x, shared[warp]);
+  __device__ __forceinline__ T in_warp(T x, const F& combine) const {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
     return x;
   }
 
-  // Whether this team is the last of `others` + 1 to come here; it sees what all of them wrote before.
-  __device__ bool last_to_arrive(int32_t* counter, int32_t others) const {
-    sync();  // all have written
-    int32_t before = 0;
-    if (rank() == 0) {
-      __threadfence();
-      before = atomicAdd(counter, 1);
-      __threadfence();
-    }
-    return reduce(before, Larger()) == others;
+  // The earliest of a warp, known to all of its lanes.
+  __device__ __forceinline__ Arrived first_in_warp(const Arrived& mine) const {
+    Arrived first;  // times are not negative: their bits are in their order
+    first.time = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(mine.time)));
+    first.id = int(__reduce_min_sync(~0u, mine.time == first.time ? unsigned(mine.id) : unsigned(kNobody)));
+    return first;
   }
 
-  __device__ void raise(int32_t* value, int32_t least) const {
-    if (rank() == 0) atomicMax(value, least);
+  // Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
+  // together, so that it takes five shuffles and not sixteen. Tile own_tile(0) is left to this lane and three more.
+  template <class F>
+  __device__ __forceinline__ void per_tile(const float (&x)[kLoads], const F& combine, float (&own)[kOwnTiles]) const {
+    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not places in memory
+    const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
+    const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
+    const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
+    float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));
+    mine = combine(mine, shuffled(mine, 2));
+    own[0] = combine(mine, shuffled(mine, 1));
+  }
+  __device__ __forceinline__ static int own_tile(int) { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
+  __device__ __forceinline__ static bool leads_tile() { return lane() % 4 == 0; }
+
+  // The word of the bits f(0), ..., f(31), known to the warp.
+  template <class F>
+  __device__ __forceinline__ uint32_t bits(const F& f) const {
+    return __ballot_sync(~0u, f(lane()));
+  }
+
+  // Over the whole block, known to all.
+  template <class T, class F>
+  __device__ __forceinline__ T reduce(T x, const F& combine) const {
+    __shared__ alignas(16) unsigned char scratch[kWarps * 16];
+    static_assert(sizeof(T) <= 16);
+    T* shared = reinterpret_cast<T*>(scratch);
+    x = in_warp(x, combine);
+    sync();  // an earlier result may still be read
+    if (lane() == 0) shared[warp()] = x;
+    sync();
+    x = shared[0];
+#pragma unroll
+    for (int other = 1; other < kWarps; ++other) x = combine(x, shared[other]);
+    return x;
+  }
+  __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
+  __device__ __forceinline__ int count(bool x) const { return __syncthreads_count(x); }
+  // The sum of `x` over the threads before this one; and over all.
+  __device__ __forceinline__ int before(int x, int& all) const {
+    __shared__ int shared[kWarps];
+    int sum = x;
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, step);
+      if (lane() >= step) sum += other;
+    }
+    sync();
+    if (lane() == kLanes - 1) shared[warp()] = sum;
+    sync();
+    int ahead = 0;
+    all = 0;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      if (other < warp()) ahead += shared[other];
+      all += shared[other];
+    }
+    return ahead + sum - x;
+  }
+  // What the first thread has.
+  __device__ __forceinline__ int of_first(int x) const {
+    __shared__ int shared;
+    sync();
+    if (rank() == 0) shared = x;
+    sync();
+    return shared;
   }
 };
 
@@ -131,20 +281,20 @@ class Team {
 
 namespace specdec::cuda {
 
-// f(tile, whether there is one) on the tiles [begin, end), one a group; all threads come equally often. Unrolled where
-// a row is only read, so that a thread asks for the next tiles before the first is there.
-template <int kAhead, class F>
-SPECDEC_DEVICE void for_tiles(const Team& team, int64_t begin, int64_t end, const F& f) {
-  const int64_t group = team.rank() / kGroup, groups = team.size() / kGroup;
-#ifdef __CUDACC__
-#pragma unroll kAhead
-#endif
-  for (int64_t tile = begin; tile < end; tile += groups) f(tile + group, tile + group < end);
+// What `last()` says, asked by the first thread of the last of `blocks` blocks to come to a counter, which is 0 again
+// then; 0 for the others. The last one sees what all of them wrote before.
+template <class F>
+SPECDEC_DEVICE int when_all_came(const Team& team, uint32_t* counter, int blocks, const F& last) {
+  team.sync();  // all threads have written
+  int code = 0;
+  if (team.rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
+    acquire();
+    code = last();
+  }
+  return team.of_first(code);
 }
 
-// The first id of a tile that this thread holds.
-SPECDEC_DEVICE int64_t own_ids(const Team& team, int64_t tile) {
-  return tile * kTile + team.rank() % kGroup * kElements;
-}
+// Where the u-th load of a lane begins in a span.
+SPECDEC_DEVICE int load_offset(const Team& team, int u) { return (u * kLanes + team.lane()) * kElements; }
 
 }  // namespace specdec::cuda

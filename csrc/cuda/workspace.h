@@ -1,11 +1,10 @@
 // What all programs work with.
 //
-// One launch an operation. Several teams measure a row, each its slice of the tiles. The last of them to finish goes on
-// alone; nobody waits for anybody.
+// One launch an operation. Several blocks measure a row, each its spans.
 #pragma once
 
+#include "distribution.h"
 #include "launch.h"
-#include "laws.h"
 
 namespace specdec::cuda {
 
@@ -13,33 +12,36 @@ namespace specdec::cuda {
 struct Workspace {
   float* tables;
   void* places;  // what is known of every row, as the program has it
-  int32_t* counters;
-  int64_t slices, entries;
-  bool ahead;  // a tree's rows are measured before any is asked for
+  uint32_t* counters;
+  int spans;           // of a row
+  int slices, length;  // blocks that share a row, or a request, and spans of a slice of a row
+  bool in_waves;       // blocks start after others have ended, and may find that they are not needed
+  bool ahead;          // a tree's rows are measured before any is asked for
 
-  SPECDEC_DEVICE Table table(int64_t place) const {
-    return {tables + 2 * place * entries, tables + (2 * place + 1) * entries};
-  }
+  SPECDEC_DEVICE Table table(int64_t index) const { return {tables + index * Table::floats(spans), spans}; }
 };
 
 inline Workspace workspace_of(const Shape& shape, const Scratch& scratch) {
-  return {scratch.tables, scratch.places, scratch.counters, shape.slices, shape.entries, shape.ahead};
+  return {scratch.tables,     scratch.places,    reinterpret_cast<uint32_t*>(scratch.counters),
+          int(shape.spans()), int(shape.slices), int(shape.length),
+          shape.in_waves,     shape.ahead};
 }
 
-template <bool P>
-SPECDEC_DEVICE void measure_slice(const Team& team, const Rows& rows, int64_t i, float scale, int64_t part,
-                                  int64_t slices, const Table& table) {
-  const int64_t tiles = tiles_of(rows.vocab), size = (tiles + slices - 1) / slices;
-  const int64_t begin = part * size, end = begin + size < tiles ? begin + size : tiles;
-  tabulate<P>(team, rows, i, begin, end, scale, -INFINITY, table);
+// Which part of the work a block has: of rows, first rows of all requests first; of a crew, its block of it.
+struct Part {
+  int request, row, slice;
+};
+template <class Op>
+SPECDEC_DEVICE Part part_of(const Op& op, unsigned program, unsigned slices) {
+  const unsigned requests = unsigned(requests_of(op)), rest = program / requests;
+  return {int(program % requests), int(rest / slices), int(rest % slices)};
 }
 
-// All of row i.
-template <bool P>
-SPECDEC_DEVICE void measure_row(const Team& team, const Rows& rows, int64_t i, float scale, const Table& table) {
-  team.sync();  // all have read what is overwritten now
-  tabulate<P>(team, rows, i, 0, tiles_of(rows.vocab), scale, -INFINITY, table);
-  team.sync();
+template <bool kRace, class T, class F>
+SPECDEC_DEVICE void measure_slice(const Team& team, const Rows<T>& rows, int i, const Measure& what, const Noise& noise,
+                                  const Workspace& work, int slice, const Table& table, const F& meanwhile) {
+  const int begin = slice * work.length, end = begin + work.length < work.spans ? begin + work.length : work.spans;
+  measure<kRace>(team, rows, i, begin + team.warp(), end, kWarps, what, noise, table, meanwhile);
 }
 
 }  // namespace specdec::cuda

@@ -10,10 +10,11 @@ from specdec_kernels.ops import validate
 
 #: What each part begins at a multiple of, and bytes that a backend keeps of a row, at most.
 ALIGNMENT, PLACE_BYTES = 256, 128
-#: Of each row the programs that came; of each request the rows that were judged, and where it stops.
-COUNTER_BYTES, COUNTERS_A_REQUEST = 4, 2
-#: Tables of a row: of target and draft, two numbers of every tile.
-NUMBERS_A_TILE, NUMBER_BYTES = 4, 4
+#: Of each row the programs that came; of each request two counters, and a bit for each row.
+COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
+#: Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA twenty
+#: of every eight tiles.
+NUMBERS_A_TILE, TILES_A_SPAN, NUMBERS_A_SPAN, NUMBER_BYTES = 4, 8, 40, 4
 
 
 def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
@@ -36,20 +37,17 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
         >>> size = verify_chain_workspace(64, 4, 151_936)
         >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
         >>> size
-        10528512
+        10528768
     """
     for name, value in (("batch", batch), ("num_draft", num_draft), ("vocab", vocab)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < (name == "vocab"):
             raise ValueError(f"{name} must be at least {int(name == 'vocab')}, got {value}")
-    rows = batch * (num_draft + 1)
-    entries = 1 << (-(-vocab // TILE) - 1).bit_length()
-    parts = (
-        (rows + COUNTERS_A_REQUEST * batch) * COUNTER_BYTES,
-        rows * PLACE_BYTES,
-        rows * entries * NUMBERS_A_TILE * NUMBER_BYTES,
-    )
+    rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
+    counters = rows + (COUNTERS_A_REQUEST + -(-(num_draft + 1) // COUNTER_BITS)) * batch
+    numbers = max(NUMBERS_A_TILE << (tiles - 1).bit_length(), NUMBERS_A_SPAN * -(-tiles // TILES_A_SPAN))
+    parts = (counters * COUNTER_BYTES, rows * PLACE_BYTES, rows * numbers * NUMBER_BYTES)
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
 
 
