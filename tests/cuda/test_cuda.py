@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import subprocess
-from pathlib import Path
 
+import budget
 import pytest
 import torch
 from builds import ROOT, changed, sanitized
@@ -37,19 +35,22 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
     assert "SPECDEC_EMULATE_CUDA must be 1, threads or host, got '2'" in result.stdout
 
 
-def test_registers():
-    """No kernel spills: ptxas would have failed. Two blocks fit a multiprocessor where logits are not processed."""
-    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "-res-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"arch = (\w+)", text)) == {"sm_80", "sm_90", "sm_100"}
-    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", text)
-    found = [(name, int(registers)) for name, registers, _ in kernels if "noise" not in name]
-    # GPUs; processing or none, rules for chains and what else there is; widths of a mask's elements, and of what moves.
-    assert len(found) == 3 * (2 * (3 + 3) + 3 + 5)
-    for name, registers in found:
-        alone = "Lb1E" in name or "verify_tree" in name  # on a multiprocessor
-        assert registers <= (255 if alone else 128), name
-    assert all(local == "0" for _, _, local in kernels)
+def test_machine_code():
+    """No kernel spills where it measures rows, none has more registers than let 1,024 threads run, and instructions are
+    as many as the table says: ``python tests/helpers/budget.py --write`` makes it anew."""
+    found = budget.kernels(LIBRARY)
+    assert [f"{kernel.name}: {what}" for kernel in found for what in kernel.wrong()] == []
+    assert budget.lines(found) == budget.TABLE.read_text().splitlines()
+
+
+def test_what_is_wrong_with_machine_code_is_seen():
+    loop = ["LDG.E.EF.128 R4, desc[UR4][R2.64]", "MUFU.EX2 R1, R1", "DADD R2, R2, R4", "STL [R1], R2", "@P0 BRA 0x10"]
+    code = [(16 * (index + 1), text) for index, text in enumerate([*loop, "LD.E R2, [R4.64]", "EXIT"])]
+    kernel = budget.Kernel("verify_chain_kernelINS_8BFloat16E", 65, code)
+    assert kernel.eight_ids() == [5.0]
+    assert kernel.wrong() == [
+        "65 registers", "LD.E anywhere", "STL in a measuring loop", "DADD in a loop over logits",
+    ]  # fmt: skip
 
 
 SELFTEST = """
@@ -62,19 +63,19 @@ print(report.requests, report.wrong[:3])
 
 
 def test_by_many_threads():
-    """A team of two warps, as threads that wait for each other, in blocks of eight ids a thread."""
+    """A block of two warps, as threads that wait for each other."""
     result = run_python("-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads")
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
     assert int(result.stdout.split()[0]) > 100
 
 
-SYNC = "team_.sync();  // what one thread wrote, all read"
+SYNC = "team_.sync();  // all have read what is overwritten now"
 
 
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_threads_wait_for_each_other(synchronised, tmp_path):
     """Under the thread sanitizer; and the control, without one of the places where they do."""
-    source = ROOT if synchronised else changed(tmp_path, "cuda/chain.h", SYNC, "")
+    source = ROOT if synchronised else changed(tmp_path, "cuda/trees.h", SYNC, "")
     build = sanitized("thread", "specdec_cuda_emulated_threads", source=source)
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     library = str(build / "libspecdec_cpu.so")
@@ -88,8 +89,36 @@ def test_threads_wait_for_each_other(synchronised, tmp_path):
         assert "WARNING: ThreadSanitizer: data race" in result.stderr
 
 
+MUTANTS = {
+    "a block's arrival is lost": (
+        "team.h",
+        "come_to(counter, uint32_t(blocks - 1))",
+        "come_to(counter, uint32_t(blocks))",
+    ),
+    "a row behind the end is not settled": ("chain.h", "(ends && row > row_)", "(ends && row > row_ + 1)"),
+    "the row itself is not settled": ("chain.h", "row == row_ || (ends", "row == row_ + 1 || (ends"),
+    "a tile that may win is not looked at": (
+        "distribution.h",
+        "next.time * 0.9999f < best.time",
+        "next.time * 2.0f < best.time",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_seen(mutant, tmp_path):
+    """By the self-test: as wrong tokens, as counters that were not left at 0, or as results that nobody wrote."""
+    file, old, new = MUTANTS[mutant]
+    build = sanitized("undefined", "specdec_cuda_emulated", source=changed(tmp_path, f"cuda/{file}", old, new))
+    result = run_python(
+        "-c", SELFTEST.format(count=40), SPECDEC_EMULATE_CUDA="1", SPECDEC_EMULATED_PROCESSORS="3",
+        SPECDEC_LIBRARY=str(build / "libspecdec_cpu.so"),
+    )  # fmt: skip
+    assert not result.stdout.strip().endswith(" []")
+
+
 def test_results_do_not_depend_on_the_launch(monkeypatch):
-    """How many teams a row has, nor the order they come in."""
+    """How many blocks a row or a request has, nor the order they come in."""
     if torch.cuda.is_available():
         pytest.skip("the order is the GPU's")
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +153,7 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
 
 @pytest.mark.parametrize("rule", ["walk", "recursive", "traversal", "coupled"])
 def test_trees_do_not_depend_on_the_launch(monkeypatch, rule):
-    """Nor on whether rows are measured ahead, by how many teams."""
+    """Nor on whether rows are measured ahead, by how many blocks."""
     if torch.cuda.is_available():
         pytest.skip("the order is the GPU's")
     generator = torch.Generator().manual_seed(0)
