@@ -1,5 +1,15 @@
 """Tests that take ``backend`` run once for each implementation but for what their module names in ``WITHOUT``; where
-there is no GPU, Triton in its interpreter and the CUDA programs on the CPU."""
+there is no GPU, Triton in its interpreter and the CUDA programs on the CPU.
+
+Markers say what is not run, or not every time:
+
+- ``backends("cpu", ...)``: by these alone.
+- ``brief(kept=...)``: with those parameters alone of which ``kept`` says so; with the others in ``make test-all``.
+- ``interpreted(kept=...)``: likewise where Triton is interpreted, which takes it seconds for what the others do in
+  milliseconds. ``interpreted(None)``: never.
+- ``long``: in ``make test-all`` alone.
+- ``slow``: before all others, so that no worker is left with it in the end.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +24,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from backends import on_device
+from budget import EVERYTHING
 from interpreter import skip_repeated_patching
 
 from specdec_kernels import ops
@@ -25,10 +36,36 @@ if not torch.cuda.is_available():
     skip_repeated_patching()
 
 
+def is_interpreted(backend: object) -> bool:
+    return backend == "triton" and ops.BACKENDS["triton"].device == "cpu"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        without = getattr(metafunc.module, "WITHOUT", ())
-        metafunc.parametrize("backend", [name for name in ops.BACKENDS if name not in without], indirect=True)
+    if "backend" not in metafunc.fixturenames:
+        return
+    by = metafunc.definition.get_closest_marker("backends")
+    names = by.args if by else [name for name in ops.BACKENDS if name not in getattr(metafunc.module, "WITHOUT", ())]
+    in_interpreter = metafunc.definition.get_closest_marker("interpreted")
+    if in_interpreter and in_interpreter.args == (None,):
+        names = [name for name in names if not is_interpreted(name)]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+def runs(item: pytest.Item) -> bool:
+    """Whether ``make test`` has it."""
+    if item.get_closest_marker("long"):
+        return False
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    names = ("brief", "interpreted") if is_interpreted(parameters.get("backend")) else ("brief",)
+    markers = filter(None, map(item.get_closest_marker, names))
+    return all(marker.kwargs["kept"](parameters) for marker in markers)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not EVERYTHING:
+        config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+        items[:] = [item for item in items if runs(item)]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
@@ -37,6 +74,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     reason = ops.BACKENDS[name].reason
     assert not reason, f"backend {name} must run in tests: {reason}"
     return name
+
+
+@pytest.fixture
+def few(backend: str) -> Callable[[int], int]:
+    """How many requests of so many there are: an eighth where Triton is interpreted."""
+    return lambda count: max(1, count // 8) if is_interpreted(backend) and not EVERYTHING else count
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def target_model():
     return tiny(1, layers=2)
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["num_draft"] or parameters["name"] in ("lookup", "model", "tree"))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_draft", [0, 1, 4])
 def test_greedy_text_is_the_targets(target_model, name, num_draft):
@@ -65,6 +66,9 @@ def test_greedy_text_is_the_targets(target_model, name, num_draft):
         assert result.finished == "length"
 
 
+@pytest.mark.brief(
+    kept=lambda parameters: parameters["rows"] == 3 or parameters["name"] in ("lookup", "model", "feature")
+)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TREES])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
@@ -91,6 +95,15 @@ def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
         assert alone[0].tokens == result.tokens
 
 
+#: Kinds of drafters that no other one stands for, and each rule with what it reads.
+BRIEF = {
+    ("model", "token"), ("model", "block"), ("model", "coupled"), ("confident", "block"), ("lookup", "token"),
+    ("feature", "token"), ("adaptive", "token"), ("tree", "token"), ("tree", "block"), ("siblings", "token"),
+    ("adaptive siblings", "block"), ("medusa", "token"),
+}  # fmt: skip
+
+
+@pytest.mark.brief(kept=lambda parameters: (parameters["kind"], parameters["rule"]) in BRIEF)
 @pytest.mark.parametrize(
     ("kind", "rule"),
     [

@@ -21,6 +21,7 @@ from specdec_kernels.decode import (
     Statistics,
     TransformersTarget,
     TreeDraft,
+    cache,
     generate,
     model_facts,
     stream,
@@ -56,6 +57,15 @@ def test_a_request_that_is_left_alone_does_not_see_holes(model):
     assert result[0].tokens == slow_greedy(model, [5], 20)
 
 
+def test_a_request_that_is_left_alone_has_no_holes(model):
+    """Not even a few: its columns need no mask."""
+    session = TransformersTarget(model).begin([[1, 2, 3], [4, 5, 6]], [9, 9])
+    session.score(torch.ones(2, 4, dtype=torch.int64), [4, 4])
+    session.commit([3, 4])
+    session.select([0])
+    assert session.lengths == [session._cache.columns] == [5]
+
+
 def test_holes_are_squeezed_out(model, monkeypatch):
     """A batch keeps no more holes than a quarter of its columns, and a request that is alone none."""
     worst, alone = 0.0, 0
@@ -84,6 +94,13 @@ def test_holes_are_squeezed_out(model, monkeypatch):
     greedy(model, PROMPTS[:2], drafter=CallableDrafter(propose), max_new_tokens=[30, 60], num_draft=5)
     assert 0.1 < worst <= 0.25
     assert alone > 5
+
+
+def test_more_rows_than_a_cache_begins_with(model, monkeypatch):
+    """It grows, with what it has."""
+    monkeypatch.setattr(cache, "CAPACITY", 4)
+    results = greedy(model, PROMPTS, drafter=drafters(model)["lookup"], max_new_tokens=30)
+    assert [r.tokens for r in results] == [slow_greedy(model, prompt, 30) for prompt in PROMPTS]
 
 
 def test_two_streams_over_one_target_are_read_in_turns(model):
@@ -384,6 +401,7 @@ class Poisoned(torch.nn.Module):
         return torch.where(self.when(logits)[..., None], self.value, logits)
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["value"] != parameters["value"] or parameters["rule"] == "block")
 @RULES
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [None, "lookup", "self", "tree"])

@@ -26,6 +26,11 @@ def decode(model, name=None, prompts=PROMPTS, **options):
     return [r.tokens for r in generate(TransformersTarget(model), prompts, drafter=drafter, **options)]
 
 
+@pytest.mark.brief(
+    kept=lambda parameters: (
+        parameters["options"] == "filters" or parameters["name"] in ("lookup", "model", "feature tree")
+    )
+)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_coupled_text_is_the_same_with_any_drafter(target_model, name, options):

@@ -60,6 +60,9 @@ def decoded(model, name, surroundings=nullcontext, **options):
     return [(result.tokens, [str(value) for value in result.logprobs]) for result in results]
 
 
+@pytest.mark.brief(
+    kept=lambda parameters: parameters["rule"] != "block" or parameters["name"] in (None, "model", "tree")
+)
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_everything_is_made_where_and_as_what_it_is_meant_to_be(model, name, rule):

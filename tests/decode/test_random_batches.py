@@ -1,17 +1,17 @@
 """Random batches (lengths, limits, stop tokens, drafters, rules, trees, parameters of each request, ends at any time)
 against slow references that run every request alone, in full, without a cache.
 
-SPECDEC_RANDOM_BATCHES says how many; `make test-long` has thousands.
+``make test`` has a hundred, ``make test-all`` thousands.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forms import some
 from decoding import drafters
 from tiny import VOCAB, steady, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -20,8 +20,7 @@ from specdec_kernels import LogitBias, Penalties, verify_chain
 from specdec_kernels.decode import Scores, TransformersTarget, generate
 from specdec_kernels.ops.trees import tree_mask
 
-BATCHES = int(os.environ.get("SPECDEC_RANDOM_BATCHES", "240"))
-CHUNK = 24
+BATCHES, CHUNK = some(96, 4800), 24
 CONTEXT = 40
 
 
@@ -189,6 +188,7 @@ def random_case(own):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(0, BATCHES, CHUNK))
 def test_random_batches(models, start):
     for number in range(start, start + CHUNK):

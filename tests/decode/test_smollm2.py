@@ -27,6 +27,8 @@ def encode(tokenizer, prompt):
     )
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["session"] == "bfloat16" or parameters["kind"] == "edit")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_greedy_text_depends_on_no_drafter(session, kind):
     """With a fixed number of rows the text is equal token for token, whatever drafted and however much."""
@@ -54,6 +56,8 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     assert text(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["session"] == "bfloat16" or parameters["kind"] == "edit")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["story", "edit"])
 def test_coupled_text_depends_on_no_drafter(session, kind):
     """Case 25 on a real model: at temperature 0.8 too, under the rule that shares the noise."""
@@ -71,11 +75,11 @@ def test_coupled_text_depends_on_no_drafter(session, kind):
     assert text(load_drafter("auto", model, adaptive=True)) == plain
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("session", ["bfloat16"], indirect=True)
 def test_the_trained_drafter_drafts(session):
     """It gets more than one token in three right on code, at temperature 0.8."""
     model, tokenizer, stop = session
-    if model.dtype != torch.bfloat16:
-        pytest.skip("once is enough")
     statistics = Statistics()
     prompts = [encode(tokenizer, prompt) for prompt in PROMPTS["code"]]
     options = {"num_draft": 3, "max_new_tokens": 64, "temperature": 0.8, "seed": 1, "stop_tokens": stop}
@@ -84,14 +88,15 @@ def test_the_trained_drafter_drafts(session):
     assert statistics.invalid == 0
 
 
+@pytest.mark.slow
 def test_generate_and_doctor():
     from specdec_kernels.cli.main import app
 
     runner = CliRunner()
-    for options in ([], ["--rule", "coupled", "--temperature", "0.8", "--top-p", "0.9", "--num-draft", "3"]):
-        result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "8", "--compare", *options])
-        assert result.exit_code == 0, result.output
-        assert "speed-up" in result.output
+    options = ["--rule", "coupled", "--temperature", "0.8", "--top-p", "0.9", "--num-draft", "3"]
+    result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "6", "--compare", *options])
+    assert result.exit_code == 0, result.output
+    assert "speed-up" in result.output
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     assert "known answers" in result.output

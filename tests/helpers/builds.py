@@ -1,4 +1,4 @@
-"""Builds of the C++: with sanitizers, and of mutants."""
+"""Builds of the C++ with sanitizers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,3 @@ def sanitized(sanitizers: str, *targets: str, source: Path = ROOT) -> Path:
         subprocess.run([*cmake, "-S", source, "-B", build, *options], check=True, capture_output=True)
         subprocess.run([*cmake, "--build", build, "--target", *targets], check=True, capture_output=True)
     return build
-
-
-def changed(into: Path, file: str, old: str, new: str) -> Path:
-    """The sources with one line changed."""
-    for name in ("csrc", "CMakeLists.txt"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, into / name)
-    path = into / "csrc" / file
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-    return into

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,7 +270,7 @@ def calls(draw):
     }
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=some(150, 400), deadline=None, derandomize=True)
 @given(calls())
 def test_nothing_crashes_and_ids_stay_in_range(named):
     vocab = named["target_logits"].shape[-1]
@@ -389,7 +390,7 @@ def trees(draw):
     }
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=some(150, 300), deadline=None, derandomize=True)
 @given(trees())
 def test_no_tree_crashes_and_ids_stay_in_range(named):
     vocab, nodes = named["target_logits"].shape[-1], named["target_logits"].shape[1]

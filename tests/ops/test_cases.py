@@ -29,9 +29,9 @@ def test_a_product_of_zero_is_not_below_a_target_of_zero(verify_chain):
     assert verified.tokens[0, 0] in (1, 2)
 
 
-def test_what_the_residual_excludes_is_never_emitted(verify_chain):
+def test_what_the_residual_excludes_is_never_emitted(few, verify_chain):
     """Case 2, at the last id of a short tile."""
-    count, vocab = 400, 130
+    count, vocab = few(400), 130
     target = torch.zeros(count, 2, vocab)
     draft = torch.zeros(count, 1, vocab)
     draft[:, :, -1] = 9.0  # the target gives the last id less
@@ -39,14 +39,14 @@ def test_what_the_residual_excludes_is_never_emitted(verify_chain):
         target, torch.full((count, 1), vocab - 1), draft, draft_temperature=1.0, seed=torch.arange(count), position=1
     )
     rejected = verified.num_accepted == 0
-    assert rejected.sum() > 300
+    assert rejected.sum() > 0.75 * count
     assert (verified.tokens[rejected, 0] != vocab - 1).all()
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 1e-4])
-def test_residual_precision(verify_chain, ratio):
+def test_residual_precision(few, verify_chain, ratio):
     """Case 9: a draft token that is nearly certain, and a target that gives it almost nothing."""
-    count = 200
+    count = few(200)
     target = torch.tensor([[ratio, 0.5, 0.5 - ratio], [1, 1, 1]], dtype=torch.float64).log().float()
     draft = torch.tensor([[1 - 2e-7, 1e-7, 1e-7]], dtype=torch.float64).log().float()
     verified = verify_chain(
@@ -75,26 +75,28 @@ def test_a_greedy_row_among_sampled_ones(verify_chain, sample):
     assert drawn.stats[[0, 2]].isfinite()[:, ::2].all()
 
 
-def test_greedy_statistics_are_a_point_mass(verify_chain):
-    target, tokens, draft = batch(count=64)
-    stats = torch.tensor([INF, 3.0, 0.0]).expand(64, 2, 3)
-    a = verify_chain(target, tokens, draft, stats, seed=torch.arange(64), position=1)
-    b = verify_chain(target, tokens, seed=torch.arange(64), position=1)
+def test_greedy_statistics_are_a_point_mass(few, verify_chain):
+    count = few(64)
+    target, tokens, draft = batch(count=count)
+    stats = torch.tensor([INF, 3.0, 0.0]).expand(count, 2, 3)
+    a = verify_chain(target, tokens, draft, stats, seed=torch.arange(count), position=1)
+    b = verify_chain(target, tokens, seed=torch.arange(count), position=1)
     assert torch.equal(a.tokens, b.tokens)
 
 
-def test_a_one_hot_draft_is_a_point_mass(verify_chain):
+def test_a_one_hot_draft_is_a_point_mass(few, verify_chain):
     """A draft without logits means the same as the draft with all its mass on the token."""
-    target, tokens, _ = batch(count=64)
-    one_hot = torch.full((64, 2, 131), -INF).scatter(2, tokens[..., None], 0.0)
-    a = verify_chain(target, tokens, one_hot, draft_temperature=1.0, seed=torch.arange(64), position=1)
-    b = verify_chain(target, tokens, seed=torch.arange(64), position=1)
+    count = few(64)
+    target, tokens, _ = batch(count=count)
+    one_hot = torch.full((count, 2, 131), -INF).scatter(2, tokens[..., None], 0.0)
+    a = verify_chain(target, tokens, one_hot, draft_temperature=1.0, seed=torch.arange(count), position=1)
+    b = verify_chain(target, tokens, seed=torch.arange(count), position=1)
     assert torch.equal(a.tokens, b.tokens)
 
 
-def test_zero_residual(verify_chain):
+def test_zero_residual(few, verify_chain):
     """Case 14: a rejection with nothing left over (declared twice too likely) emits from the target."""
-    count = 300
+    count = few(300)
     row = torch.tensor([0.5, 0.5, 0.0, 0.0]).log()
     stats = torch.tensor([1.0, -INF, -float(np.log(4.0))]).expand(count, 1, 3)
     verified = verify_chain(
@@ -102,7 +104,7 @@ def test_zero_residual(verify_chain):
         seed=torch.arange(count), position=1,
     )  # fmt: skip
     rejected = verified.num_accepted == 0
-    assert rejected.sum() > 100
+    assert rejected.sum() > count / 3
     assert set(verified.tokens[rejected, 0].tolist()) == {0, 1}
     assert verified.valid.all()
 
@@ -169,6 +171,7 @@ def test_large_logits_at_extreme_temperatures(verify_chain, temperature):
         assert torch.equal(first, target[:, 0].amax(-1))
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["vocab"] < 5000)
 @pytest.mark.parametrize(("vocab", "token"), [(128, 100), (700, 699), (5000, 3), (5000, 4100)])
 def test_a_mask_leaves_one_token_wherever_its_logit_lies(verify_chain, vocab, token):
     """Case 17: what a grammar makes of a row, by -inf, by large numbers and by bits."""
@@ -188,10 +191,9 @@ def test_a_mask_leaves_one_token_wherever_its_logit_lies(verify_chain, vocab, to
         torch.testing.assert_close(verified.logprobs, torch.zeros(len(logits), 1), rtol=0, atol=1e-5)
 
 
-def test_offsets_beyond_two_to_the_31(backend, verify_chain):
+@pytest.mark.backends("cpu")  # a buffer of 4 GiB; the other backends take strides as 64-bit integers the same way
+def test_offsets_beyond_two_to_the_31(verify_chain):
     """Case 18: rows that start beyond 2^31 elements; a view, so that no memory is needed."""
-    if backend != "cpu":
-        pytest.skip("a buffer of 4 GiB; the other backends take strides as 64-bit integers the same way")
     vocab = 131
     storage = torch.empty(2**31 + 4096, dtype=torch.float16)  # untouched pages cost nothing
     target, tokens, draft = batch(count=2, drafts=1)
@@ -204,17 +206,18 @@ def test_offsets_beyond_two_to_the_31(backend, verify_chain):
 
 @pytest.mark.parametrize("kind", ["dense", "point mass"])
 @pytest.mark.parametrize("end", range(4))
-def test_minus_one_ends_a_draft(verify_chain, kind, end):
+def test_minus_one_ends_a_draft(few, verify_chain, kind, end):
     """Case 19: at every position, whatever stands behind it; the same as a shorter num_draft."""
-    target, tokens, draft = batch(count=16, drafts=3)
+    count = few(32)
+    target, tokens, draft = batch(count=count, drafts=3)
     target = target * 0.01 + 5 * torch.nn.functional.one_hot(torch.cat([tokens, tokens[:, :1]], 1), 131)
     drafted = {} if kind == "point mass" else {"draft_logits": draft, "draft_temperature": 1.0}
     cut = tokens.clone()
     if end < 3:
         cut[:, end] = -1
-    named = {"seed": torch.arange(16), "position": 1}
+    named = {"seed": torch.arange(count), "position": 1}
     a = verify_chain(target, cut, **drafted, **named)
-    b = verify_chain(target, tokens, **drafted, **named, num_draft=torch.full((16,), end))
+    b = verify_chain(target, tokens, **drafted, **named, num_draft=torch.full((count,), end))
     assert torch.equal(a.tokens, b.tokens)
     assert (a.num_accepted <= end).all()
     assert ((a.tokens >= 0).sum(1) == a.num_accepted + 1).all()
@@ -236,13 +239,14 @@ def test_empty_batches_and_empty_drafts(verify_chain, sample):
     assert mixed.num_accepted[0] == 0
 
 
-def test_a_request_does_not_depend_on_its_batch(verify_chain):
+def test_a_request_does_not_depend_on_its_batch(few, verify_chain):
     """Case 22: alone, among 64, permuted: bitwise the same tokens; other seeds give other ones."""
-    target, tokens, draft = batch(vocab=1000, count=64, drafts=3)
-    seed, position = torch.arange(64) + 5, torch.arange(64) * 7
+    count = few(64)
+    target, tokens, draft = batch(vocab=1000, count=count, drafts=3)
+    seed, position = torch.arange(count) + 5, torch.arange(count) * 7
     named = {"temperature": 0.9}
     together = verify_chain(target, tokens, draft, draft_temperature=1.0, seed=seed, position=position, **named).tokens
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     permuted = verify_chain(
         target[order],
         tokens[order],
@@ -253,7 +257,7 @@ def test_a_request_does_not_depend_on_its_batch(verify_chain):
         **named,
     ).tokens
     assert torch.equal(permuted, together[order])
-    for b in range(0, 64, 16):
+    for b in range(0, count, max(1, count // 4)):
         one = slice(b, b + 1)
         alone = verify_chain(
             target[one], tokens[one], draft[one], draft_temperature=1.0, seed=seed[one], position=position[one], **named
@@ -276,12 +280,14 @@ def test_inputs_are_not_changed(verify_chain, sample):
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["temperature"] == 0.3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_logprobs_are_the_targets(sample, dtype, temperature):
+def test_logprobs_are_the_targets(few, sample, dtype, temperature):
     """Case 34, as far as there are no filters: within 1e-5, never a blanket 0.0."""
-    logits = (torch.randn(20, 999, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    drawn = sample(logits, seed=torch.arange(20), position=3, temperature=temperature)
+    count = few(20)
+    logits = (torch.randn(count, 999, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    drawn = sample(logits, seed=torch.arange(count), position=3, temperature=temperature)
     want = (logits.double() / temperature).log_softmax(-1).gather(1, drawn.tokens[:, None])[:, 0]
     torch.testing.assert_close(drawn.logprobs.double(), want, rtol=0, atol=1e-5)
 
@@ -303,10 +309,11 @@ def test_int32_ids_are_the_same(verify_chain):
     assert torch.equal(wide.tokens, narrow.tokens)
 
 
-def test_rows_behind_the_rejection_are_not_read(verify_chain):
+def test_rows_behind_the_rejection_are_not_read(few, verify_chain):
     """A nan there is not even noticed."""
-    target, tokens, draft = batch(count=32)
-    named = {"seed": torch.arange(32), "position": 1}
+    count = few(32)
+    target, tokens, draft = batch(count=count)
+    named = {"seed": torch.arange(count), "position": 1}
     before = verify_chain(target, tokens, draft, draft_temperature=1.0, **named)
     broken, broken_draft = target.clone(), draft.clone()
     for b, accepted in enumerate(before.num_accepted.tolist()):

@@ -147,6 +147,9 @@ def test_paths_and_pages_that_are_none(nodes, table, message):
         ([[0, 2], [0, 1]], [3, 0], [[0, -2], [1, 2]]),
         ([[0, 2], [0, 1]], [3, 0], [[0, 5], [1, 2]]),
         ([[0, 2], [0, 1]], [7, 0], [[0, 3], [1, 2]]),
+        ([[0, 2], [0, 1]], [6, 0], None),  # where it would go to is there
+        ([[0, 2], [0, 1]], [2, 0], [[0, -2], [1, 2]]),
+        ([[0, 2], [0, 1]], [2, 0], [[0, 5], [1, 2]]),
     ],
 )
 def test_launchers_move_no_row_that_is_not_there(name, nodes, start, table):
@@ -269,6 +272,7 @@ def test_a_row_that_is_not_usable_counts_for_no_draft(verify_chain, rule, drafte
     assert not made.valid.any()
 
 
+@pytest.mark.interpreted(kept=lambda parameters: (parameters["kind"] == "dense") == (parameters["siblings"] == "iid"))
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("kind", ["statistics", "dense"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forms import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -193,21 +194,21 @@ def run(call: dict[str, Any], backend: str) -> None:
         check(target, typical.tokens[0, :count].tolist(), path, bool(typical.valid), call["temperature"])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=some(60, 150), deadline=None, derandomize=True)
 @given(call=calls((1, 3, 130, 300, 2500)))
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_every_function(name, call):
     run(call, name)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=some(6, 12), deadline=None, derandomize=True)
 @given(call=calls((1, 3, 130, 300)))
 def test_every_function_of_the_reference(call):
     run(call, "reference")
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
-@given(call=calls((3, 130)))
+@settings(max_examples=some(1, 3), deadline=None, derandomize=True)
+@given(call=calls((130,)))
 def test_every_function_of_triton(call):
     run(call, "triton")
 
@@ -314,6 +315,7 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["stats"] in (ODD[0], ODD[2], ODD[6]))
 @pytest.mark.parametrize("stats", ODD)
 def test_odd_scalars_of_drafts(backend, stats):
     """Whatever is handed over, ids stay in range; what says nothing about the draft is not used."""

@@ -166,20 +166,23 @@ def parents(backend):
     return FLAT if backend == "triton" and BACKENDS[backend].device == "cpu" else DEEP
 
 
-@pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-@pytest.mark.parametrize("kind", ["dense", "statistics", "point mass"])
-@pytest.mark.parametrize("rule", [*RULES, "coupled"])
+#: The rules walk and coupled do not read what drafts were drawn from.
+LAWS = [
+    *product(("recursive", "traversal"), ("dense", "statistics", "point mass"), ("iid", "without_replacement")),
+    *product(("walk", "coupled"), ["point mass"], ("iid", "without_replacement")),
+]
+
+
+@pytest.mark.interpreted(kept=lambda parameters: parameters["siblings"] != "iid" or parameters["kind"] == "statistics")
+@pytest.mark.parametrize(("rule", "kind", "siblings"), LAWS)
 def test_the_law_is_exact(verify, grids, parents, rule, kind, siblings):
-    if parents == FLAT and (siblings, kind) in (("iid", "dense"), ("iid", "point mass")):
-        pytest.skip("interpreted: ten seconds each")
     assert law_by_counting(verify, grids, rule, siblings, kind, parents) == 0
 
 
+@pytest.mark.interpreted(kept=lambda parameters: (parameters["rule"], parameters["siblings"]) == ("traversal", "iid"))
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 def test_a_wrong_draft_law_is_seen(verify, grids, parents, rule, siblings):
-    if parents == FLAT and siblings == "iid":
-        pytest.skip("interpreted: ten seconds each")
     """Case 3: children from another law than the declared one change the text."""
     assert law_by_counting(verify, grids, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
 
@@ -224,9 +227,9 @@ def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, r
         for name in ("tokens", "num_accepted", "valid", "logprobs", "raw_logprobs"):
             torch.testing.assert_close(getattr(tree, name), getattr(chain, name), rtol=0, atol=0, equal_nan=True)
         compared += 1
-        if compared == 3 and backend == "triton":
+        if compared == 2 and backend == "triton":
             break  # the interpreter takes a second for each
-    assert compared >= 3
+    assert compared >= 2
 
 
 # --- drawing children -------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, r
 def test_without_replacement_the_children_have_the_law_of_sequential_draws(children, backend):
     """First children over many seeds, by a test of their counts; no token twice."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    count = 200 if backend == "triton" else 2000
+    count = 100 if backend == "triton" else 2000
     drawn = children(probs.log().expand(count, 4), 3, "without_replacement", seed=torch.arange(count), position=3)
     assert all(len(set(row)) == 3 for row in drawn.tokens.tolist())
     for first in range(4):
@@ -343,8 +346,9 @@ def test_requests_do_not_see_each_other(verify):
 
 
 @pytest.mark.parametrize("rule", [*RULES, "coupled"])
-def test_a_padded_vocabulary_changes_nothing(verify, children, rule):
+def test_a_padded_vocabulary_changes_nothing(backend, verify, children, rule):
     """Case 23, on one device: padding of -inf never wins, and ties go to the lowest id."""
+    widths = (300, 384) if backend == "triton" else (300, 384, 1000)
     generator = torch.Generator().manual_seed(3)
     target, draft = torch.randn(2, 4, 6, 300, generator=generator) * 2
     tokens, parents = (
@@ -353,7 +357,7 @@ def test_a_padded_vocabulary_changes_nothing(verify, children, rule):
     )
     target.scatter_(2, tokens[..., None], 6.0)
     results = []
-    for width in (300, 384, 1000):
+    for width in widths:
         wide = [torch.nn.functional.pad(x, (0, width - 300), value=-torch.inf) for x in (target, draft)]
         results.append(
             verify(
@@ -370,8 +374,7 @@ def test_a_padded_vocabulary_changes_nothing(verify, children, rule):
         )
         for how in ("top", "without_replacement", "race"):
             results[-1] = torch.cat([results[-1], children(wide[0][:, 0], 4, how, seed=5, position=7).tokens], 1)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(result, results[0]) for result in results[1:])
     flat = torch.zeros(1, 300)
     assert children(flat, 5, "top", seed=1, position=1).tokens.tolist() == [[0, 1, 2, 3, 4]]
 

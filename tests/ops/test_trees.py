@@ -62,11 +62,18 @@ def expected(parents, format):
     return np.concatenate([words(mask, width)[:, 0] for mask in plain])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("nodes", [*SIZES, 8, 9, 16])
+#: SGLang packs 32 nodes at most.
+MASKS = [
+    (nodes, format)
+    for nodes in (*SIZES, 8, 9, 16)
+    for format in FORMATS
+    if nodes <= 32 or format != "sglang_qlen_only_packed"
+]
+
+
+@pytest.mark.interpreted(kept=lambda parameters: parameters["nodes"] in (1, 9, 16, 31, 33))
+@pytest.mark.parametrize(("nodes", "format"), MASKS)
 def test_masks(backend, nodes, format):
-    if format == "sglang_qlen_only_packed" and nodes > 32:
-        pytest.skip("SGLang packs 32 nodes at most")
     parents = trees(nodes)
     named = {"backend": backend}
     if format in ("dense", "additive", "flashinfer", "sglang_full"):
@@ -87,6 +94,7 @@ def test_masks(backend, nodes, format):
     assert np.array_equal(got.view(want.dtype) if got.dtype != want.dtype else got, want)
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["nodes"] in (1, 33, 65))
 @pytest.mark.parametrize("nodes", SIZES)
 def test_masks_without_context(backend, nodes):
     parents = trees(nodes)

@@ -1,0 +1,112 @@
+"""What drafters remember of their requests. It changes no text, only what is drafted, so the drafts are looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoding import NAMES, PROMPTS, drafters
+from tiny import VOCAB, Altered, steady, tiny
+
+from specdec_kernels import verify_chain
+from specdec_kernels.decode import Statistics, TransformersTarget, TreeDraft, generate
+from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter
+from specdec_kernels.decode.protocols import Step
+
+
+@pytest.fixture(scope="module")
+def model():
+    return steady(tiny(1, layers=2))
+
+
+def drafted(draft):
+    """Of each request its drafts, each with the node that it hangs from; a chain is a tree too."""
+    tree = draft if isinstance(draft, TreeDraft) else TreeDraft.of(draft)
+    nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
+    return [[(token, up) for token, up in zip(*row, strict=True) if up >= 0] for row in nodes]
+
+
+# Others take part in how many children a node has, and what is adaptive depends on the clock.
+@pytest.mark.parametrize("name", [name for name in NAMES if "adaptive" not in name and "trees" not in name])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_drafts_depend_on_the_history_alone(model, name, coupled):
+    """Not on what was accepted and taken back, nor on whose slot it was: a stream that begins with the history drafts
+    the same."""
+    target = TransformersTarget(model, check=False)
+    drafter = drafters(model, lambda *seed, **named: steady(tiny(*seed, **named)))[name]
+    written, alive, compared, checked = [list(prompt) for prompt in PROMPTS], list(range(len(PROMPTS))), [0], set()
+
+    def alone(step, slot):
+        history = written[alive[slot]]
+        session = drafter.begin([history], target.begin([history], [1], drafter.feature_layers).features)
+        own = {
+            each: value[slot : slot + 1] if isinstance(value := getattr(step, each), torch.Tensor) else value
+            for each in ("seed", "position", "temperature", "top_k", "top_p", "min_p")
+        }
+        return session.propose(Step([step.num_draft[slot]], **own, greedy=step.greedy, coupled=step.coupled))
+
+    def compare(draft, step):
+        for slot, found in enumerate(drafted(draft)):
+            checked.add(alive[slot])
+            assert found == drafted(alone(step, slot))[0], (slot, step)
+            compared[0] += bool(found)
+        return draft
+
+    def stop_when(request, generated):
+        written[request] = [*PROMPTS[request], *generated]
+        ended = len(generated) == lengths[request]
+        if ended:
+            alive.remove(request)
+        return ended
+
+    lengths = [9, 3, 14, 11]
+    generate(
+        target, PROMPTS, drafter=Altered(drafter, compare), num_draft=4, max_new_tokens=20, seed=[3, 4, 5, 6],
+        temperature=0.9, rule="coupled" if coupled else "token", stop_when=stop_when,
+    )  # fmt: skip
+    assert checked == {0, 1, 2, 3}
+    assert compared[0] > 5
+
+
+@pytest.mark.parametrize("name", ["self", "tree of self"])
+def test_a_drafter_that_is_its_target_is_always_right(model, name):
+    """Whatever was taken back before, and whoever ended."""
+    statistics, lengths = Statistics(), [21, 7, 13, 30]
+    options = {"num_draft": 3, "max_new_tokens": lengths, "temperature": 0.0, "statistics": statistics}
+    generate(TransformersTarget(model), PROMPTS, drafter=drafters(model)[name], **options)
+    for slot, length in enumerate(lengths):
+        own = statistics.requests[slot]
+        assert own.accepted_at == own.proposed_at
+        if name == "self":
+            assert own.request_steps == -(-length // 4)
+
+
+def test_positions_count_the_whole_text(model):
+    """Without drafts a token is what ``verify_chain`` draws at the position that it has in the text."""
+    for prompt, seed in zip(PROMPTS, (3, -4, 1 << 40, 6), strict=True):
+        (result,) = generate(TransformersTarget(model), [prompt], max_new_tokens=8, seed=seed, temperature=1.5)
+        history = list(prompt)
+        for token in result.tokens:
+            with torch.inference_mode():
+                row = model(torch.tensor([history])).logits[:, -1:]
+            nothing = torch.empty((1, 0), dtype=torch.int64)
+            drawn = verify_chain(row, nothing, seed=seed, position=len(history), temperature=1.5).tokens
+            assert drawn.tolist() == [[token]]
+            history.append(token)
+
+
+def test_acceptance_stays_with_its_request():
+    """An adaptive drafter learns of each request what was accepted of it, and keeps that when others end."""
+    drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count))
+    drafter.costs._steps = 0
+    session = drafter.begin([[1]] * 3, None)
+    keys = torch.ones(3, dtype=torch.int64)
+    for _ in range(3):
+        drafter.drafting._sums[0] = 0.0  # as if nothing was known: all that is wanted is drafted
+        draft = session.propose(Step([4, 4, 4], keys, keys, 1.0))
+        assert draft.counts == [4, 4, 4]
+        session.commit([[0], [1, 1, 0], [1, 1, 1, 1, 0]], None)
+    assert all(token < VOCAB for token in draft.tokens.flatten().tolist())
+    gains = [sum(gain for gain, _ in own.gains(4)) for own in session.acceptance]
+    assert gains[0] < 0.9 < gains[1] < 2.2 < gains[2]
+    session.select([2, 0])
+    assert [sum(gain for gain, _ in own.gains(4)) for own in session.acceptance] == [gains[2], gains[0]]
