@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
 	requirements-dev.txt
 
-.PHONY: demo test test-long peers bench docs lint format package versions clean test-llama
+.PHONY: demo test test-all mutants peers bench docs lint format package versions clean test-llama
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -17,9 +17,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Thousands of random batches against slow references, which takes the better part of an hour.
-test-long: $(STAMP)
-	SPECDEC_RANDOM_BATCHES=4800 $(BIN)/python -m pytest -n auto tests/decode/test_random_batches.py
+# The same tests in all their forms, thousands of random batches among them, which takes hours.
+test-all: $(STAMP)
+	SPECDEC_TEST_EVERYTHING=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Changes of the library that its tests must notice; `make test` tries a tenth of them, others for every commit.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 # The Python files of vLLM and SGLang, for tests that skip without them: 400 MB to fetch, of which the sources are kept in
 # ~/.cache/specdec-peers or $$SPECDEC_PEERS.
