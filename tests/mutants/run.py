@@ -206,7 +206,8 @@ def run_test(folder: Path, test: str, output: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", test]))
+    quiet = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    sys.exit(pytest.main(["-x", *quiet, "-p", "no:xdist", "-p", "no:cacheprovider", test]))
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ def copy(tmp_path_factory):
     return run.Copy(tmp_path_factory.mktemp("tree"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", run.chosen(SHARE, run.commit()), ids=str)
 def test_a_mutant_is_killed(copy, mutant):
     assert copy.survives(mutant) == ""

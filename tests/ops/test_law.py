@@ -128,7 +128,7 @@ def test_a_wrong_draft_law_is_seen(verify_chain, grids, rule, kind):
 def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rule):
     """Case 3, by frequencies: declared as it was, the text has the target's distribution, declared as 1 it has not; and
     decision by decision it is that of the stats, and that of logits divided by it."""
-    count, heat = (24 if backend == "triton" else 100_000), 0.5
+    count, heat = {"triton": 24, "reference": 30_000}.get(backend, 100_000), 0.5
     generator = torch.Generator().manual_seed(2)
     target, draft = torch.randn(6, generator=generator), torch.randn(6, generator=generator) * 0.8
     seeds, key = torch.arange(count), {"seed": torch.arange(count), "position": POSITION, "rule": rule}
@@ -149,7 +149,7 @@ def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rul
         found = torch.bincount(verified.tokens[:, 0], minlength=6) / count
         return float((found - target.softmax(-1)).abs().sum() / 2)
 
-    assert apart(right) < 0.006
+    assert apart(right) < 0.006 * (100_000 / count) ** 0.5
     assert apart(wrong) > 0.03
 
 

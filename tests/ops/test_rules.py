@@ -21,15 +21,16 @@ def rows(*probs):
     return torch.tensor(probs, dtype=torch.float64).log().float()
 
 
-def test_a_later_token_rescues_an_earlier_one(verify_chain):
+def test_a_later_token_rescues_an_earlier_one(few, verify_chain):
     """Case 8: ratios 1/2 and 2 make the pair certain under the block rule, whatever the coins."""
-    count = 40
+    count = few(96)
     target = rows([0.25, 0.75], [0.8, 0.2], [0.5, 0.5]).expand(count, 3, 2)
     draft = rows([0.5, 0.5], [0.4, 0.6]).expand(count, 2, 2)
     tokens = torch.zeros(count, 2, dtype=torch.int64)
     named = {"seed": torch.arange(count), "position": 4}
     assert (verify_chain(target, tokens, draft, draft_temperature=1.0, **named, rule="block").num_accepted == 2).all()
-    assert 5 < (verify_chain(target, tokens, draft, draft_temperature=1.0, **named).num_accepted == 0).sum() < 35
+    by_token = verify_chain(target, tokens, draft, draft_temperature=1.0, **named)
+    assert count / 8 < (by_token.num_accepted == 0).sum() < count * 7 / 8
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
@@ -135,9 +136,9 @@ def test_the_coupled_text_depends_on_no_drafter(few, sample, verify_chain, optio
         assert write(sample, verify_chain, num_draft, drafter, **options) == alone
 
 
-def test_coupled_drafts_are_accepted_more_than_independent_ones(sample, verify_chain):
+def test_coupled_drafts_are_accepted_more_than_independent_ones(few, sample, verify_chain):
     """The reason for shared noise; drafts drawn without it are accepted about as often as two laws agree by chance."""
-    count = 100
+    count = few(200)
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(count, 2, 60, generator=generator)
     draft = target[:, 0] + 0.2 * torch.randn(count, 60, generator=generator)

@@ -7,10 +7,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from distributions import PAIRS
 
-from specdec_kernels import oracle
-from specdec_kernels.contract import Purpose
+from specdec_kernels import oracle, sample, sample_children, verify_chain, verify_tree
+from specdec_kernels.contract import Purpose, Rule, TreeRule
 
 F = Fraction
 
@@ -160,3 +161,46 @@ def test_twenty_four_bit_uniforms_lose_the_tail():
     assert -np.log(np.ceil((largest + 1) / 2**8) / 2**24) == 0
     assert -np.log1p(-(0 + 0.5) * 2.0**-32) > 0
     assert np.isfinite(-np.log1p(-(largest + 0.5) * 2.0**-32))
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_small_vocabularies_against_the_reference(rule):
+    """Where drafts are often accepted in part, and paths have probabilities below one, as large ones seldom have."""
+    generator, count, drafts = torch.Generator().manual_seed(1), 300, 3
+    target, draft = (torch.randn(count, n, 4, generator=generator) * 1.5 for n in (drafts + 1, drafts))
+    drawn = [sample(draft[:, i], seed=torch.arange(count), position=5, row=i) for i in range(drafts)]
+    tokens = torch.stack([each.tokens for each in drawn], 1)
+    keys = {"seed": torch.arange(count), "position": 5, "rule": rule, "backend": "reference"}
+    found = verify_chain(target, tokens, draft, draft_temperature=1.0, **keys)
+    partly = 0
+    for b in range(count):
+        rows = target[b].double().numpy(), tokens[b].tolist(), draft[b].double().numpy(), None
+        want = oracle.verify_chain(*rows, oracle.Noise(b, 5), rule=Rule[rule.upper()])
+        partly += 0 < want.num_accepted < drafts
+        if want.margin > 1e-6:
+            assert [token for token in found.tokens[b].tolist() if token >= 0] == want.tokens
+    assert partly > count / 4
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+@pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
+def test_small_trees_against_the_reference(rule, siblings):
+    """Three siblings of four tokens, the later ones of what the earlier ones left."""
+    generator, count = torch.Generator().manual_seed(2), 300
+    target, draft = torch.randn(2, count, 4, 4, generator=generator) * 1.5
+    keys = {"seed": torch.arange(count), "position": 5}
+    children = sample_children(draft[:, 0], 3, siblings, **keys, backend="reference").tokens
+    tokens, parents = torch.cat([torch.zeros(count, 1, dtype=torch.int64), children], 1), [-1, 0, 0, 0]
+    found = verify_tree(
+        target, tokens, torch.tensor([parents] * count), draft, draft_temperature=1.0, siblings=siblings, rule=rule,
+        backend="reference", **keys,
+    )  # fmt: skip
+    behind = 0
+    for b in range(count):
+        rows = target[b].double().numpy(), tokens[b].tolist(), parents, draft[b].double().numpy(), None
+        how = {"rule": TreeRule[rule.upper()], "replacement": siblings == "iid"}
+        want = oracle.verify_tree(*rows, oracle.Noise(b, 5), **how)
+        behind += want.nodes[-1] > 1
+        if want.margin > 1e-6:
+            assert [token for token in found.tokens[b].tolist() if token >= 0] == want.tokens
+    assert behind > count / 10
