@@ -1,4 +1,4 @@
-"""What drafters remember of their requests. It changes no text, only what is drafted, so the drafts are looked at."""
+"""The state of drafters. It changes no text, only what is drafted, so the drafts are compared."""
 
 from __future__ import annotations
 
