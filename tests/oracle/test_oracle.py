@@ -8,9 +8,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from backends import on_device
 from distributions import PAIRS
 
-from specdec_kernels import oracle, sample, sample_children, verify_chain, verify_tree
+from specdec_kernels import oracle, sample, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import Purpose, Rule, TreeRule
 
 F = Fraction
@@ -164,36 +165,35 @@ def test_twenty_four_bit_uniforms_lose_the_tail():
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_small_vocabularies_against_the_reference(rule):
+def test_small_vocabularies(backend, few, rule):
     """Where drafts are often accepted in part, and paths have probabilities below one, as large ones seldom have."""
-    generator, count, drafts = torch.Generator().manual_seed(1), 300, 3
+    generator, count, drafts = torch.Generator().manual_seed(1), few(300), 3
     target, draft = (torch.randn(count, n, 4, generator=generator) * 1.5 for n in (drafts + 1, drafts))
     drawn = [sample(draft[:, i], seed=torch.arange(count), position=5, row=i) for i in range(drafts)]
-    tokens = torch.stack([each.tokens for each in drawn], 1)
-    keys = {"seed": torch.arange(count), "position": 5, "rule": rule, "backend": "reference"}
-    found = verify_chain(target, tokens, draft, draft_temperature=1.0, **keys)
+    tokens, keys = torch.stack([each.tokens for each in drawn], 1), {"seed": torch.arange(count), "position": 5}
+    found = on_device(verify_chain, backend)(target, tokens, draft, draft_temperature=1.0, rule=rule, **keys)
     partly = 0
     for b in range(count):
         rows = target[b].double().numpy(), tokens[b].tolist(), draft[b].double().numpy(), None
         want = oracle.verify_chain(*rows, oracle.Noise(b, 5), rule=Rule[rule.upper()])
         partly += 0 < want.num_accepted < drafts
-        if want.margin > 1e-6:
+        if want.margin > selftest.EPSILON:
             assert [token for token in found.tokens[b].tolist() if token >= 0] == want.tokens
     assert partly > count / 4
 
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-def test_small_trees_against_the_reference(rule, siblings):
+def test_small_trees(backend, few, rule, siblings):
     """Three siblings of four tokens, the later ones of what the earlier ones left."""
-    generator, count = torch.Generator().manual_seed(2), 300
+    generator, count = torch.Generator().manual_seed(2), few(300)
     target, draft = torch.randn(2, count, 4, 4, generator=generator) * 1.5
     keys = {"seed": torch.arange(count), "position": 5}
     children = sample_children(draft[:, 0], 3, siblings, **keys, backend="reference").tokens
     tokens, parents = torch.cat([torch.zeros(count, 1, dtype=torch.int64), children], 1), [-1, 0, 0, 0]
-    found = verify_tree(
+    found = on_device(verify_tree, backend)(
         target, tokens, torch.tensor([parents] * count), draft, draft_temperature=1.0, siblings=siblings, rule=rule,
-        backend="reference", **keys,
+        **keys,
     )  # fmt: skip
     behind = 0
     for b in range(count):
@@ -201,6 +201,6 @@ def test_small_trees_against_the_reference(rule, siblings):
         how = {"rule": TreeRule[rule.upper()], "replacement": siblings == "iid"}
         want = oracle.verify_tree(*rows, oracle.Noise(b, 5), **how)
         behind += want.nodes[-1] > 1
-        if want.margin > 1e-6:
+        if want.margin > selftest.EPSILON:
             assert [token for token in found.tokens[b].tolist() if token >= 0] == want.tokens
     assert behind > count / 10
