@@ -7,7 +7,6 @@ Markers say what is not run, or not every time:
 - ``brief(kept=...)``: with those parameters alone of which ``kept`` says so; with the others in ``make test-all``.
 - ``interpreted(kept=...)``: likewise where Triton is interpreted, which takes it seconds for what the others do in
   milliseconds. ``interpreted(None)``: never.
-- ``long``: in ``make test-all`` alone.
 - ``slow``: before all others, so that no worker is left with it in the end.
 """
 
@@ -53,8 +52,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def runs(item: pytest.Item) -> bool:
     """Whether ``make test`` has it."""
-    if item.get_closest_marker("long"):
-        return False
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     names = ("brief", "interpreted") if is_interpreted(parameters.get("backend")) else ("brief",)
     markers = filter(None, map(item.get_closest_marker, names))

@@ -5,14 +5,9 @@ from __future__ import annotations
 import os
 from typing import TypeVar
 
-import pytest
-
 T = TypeVar("T")
 
 EVERYTHING = bool(os.environ.get("SPECDEC_TEST_EVERYTHING"))
-
-#: Of a test or a parameter: in ``make test-all`` alone.
-long = pytest.mark.long
 
 
 def some(few: T, everything: T) -> T:
