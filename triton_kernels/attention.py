@@ -67,7 +67,7 @@ def tree_attention_kernel(
         value = tl.load(values + token[:, None] * v_token, mask=there[:, None] & inside[None, :], other=0.0)
         best, total, mixed = attend(query, key, value, there[None, :], scale, best, total, mixed, UPCAST)
     if part == splits - 1:
-        for first in range(0, nodes, KEYS):
+        for first in tl.range(0, nodes, KEYS, num_stages=1):
             other = first + tl.arange(0, KEYS)
             inner = other < nodes
             place = length + other
@@ -129,9 +129,9 @@ def attention_config(rows: int, wide: int, element: int, platform: str) -> Atten
     """For heads of ``wide`` elements of so many bytes; keys and values under way take 96 KB of shared memory, on AMD's
     GPUs, which have 64 KB, a third of that."""
     narrow = wide * element <= 256
-    most = 128 if narrow and wide <= 128 else 64 if element == 2 else 32
+    most = 64 if element == 2 else 32
     together = min(most, max(16, triton.next_power_of_2(rows)))
-    return AttentionConfig(together, 64 if narrow else 32, 3 if platform == "cuda" else 1, 8 if together == 128 else 4)
+    return AttentionConfig(together, 64 if narrow else 32, 3 if platform == "cuda" else 1, 8 if together == 64 else 4)
 
 
 def context_splits(tokens: int, programs: int, processors: int) -> tuple[int, int]:

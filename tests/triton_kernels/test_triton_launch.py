@@ -306,7 +306,7 @@ def test_launches_are_chosen_by_pure_functions():
     assert slices(320, 64, 132) == 2
     assert slices(4352, 64, 132) == 1
     # 64 nodes of 4 heads a key head: rows in all, elements of a head, their bytes.
-    assert attention_config(256, 128, 2, "cuda") == AttentionConfig(ROWS=128, KEYS=64, STAGES=3, num_warps=8)
+    assert attention_config(256, 128, 2, "cuda") == AttentionConfig(ROWS=64, KEYS=64, STAGES=3, num_warps=8)
     assert attention_config(5, 128, 4, "hip") == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
     # Tokens, programs without splits, multiprocessors.
     assert context_splits(4096, 16 * 8 * 2, 132) == (1, 4096)
