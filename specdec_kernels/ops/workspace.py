@@ -12,8 +12,8 @@ from specdec_kernels.ops import validate
 ALIGNMENT, PLACE_BYTES = 256, 128
 #: Of each row the programs that came; of each request two counters, and a bit for each row.
 COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
-#: Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA twenty
-#: of every eight tiles.
+#: Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA
+#: twenty of every eight tiles.
 NUMBERS_A_TILE, TILES_A_SPAN, NUMBERS_A_SPAN, NUMBER_BYTES = 4, 8, 40, 4
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from forms import some
 from builds import sanitized
+from forms import some
 
 from specdec_kernels._native import build_facts
 from specdec_kernels.ops import BACKENDS

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forms import some
 from decoding import drafters
+from forms import some
 from tiny import VOCAB, steady, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 

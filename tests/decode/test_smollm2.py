@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import some
+from forms import some
 from typer.testing import CliRunner
 
 from specdec_kernels import selftest
