@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from backends import on_device
-from budget import EVERYTHING
+from forms import EVERYTHING
 from interpreter import skip_repeated_patching
 
 from specdec_kernels import ops

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import versions
-from budget import EVERYTHING
+from forms import EVERYTHING
 
 pytestmark = pytest.mark.slow
 
