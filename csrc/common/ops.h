@@ -1,6 +1,7 @@
 // What the operations take, on raw pointers and strides (in elements), for every backend in C++.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -176,9 +177,10 @@ inline int64_t workspace_bytes(int64_t batch, int64_t rows, int64_t vocab) {
   const auto aligned = [](int64_t size) {
     return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
-  const auto entries = int64_t(std::bit_ceil(uint64_t(tiles_of(vocab))));
-  const int64_t all = batch * rows;
-  return aligned((all + 2 * batch) * 4) + aligned(all * 128) + aligned(all * entries * 4 * 4);
+  const int64_t all = batch * rows, tiles = tiles_of(vocab), spans = (tiles + 7) / 8;
+  const int64_t counters = all + (2 + (rows + 31) / 32) * batch;
+  const int64_t numbers = std::max(4 * int64_t(std::bit_ceil(uint64_t(tiles))), 40 * spans);
+  return aligned(counters * 4) + aligned(all * 128) + aligned(all * numbers * 4);
 }
 
 struct VerifyChain {

@@ -99,13 +99,6 @@ class OnDevice {
   int device_, before_ = 0;
 };
 
-int64_t vocab_of(const Verification& all) { return all.vocab; }
-int64_t vocab_of(const Sample& op) { return op.vocab; }
-template <class Op>
-int64_t vocab_of(const Op& op) {
-  return vocab_of(op.common);
-}
-
 template <class Op>
 void run(const Op& op, int32_t index) {
   const OnDevice guard(index);
