@@ -462,6 +462,8 @@ class _GuardedSession:
     def __init__(self, drafter: Drafter, prompt: _Prompt) -> None:
         self._session: DrafterSession | None = None
         self._attempt("begin", lambda: self._begin(drafter, prompt))
+        if self._session is not None:
+            joinable(self._session)  # else nothing is joined by halves
 
     def _begin(self, drafter: Drafter, prompt: _Prompt) -> None:
         count = len(prompt.submissions)
@@ -497,5 +499,4 @@ class _GuardedSession:
         if (session := self._session) is None or other._session is None:
             self._session = None
         else:
-            joinable(session)
             self._attempt("join", lambda: joinable(session).join(other._session))

@@ -24,7 +24,8 @@ def tree_attention(
     """Scaled-dot-product attention of N tree nodes over a context of L tokens and over their ancestors and themselves.
 
     No mask is written: the ancestors' bits are applied to the scores as they are made. Triton splits the context over
-    programs; there is no C++ backend, on a CPU the reference hands the work to PyTorch's own attention.
+    as many programs as it takes to fill the GPU, so the last bits depend on the batch and the device; there is no C++
+    backend, on a CPU the reference hands the work to PyTorch's own attention.
 
     Args:
         query: float32, bfloat16 or float16 [B, Hq, N, D].

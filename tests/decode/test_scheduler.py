@@ -318,6 +318,13 @@ def test_bad_requests(model, named, error, message):
     assert not scheduler.step()
 
 
+def test_drafters_that_nothing_can_join(model):
+    scheduler = Scheduler(TransformersTarget(model), Altered(NGramDrafter(1), lambda draft, step: draft))
+    with pytest.raises(TypeError, match="must have a method `join` for later requests, got SimpleNamespace"):
+        submitted(scheduler, 0).result()
+    assert scheduler.running == scheduler.waiting == 0
+
+
 def test_targets_that_nothing_can_join(model):
     scheduler = Scheduler(StaticTarget(tiny(1)))
     with pytest.raises(TypeError, match="must have a method `join` for later requests, got StaticSession"):
