@@ -17,7 +17,9 @@ from specdec_kernels.ops import attention, kv, token_counts, tree_rules, trees, 
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted(
-    str(path.relative_to(ROOT)) for folder in (".", "docs", "training") for path in (ROOT / folder).glob("*.md")
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "training", "bench/results")
+    for path in (ROOT / folder).glob("*.md")
 )
 
 
