@@ -17,7 +17,11 @@ SAMPLING, BITMASK, DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, NUM_DRAFT, CU_
 
 def given(**named: object) -> int:
     """The number that says which of ``named`` a call gives or wants."""
-    return sum(_BITS[name] for name, value in named.items() if value is not None and value is not False)
+    bits = 0
+    for name, value in named.items():
+        if value is not None and value is not False:
+            bits |= _BITS[name]
+    return bits
 
 
 def instead(pointer: Tensor | None, other: Tensor) -> Tensor:
@@ -30,5 +34,6 @@ def processing_arguments(
     Tensor | None, int32: Tensor, float32: Tensor,
 ) -> tuple[Tensor | int, ...]:  # fmt: skip
     """(mask, ids, counts, bias, penalties, adjustments a request); what is missing points to other tensors."""
-    pointers = (bitmask, int32), (edit_ids, int32), (edit_counts, int32), (edit_bias, float32), (penalties, float32)
-    return *(instead(x, other) for x, other in pointers), 0 if edit_ids is None else edit_ids.shape[1]
+    ids_or_other = instead(edit_ids, int32), instead(edit_counts, int32)
+    floats = instead(edit_bias, float32), instead(penalties, float32)
+    return instead(bitmask, int32), *ids_or_other, *floats, 0 if edit_ids is None else edit_ids.shape[1]

@@ -4,18 +4,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import NOTHING_LEFT as _NOTHING_LEFT
 from specdec_kernels.contract import Children
-from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING, given, instead, processing_arguments
+from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING
 from specdec_kernels.triton_kernels.arrivals import arrive
 from specdec_kernels.triton_kernels.distributions import distribution_of, first_arrival, sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import COUPLED, TOKEN_LEVEL, draw_inside, race_tag
-from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
 from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
@@ -32,7 +32,7 @@ from specdec_kernels.triton_kernels.rows import (
     probs,
     processing_of,
 )
-from specdec_kernels.triton_kernels.sample import DRAFT, store_stats
+from specdec_kernels.triton_kernels.sample import DRAFT, draw, store_stats
 
 NOTHING_LEFT = tl.constexpr(_NOTHING_LEFT)
 TOP = tl.constexpr(int(Children.TOP))
@@ -102,7 +102,7 @@ def next_best(rows, i, distribution, value, token, key, HOW: tl.constexpr, TILES
 def sample_children_kernel(
     logits_ptr, seed_ptr, position_ptr, row_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
     edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr, stats_ptr,
-    tables_ptr, counters_ptr, row_stride, vocab, count, slices, flags, HOW: tl.constexpr, PROCESSED: tl.constexpr,
+    tables_ptr, counters_ptr, row_stride, vocab, slices, flags, count, HOW: tl.constexpr, PROCESSED: tl.constexpr,
     ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0) // slices).to(tl.int64)
@@ -156,25 +156,6 @@ def sample_children_kernel(
         store_stats(stats_ptr + 3 * r, distribution, valid)
 
 
-def sample_children(
-    logits: Tensor, seed: Tensor, position: Tensor, row: Tensor, sampling: Tensor | None, temperature: float, top_k:
-    int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
-    edit_bias: Tensor | None, penalties: Tensor | None, count: int, how: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, vocab = logits.shape
-    tokens = logits.new_empty((rows, count), dtype=torch.int64)
-    logprobs = logits.new_empty((rows, count), dtype=torch.float32)
-    stats = logits.new_empty((rows, 3), dtype=torch.float32)
-    if rows:
-        config = config_for(logits, bitmask, edit_ids)
-        tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
-        slices = slices_of(rows, config, logits.device)
-        counters = counters_at_rest(rows, logits.device)
-        sample_children_kernel[(rows * slices,)](
-            logits, seed, position, row, instead(sampling, tables), temperature, top_k, top_p, min_p,
-            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables), tokens,
-            logprobs, stats, tables, counters, logits.stride(0), vocab, count, slices,
-            given(sampling=sampling, bitmask=bitmask), HOW=how,
-            PROCESSED=bitmask is not None or edit_ids is not None, **config.constants, **config.options,
-        )  # fmt: skip
-    return tokens, logprobs, stats
+def sample_children(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *of_rows, count, how = arguments
+    return draw(sample_children_kernel, (count,), logits, *of_rows, HOW=how)

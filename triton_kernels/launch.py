@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -42,16 +42,11 @@ class LaunchConfig:
     warps: int
     registers: int | None = None
 
-    @property
-    def constants(self) -> dict[str, int]:
-        """What is compiled into a kernel that measures rows."""
-        return {"ENTRIES": self.entries, "TILES": self.tiles}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What a launch takes beside the arguments of the kernel."""
+    @cached_property
+    def named(self) -> dict[str, int]:
+        """What a launch of a kernel that measures rows takes by name: constants of the kernel, then options."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, **limit}
+        return {"ENTRIES": self.entries, "TILES": self.tiles, "num_warps": self.warps, **limit}
 
 
 def entries(vocab: int) -> int:
@@ -121,19 +116,33 @@ def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tu
     )
 
 
-_COUNTERS: dict[tuple[int, int], Tensor] = {}
+#: By device and stream: how many elements there are, and where.
+_SCRATCH: dict[tuple[int | None, int], tuple[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]] = {}
 
 
-def counters_at_rest(count: int, device: torch.device) -> Tensor:
-    """int32 counters that are 0; who uses them leaves them so, which saves a launch. Calls on one stream follow each
-    other and share them; a graph may be replayed beside anything, so each has its own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+def scratch(device: torch.device, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(int32, float64 and float32 scratch) of at least so many elements. The int32 are counters that are 0; who uses
+    them leaves them so, which saves a launch. Calls on one stream follow each other and share what they need; a graph
+    may be replayed beside anything, so each of its calls has its own, and so has one that is interpreted, which an
+    exception may end in the middle of a kernel."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if INTERPRETED or device.type == "meta" or capturing:
+        return _new_scratch(device, counters, memory, tables)
     place = device.index, driver.active.get_current_stream(device.index)
-    counters = _COUNTERS.get(place)
-    if counters is None or counters.shape[0] < count:
-        counters = _COUNTERS[place] = torch.zeros(power_of_two(count), dtype=torch.int32, device=device)
-    return counters
+    (some, more, most), cached = _SCRATCH.get(place, ((-1, -1, -1), None))
+    if cached is None or counters > some or memory > more or tables > most:
+        sizes = max(counters, some), max(memory, more), max(tables, most)
+        cached = _new_scratch(device, *sizes)
+        _SCRATCH[place] = sizes, cached
+    return cached
+
+
+def _new_scratch(device: torch.device, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.zeros(counters, dtype=torch.int32, device=device),
+        torch.empty(memory, dtype=torch.float64, device=device),
+        torch.empty(tables, dtype=torch.float32, device=device),
+    )
 
 
 #: By kernel: compiled kernels with their constants, by all that Triton compiles a kernel apart for.

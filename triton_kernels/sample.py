@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from specdec_kernels.contract import Purpose
 from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING, given, instead, processing_arguments
 from specdec_kernels.triton_kernels.arrivals import arrive
 from specdec_kernels.triton_kernels.distributions import distribution_of, sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import draw_from_row, flat_race, race_tag
-from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, launch, scratch, slices_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, load_logits, log_prob, measure, processing_of
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
@@ -67,25 +70,32 @@ def sample_kernel(
         store_stats(stats_ptr + 3 * r, distribution, valid)
 
 
-def sample(
-    logits: Tensor, seed: Tensor, position: Tensor, row: Tensor, sampling: Tensor | None, temperature: float, top_k:
-    int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
-    edit_bias: Tensor | None, penalties: Tensor | None, coupled: bool,
+def draw(
+    kernel: JITFunction[Any], columns: tuple[int, ...], logits: Tensor, seed: Tensor, position: Tensor, row: Tensor,
+    sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None,
+    edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None,
+    **constants: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch a kernel that draws ``columns`` tokens from each row: the tokens, their log-probabilities, and the scalars
+    of the distributions."""
     rows, vocab = logits.shape
-    tokens = logits.new_empty((rows,), dtype=torch.int64)
-    logprobs = logits.new_empty((rows,), dtype=torch.float32)
+    tokens = logits.new_empty((rows, *columns), dtype=torch.int64)
+    logprobs = logits.new_empty((rows, *columns), dtype=torch.float32)
     stats = logits.new_empty((rows, 3), dtype=torch.float32)
     if rows:
         config = config_for(logits, bitmask, edit_ids)
-        tables = logits.new_empty((rows, 2 * config.entries), dtype=torch.float32)
+        counters, _, tables = scratch(logits.device, rows, 0, rows * 2 * config.entries)
         slices = slices_of(rows, config, logits.device)
-        counters = counters_at_rest(rows, logits.device)
-        sample_kernel[(rows * slices,)](
-            logits, seed, position, row, instead(sampling, tables), temperature, top_k, top_p, min_p,
-            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables), tokens,
-            logprobs, stats, tables, counters, logits.stride(0), vocab, slices,
-            given(sampling=sampling, bitmask=bitmask), COUPLED_RULE=coupled,
-            PROCESSED=bitmask is not None or edit_ids is not None, **config.constants, **config.options,
+        launch(
+            kernel, rows * slices, logits, seed, position, row, instead(sampling, tables), temperature, top_k, top_p,
+            min_p, *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables),
+            tokens, logprobs, stats, tables, counters, logits.stride(0), vocab, slices,
+            given(sampling=sampling, bitmask=bitmask), *columns, **constants,
+            PROCESSED=bitmask is not None or edit_ids is not None, **config.named,
         )  # fmt: skip
     return tokens, logprobs, stats
+
+
+def sample(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *of_rows, coupled = arguments
+    return draw(sample_kernel, (), logits, *of_rows, COUPLED_RULE=coupled)

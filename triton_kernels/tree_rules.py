@@ -53,7 +53,9 @@ from specdec_kernels.triton_kernels.launch import (
     PROGRAMS_A_PROCESSOR,
     LaunchConfig,
     config_for,
-    counters_at_rest,
+    launch,
+    power_of_two,
+    scratch,
     slices_of,
 )
 from specdec_kernels.triton_kernels.noise import uniform
@@ -413,9 +415,8 @@ def verify_tree(
     if batch:
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
         config = config_for(target_logits, large=True)  # a walk spills with 128 registers
-        states = empty(torch.float64, batch * (nodes + 1) * STATE.value)
-        tables = empty(torch.float32, batch * nodes * 4, config.entries)
-        counters = counters_at_rest(batch * (nodes + 4), target_logits.device)
+        sizes = batch * (nodes + 4), batch * (nodes + 1) * STATE.value, batch * nodes * 4 * config.entries
+        counters, states, tables = scratch(target_logits.device, *sizes)
         slices = slices_of(batch * nodes, config, target_logits.device)
         passes, parts = (0, 1) if walks else passes_and_parts(nodes, batch, config, target_logits.device)
         if walks:
@@ -425,14 +426,15 @@ def verify_tree(
             draft_temperatures=draft_temperatures, logprobs=logprobs, replacement=replacement,
         )  # fmt: skip
         draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
-        verify_tree_kernel[(batch * (nodes * slices + passes * parts),)](
-            target_logits, draft_tokens, parents, instead(draft_logits, target_logits), instead(draft_stats, tables),
+        launch(
+            verify_tree_kernel, batch * (nodes * slices + passes * parts), target_logits, draft_tokens, parents,
+            instead(draft_logits, target_logits), instead(draft_stats, tables),
             instead(draft_temperatures, tables), draft_temperature, seed, position, instead(sampling, tables),
             temperature, top_k, top_p, min_p,
             *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables), tables,
             states, counters, tokens, path, accepted, valid, scores if logprobs else tables,
             raw_scores if logprobs else tables, *target_logits.stride()[:2], *draft_strides, nodes, vocab, batch,
             slices, passes, parts, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
-            BLOCK=triton.next_power_of_2(nodes), **config.constants, **config.options,
+            BLOCK=power_of_two(nodes), **config.named,
         )  # fmt: skip
     return tokens, path, accepted, valid, scores, raw_scores

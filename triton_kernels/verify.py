@@ -32,7 +32,7 @@ from specdec_kernels.triton_kernels.arguments import (
 from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
 from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_residual
-from specdec_kernels.triton_kernels.launch import config_for, counters_at_rest, launch, scratch_in, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, launch, scratch, scratch_in, slices_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, measure, processing_of
 from specdec_kernels.triton_kernels.rules import (
     BLOCK_RULE,
@@ -204,11 +204,8 @@ def verify_chain(
     if batch:
         config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
         sizes = batch * (rows + 2), batch * rows * STATE.value, batch * rows * 4 * config.entries
-        if workspace is not None:
-            at_rest, states, tables = scratch_in(workspace, *sizes)
-        else:
-            at_rest = counters_at_rest(sizes[0], target_logits.device)
-            states, tables = empty(torch.float64, sizes[1]), empty(torch.float32, sizes[2])
+        own = scratch(target_logits.device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
+        at_rest, states, tables = own
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
             draft_logits = draft_stats = draft_temperatures = None
@@ -228,6 +225,6 @@ def verify_chain(
             states, at_rest, tokens, accepted, valid, counters, scores if logprobs else tables,
             raw_scores if logprobs else tables, *target_strides, *draft_strides, *draft_tokens.stride(), rows - 1,
             vocab, batch, slices, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
-            **config.constants, **config.options,
+            **config.named,
         )  # fmt: skip
     return tokens, accepted, valid, counters, scores, raw_scores

@@ -1,5 +1,5 @@
 """Launches that find what was compiled for such arguments: the same kernel that Triton would have found, and the
-arguments of this launch. With a stand-in driver, so without a GPU."""
+arguments of this launch; and its scratch. With a stand-in driver, so without a GPU."""
 
 from __future__ import annotations
 
@@ -56,9 +56,90 @@ print("done")
 """
 
 
-def test_a_launch_finds_what_triton_would_find(tmp_path: Path):
+LAUNCHERS = """
+import torch
+from triton.runtime.jit import JITFunction
+from specdec_kernels import sample, sample_children, verify_chain, verify_tree
+from specdec_kernels.bench import host
+host._stand_in("triton")
+looked, found = [], []
+class Compiled:
+    def __init__(self, kernel):
+        self.names = kernel.arg_names
+    def __getitem__(self, grid):
+        return lambda *arguments: found.append((self, grid, dict(zip(self.names, arguments, strict=True))))
+def look(kernel, *arguments, grid, warmup, **named):
+    looked.append((Compiled(kernel), (*grid, 1, 1), dict(zip(kernel.arg_names, arguments)) | named))
+    return looked[-1][0]
+JITFunction.run = look
+target, keys, tokens = torch.zeros(3, 4, 1000), torch.arange(3), torch.zeros(3, 4, dtype=torch.int64)
+parents, common = torch.arange(-1, 3).repeat(3, 1), dict(seed=keys, position=keys, backend="triton")
+mask = torch.full((3, 32), -1, dtype=torch.int32)
+calls = [
+    lambda: verify_chain(target, tokens[:, 1:], **common),
+    lambda: verify_chain(target, tokens[:, 1:], rule="block", logprobs=True, **common),
+    lambda: verify_tree(target, tokens, parents, **common),
+    lambda: verify_tree(target, tokens, parents, target, draft_temperature=1.0, rule="traversal", siblings="iid",
+                        **common),
+    lambda: sample(target[:, 0], bitmask=mask, row=keys, **common),
+    lambda: sample_children(target[:, 0], 2, method="race", row=keys, **common),
+]
+for call in calls:
+    first, again = call(), call()
+    (_, grid, arguments), (compiled, same_grid, same) = looked.pop(), found.pop()
+    assert not looked and not found, "one launch a call, and one look for two"
+    options = {"num_warps": 8, "maxnreg": arguments["maxnreg"]}
+    assert grid == same_grid and arguments.keys() == same.keys() | options.keys()
+    results = [x.data_ptr() for x in (*first, *again) if x.numel()]
+    assert len(set(results)) == len(results), "each result has memory of its own"
+    for name, value in same.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == arguments[name].dtype and value.stride() == arguments[name].stride()
+            assert (value.data_ptr() != arguments[name].data_ptr()) == (value.data_ptr() in results), name
+        else:
+            assert value == arguments[name], name
+print("done")
+"""
+SCRATCH = """
+import torch
+from types import SimpleNamespace
+from triton.runtime.driver import driver
+from specdec_kernels.bench.host import stand_in_driver
+stand_in_driver(lambda *_: None)
+from specdec_kernels.triton_kernels import launch
+launch.INTERPRETED = False
+real = launch._new_scratch
+launch._new_scratch = lambda device, *sizes: real(torch.device("cpu"), *sizes)
+first, second = (SimpleNamespace(type="cuda", index=index) for index in (0, 1))
+capturing = False
+torch.cuda.is_current_stream_capturing = lambda: capturing
+own = launch.scratch(first, 3, 5, 7)
+assert [(x.shape[0], x.dtype) for x in own] == [(3, torch.int32), (5, torch.float64), (7, torch.float32)]
+assert launch.scratch(first, 2, 5, 1) is own and not own[0].any()
+for larger in ((4, 1, 1), (1, 6, 1), (1, 1, 8)):
+    grown = launch.scratch(first, *larger)
+    assert grown is not own and launch.scratch(first, 3, 5, 7) is grown and not grown[0].any()
+    own = grown
+assert [x.shape[0] for x in own] == [4, 6, 8], "what a call asks for takes nothing from another"
+assert launch.scratch(second, 3, 5, 7) is not own
+driver.active.get_current_stream = lambda device: 8
+other = launch.scratch(first, 3, 5, 7)
+assert other is not own and launch.scratch(first, 3, 5, 7) is other
+capturing = True
+of_graph = launch.scratch(first, 3, 5, 7)
+assert of_graph is not other and launch.scratch(first, 3, 5, 7) is not of_graph
+capturing = False
+assert launch.scratch(first, 3, 5, 7) is other, "a graph's is not kept"
+launch.INTERPRETED = True
+assert launch.scratch(first, 3, 5, 7) is not other
+print("done")
+"""
+
+
+@pytest.mark.parametrize("check", [CHECK, LAUNCHERS, SCRATCH], ids=["launch", "launchers", "scratch"])
+def test_launches_without_a_gpu(tmp_path: Path, check: str):
     (tmp_path / "kernel.py").write_text(KERNEL)
-    (tmp_path / "check.py").write_text(CHECK)
+    (tmp_path / "check.py").write_text(check)
     result = subprocess.run(
         [sys.executable, "check.py"], cwd=tmp_path, env=STAND_IN | {"PYTHONPATH": f"{Path.cwd()}:{tmp_path}"},
         capture_output=True, text=True, timeout=600,

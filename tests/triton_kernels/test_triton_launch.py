@@ -23,10 +23,7 @@ def launched(monkeypatch):
 
     from specdec_kernels.triton_kernels import launch
 
-    modules = [
-        importlib.import_module(f"{launch.__package__}.{name}")
-        for name in ("sample", "children", "verify", "tree_rules")
-    ]
+    modules = [importlib.import_module(f"{launch.__package__}.{name}") for name in ("sample", "verify", "tree_rules")]
     builder = type(interpreter.interpreter_builder)
     in_order = builder.set_grid_idx
 
@@ -230,8 +227,9 @@ def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, f
 
 def test_counters_are_left_at_rest(launched, monkeypatch):
     counters = torch.zeros(64, dtype=torch.int32)
+    scratch = module("launch").scratch
     for name in ("verify", "tree_rules"):
-        monkeypatch.setattr(module(name), "counters_at_rest", lambda *_: counters)
+        monkeypatch.setattr(module(name), "scratch", lambda *sizes: (counters, *scratch(*sizes)[1:]))
     positional, keys = batch("dense")
     launched(3, True)
     for rule in ("token", "block", "token", "coupled"):
@@ -299,7 +297,7 @@ def test_launches_are_chosen_by_pure_functions():
 
     assert launch_config(128_256, "cuda", large=True) == LaunchConfig(16, 1024, 8, 255)
     assert launch_config(100, "cuda", large=False) == LaunchConfig(1, 1, 8, 128)
-    assert launch_config(128_256, "hip", large=True).options == {"num_warps": 8}
+    assert launch_config(128_256, "hip", large=True).named == {"ENTRIES": 1024, "TILES": 16, "num_warps": 8}
     assert launch_config(128_256, "interpreter", large=False).tiles == 1024
     # Rows, blocks of a row, multiprocessors.
     assert slices(5, 64, 132) == 64  # one request: as many as there are blocks
