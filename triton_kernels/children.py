@@ -156,6 +156,7 @@ def sample_children_kernel(
         store_stats(stats_ptr + 3 * r, distribution, valid)
 
 
-def sample_children(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def sample_children(*arguments: Any, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    """The last arguments: how many, and the number of the method; those before are of ``draw``."""
     *of_rows, count, how = arguments
-    return draw(sample_children_kernel, (count,), logits, *of_rows, HOW=how)
+    return draw(sample_children_kernel, (count,), *of_rows, out=out, HOW=how)

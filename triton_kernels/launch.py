@@ -1,4 +1,4 @@
-"""How kernels are launched: pure functions of the shape and the platform."""
+"""How kernels are launched: with what, a pure function of the shape and the platform; their scratch; and the launch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def config_for(logits: Tensor, *processing: Tensor | None, large: bool = False) 
 
 
 def _platform_of(device: torch.device) -> str:
-    return "interpreter" if device.type == "cpu" and INTERPRETED else PLATFORM
+    return "interpreter" if INTERPRETED and device.type == "cpu" else PLATFORM
 
 
 @cache
@@ -91,6 +91,7 @@ def processors_of(device: torch.device) -> int:
     return 1 if _platform_of(device) == "interpreter" else _ABSENT_PROCESSORS
 
 
+@cache
 def slices(rows: int, blocks: int, processors: int) -> int:
     """Programs that measure one of ``rows`` rows together, each some of its ``blocks``: as many as it takes to keep
     every multiprocessor busy. The results do not depend on it."""
@@ -104,16 +105,19 @@ def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
     return slices(rows, -(-config.entries // config.tiles), processors_of(device))
 
 
+def empty(like: Tensor, *kinds: tuple[torch.dtype, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Results of these dtypes and shapes."""
+    return tuple(like.new_empty(shape, dtype=dtype) for dtype, shape in kinds)
+
+
 def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
     """(int32, float64 and float32 scratch) of so many elements in what was handed in: the counters at its begin, all
     else at its end, so that calls of different sizes never write over each other's counters, which have to be 0."""
-    end = workspace.shape[0] // 16 * 16
-    middle = end - 4 * tables
-    return (
-        workspace[: 4 * counters].view(torch.int32),
-        workspace[middle - 8 * memory : middle].view(torch.float64),
-        workspace[middle:end].view(torch.float32),
-    )
+    rest = workspace.shape[0] % 16
+    whole = workspace[:-rest] if rest else workspace
+    words = whole.view(torch.float32)
+    first = words.shape[0] - tables
+    return whole.view(torch.int32), whole.view(torch.float64)[first // 2 - memory :], words[first:]
 
 
 #: By device and stream: how many elements there are, and where.
@@ -125,8 +129,8 @@ def scratch(device: torch.device, counters: int, memory: int, tables: int) -> tu
     them leaves them so, which saves a launch. Calls on one stream follow each other and share what they need; a graph
     may be replayed beside anything, so each of its calls has its own, and so has one that is interpreted, which an
     exception may end in the middle of a kernel."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if INTERPRETED or device.type == "meta" or capturing:
+    kind = device.type  # which makes a string
+    if INTERPRETED or kind == "meta" or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
         return _new_scratch(device, counters, memory, tables)
     place = device.index, driver.active.get_current_stream(device.index)
     (some, more, most), cached = _SCRATCH.get(place, ((-1, -1, -1), None))

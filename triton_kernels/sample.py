@@ -17,7 +17,7 @@ from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING, given, i
 from specdec_kernels.triton_kernels.arrivals import arrive
 from specdec_kernels.triton_kernels.distributions import distribution_of, sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import draw_from_row, flat_race, race_tag
-from specdec_kernels.triton_kernels.launch import config_for, launch, scratch, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, empty, launch, scratch, slices_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, load_logits, log_prob, measure, processing_of
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
@@ -74,14 +74,15 @@ def draw(
     kernel: JITFunction[Any], columns: tuple[int, ...], logits: Tensor, seed: Tensor, position: Tensor, row: Tensor,
     sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None,
     edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None,
-    **constants: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *, out: tuple[Tensor, ...] | None, **constants: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch a kernel that draws ``columns`` tokens from each row: the tokens, their log-probabilities, and the scalars
     of the distributions."""
     rows, vocab = logits.shape
-    tokens = logits.new_empty((rows, *columns), dtype=torch.int64)
-    logprobs = logits.new_empty((rows, *columns), dtype=torch.float32)
-    stats = logits.new_empty((rows, 3), dtype=torch.float32)
+    if out is None:
+        drawn = rows, *columns
+        out = empty(logits, (torch.int64, drawn), (torch.float32, drawn), (torch.float32, (rows, 3)))
+    tokens, logprobs, stats = out
     if rows:
         config = config_for(logits, bitmask, edit_ids)
         counters, _, tables = scratch(logits.device, rows, 0, rows * 2 * config.entries)
@@ -93,9 +94,9 @@ def draw(
             given(sampling=sampling, bitmask=bitmask), *columns, **constants,
             PROCESSED=bitmask is not None or edit_ids is not None, **config.named,
         )  # fmt: skip
-    return tokens, logprobs, stats
+    return out
 
 
-def sample(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *of_rows, coupled = arguments
-    return draw(sample_kernel, (), logits, *of_rows, COUPLED_RULE=coupled)
+def sample(*arguments: Any, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    """The last argument: whether by the coupled rule; those before are of ``draw``."""
+    return draw(sample_kernel, (), *arguments[:-1], out=out, COUPLED_RULE=arguments[-1])

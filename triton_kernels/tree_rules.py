@@ -53,6 +53,7 @@ from specdec_kernels.triton_kernels.launch import (
     PROGRAMS_A_PROCESSOR,
     LaunchConfig,
     config_for,
+    empty,
     launch,
     power_of_two,
     scratch,
@@ -401,17 +402,15 @@ def verify_tree(
     None, draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor, position: Tensor, sampling: Tensor
     | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None,
     edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None, rule: int, replacement: bool,
-    logprobs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logprobs: bool, *, out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     batch, nodes = parents.shape
     vocab = target_logits.shape[-1]
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return target_logits.new_empty(shape, dtype=dtype)
-
-    tokens, path = empty(torch.int64, batch, nodes), empty(torch.int32, batch, nodes)
-    accepted, valid = empty(torch.int32, batch), empty(torch.bool, batch)
-    scores, raw_scores = (empty(torch.float32, *((batch, nodes) if logprobs else (0,))) for _ in range(2))
+    if out is None:
+        score = torch.float32, (batch, nodes) if logprobs else (0,)
+        paths = (torch.int64, (batch, nodes)), (torch.int32, (batch, nodes))
+        out = empty(target_logits, *paths, (torch.int32, (batch,)), (torch.bool, (batch,)), score, score)
+    tokens, path, accepted, valid, scores, raw_scores = out
     if batch:
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
         config = config_for(target_logits, large=True)  # a walk spills with 128 registers
@@ -437,4 +436,4 @@ def verify_tree(
             slices, passes, parts, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
             BLOCK=power_of_two(nodes), **config.named,
         )  # fmt: skip
-    return tokens, path, accepted, valid, scores, raw_scores
+    return out

@@ -32,7 +32,7 @@ from specdec_kernels.triton_kernels.arguments import (
 from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
 from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
 from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_residual
-from specdec_kernels.triton_kernels.launch import config_for, launch, scratch, scratch_in, slices_of
+from specdec_kernels.triton_kernels.launch import config_for, empty, launch, scratch, scratch_in, slices_of
 from specdec_kernels.triton_kernels.rows import Key, Rows, measure, processing_of
 from specdec_kernels.triton_kernels.rules import (
     BLOCK_RULE,
@@ -192,15 +192,14 @@ def verify_chain(
     None, cu_rows: Tensor | None, sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float,
     bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties:
     Tensor | None, rule: int, logprobs: bool, independent: bool, workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *, out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return target_logits.new_empty(shape, dtype=dtype)
-
-    tokens, accepted = empty(torch.int64, batch, rows), empty(torch.int32, batch)
-    valid, counters = empty(torch.bool, batch), empty(torch.int32, batch, 2)
-    scores, raw_scores = (empty(torch.float32, *((batch, rows) if logprobs else (0,))) for _ in range(2))
+    if out is None:
+        score = torch.float32, (batch, rows) if logprobs else (0,)
+        counts = (torch.int32, (batch,)), (torch.bool, (batch,)), (torch.int32, (batch, 2))
+        out = empty(target_logits, (torch.int64, (batch, rows)), *counts, score, score)
+    tokens, accepted, valid, counters, scores, raw_scores = out
     if batch:
         config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
         sizes = batch * (rows + 2), batch * rows * STATE.value, batch * rows * 4 * config.entries
@@ -227,4 +226,4 @@ def verify_chain(
             vocab, batch, slices, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
             **config.named,
         )  # fmt: skip
-    return tokens, accepted, valid, counters, scores, raw_scores
+    return out

@@ -54,7 +54,7 @@ constexpr DLDataType kDLTypes[] = {{kDLInt, 64, 1}, {kDLInt, 32, 1}, {kDLBool, 8
 
 // A library of operators.
 struct Library {
-  const Entries* entries;   // null: arguments are checked, and nothing is run
+  const Entries* entries;   // null: arguments are checked, results made, and nothing is run
   DLDeviceType device;      // where all tensors are
   PyObject* empty_strided;  // PyTorch's, which makes the results; null: they are made here, on a CPU
   std::array<PyObject*, 4> dtypes;
@@ -288,7 +288,6 @@ template <class Op, class Given>
 PyObject* verified(Library& library, void (*Entries::*entry)(const Op&, int32_t), const Given& arguments, int64_t rows,
                    bool tree, PyObject* like) {
   arguments.require();
-  if (library.entries == nullptr) return Py_NewRef(Py_True);
   const int64_t batch = arguments.batch();
   constexpr size_t kEachRow = sizeof(int64_t) + sizeof(int32_t) + 2 * sizeof(float), kEach = 4 * sizeof(int32_t);
   ResultTuple results(library, tree ? types.verified_tree : types.verified, 6, like,
@@ -307,7 +306,7 @@ PyObject* verified(Library& library, void (*Entries::*entry)(const Op&, int32_t)
     results.add_nothing();
     results.add_nothing();
   }
-  run(library.entries->*entry, arguments.op(out, more), arguments.target_logits);
+  if (library.entries != nullptr) run(library.entries->*entry, arguments.op(out, more), arguments.target_logits);
   return results.release();
 }
 
@@ -338,7 +337,6 @@ template <class Run>
 PyObject* drawn(Library& library, const SampleArguments<TensorView>& arguments, PyTypeObject* type, int64_t columns,
                 PyObject* like, const Run& run_op) {
   arguments.require();
-  if (library.entries == nullptr) return Py_NewRef(Py_True);
   const int64_t rows = arguments.logits.size(0);
   ResultTuple results(library, type, 3, like, arguments.logits.get_device_index(),
                       size_t(rows) * (3 + 3 * size_t(std::abs(columns))) * sizeof(float));
@@ -346,7 +344,7 @@ PyObject* drawn(Library& library, const SampleArguments<TensorView>& arguments, 
   out.tokens = results.add<int64_t>(kInt64, rows, columns);
   out.logprobs = results.add<float>(kFloat32, rows, columns);
   out.stats = results.add<float>(kFloat32, rows, 3);
-  run_op(arguments.op(out));
+  if (library.entries != nullptr) run_op(arguments.op(out));
   return results.release();
 }
 
@@ -462,7 +460,8 @@ void add_fast_path(py::module_& m) {
   m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("on_cuda"),
         py::arg("off"), py::arg("results"), py::arg("empty_strided"), py::arg("dtypes"),
         "The functions `verify_chain`, `verify_tree`, `sample` and `sample_children` of a library: by torch.Tensor, its"
-        " DLPack interface, the library's entries (0: check and return True), whether its tensors are on a GPU, a"
+        " DLPack interface, the library's entries (0: what would be run is left to whoever calls), whether its tensors "
+        "are on a GPU, a"
         " temperature with filters that are off, the classes of results, what makes results (None: they are made here,"
         " on a CPU) and their dtypes.");
 }

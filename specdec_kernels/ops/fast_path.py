@@ -4,7 +4,7 @@ The C++ (csrc/native/fast_path.cpp) refuses what it could not read as it is, so 
 pass it their arguments at once. Where it returns None, Python checks: it says what is wrong, or brings it into shape
 and goes through PyTorch's dispatcher, which takes as long to start as a row to read.
 
-Triton's launchers are in Python; there the C++ checks, and no more.
+Triton's launchers are in Python; there the C++ checks, and makes the results.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FastPath(NamedTuple):
 
 
 def connect(entries: int, device: str, results_by_torch: bool) -> FastPath:
-    """The functions of a library by the address of its entries; 0: they only check, and return True."""
+    """The functions of a library by the address of its entries; 0: they check, and return results yet to be written."""
     from specdec_kernels import _native
 
     functions = _native.connect(
@@ -70,7 +70,7 @@ def _of_library(backend: Backend) -> FastPath | None:
 def _of_launchers(backend: Backend) -> FastPath | None:
     """The same of launchers in Python, which have the arguments of the operators."""
     try:
-        checks = connect(0, backend.device, False)
+        checked = connect(0, backend.device, True)
     except (ImportError, AttributeError, TypeError, RuntimeError):
         return None
     launch = backend.functions
@@ -81,48 +81,43 @@ def _of_launchers(backend: Backend) -> FastPath | None:
         top_k: int | None, top_p: float | None, min_p: float | None, bitmask: Tensor | None, rule: int, logprobs: bool,
         independent: bool, workspace: Tensor | None,
     ) -> Verified | None:  # fmt: skip
-        if checks.verify_chain(
+        out = checked.verify_chain(
             target_logits, draft_tokens, draft_logits, draft_stats, heat, seed, position, num_draft, cu_rows,
             temperature, top_k, top_p, min_p, bitmask, rule, logprobs, independent, workspace,
-        ) is None:  # fmt: skip
-            return None
-        return Verified._make(
+        )  # fmt: skip
+        if out is not None:
             launch["verify_chain"](
                 target_logits, draft_tokens, draft_logits, draft_stats, *one_or_each(heat, 1.0), seed, position,
                 num_draft, cu_rows, None, temperature, *_filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS,
-                rule, logprobs, independent, workspace,
-            )
-        )  # fmt: skip
+                rule, logprobs, independent, workspace, out=out,
+            )  # fmt: skip
+        return out
 
     def verify_tree(*arguments: Any) -> VerifiedTree | None:
-        if checks.verify_tree(*arguments) is None:
-            return None
-        *tree, heat, seed, position, temperature, top_k, top_p, min_p, bitmask, rule, replacement, logprobs = arguments
-        return VerifiedTree._make(
+        out = checked.verify_tree(*arguments)
+        if out is not None:
+            *tree, heat, seed, position, temperature, top_k, top_p, min_p, bitmask, rule, iid, logprobs = arguments
             launch["verify_tree"](
                 *tree, *one_or_each(heat, 1.0), seed, position, None, temperature, *_filters(top_k, top_p, min_p),
-                bitmask, *NO_ADJUSTMENTS, rule, replacement, logprobs,
-            )
-        )  # fmt: skip
+                bitmask, *NO_ADJUSTMENTS, rule, iid, logprobs, out=out,
+            )  # fmt: skip
+        return out
 
-    def drawn(op: str, check: Callable[..., Any], result: Any) -> Callable[..., Any]:
+    def drawn(op: str, results: Callable[..., Any]) -> Callable[..., Any]:
         def draw(*arguments: Any) -> Any:
-            if check(*arguments) is None:
-                return None
-            logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, *rest = arguments
-            filters = _filters(top_k, top_p, min_p)
-            return result._make(
-                launch[op](logits, seed, position, row, None, temperature, *filters, bitmask, *NO_ADJUSTMENTS, *rest)
-            )
+            out = results(*arguments)
+            if out is not None:
+                logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, *rest = arguments
+                launch[op](
+                    logits, seed, position, row, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
+                    *NO_ADJUSTMENTS, *rest, out=out,
+                )  # fmt: skip
+            return out
 
         return draw
 
-    return FastPath(
-        verify_chain,
-        verify_tree,
-        drawn("sample", checks.sample, Sample),
-        drawn("sample_children", checks.sample_children, DrawnChildren),
-    )
+    sample, children = drawn("sample", checked.sample), drawn("sample_children", checked.sample_children)
+    return FastPath(verify_chain, verify_tree, sample, children)
 
 
 def _filters(top_k: int | None, top_p: float | None, min_p: float | None) -> tuple[int, float, float]:

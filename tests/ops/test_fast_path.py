@@ -269,11 +269,14 @@ def test_a_library_of_another_build_is_not_connected(monkeypatch):
     assert fast_path._of_launchers(BACKENDS["triton"]) is None
 
 
-def test_without_a_library_arguments_are_only_checked():
-    checks = fast_path.connect(0, "cpu", False)
+def test_without_a_library_arguments_are_checked_and_results_made():
+    checked = fast_path.connect(0, "cpu", True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
-    assert checks.sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) is True
-    assert checks.sample(rows, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
+    first, again = (checked.sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) for _ in range(2))
+    assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
+    for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
+        assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
+    assert checked.sample(rows, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
     assert fast_path.connect(0, "cuda", False).sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) is None
 
 
@@ -282,9 +285,10 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
     seen: dict[str, Any] = {}
 
     def launcher(op: str) -> Any:
-        def launch(*arguments: Any) -> Any:
+        def launch(*arguments: Any, out: tuple[torch.Tensor, ...]) -> None:
             seen[op] = arguments
-            return getattr(torch.ops.specdec, op).default(*arguments)
+            for mine, real in zip(out, getattr(torch.ops.specdec, op).default(*arguments), strict=True):
+                assert mine.copy_(real).shape == real.shape
 
         return launch
 
