@@ -37,7 +37,7 @@ for _ in range(2):
     for y in numbers + tensors:
         for x in tensors if y is not None and type(y) is int else tensors[:1]:
             for flag in (False, True):
-                launch.launch(kernel, 3, x, y, SIZE=4, FLAG=flag, num_warps=2)
+                launch.launch(kernel, 3, x, y, FLAG=flag, SIZE=4, num_warps=2)
                 ours = launched.pop()
                 compiled = kernel[(3,)](x, y, SIZE=4, FLAG=flag, num_warps=2)
                 theirs = launched.pop()
@@ -46,7 +46,7 @@ for _ in range(2):
                 for at, (a, b) in enumerate(zip(ours, theirs)):
                     assert at == 6 or a is b or (not isinstance(a, torch.Tensor) and a == b), (at, x, y)
                 assert ours[9] is x and ours[10] is y and ours[11:] == (4, flag)
-                key = 0, launch.launch_key(x, y), 4, flag, 2
+                key = 0, launch.launch_key(x, y), flag, 4, 2
                 assert launch._COMPILED[id(kernel)][key][0] is compiled, (x, y)
 found = len(launch._COMPILED[id(kernel)])
 assert found == len(launch._COMPILED[id(kernel)]) > 40
