@@ -217,16 +217,8 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.findall(rf"\.vgpr_{x}count:\s+(\d+)", text)[0]) for x in ("", "spill_"))
-        return Usage(
-            call,
-            compiled.name,
-            target,
-            compiled.hash,
-            registers,
-            spilled,
-            len(re.findall(r"^\t[a-z]", text, re.M)),
-            None,
-        )
+        count = len(re.findall(r"^\t[a-z]", text, re.M))
+        return Usage(call, compiled.name, target, compiled.hash, registers, spilled, count, None)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
