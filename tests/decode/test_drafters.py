@@ -75,8 +75,9 @@ def test_a_drafter_that_is_its_target_is_always_right(model, name):
     generate(TransformersTarget(model), PROMPTS, drafter=drafters(model)[name], **options)
     for slot, length in enumerate(lengths):
         own = statistics.requests[slot]
-        assert own.accepted_at == own.proposed_at
-        if name == "self":
+        assert own.accepted_at[0] == own.proposed_at[0] > 0
+        if name == "self":  # of a tree, what is deeper may hang from another node
+            assert own.accepted_at == own.proposed_at
             assert own.request_steps == -(-length // 4)
 
 
@@ -97,7 +98,7 @@ def test_positions_count_the_whole_text(model):
 def test_acceptance_stays_with_its_request():
     """An adaptive drafter learns of each request what was accepted of it, and keeps that when others end."""
     drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count))
-    drafter.costs._steps = 0
+    drafter.costs._steps = {3: 0}
     session = drafter.begin([[1]] * 3, None)
     keys = torch.ones(3, dtype=torch.int64)
     for _ in range(3):
