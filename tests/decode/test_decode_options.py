@@ -180,6 +180,14 @@ def test_gains_follow_what_was_accepted():
     assert all(a >= b for a, b in pairwise(gains))
 
 
+def test_what_lies_behind_a_rejected_draft_says_nothing():
+    told, silent = Acceptance(), Acceptance()
+    for accepted in (0, 1, 0, 2):
+        told.add(4, accepted)
+        silent.add(accepted + 1, accepted)
+    assert told.gains(4) == silent.gains(4)
+
+
 def step_of(num_draft, position=0):
     one = torch.ones(len(num_draft), dtype=torch.int64)
     return Step(num_draft, one, one * position, 1.0)
