@@ -84,7 +84,7 @@ class Continuation:
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         self._tokenizer, self._params = tokenizer, params
         self._stream = TextStream(tokenizer)
-        self._text, self._shown = "", 0
+        self._text, self._shown, self._closed = "", 0, False
         self._pieces: deque[str] = deque()
         self.stop: str | None = None
         """The stop string that ended it, once it has."""
@@ -115,26 +115,30 @@ class Continuation:
             self._pieces.append(self._text[self._shown : end])
             self._shown = end
 
-    def _ended(self) -> None:
-        if self.stop is None:
+    def _close(self) -> None:
+        """Take in what the stream held back; once, whoever comes to the end, and however often."""
+        if self.stop is None and not self._closed:
             self._add(self._stream.end())
             self._show(len(self._text))
+        self._closed = True
+
+    def _taken(self) -> Iterator[str]:
+        while self._pieces:
+            yield self._pieces.popleft()
 
     def __iter__(self) -> Iterator[str]:
         for _ in self.submission:
-            while self._pieces:
-                yield self._pieces.popleft()
-        self._ended()
-        yield from self._pieces
-        self._pieces.clear()
+            yield from self._taken()
+        self._close()
+        yield from self._taken()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for _ in self.submission:
-            while self._pieces:
-                yield self._pieces.popleft()
-        self._ended()
-        while self._pieces:
-            yield self._pieces.popleft()
+            for piece in self._taken():
+                yield piece
+        self._close()
+        for piece in self._taken():
+            yield piece
 
     def cancel(self) -> None:
         """End it where it is."""
@@ -143,7 +147,7 @@ class Continuation:
     def result(self) -> Completion:
         """The whole of it, once it has ended."""
         made = self.submission.result()
-        self._ended()
+        self._close()
         return Completion(
             self._text, made.tokens, made.logprobs, made.finished, self.stop, self.submission.prompt_logprobs
         )

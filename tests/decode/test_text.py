@@ -159,6 +159,16 @@ def test_a_cancelled_text_is_what_there_is(model, whole):
     assert made.result().finished == ""
 
 
+def test_a_character_that_is_cut_in_half_is_shown_once(model):
+    """Whether the text is read in pieces, as a whole, or both, and however often."""
+    first = {"logit_bias": {token: 0.0 if token == LETTERS[-2] else -math.inf for token in range(len(TOKENIZER))}}
+    half = TOKENIZER.decode([LETTERS[-2]])
+    for read in (lambda made: made.result().text, lambda made: "".join(made)):
+        (made,) = generator(model).submit(PROMPT, params(max_new_tokens=1, **first))
+        assert read(made) == half
+        assert made.result().text == made.result().text == half
+
+
 @pytest.mark.parametrize(
     ("named", "error", "message"),
     [
