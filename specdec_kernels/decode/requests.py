@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
 from typing import Any
@@ -227,11 +227,13 @@ class Batch:
     def _allowed(self, request: Request, history: Sequence[int]) -> Tensor:
         """What may follow a history of a request that is masked."""
         if (grammar := request.sampling.grammar) is None:
-            mask = bits_of(range(self._vocab), self._vocab)
+            mask = torch.full((-(-self._vocab // 32),), -1, dtype=torch.int32, device=CPU)
         else:
             mask = allowed(grammar, history, self._vocab)
         if len(history) < request.min_new_tokens:
-            mask &= ~bits_of(request.stop_tokens, self._vocab)
+            stops = np.zeros(self._vocab, dtype=bool)
+            stops[[token for token in request.stop_tokens if token < self._vocab]] = True
+            mask &= ~packed_mask(stops)
         return mask
 
     def advance(self, tokens: Tensor, num_accepted: Tensor, new: Sequence[Sequence[int]]) -> None:
@@ -258,11 +260,10 @@ def _is_masked(request: Request) -> bool:
     return request.sampling.grammar is not None or len(request.generated) < request.min_new_tokens
 
 
-def bits_of(ids: Iterable[int], vocab: int) -> Tensor:
-    """A mask of these ids, int32 [ceil(V/32)]; what is no id of the vocabulary is left out."""
-    bits = np.zeros(-(-vocab // 32) * 32, dtype=np.uint8)
-    bits[[token for token in ids if token < vocab]] = 1
-    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
+def packed_mask(allowed: np.ndarray) -> Tensor:
+    """A mask in xgrammar's layout, int32 [ceil(V/32)], of bool [V]; nothing behind the vocabulary."""
+    bits = np.packbits(np.pad(allowed, (0, -len(allowed) % 32)), bitorder="little")
+    return torch.from_numpy(bits.view(np.int32))
 
 
 def allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:

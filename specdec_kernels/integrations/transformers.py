@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ with brought_by("decode"):
 
 from specdec_kernels.decode import Drafter, Statistics, TransformersTarget, stream
 from specdec_kernels.decode.drafters import ModelDrafter, NGramDrafter
+from specdec_kernels.decode.requests import packed_mask
 from specdec_kernels.integrations.recording import RecordingTarget
 from specdec_kernels.ops import RuleName
 
@@ -329,9 +329,7 @@ class _Mask:
         scores = torch.zeros((1, self._vocab), device=ids.device)
         for processor in self._given:
             scores = processor(ids, scores)
-        allowed = (scores[0] > -torch.inf).cpu().numpy()
-        bits = np.packbits(np.pad(allowed, (0, -self._vocab % 32)), bitorder="little")
-        return torch.from_numpy(bits.view(np.int32))
+        return packed_mask((scores[0] > -torch.inf).cpu().numpy())
 
 
 class _Texts:
