@@ -7,7 +7,6 @@ import heapq
 import queue
 import threading
 import warnings
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -43,8 +42,8 @@ class Submission:
 
     def __init__(self, scheduler: Scheduler, request: Request, stop_when: StopWhen | None) -> None:
         self._scheduler, self.request, self.stop_when = scheduler, request, stop_when
-        self._tokens: deque[Token] = deque()
-        self._all: list[Token] = []
+        self._tokens: list[Token] = []
+        self._read = 0
         self._error: BaseException | None = None
         self.done = False
         """Whether no more tokens will come than those not read yet: finished, cancelled or failed."""
@@ -80,25 +79,25 @@ class Submission:
         """The whole request, once it has ended; ``finished`` is empty if it was cancelled."""
         for _ in self:
             pass
-        tokens = [token for token in self._all if token.token >= 0]
+        tokens = [token for token in self._tokens if token.token >= 0]
         return Generation(
             [token.token for token in tokens],
             [token.drafted for token in tokens],
             [token.logprob for token in tokens],
-            self._all[-1].finished if self._all else "",
+            self._tokens[-1].finished if self._tokens else "",
         )
 
     # What follows is the scheduler's, under its lock.
 
     def put(self, token: Token) -> None:
         self._tokens.append(token)
-        self._all.append(token)
         self.done = self.done or bool(token.finished)
 
     def take(self) -> Token | None:
         """The next token that is there; an error where there is none any more."""
-        if self._tokens:
-            return self._tokens.popleft()
+        if self._read < len(self._tokens):
+            self._read += 1
+            return self._tokens[self._read - 1]
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -231,7 +232,8 @@ class AdaptiveDrafter:
         """Of one request, by drafts up to a limit: how to draft so many, and the expected tokens that they add."""
         gains = acceptance.gains(limit)
         if not self.siblings:
-            return [((length, 0), sum(chain for chain, _ in gains[:length])) for length in range(limit + 1)]
+            added = accumulate((chain for chain, _ in gains), initial=0.0)
+            return [((length, 0), tokens) for length, tokens in enumerate(added)]
         pieces = []  # (gain, place, whether of siblings)
         least = math.inf  # neither rises from one place to the next, or nothing would hang together
         for place, (chain, siblings) in enumerate(gains):
