@@ -270,18 +270,24 @@ def calls(draw):
     }
 
 
-@settings(max_examples=some(150, 400), deadline=None, derandomize=True)
-@given(calls())
-def test_nothing_crashes_and_ids_stay_in_range(named):
-    vocab = named["target_logits"].shape[-1]
+def by_both(function, named):
+    """What the C++ and the reference give, or None from both: an error that says what must be."""
     results = []
     for name in ("cpu", "reference"):
         try:
-            results.append(verify_chain(**named, backend=name))
+            results.append(function(**named, backend=name))
         except (ValueError, TypeError) as error:
             assert "must" in str(error)  # noqa: PT017
             results.append(None)
     assert (results[0] is None) == (results[1] is None)
+    return results
+
+
+@settings(max_examples=some(150, 400), deadline=None, derandomize=True)
+@given(calls())
+def test_nothing_crashes_and_ids_stay_in_range(named):
+    vocab = named["target_logits"].shape[-1]
+    results = by_both(verify_chain, named)
     for result in results:
         if result is not None:
             assert ((result.tokens >= -1) & (result.tokens < vocab)).all()
@@ -394,14 +400,7 @@ def trees(draw):
 @given(trees())
 def test_no_tree_crashes_and_ids_stay_in_range(named):
     vocab, nodes = named["target_logits"].shape[-1], named["target_logits"].shape[1]
-    results = []
-    for name in ("cpu", "reference"):
-        try:
-            results.append(verify_tree(**named, backend=name))
-        except (ValueError, TypeError) as error:
-            assert "must" in str(error)  # noqa: PT017
-            results.append(None)
-    assert (results[0] is None) == (results[1] is None)
+    results = by_both(verify_tree, named)
     for result in results:
         if result is not None:
             assert ((result.tokens >= -1) & (result.tokens < vocab)).all()

@@ -109,16 +109,20 @@ def test_draws_do_not_depend_on_the_launch(launched):
             assert all(torch.equal(a, b) for a, b in zip(found[0], each, strict=True))
 
 
-def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
-    verify = module("verify")
-    measured = []
-    measure = verify.measure
+def measured_rows(kernels, monkeypatch):
+    """The rows that a module's kernels measure, as they do."""
+    measured, measure = [], kernels.measure
 
     def counting(rows, i, *rest):
         measured.append(int(i.handle.data[0]))
         return measure(rows, i, *rest)
 
-    monkeypatch.setattr(verify, "measure", counting)
+    monkeypatch.setattr(kernels, "measure", counting)
+    return measured
+
+
+def test_rows_behind_a_rejection_are_not_read(launched, monkeypatch):
+    measured = measured_rows(module("verify"), monkeypatch)
     target = torch.zeros(2, 5, VOCAB)
     target[:, :, 7] = 30.0
     tokens = torch.full((2, 4), 7)
@@ -139,15 +143,7 @@ def module(name: str):
 
 
 def test_nodes_that_the_path_passes_by_are_not_read(launched, monkeypatch):
-    tree_rules = module("tree_rules")
-    measured = []
-    measure = tree_rules.measure
-
-    def counting(rows, i, *rest):
-        measured.append(int(i.handle.data[0]))
-        return measure(rows, i, *rest)
-
-    monkeypatch.setattr(tree_rules, "measure", counting)
+    measured = measured_rows(module("tree_rules"), monkeypatch)
     target = torch.zeros(1, 7, VOCAB)
     target[:, :, 7] = 30.0
     parents, tokens = torch.tensor([[-1, 0, 0, 1, 1, 2, 3]]), torch.tensor([[0, 9, 7, 7, 7, 7, 7]])
