@@ -32,6 +32,10 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of the first GPUs that the kernels are compiled for. It is looked at here and not at import, which must not start
+// CUDA.
+constexpr int kLeastCapability = 8;
+
 // Nothing of a device changes, so each is asked once.
 Device describe(int32_t device) {
   static std::mutex mutex;
@@ -39,7 +43,10 @@ Device describe(int32_t device) {
   const std::lock_guard lock(mutex);
   const auto [entry, added] = known.try_emplace(device);
   if (added) {
-    int processors = 0;
+    int major = 0, processors = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    STD_TORCH_CHECK(major >= kLeastCapability, "backend='cuda' needs a GPU of compute capability ", kLeastCapability,
+                    ".0, GPU ", device, " has ", major, ".x: try backend='triton'");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     entry->second.processors = processors;
   }

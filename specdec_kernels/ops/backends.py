@@ -24,7 +24,6 @@ BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, on CPUs and on GPUs; matrix products it leaves to PyTorch's own kernels and to Triton.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 OPS = (*_NATIVE_OPS, "tree_attention")
-_CUDA_CAPABILITY = (8, 0)
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []
 
@@ -66,15 +65,9 @@ def _cpu() -> Backend:
     return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions, NATIVE_LIBRARY)
 
 
-def _no_cuda() -> str:
-    """Why the GPUs that are here cannot run the CUDA C++."""
-    if torch.version.hip is not None:
-        return "this PyTorch is for AMD's GPUs"
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < _CUDA_CAPABILITY:
-            return f"it needs compute capability {_CUDA_CAPABILITY}, GPU {index} has {capability}"
-    return ""
+def _has_gpu() -> bool:
+    """Whether there is one, asked without CUDA: what has started CUDA can no longer fork, as servers do."""
+    return torch.cuda.device_count() > 0
 
 
 def _cuda() -> Backend:
@@ -84,8 +77,8 @@ def _cuda() -> Backend:
     suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads", "host": "_emulated_host"}
     if emulated not in suffixes:
         return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1, threads or host, got {emulated!r}", "", {})
-    if not emulated and (reason := _no_cuda()):  # the library would answer for the device all the same
-        return Backend("cuda", "cuda", reason, "", {})
+    if not emulated and torch.version.hip is not None:  # the library would answer for the device all the same
+        return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs", "", {})
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
     how = "it is for tests, which need a checkout: pip install -e ." if emulated else "it takes nvcc"
     if not library.is_file():
@@ -100,7 +93,7 @@ def _cuda() -> Backend:
     functions = {op: getattr(namespace, op).default for op in _NATIVE_OPS}
     if emulated:
         return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions, library)
-    reason = "" if torch.cuda.is_available() else "there is no GPU"
+    reason = "" if _has_gpu() else "there is no GPU"
     return Backend("cuda", "cuda", reason, "CUDA C++", functions, library)
 
 
@@ -113,7 +106,7 @@ def _triton() -> Backend:
     except Exception as error:  # whatever a package raises that fits neither this Python nor this torch
         return Backend("triton", "cuda", f"triton does not load: {error}", "", {})
     interpreted = bool(triton.knobs.runtime.interpret)
-    if not interpreted and not torch.cuda.is_available():
+    if not interpreted and not _has_gpu():
         reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
         return Backend("triton", "cuda", reason, f"triton {triton.__version__}", {})
     try:

@@ -9,8 +9,8 @@ build/versions/found.jsonl as long as its sources stay the same, so that a secon
 ended. What pip unpacks there is 6 GB. Of torch it takes the wheels for macOS, which have the same headers and are a
 tenth of the size.
 
-A compiler or a Python that is not here is not checked, and the log says so. Debian 12 has packages of g++ 11 and 12,
-and of clang 14, 15, 16, 19 and 22; pyenv's Pythons are found where they lie.
+A compiler or a Python that is not here is not checked, and the log says so. `tests/helpers/compilers.sh` brings those
+that Debian 12 has not; pyenv's Pythons are found where they lie.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CACHE = ROOT / "build" / "versions"
 FOUND = CACHE / "found.jsonl"
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
-COMPILERS = (*(f"g++-{n}" for n in range(11, 16)), *(f"clang++-{n}" for n in range(14, 24)))
+COMPILERS = (*(f"g++-{n}" for n in range(11, 17)), *(f"clang++-{n}" for n in range(14, 24)))
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 FOR_MACOS = ("--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64", "--python-version=3.12")
 #: Seconds that a part may take.
@@ -94,13 +94,19 @@ def flaws(found: list[dict[str, Any]]) -> list[str]:
 
 
 @cache
+def read_by(source: Path) -> frozenset[Path]:
+    """A file, and the headers of this tree that it includes, which may include each other."""
+    found, ahead = set(), [source]
+    while ahead:
+        if (file := ahead.pop()) not in found and file.is_file():
+            found.add(file)
+            ahead += [(file.parent / name).resolve() for name in re.findall(r'#include "(.*)"', file.read_text())]
+    return frozenset(found)
+
+
 def sees_torch(source: Path) -> bool:
     """Whether a file, or a header of this tree that it includes, includes one of torch."""
-    text = source.read_text()
-    if re.search(r"#include <torch/", text):
-        return True
-    own = (source.parent / name for name in re.findall(r'#include "(.*)"', text))
-    return any(sees_torch(header.resolve()) for header in own if header.is_file())
+    return any("#include <torch/" in each.read_text() for each in read_by(source))
 
 
 def sources() -> list[Path]:
@@ -121,7 +127,8 @@ def compile_cpp(compiler: str, torch: Path, source: Path, *options: str, python:
     import pybind11
 
     name = str(source.relative_to(ROOT))
-    cuda = Path(pybind11.__file__).parent.parent / "nvidia" / "cu13" / "include"
+    stand_in = source.with_suffix("")  # a folder of headers in place of CUDA's
+    cuda = stand_in if stand_in.is_dir() else Path(pybind11.__file__).parent.parent / "nvidia" / "cu13" / "include"
     sets = {"avx512": "avx512f avx512bw avx512dq avx512vl fma f16c", "avx2": "avx2 fma f16c", "stream": "avx2"}
     machine = next((names for unit, names in sets.items() if unit in name), "")
     include = [*includes(python), torch / "include", torch / "include/torch/csrc/api/include", cuda]
@@ -166,8 +173,8 @@ class Part:
 
     version: str
     name: str
-    reads: str
-    """Of what files it depends on: their pattern."""
+    reads: Iterable[Path]
+    """The files it depends on."""
     check: Callable[[], Any]
     """Gives what it found, which JSON can hold; raises where that is wrong."""
 
@@ -176,11 +183,16 @@ class Part:
         return f"{self.version}: {self.name} of {fingerprint(self.reads)}"
 
 
-@cache
-def fingerprint(pattern: str) -> str:
-    """Of all files of a pattern as they are now."""
-    files = sorted(path for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
-    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of files as they are now."""
+    contents = (str(path).encode() + path.read_bytes() for path in sorted(files))
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+
+
+def matching(*patterns: str) -> list[Path]:
+    """The files of patterns, but for what Python compiled."""
+    found = (path for pattern in patterns for path in ROOT.glob(pattern))
+    return [path for path in found if path.is_file() and path.suffix != ".pyc"]
 
 
 def under_triton(version: str) -> Iterator[Part]:
@@ -192,8 +204,9 @@ def under_triton(version: str) -> Iterator[Part]:
         return found
 
     calls = json.loads(run([sys.executable, "-c", _CALLS]))
+    reads = matching("triton_kernels/*")
     for call in calls:
-        yield Part(f"triton {version}", call, "triton_kernels/*", lambda call=call: check(call))
+        yield Part(f"triton {version}", call, reads, lambda call=call: check(call))
 
 
 _CALLS = "import json; from specdec_kernels.triton_kernels.compile import CALLS; print(json.dumps(list(CALLS)))"
@@ -211,8 +224,8 @@ def against_torch(version: str, compilers: Iterable[str]) -> Iterator[Part]:
 
     for compiler, source in product(compilers, filter(sees_torch, sources())):
         name = f"{source.relative_to(ROOT)} by {compiler}"
-        yield Part(f"torch {version}", name, "csrc/**/*", lambda c=compiler, s=source: check(c, s))
-    yield Part(f"torch {version}", "symbols", "specdec_kernels/lib/*.so", has_all)
+        yield Part(f"torch {version}", name, read_by(source), lambda c=compiler, s=source: check(c, s))
+    yield Part(f"torch {version}", "symbols", matching("specdec_kernels/lib/*.so"), has_all)
 
 
 def by_compiler(compiler: str) -> Iterator[Part]:
@@ -223,17 +236,17 @@ def by_compiler(compiler: str) -> Iterator[Part]:
         compile_cpp(compiler, torch, source, "-O1", "-c", "-o", os.devnull)
 
     for source in sources():
-        yield Part(compiler, str(source.relative_to(ROOT)), "csrc/**/*", lambda source=source: check(source))
+        name = str(source.relative_to(ROOT))
+        yield Part(compiler, name, read_by(source), lambda source=source: check(source))
 
 
 def for_python(version: str, python: str) -> Iterator[Part]:
     """Its syntax; and the module that is compiled for one Python alone, loaded."""
+    files = matching(*(f"{folder}/**/*.py" for folder in ("specdec_kernels", "triton_kernels", "bench")))
+    module = matching("csrc/native/*.cpp")
 
     def parses() -> int:
         program = "import ast, pathlib, sys\nfor name in sys.argv[1:]: ast.parse(pathlib.Path(name).read_text())"
-        files = [
-            each for folder in ("specdec_kernels", "triton_kernels", "bench") for each in ROOT.glob(f"{folder}/**/*.py")
-        ]
         run([python, "-W", "error", "-c", program, *files])
         return len(files)
 
@@ -241,15 +254,15 @@ def for_python(version: str, python: str) -> Iterator[Part]:
         torch = unpacked("torch", TORCHES[0], *FOR_MACOS) / "torch"
         with tempfile.TemporaryDirectory() as folder:
             objects = []
-            for source in ROOT.glob("csrc/native/*.cpp"):
+            for source in module:
                 objects.append(f"{folder}/{source.stem}.o")
                 compile_cpp("c++", torch, source, "-O1", "-c", "-o", objects[-1], python=python)
             run(["c++", "-shared", *objects, "-o", f"{folder}/_native.so"])
             program = "import sys; sys.path.insert(0, sys.argv[1]); import _native; _native.build_facts()"
             run([python, "-c", program, folder])
 
-    yield Part(f"python {version}", "syntax", "*/**/*.py", parses)
-    yield Part(f"python {version}", "native module", "csrc/**/*", loads)
+    yield Part(f"python {version}", "syntax", files, parses)
+    yield Part(f"python {version}", "native module", frozenset().union(*map(read_by, module)), loads)
 
 
 def everything() -> dict[str, list[Part]]:

@@ -99,6 +99,26 @@ def test_without_a_gpu_triton_says_why():
     assert "backend='triton' cannot run here: there is no GPU" in result.stderr
 
 
+def test_an_import_does_not_start_cuda():
+    """A process that has started CUDA cannot fork any more: vLLM's and others do, after plug-ins were imported."""
+    code = """
+import torch
+def started(*_): raise SystemExit("CUDA was started")
+torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = torch.cuda.is_available = started
+torch.cuda.device_count = lambda: 1
+import specdec_kernels.ops as ops
+print(ops.BACKENDS["triton"].reason)
+"""
+    result = run_python("-c", code, TRITON_INTERPRET="0")
+    assert (result.returncode, result.stdout) == (0, "\n"), result.stderr
+
+
+def test_an_old_gpu_is_refused():
+    code = "import torch, specdec_kernels as s; s.sample(torch.zeros(1, 3), seed=1, position=1, backend='cuda')"
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="host", SPECDEC_STAND_IN_OLD_GPU="1")
+    assert "backend='cuda' needs a GPU of compute capability 8.0, GPU -1 has 7.x" in result.stderr
+
+
 NO_FILTERS = (0, 1.0, 0.0)
 NO_PROCESSING = (None,) * 5
 

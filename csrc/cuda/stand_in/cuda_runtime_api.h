@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 using cudaStream_t = void*;
 
 namespace specdec::cuda::stand_in {
@@ -17,7 +18,11 @@ inline int asked = 0, cleared = 0, launched = 0;
 }  // namespace specdec::cuda::stand_in
 
 inline const char* cudaGetErrorString(cudaError_t) { return "the launch failed"; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute == cudaDevAttrComputeCapabilityMajor) {
+    *value = std::getenv("SPECDEC_STAND_IN_OLD_GPU") != nullptr ? 7 : 9;
+    return cudaSuccess;
+  }
   ++specdec::cuda::stand_in::asked;
   *value = 132;
   return cudaSuccess;
