@@ -1,6 +1,14 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
-from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, noise_words, sample, verify_chain
+from specdec_kernels.ops import (
+    DraftVocabulary,
+    LogitBias,
+    Penalties,
+    TokenCounts,
+    noise_words,
+    sample,
+    verify_chain,
+)
 from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
@@ -10,6 +18,7 @@ from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.version import __version__
 
 __all__ = [
+    "DraftVocabulary",
     "DrawnChildren",
     "LogitBias",
     "Penalties",

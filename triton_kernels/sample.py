@@ -71,10 +71,10 @@ def sample_kernel(
 
 
 def draw(
-    kernel: JITFunction[Any], columns: tuple[int, ...], logits: Tensor, seed: Tensor, position: Tensor, row: Tensor,
-    sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None,
-    edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None,
-    *, out: tuple[Tensor, ...] | None, **constants: int,
+    kernel: JITFunction[Any], columns: tuple[int, ...], logits: Tensor, target_to_draft: Tensor | None, seed: Tensor,
+    position: Tensor, row: Tensor, sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float,
+    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None,
+    penalties: Tensor | None, *, out: tuple[Tensor, ...] | None, **constants: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch a kernel that draws ``columns`` tokens from each row: the tokens, their log-probabilities, and the scalars
     of the distributions."""

@@ -398,10 +398,11 @@ def passes_and_parts(nodes: int, batch: int, config: LaunchConfig, device: torch
 
 
 def verify_tree(
-    target_logits: Tensor, draft_tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, draft_stats: Tensor |
-    None, draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor, position: Tensor, sampling: Tensor
-    | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None,
-    edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None, rule: int, replacement: bool,
+    target_logits: Tensor, draft_tokens: Tensor, parents: Tensor, draft_logits: Tensor | None,
+    draft_stats: Tensor | None, target_to_draft: Tensor | None, draft_temperatures: Tensor | None,
+    draft_temperature: float, seed: Tensor, position: Tensor, sampling: Tensor | None, temperature: float, top_k: int,
+    top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
+    edit_bias: Tensor | None, penalties: Tensor | None, rule: int, replacement: bool,
     logprobs: bool, *, out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, nodes = parents.shape

@@ -188,11 +188,11 @@ def verify_chain_kernel(
 
 def verify_chain(
     target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None,
-    draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor, position: Tensor, num_draft: Tensor |
-    None, cu_rows: Tensor | None, sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float,
-    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties:
-    Tensor | None, rule: int, logprobs: bool, independent: bool, workspace: Tensor | None = None,
-    *, out: tuple[Tensor, ...] | None = None,
+    target_to_draft: Tensor | None, draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor,
+    position: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None, sampling: Tensor | None, temperature: float,
+    top_k: int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
+    edit_bias: Tensor | None, penalties: Tensor | None, rule: int, logprobs: bool, independent: bool,
+    workspace: Tensor | None = None, *, out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
     if out is None:

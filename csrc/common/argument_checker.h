@@ -52,12 +52,22 @@ class ArgumentChecker {
     return !on_cpu_ || std::all_of(row, row + count, [](int64_t r) { return r >= 0 && r < kMaxRows; });
   }
 
+  // What drafts were drawn from: rows of logits as wide as the target's or, with a table of its ids, of any width. What
+  // is in the table was checked where it was made (specdec_kernels/ops/draft_vocabulary.py), as was that the width is
+  // that of the rows.
+  bool draft_rows(const OptionalTensor& t, const OptionalTensor& stats, const OptionalTensor& target_to_draft,
+                  int64_t batch, int64_t rows, int64_t vocab) const {
+    if (!t) return !stats && !target_to_draft;
+    const int64_t width = target_to_draft && t->dim() == 3 ? t->size(2) : vocab;
+    return logits(*t, {batch, rows, width}) && array(stats, ScalarType::Float, {batch, rows, 3}) &&
+           array(target_to_draft, ScalarType::Int, {vocab});
+  }
+
   bool drafts(const Tensor& tokens, int64_t vocab, const OptionalTensor& logits_of_drafts, const OptionalTensor& stats,
-              const OptionalTensor& num_draft) const {
+              const OptionalTensor& target_to_draft, const OptionalTensor& num_draft) const {
     const int64_t batch = tokens.size(0), longest = tokens.size(1);
     return ids(tokens, {batch, longest}) && longest < kMaxRows &&
-           (!logits_of_drafts || logits(*logits_of_drafts, {batch, longest, vocab})) && (!stats || logits_of_drafts) &&
-           array(stats, ScalarType::Float, {batch, longest, 3}) &&
+           draft_rows(logits_of_drafts, stats, target_to_draft, batch, longest, vocab) &&
            (!num_draft || (ids(*num_draft, {batch}) && num_draft->is_contiguous()));
   }
 

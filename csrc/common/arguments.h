@@ -87,6 +87,7 @@ struct VerifyResults {
 template <class Tensor>
 Verification verification(const Tensor& target_logits, const Tensor& draft_tokens,
                           const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& draft_stats,
+                          const std::optional<Tensor>& target_to_draft,
                           const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed, const Tensor& position,
                           const DistributionArguments<Tensor>& distribution, int64_t rows, const VerifyResults& results,
                           bool logprobs) {
@@ -99,6 +100,7 @@ Verification verification(const Tensor& target_logits, const Tensor& draft_token
       .tokens = ids_of(draft_tokens),
       .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
       .draft_stats = data_of<float>(draft_stats),
+      .target_to_draft = data_of<int32_t>(target_to_draft),
       .draft_rows = draft_tokens.size(1),
       .draft_temperatures = data_of<float>(draft_temperature.each),
       .draft_temperature = float(draft_temperature.all),
@@ -118,7 +120,7 @@ Verification verification(const Tensor& target_logits, const Tensor& draft_token
 template <class Tensor>
 struct ChainArguments {
   Tensor target_logits, draft_tokens;
-  std::optional<Tensor> draft_logits, draft_stats;
+  std::optional<Tensor> draft_logits, draft_stats, target_to_draft;
   DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
   std::optional<Tensor> num_draft, cu_rows;
@@ -140,7 +142,7 @@ struct ChainArguments {
                                 taken.offsets(*cu_rows, batch(), rows() - 1, all)
                           : taken.logits(target_logits, {batch(), rows(), vocab}) &&
                                 taken.array(distribution.bitmask, ScalarType::Int, {batch(), rows(), words}));
-    taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, num_draft) &&
+    taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, target_to_draft, num_draft) &&
                   taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
                   taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
                   taken.workspace(workspace, workspace_bytes(batch(), rows(), vocab)));
@@ -148,8 +150,8 @@ struct ChainArguments {
 
   VerifyChain op(const VerifyResults& results, int32_t* counters) const {
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
-                               position, distribution, rows(), results, logprobs),
+        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
+                               draft_temperature, seed, position, distribution, rows(), results, logprobs),
         .cu_rows = data_of<int64_t>(cu_rows),
         .num_draft = num_draft ? ids_of(*num_draft) : Ids{},
         .rule = rule,
@@ -165,7 +167,7 @@ struct ChainArguments {
 template <class Tensor>
 struct TreeArguments {
   Tensor target_logits, draft_tokens, parents;
-  std::optional<Tensor> draft_logits, draft_stats;
+  std::optional<Tensor> draft_logits, draft_stats, target_to_draft;
   DraftTemperature<Tensor> draft_temperature;
   Tensor seed, position;
   DistributionArguments<Tensor> distribution;
@@ -182,9 +184,7 @@ struct TreeArguments {
     const int64_t vocab = target_logits.size(2);
     taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
                   taken.logits(target_logits, {batch(), nodes(), vocab}) &&
-                  (!draft_logits || taken.logits(*draft_logits, {batch(), nodes(), vocab})) &&
-                  (!draft_stats || draft_logits) &&
-                  taken.array(draft_stats, ScalarType::Float, {batch(), nodes(), 3}) &&
+                  taken.draft_rows(draft_logits, draft_stats, target_to_draft, batch(), nodes(), vocab) &&
                   taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
                   taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
                   taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
@@ -192,8 +192,8 @@ struct TreeArguments {
 
   VerifyTree op(const VerifyResults& results, int32_t* out_nodes) const {
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed,
-                               position, distribution, nodes(), results, logprobs),
+        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
+                               draft_temperature, seed, position, distribution, nodes(), results, logprobs),
         .parents = data_of<int64_t>(parents),
         .rule = rule,
         .replacement = replacement,
@@ -211,24 +211,31 @@ struct DrawResults {
 // Of `sample`.
 template <class Tensor>
 struct SampleArguments {
-  Tensor logits, seed, position, row;
+  Tensor logits;
+  std::optional<Tensor> target_to_draft;
+  Tensor seed, position, row;
   DistributionArguments<Tensor> distribution;
   bool coupled;
 
+  int64_t vocab() const { return target_to_draft ? target_to_draft->size(0) : logits.size(1); }
+
   void require() const {
+    using torch::headeronly::ScalarType;
     const ArgumentChecker<Tensor> taken(logits);
-    taken.require(logits.dim() == 2);
-    const int64_t rows = logits.size(0), vocab = logits.size(1);
-    taken.require(taken.logits(logits, {rows, vocab}) && taken.keys(seed, rows) && taken.keys(position, rows) &&
-                  taken.rows_of_step(row, rows) && distribution.taken(taken, rows) &&
-                  taken.array(distribution.bitmask, torch::headeronly::ScalarType::Int, {rows, (vocab + 31) / 32}));
+    taken.require(logits.dim() == 2 && (!target_to_draft || target_to_draft->dim() == 1));
+    const int64_t rows = logits.size(0);
+    taken.require(taken.logits(logits, {rows, logits.size(1)}) &&
+                  taken.array(target_to_draft, ScalarType::Int, {vocab()}) && taken.keys(seed, rows) &&
+                  taken.keys(position, rows) && taken.rows_of_step(row, rows) && distribution.taken(taken, rows) &&
+                  taken.array(distribution.bitmask, ScalarType::Int, {rows, (vocab() + 31) / 32}));
   }
 
   Sample op(const DrawResults& results) const {
     return {
         .rows = logits.size(0),
-        .vocab = logits.size(1),
+        .vocab = vocab(),
         .logits = logits_of(logits),
+        .target_to_draft = data_of<int32_t>(target_to_draft),
         .seed = data_of<int64_t>(seed),
         .position = data_of<int64_t>(position),
         .row = data_of<int64_t>(row),

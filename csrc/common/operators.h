@@ -78,15 +78,17 @@ struct Draws {
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
     Tensor target_logits, Tensor draft_tokens, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor num_draft,
-    OptionalTensor cu_rows, OptionalTensor sampling, double temperature, int64_t top_k, double top_p, double min_p,
-    OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
-    OptionalTensor penalties, int64_t rule, bool logprobs, bool independent, OptionalTensor workspace) {
+    OptionalTensor target_to_draft, OptionalTensor draft_temperatures, double draft_temperature, Tensor seed,
+    Tensor position, OptionalTensor num_draft, OptionalTensor cu_rows, OptionalTensor sampling, double temperature,
+    int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
+    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool logprobs,
+    bool independent, OptionalTensor workspace) {
   const ChainArguments<Tensor> arguments{
       target_logits,
       draft_tokens,
       draft_logits,
       draft_stats,
+      target_to_draft,
       {draft_temperatures, draft_temperature},
       seed,
       position,
@@ -107,17 +109,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_chain_of(
 
 // `sample`, likewise.
 template <auto run>
-std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor position, Tensor row,
-                                             OptionalTensor sampling, double temperature, int64_t top_k, double top_p,
-                                             double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
-                                             OptionalTensor edit_counts, OptionalTensor edit_bias,
-                                             OptionalTensor penalties, bool coupled) {
+std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, OptionalTensor target_to_draft, Tensor seed,
+                                             Tensor position, Tensor row, OptionalTensor sampling, double temperature,
+                                             int64_t top_k, double top_p, double min_p, OptionalTensor bitmask,
+                                             OptionalTensor edit_ids, OptionalTensor edit_counts,
+                                             OptionalTensor edit_bias, OptionalTensor penalties, bool coupled) {
   const SampleArguments<Tensor> arguments{
-      logits,
-      seed,
-      position,
-      row,
-      {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
+      logits, target_to_draft,
+      seed,   position,
+      row,    {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
       coupled};
   arguments.require();
   const Draws draws(logits, {logits.size(0)});
@@ -130,16 +130,17 @@ std::tuple<Tensor, Tensor, Tensor> sample_by(Tensor logits, Tensor seed, Tensor 
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
     Tensor target_logits, Tensor draft_tokens, Tensor parents, OptionalTensor draft_logits, OptionalTensor draft_stats,
-    OptionalTensor draft_temperatures, double draft_temperature, Tensor seed, Tensor position, OptionalTensor sampling,
-    double temperature, int64_t top_k, double top_p, double min_p, OptionalTensor bitmask, OptionalTensor edit_ids,
-    OptionalTensor edit_counts, OptionalTensor edit_bias, OptionalTensor penalties, int64_t rule, bool replacement,
-    bool logprobs) {
+    OptionalTensor target_to_draft, OptionalTensor draft_temperatures, double draft_temperature, Tensor seed,
+    Tensor position, OptionalTensor sampling, double temperature, int64_t top_k, double top_p, double min_p,
+    OptionalTensor bitmask, OptionalTensor edit_ids, OptionalTensor edit_counts, OptionalTensor edit_bias,
+    OptionalTensor penalties, int64_t rule, bool replacement, bool logprobs) {
   const TreeArguments<Tensor> arguments{
       target_logits,
       draft_tokens,
       parents,
       draft_logits,
       draft_stats,
+      target_to_draft,
       {draft_temperatures, draft_temperature},
       seed,
       position,
@@ -157,18 +158,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> verify_tree_of(
 
 // `sample_children`, likewise.
 template <auto run>
-std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, Tensor seed, Tensor position, Tensor row,
-                                                      OptionalTensor sampling, double temperature, int64_t top_k,
-                                                      double top_p, double min_p, OptionalTensor bitmask,
-                                                      OptionalTensor edit_ids, OptionalTensor edit_counts,
-                                                      OptionalTensor edit_bias, OptionalTensor penalties, int64_t count,
-                                                      int64_t how) {
+std::tuple<Tensor, Tensor, Tensor> sample_children_by(Tensor logits, OptionalTensor target_to_draft, Tensor seed,
+                                                      Tensor position, Tensor row, OptionalTensor sampling,
+                                                      double temperature, int64_t top_k, double top_p, double min_p,
+                                                      OptionalTensor bitmask, OptionalTensor edit_ids,
+                                                      OptionalTensor edit_counts, OptionalTensor edit_bias,
+                                                      OptionalTensor penalties, int64_t count, int64_t how) {
   const SampleArguments<Tensor> arguments{
-      logits,
-      seed,
-      position,
-      row,
-      {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
+      logits, target_to_draft,
+      seed,   position,
+      row,    {sampling, temperature, top_k, top_p, min_p, bitmask, edit_ids, edit_counts, edit_bias, penalties},
       false};
   arguments.require();
   const Draws draws(logits, {logits.size(0), count});

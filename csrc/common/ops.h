@@ -150,6 +150,8 @@ struct Verification {
   Ids tokens;            // [B, *] by these strides
   int64_t token_strides[2];
   const float* draft_stats;  // [B, draft_rows, 3] contiguous, or null
+  // [vocab]: the column of a draft row that has the logit of a target id, -1 where none has: it is -inf. Null: its own.
+  const int32_t* target_to_draft = nullptr;
   int64_t draft_rows;
   const float* draft_temperatures = nullptr;  // [B], or null: one for all; not looked at where there are stats
   float draft_temperature = 1.0f;
@@ -224,8 +226,9 @@ struct VerifyTree {
 
 struct Sample {
   int64_t rows, vocab;
-  Logits logits;                         // row_stride counts
-  const int64_t *seed, *position, *row;  // [R]
+  Logits logits;                             // row_stride counts
+  const int32_t* target_to_draft = nullptr;  // [vocab], as of Verification: what is drawn are ids of the target
+  const int64_t *seed, *position, *row;      // [R]
   SamplingParameters sampling;
   Processing processing;
   bool coupled;

@@ -24,6 +24,7 @@ struct Row {
   const void* logits;
   DType dtype;
   int64_t vocab;
+  const int32_t* columns = nullptr;  // of a draft row with a vocabulary of its own: see Verification::target_to_draft
 };
 
 // Rows of `size` elements, `stride` of them apart.

@@ -15,16 +15,29 @@ void with_dtype(DType dtype, F&& body) {
   }
 }
 
+// Elements [first, first + count) of a row that lie together nowhere, -inf where there is none.
+template <class T>
+void gather(const Row& row, int64_t first, int64_t count, T* out) {
+  const T* logits = static_cast<const T*>(row.logits);
+  const int32_t* columns = row.columns + first;
+  for (int64_t i = 0; i < count; ++i) out[i] = columns[i] < 0 ? negative_infinity(T{}) : logits[columns[i]];
+}
+
 // As many tiles as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
 // reducing them one by one, and does not wait for each. They lie in the row; what of a group is behind the end of it is
-// -inf, in a copy.
+// -inf, in a copy, which rows with columns of their own have of every group.
 template <class T>
 class Group {
  public:
   Group(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
-    const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
-    if (left >= kSize) return;
-    std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
+    int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
+    if (row.columns != nullptr) {
+      left = left < kSize ? left : kSize;
+      gather(row, first * kTile, left, copy_);
+    } else {
+      if (left >= kSize) return;
+      std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
+    }
     for (int64_t i = left; i < kSize; ++i) copy_[i] = negative_infinity(T{});
     logits_ = copy_;
   }
@@ -38,22 +51,28 @@ class Group {
   T copy_[kSize];
 };
 
-// One tile, readable to 128 elements: where it is, or copied and padded with -inf.
+// One tile, readable to 128 elements: where it is, or copied, padded with -inf.
 template <class T>
 class Tile {
  public:
   Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
-    const int64_t left = row.vocab - tile * kTile;
-    if (left >= kTile) return;
-    for (int64_t j = 0; j < kTile; ++j) short_[j] = j < left ? logits_[j] : negative_infinity(T{});
-    logits_ = short_;
+    int64_t left = row.vocab - tile * kTile;
+    if (row.columns != nullptr) {
+      left = left < kTile ? left : kTile;
+      gather(row, tile * kTile, left, copy_);
+    } else {
+      if (left >= kTile) return;
+      std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
+    }
+    for (int64_t i = left; i < kTile; ++i) copy_[i] = negative_infinity(T{});
+    logits_ = copy_;
   }
 
   const T* operator+(int64_t i) const { return logits_ + i; }
 
  private:
   const T* logits_;
-  T short_[kTile];
+  T copy_[kTile];
 };
 
 // Fetches what the next group reads where this one reads two vectors: the hardware's own prefetch stops at every 4 KiB
@@ -186,9 +205,8 @@ float estimate_max(const Row& row, int64_t begin, int64_t end) {
       largest = max_of_tile(Tile<decltype(element)>(row, begin) + 0);
       return;
     }
-    const auto* logits = static_cast<const decltype(element)*>(row.logits);
     for (int64_t i = 0; i < kPlaces; ++i)
-      largest = V::max(largest, V::load(logits + (begin + (last - begin) * i / kPlaces) * kTile));
+      largest = V::max(largest, V::load(Tile<decltype(element)>(row, begin + (last - begin) * i / kPlaces) + 0));
   });
   return V::reduce_max(largest);
 }

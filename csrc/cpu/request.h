@@ -92,6 +92,7 @@ class Request {
       return drafted;
     }
     drafted.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
+    drafted.row.columns = op_.target_to_draft;
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
       RowView draft(kernels_, Source(drafted.row), {draft_scale_, {}}, threads_, scratch_.draft);

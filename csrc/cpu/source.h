@@ -12,6 +12,7 @@
 namespace specdec {
 
 inline float logit_of(const Row& row, int64_t token) {
+  if (row.columns != nullptr && (token = row.columns[token]) < 0) return -INFINITY;
   switch (row.dtype) {
     case DType::bf16: return to_float(static_cast<const BFloat16*>(row.logits)[token]);
     case DType::f16: return to_float(static_cast<const Half*>(row.logits)[token]);
@@ -19,8 +20,9 @@ inline float logit_of(const Row& row, int64_t token) {
   }
 }
 
-// Fetches logits that will be asked for.
+// Fetches logits that will be asked for, where they lie together.
 inline void prefetch(const Row& row, int64_t first, int64_t count) {
+  if (row.columns != nullptr) return;
   const auto* const begin = static_cast<const char*>(address({.data = row.logits, .dtype = row.dtype}, first));
   for (int64_t at = 0; at < count * bytes_of(row.dtype); at += 64) __builtin_prefetch(begin + at);
 }

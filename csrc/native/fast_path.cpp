@@ -311,24 +311,32 @@ PyObject* verified(Library& library, void (*Entries::*entry)(const Op&, int32_t)
 }
 
 PyObject* verify_chain(Library& library, PyObject* const* objects) {
-  if (!can_take(objects, 9, 5, 2)) return Py_NewRef(Py_None);
+  if (!can_take(objects, 10, 6, 2)) return Py_NewRef(Py_None);
   Arguments next(objects, library.device);
-  const ChainArguments<TensorView> arguments{
-      next.tensor(),        next.tensor(),       next.optional(),     next.optional(), next.draft_temperature(),
-      next.tensor(),        next.tensor(),       next.optional(),     next.optional(), next.distribution(),
-      Rule(next.integer()), next.integer() != 0, next.integer() != 0, next.optional()};
+  const ChainArguments<TensorView> arguments{next.tensor(),       next.tensor(),       next.optional(),
+                                             next.optional(),     next.optional(),     next.draft_temperature(),
+                                             next.tensor(),       next.tensor(),       next.optional(),
+                                             next.optional(),     next.distribution(), Rule(next.integer()),
+                                             next.integer() != 0, next.integer() != 0, next.optional()};
   return verified(library, &Entries::verify_chain, arguments, arguments.rows(), false, objects[0]);
 }
 
 PyObject* verify_tree(Library& library, PyObject* const* objects) {
-  if (!can_take(objects, 8, 6, 2)) return Py_NewRef(Py_None);
+  if (!can_take(objects, 9, 7, 2)) return Py_NewRef(Py_None);
   Arguments next(objects, library.device);
-  const TreeArguments<TensorView> arguments{next.tensor(),       next.tensor(),
-                                            next.tensor(),       next.optional(),
-                                            next.optional(),     next.draft_temperature(),
-                                            next.tensor(),       next.tensor(),
-                                            next.distribution(), TreeRule(next.integer()),
-                                            next.integer() != 0, next.integer() != 0};
+  const TreeArguments<TensorView> arguments{next.tensor(),
+                                            next.tensor(),
+                                            next.tensor(),
+                                            next.optional(),
+                                            next.optional(),
+                                            next.optional(),
+                                            next.draft_temperature(),
+                                            next.tensor(),
+                                            next.tensor(),
+                                            next.distribution(),
+                                            TreeRule(next.integer()),
+                                            next.integer() != 0,
+                                            next.integer() != 0};
   return verified(library, &Entries::verify_tree, arguments, arguments.nodes(), true, objects[0]);
 }
 
@@ -349,18 +357,18 @@ PyObject* drawn(Library& library, const SampleArguments<TensorView>& arguments, 
 }
 
 PyObject* sample(Library& library, PyObject* const* objects) {
-  if (!can_take(objects, 4, 1, 3)) return Py_NewRef(Py_None);
+  if (!can_take(objects, 5, 2, 3)) return Py_NewRef(Py_None);
   Arguments next(objects, library.device);
-  const SampleArguments<TensorView> arguments{next.tensor(), next.tensor(),       next.tensor(),
+  const SampleArguments<TensorView> arguments{next.tensor(), next.optional(),     next.tensor(),      next.tensor(),
                                               next.tensor(), next.distribution(), next.integer() != 0};
   return drawn(library, arguments, types.sample, -1, objects[0],
                [&](const Sample& op) { run(library.entries->sample, op, arguments.logits); });
 }
 
 PyObject* sample_children(Library& library, PyObject* const* objects) {
-  if (!can_take(objects, 4, 1, 3)) return Py_NewRef(Py_None);
+  if (!can_take(objects, 5, 2, 3)) return Py_NewRef(Py_None);
   Arguments next(objects, library.device);
-  const SampleArguments<TensorView> arguments{next.tensor(), next.tensor(),       next.tensor(),
+  const SampleArguments<TensorView> arguments{next.tensor(), next.optional(),     next.tensor(), next.tensor(),
                                               next.tensor(), next.distribution(), false};
   const int64_t count = next.integer();
   const auto method = Children(next.integer());
@@ -443,9 +451,9 @@ py::tuple connect(const py::type& tensor, const py::capsule& api, uintptr_t addr
   if (!empty_strided.is_none()) library->empty_strided = empty_strided.inc_ref().ptr();
   for (size_t i = 0; i < dtypes.size(); ++i) library->dtypes[i] = dtypes[i].inc_ref().ptr();
   const py::capsule capsule(library, kLibrary);
-  return py::make_tuple(function<verify_chain, 18>("verify_chain", capsule),
-                        function<verify_tree, 16>("verify_tree", capsule), function<sample, 10>("sample", capsule),
-                        function<sample_children, 11>("sample_children", capsule));
+  return py::make_tuple(function<verify_chain, 19>("verify_chain", capsule),
+                        function<verify_tree, 17>("verify_tree", capsule), function<sample, 11>("sample", capsule),
+                        function<sample_children, 12>("sample_children", capsule));
 }
 
 }  // namespace

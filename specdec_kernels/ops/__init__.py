@@ -11,6 +11,7 @@ from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
@@ -21,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendName",
+    "DraftVocabulary",
     "LogitBias",
     "Penalties",
     "RuleName",
@@ -49,6 +51,7 @@ def sample(
     penalties: Penalties | None = None,
     logit_bias: LogitBias | None = None,
     coupled: bool = False,
+    draft_to_target: DraftVocabulary | None = None,
     backend: BackendName | None = None,
 ) -> Sample:
     """Draw one token from each row of logits, and hand over the scalars that verification needs.
@@ -77,6 +80,9 @@ def sample(
         logit_bias: see :class:`LogitBias`, with R requests.
         coupled: draw with the noise of the absolute position ``position + row``, the draft side of
             ``verify_chain(rule="coupled")``; it must not be used with the other rules.
+        draft_to_target: the logits are [R, Vd], of a drafter with fewer ids than its target. Tokens, ``bitmask``
+            and whatever else names ids are the target's; so is the noise, which two rows that are ``coupled`` share.
+            Where they are not, ``draft_to_target[tokens]`` of a call without is a draw from the same distribution.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -104,15 +110,17 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
+    target_to_draft = of_rows(draft_to_target, logits, backend)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
-        made = call.sample(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)
+        own = temperature, top_k, top_p, min_p
+        made = call.sample(logits, target_to_draft, seed, position, row, *own, bitmask, coupled)
         if made is not None:
             return made
     validate.flags(coupled=coupled)
     given = processing.row_arguments(
-        logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
+        logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
     return Sample(*function("sample", backend, given[0].device)(*given, coupled))
 
@@ -126,6 +134,7 @@ def verify_chain(
     seed: Tensor | int,
     position: Tensor | int,
     draft_temperature: Tensor | float | None = None,
+    draft_to_target: Tensor | DraftVocabulary | None = None,
     num_draft: Tensor | None = None,
     cu_rows: Tensor | None = None,
     temperature: Tensor | float = 1.0,
@@ -163,6 +172,9 @@ def verify_chain(
             carry the draft's own temperature and filters.
         draft_temperature: float32 [B] or float, at least 0: the drafts were drawn from ``softmax(draft_logits /
             draft_temperature)``, without filters; 0 (and below 1e-5) is greedy: each is a point mass.
+        draft_to_target: ``draft_logits`` are [B, K, Vd], of a drafter with fewer ids than the target: see
+            :class:`DraftVocabulary`. An int64 or int32 tensor [Vd] of target ids is checked and inverted in every
+            call, for which a GPU is waited for. ``draft_tokens`` are ids of the target.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step; it must grow with every step.
         num_draft: int64 or int32 [B], or None for K. Drafts beyond it are not looked at.
@@ -219,10 +231,11 @@ def verify_chain(
         draft_temperature = None
     elif draft_logits is not None or draft_temperature is not None:
         draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
+    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits, backend)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft,
-            cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, count_independent,
+            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
+            num_draft, cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, count_independent,
             workspace,
         )  # fmt: skip
         if made is not None:
@@ -237,8 +250,9 @@ def verify_chain(
         cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
     vocab, device = target_logits.shape[-1], target_logits.device
     drafts = validate.drafts(
-        draft_tokens, vocab, device, draft_logits, draft_stats, draft_temperature, seed, position, num_draft
-    )
+        draft_tokens, vocab, device, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
+        num_draft,
+    )  # fmt: skip
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
     edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
@@ -249,6 +263,7 @@ def verify_chain(
         draft_tokens=draft_tokens,
         draft_logits=drafts.logits,
         draft_stats=drafts.stats,
+        draft_to_target=target_to_draft,
         draft_temperature=drafts.temperatures,
         seed=drafts.seed,
         position=drafts.position,

@@ -29,15 +29,17 @@ class FastPath(NamedTuple):
     not one that the operators accept as it is."""
 
     verify_chain: Callable[..., Verified | None]
-    """(target_logits, draft_tokens, draft_logits, draft_stats, draft_temperature, seed, position, num_draft, cu_rows,
-    temperature, top_k, top_p, min_p, bitmask, number of the rule, logprobs, count_independent, workspace)."""
+    """(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
+    num_draft, cu_rows, temperature, top_k, top_p, min_p, bitmask, number of the rule, logprobs, count_independent,
+    workspace)."""
     verify_tree: Callable[..., VerifiedTree | None]
-    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, temperature,
-    top_k, top_p, min_p, bitmask, number of the rule, siblings with replacement, logprobs)."""
+    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
+    position, temperature, top_k, top_p, min_p, bitmask, number of the rule, siblings with replacement, logprobs)."""
     sample: Callable[..., Sample | None]
-    """(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)."""
+    """(logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)."""
     sample_children: Callable[..., DrawnChildren | None]
-    """(logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, count, number of the method)."""
+    """(logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, count, number of the
+    method)."""
 
 
 def connect(entries: int, device: str, results_by_torch: bool) -> FastPath:
@@ -76,20 +78,20 @@ def _of_launchers(backend: Backend) -> FastPath | None:
     launch = backend.functions
 
     def verify_chain(
-        target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None, heat: Any,
-        seed: Tensor, position: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None, temperature: float,
-        top_k: int | None, top_p: float | None, min_p: float | None, bitmask: Tensor | None, rule: int, logprobs: bool,
-        independent: bool, workspace: Tensor | None,
+        target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None,
+        target_to_draft: Tensor | None, heat: Any, seed: Tensor, position: Tensor, num_draft: Tensor | None,
+        cu_rows: Tensor | None, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+        bitmask: Tensor | None, rule: int, logprobs: bool, independent: bool, workspace: Tensor | None,
     ) -> Verified | None:  # fmt: skip
         out = checked.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, heat, seed, position, num_draft, cu_rows,
-            temperature, top_k, top_p, min_p, bitmask, rule, logprobs, independent, workspace,
+            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, heat, seed, position, num_draft,
+            cu_rows, temperature, top_k, top_p, min_p, bitmask, rule, logprobs, independent, workspace,
         )  # fmt: skip
         if out is not None:
             launch["verify_chain"](
-                target_logits, draft_tokens, draft_logits, draft_stats, *one_or_each(heat, 1.0), seed, position,
-                num_draft, cu_rows, None, temperature, *_filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS,
-                rule, logprobs, independent, workspace, out=out,
+                target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, *one_or_each(heat, 1.0), seed,
+                position, num_draft, cu_rows, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
+                *NO_ADJUSTMENTS, rule, logprobs, independent, workspace, out=out,
             )  # fmt: skip
         return out
 
@@ -107,9 +109,9 @@ def _of_launchers(backend: Backend) -> FastPath | None:
         def draw(*arguments: Any) -> Any:
             out = results(*arguments)
             if out is not None:
-                logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, *rest = arguments
+                logits, table, seed, position, row, temperature, top_k, top_p, min_p, bitmask, *rest = arguments
                 launch[op](
-                    logits, seed, position, row, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
+                    logits, table, seed, position, row, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
                     *NO_ADJUSTMENTS, *rest, out=out,
                 )  # fmt: skip
             return out

@@ -160,6 +160,7 @@ def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | N
 
 def row_arguments(
     logits: object,
+    target_to_draft: Tensor | None,
     seed: object,
     position: object,
     row: object,
@@ -171,12 +172,14 @@ def row_arguments(
     penalties: Penalties | None,
     bias: LogitBias | None,
 ) -> tuple[Any, ...]:
-    """What a draw from rows ``logits [R, V]`` takes, checked and in the operators' order.
+    """What a draw from rows ``logits [R, V]``, with a table ``[R, Vd]``, takes, checked and in the operators' order.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    rows = validate.logits("logits", logits, "R, V", (None, None))
+    rows = validate.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd", (None, None))
+    # Whose width is the target's; nothing else of it is looked at.
+    wide = rows if target_to_draft is None else rows[:, :1].expand(-1, len(target_to_draft))
     count, device = rows.shape[0], rows.device
     checked = isinstance(row, int)
     if checked and not 0 <= row < MAX_ROWS:  # type: ignore[operator]
@@ -190,9 +193,10 @@ def row_arguments(
     if not checked and readable and ((places < 0) | (places >= MAX_ROWS)).any():
         raise ValueError(f"row must be in [0, {MAX_ROWS}), got {places.tolist()}")
     sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
-    allowed = bitmask(mask, rows)
-    changes = edits(penalties, bias, None, rows, count, "R")
+    allowed = bitmask(mask, wide)
+    changes = edits(penalties, bias, None, wide, count, "R")
     validate.same_device(
-        "logits", rows, seed=keys[0], position=keys[1], row=keys[2], sampling=sampling, bitmask=allowed
-    )
-    return rows, *keys, sampling, *scalars, allowed, *changes
+        "logits", rows, draft_to_target=target_to_draft, seed=keys[0], position=keys[1], row=keys[2],
+        sampling=sampling, bitmask=allowed,
+    )  # fmt: skip
+    return rows, target_to_draft, *keys, sampling, *scalars, allowed, *changes

@@ -14,7 +14,12 @@ from torch import Tensor
 from specdec_kernels import reference
 
 _SAMPLING = "Tensor? sampling, float temperature, int top_k, float top_p, float min_p"
-_DRAFT = "Tensor? draft_logits, Tensor? draft_stats, Tensor? draft_temperatures, float draft_temperature"
+#: ``target_to_draft``: see :class:`specdec_kernels.DraftVocabulary`; the rows of logits beside it have its draft ids.
+_DRAFT = (
+    "Tensor? draft_logits, Tensor? draft_stats, Tensor? target_to_draft, Tensor? draft_temperatures, "
+    "float draft_temperature"
+)
+_ROWS = "Tensor logits, Tensor? target_to_draft, Tensor seed, Tensor position, Tensor row"
 _PROCESSING = "Tensor? bitmask, Tensor? edit_ids, Tensor? edit_counts, Tensor? edit_bias, Tensor? penalties"
 
 _SCHEMAS = {
@@ -28,14 +33,8 @@ _SCHEMAS = {
         f"Tensor seed, Tensor position, {_SAMPLING}, {_PROCESSING}, int rule, bool replacement, bool logprobs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "sample": (
-        f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, bool coupled) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-    "sample_children": (
-        f"(Tensor logits, Tensor seed, Tensor position, Tensor row, {_SAMPLING}, {_PROCESSING}, int count, int how) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+    "sample": (f"({_ROWS}, {_SAMPLING}, {_PROCESSING}, bool coupled) -> (Tensor, Tensor, Tensor)"),
+    "sample_children": (f"({_ROWS}, {_SAMPLING}, {_PROCESSING}, int count, int how) -> (Tensor, Tensor, Tensor)"),
     "tree_mask": "(Tensor(a!) out, Tensor parents, Tensor? context_lens, int format) -> ()",
     "compact_kv": "(Tensor(a!)[] caches, Tensor nodes, Tensor start, Tensor? page_table) -> ()",
     "tree_attention": (

@@ -10,6 +10,7 @@ from torch import Tensor
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
@@ -40,6 +41,7 @@ def sample_children(
     bitmask: Tensor | None = None,
     penalties: Penalties | None = None,
     logit_bias: LogitBias | None = None,
+    draft_to_target: DraftVocabulary | None = None,
     backend: BackendName | None = None,
 ) -> DrawnChildren:
     """Choose the children of one node of a tree from each row of logits, and hand over what verification needs.
@@ -64,6 +66,7 @@ def sample_children(
             "iid" and "without_replacement"; for "race" the depth of the node in the tree.
         temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias: as in :func:`sample`. At temperature 0 there
             is one child.
+        draft_to_target: the logits are [R, Vd], of a drafter with fewer ids than its target; as in :func:`sample`.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
@@ -92,15 +95,18 @@ def sample_children(
         raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
+    target_to_draft = of_rows(draft_to_target, logits, backend)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
         own = temperature, top_k, top_p, min_p
-        made = call.sample_children(logits, seed, position, row, *own, bitmask, count, _CHILDREN[method])
+        made = call.sample_children(
+            logits, target_to_draft, seed, position, row, *own, bitmask, count, _CHILDREN[method]
+        )
         if made is not None:
             return made
     given = processing.row_arguments(
-        logits, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
+        logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
     )
     return DrawnChildren(*function("sample_children", backend, given[0].device)(*given, count, _CHILDREN[method]))
 
@@ -115,6 +121,7 @@ def verify_tree(
     seed: Tensor | int,
     position: Tensor | int,
     draft_temperature: Tensor | float | None = None,
+    draft_to_target: Tensor | DraftVocabulary | None = None,
     siblings: SiblingsName | None = None,
     temperature: Tensor | float = 1.0,
     top_k: Tensor | int | None = None,
@@ -156,6 +163,8 @@ def verify_tree(
         draft_stats: float32 [B, N, 3], as :func:`sample_children` gave them.
         draft_temperature: float32 [B] or float, as in :func:`verify_chain`: children were drawn at that temperature,
             without filters.
+        draft_to_target: ``draft_logits`` are [B, N, Vd], of a drafter with fewer ids than the target; as in
+            :func:`verify_chain`. ``draft_tokens`` are ids of the target.
         siblings: how the children of a node were drawn, "without_replacement" or "iid". Children of ``"top"`` were not
             drawn: hand them over without ``draft_logits``.
         seed: int64 [B] or int. One per request.
@@ -214,11 +223,12 @@ def verify_tree(
                 "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
                 "without draft_logits)"
             )
+    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits, backend)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         own = temperature, top_k, top_p, min_p
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, draft_temperature, seed, position, *own,
-            bitmask, _RULES[rule], siblings == "iid", logprobs,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
+            position, *own, bitmask, _RULES[rule], siblings == "iid", logprobs,
         )  # fmt: skip
         if made is not None:
             return made
@@ -230,8 +240,7 @@ def verify_tree(
     target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
     vocab, device = target_logits.shape[-1], target_logits.device
     tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
-    if draft_logits is not None:
-        draft_logits = validate.logits("draft_logits", draft_logits, "B, N, V", (batch, nodes, vocab))
+    draft_logits = validate.draft_logits(draft_logits, target_to_draft, "N", (batch, nodes, vocab))
     draft_stats = validate.stats(draft_stats, draft_logits, "B, N, 3", (batch, nodes, 3))
     temperatures, heat = validate.one_or_each(draft_temperature, 1.0)
     seed = validate.integers("seed", seed, batch, "B", device)
@@ -246,6 +255,7 @@ def verify_tree(
         parents=tree,
         draft_logits=draft_logits,
         draft_stats=draft_stats,
+        draft_to_target=target_to_draft,
         draft_temperature=temperatures,
         seed=seed,
         position=position,
@@ -255,8 +265,8 @@ def verify_tree(
     tokens = checked_tokens(tokens, tree, vocab)
     verify = function("verify_tree", backend, device)
     return VerifiedTree(
-        *verify(target_logits, tokens, tree, draft_logits, draft_stats, temperatures, heat, seed, position, sampling,
-                *scalars, mask, *edits, _RULES[rule], siblings == "iid", logprobs)
+        *verify(target_logits, tokens, tree, draft_logits, draft_stats, target_to_draft, temperatures, heat, seed,
+                position, sampling, *scalars, mask, *edits, _RULES[rule], siblings == "iid", logprobs)
     )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ class Drafts(NamedTuple):
 
     logits: Tensor | None
     stats: Tensor | None
+    target_to_draft: Tensor | None
     temperatures: Tensor | None
     temperature: float
     seed: Tensor
@@ -117,16 +118,28 @@ class Drafts(NamedTuple):
     num_draft: Tensor | None
 
 
+def draft_logits(
+    value: object, target_to_draft: Tensor | None, rows: str, shape: tuple[int, int, int]
+) -> Tensor | None:
+    """Rows that drafts were drawn from, as wide as the target's or, with a table of its ids, as the drafter's own."""
+    if value is None:
+        return None
+    if target_to_draft is None:
+        return logits("draft_logits", value, f"B, {rows}, V", shape)
+    return logits("draft_logits", value, f"B, {rows}, Vd", (*shape[:2], None))
+
+
 def drafts(
-    tokens: Tensor, vocab: int, device: torch.device, draft_logits: object, draft_stats: object, heat: object,
-    seed: object, position: object, num_draft: object,
+    tokens: Tensor, vocab: int, device: torch.device, rows: object, draft_stats: object,
+    target_to_draft: Tensor | None, heat: object, seed: object, position: object, num_draft: object,
 ) -> Drafts:  # fmt: skip
     """The same, checked; ``device`` is where ints are made tensors."""
     batch, longest = tokens.shape
-    checked = None if draft_logits is None else logits("draft_logits", draft_logits, "B, K, V", (batch, longest, vocab))
+    checked = draft_logits(rows, target_to_draft, "K", (batch, longest, vocab))
     return Drafts(
         checked,
         stats(draft_stats, checked, "B, K, 3", (batch, longest, 3)),
+        target_to_draft,
         *one_or_each(heat, 1.0),
         integers("seed", seed, batch, "B", device),
         integers("position", position, batch, "B", device),

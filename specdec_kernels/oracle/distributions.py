@@ -105,6 +105,15 @@ def probs_from_stats(logits: Floats, stats: Sequence[float]) -> Floats:
     return probs
 
 
+def rows_of_target(draft_logits: Floats | None, draft_to_target: Sequence[int] | None, vocab: int) -> Floats | None:
+    """Rows of a drafter with a vocabulary of its own, ``[R, Vd]``, as rows of the target's, ``[R, V]``."""
+    if draft_logits is None or draft_to_target is None:
+        return draft_logits
+    rows = np.full((len(draft_logits), vocab), -np.inf)
+    rows[:, list(draft_to_target)] = draft_logits
+    return rows
+
+
 @dataclass(frozen=True)
 class Processing:
     """What happens to the logits of one request before temperature and filters: bias, penalties, mask, in this order.

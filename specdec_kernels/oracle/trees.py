@@ -15,6 +15,7 @@ from specdec_kernels.oracle.distributions import (
     flat_race,
     largest_finite,
     row_is_valid,
+    rows_of_target,
     two_level_race,
 )
 from specdec_kernels.oracle.noise import Floats, Noise
@@ -167,12 +168,14 @@ def verify_tree(
     rule: TreeRule = TreeRule.WALK,
     replacement: bool = False,
     draft_temperature: float = 1.0,
+    draft_to_target: Sequence[int] | None = None,
 ) -> Verified:
     """Verify one request; see :func:`specdec_kernels.verify_tree`.
 
     ``target_logits [N, V]``, ``draft_tokens`` and ``parents`` without padding, the root's among them.
     """
     logits = np.asarray(target_logits, np.float64)
+    draft_logits = rows_of_target(draft_logits, draft_to_target, logits.shape[1])
     tree = Tree(
         logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing, parents=parents,
         replacement=replacement, draft_temperature=draft_temperature,

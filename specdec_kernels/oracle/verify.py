@@ -16,6 +16,7 @@ from specdec_kernels.oracle.distributions import (
     flat_race,
     largest_finite,
     row_is_valid,
+    rows_of_target,
     two_level_race,
 )
 from specdec_kernels.oracle.noise import Floats, Noise
@@ -84,12 +85,15 @@ def verify_chain(
     processing: Processing = UNPROCESSED,
     rule: Rule = Rule.TOKEN,
     draft_temperature: float = 1.0,
+    draft_to_target: Sequence[int] | None = None,
 ) -> Verified:
     """Verify one request; see :func:`specdec_kernels.verify_chain`.
 
-    ``target_logits [K+1, V]``, ``draft_tokens`` without padding (K of them or fewer), ``draft_logits [K, V]``.
+    ``target_logits [K+1, V]``, ``draft_tokens`` without padding (K of them or fewer), ``draft_logits [K, V]``, or
+    ``[K, Vd]`` with the target ids of the Vd.
     """
     target_logits = np.asarray(target_logits, np.float64)
+    draft_logits = rows_of_target(draft_logits, draft_to_target, target_logits.shape[1])
     chain = Chain(target_logits, draft_tokens, draft_logits, draft_stats, noise, sampling, processing)
     chain.draft_temperature = draft_temperature
     result = {Rule.TOKEN: _token_rule, Rule.BLOCK: _block_rule, Rule.COUPLED: _coupled_rule}[rule](chain)

@@ -123,6 +123,13 @@ def processed_rows(logits: Tensor, edits: Edits | None, bitmask: Tensor | None) 
     return processed(logits[:, None], none, none[:, None], edits, mask)[:, 0]
 
 
+def rows_of_target(logits: Tensor, target_to_draft: Tensor | None) -> Tensor:
+    """Rows ``[..., Vd]`` of a drafter's vocabulary as rows ``[..., V]`` of its target's, -inf where it lacks the id."""
+    if target_to_draft is None:
+        return logits
+    return logits[..., target_to_draft.clamp(min=0).long()].masked_fill(target_to_draft < 0, -torch.inf)
+
+
 def rows_valid(logits: Tensor) -> Tensor:
     """No nan, no +inf, at least one finite logit: bool, one a row."""
     return ~logits.isnan().any(-1) & ~logits.isposinf().any(-1) & logits.isfinite().any(-1)

@@ -21,6 +21,7 @@ from specdec_kernels.reference.distributions import (
     point_mass,
     processed,
     processed_rows,
+    rows_of_target,
     scale_of,
     token_logprobs,
     two_level_race,
@@ -31,6 +32,7 @@ from specdec_kernels.reference.trees import attends, live_nodes
 
 def sample_children(
     logits: Tensor,
+    target_to_draft: Tensor | None,
     seed: Tensor,
     position: Tensor,
     row: Tensor,
@@ -47,6 +49,7 @@ def sample_children(
     count: int,
     how: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    logits = rows_of_target(logits, target_to_draft)
     logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     greedy = law.scale.isinf()
@@ -232,6 +235,7 @@ def verify_tree(
     parents: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    target_to_draft: Tensor | None,
     draft_temperatures: Tensor | None,
     draft_temperature: float,
     seed: Tensor,
@@ -266,6 +270,8 @@ def verify_tree(
 
     if rule in (TreeRule.WALK, TreeRule.COUPLED):
         draft_logits = draft_stats = None
+    if draft_logits is not None:
+        draft_logits = rows_of_target(draft_logits, target_to_draft)
     heat = draft_temperatures_of(draft_temperatures, draft_temperature, tokens)
     laws = _child_laws(draft_logits, draft_stats, heat, tokens, up, replacement, vocab)
     greedy = law.scale.isinf()

@@ -22,6 +22,7 @@ from specdec_kernels.reference.distributions import (
     point_mass,
     processed,
     processed_rows,
+    rows_of_target,
     token_logprobs,
     two_level_race,
 )
@@ -30,6 +31,7 @@ from specdec_kernels.reference.noise import coins
 
 def sample(
     logits: Tensor,
+    target_to_draft: Tensor | None,
     seed: Tensor,
     position: Tensor,
     row: Tensor,
@@ -45,6 +47,7 @@ def sample(
     penalties: Tensor | None,
     coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    logits = rows_of_target(logits, target_to_draft)
     logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     weights = law.probs.nan_to_num(0.0)
@@ -211,6 +214,7 @@ def verify_chain(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     draft_stats: Tensor | None,
+    target_to_draft: Tensor | None,
     draft_temperatures: Tensor | None,
     draft_temperature: float,
     seed: Tensor,
@@ -248,6 +252,8 @@ def verify_chain(
     logits = processed(target_logits, drafted, before, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
 
     heat = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
+    if draft_logits is not None:
+        draft_logits = rows_of_target(draft_logits, target_to_draft)
     draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, heat, law.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
     u = torch.stack([coins(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()

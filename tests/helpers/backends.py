@@ -15,7 +15,7 @@ def on_device(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     device = "cuda" if ops.BACKENDS[backend].device == "cuda" else "cpu"
 
     def moved(x: Any) -> Any:
-        return x.to(device) if isinstance(x, torch.Tensor) else x
+        return x.to(device) if isinstance(x, (torch.Tensor, ops.DraftVocabulary)) else x
 
     def call(*positional: Any, **named: Any) -> Any:
         result = function(

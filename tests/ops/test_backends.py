@@ -136,11 +136,13 @@ def arguments(kind, full, rule):
         torch.full((2, 4, 2), -1, dtype=torch.int32),
         *ops.processing.edits(penalties, None, tokens, target, 2, "B"),
     )
+    vocabulary = ops.DraftVocabulary(torch.randperm(50, generator=generator), 50)
     return (
         target,
         tokens,
         None if kind == "point mass" else draft,
         drawn.stats.reshape(2, 3, 3) if kind == "statistics" else None,
+        vocabulary.target_to_draft if full and kind != "point mass" else None,
         torch.tensor([0.7, 0.0]) if full else None,
         1.0,
         torch.tensor([1, 2]),
@@ -168,9 +170,10 @@ def test_opcheck_verify_chain(kind, full, rule):
 
 def test_opcheck_sample_and_noise_words():
     two = torch.tensor([1, 2])
-    rows = (torch.randn(2, 9), two, two, two)
-    for sampling, coupled in ((None, False), (torch.tensor([[0.0, 0, 1, 0], [1, 2, 0.5, 0.1]]), True)):
-        given = (*rows, sampling, 0.5, *NO_FILTERS, *NO_PROCESSING, coupled)
+    table = ops.DraftVocabulary(torch.randperm(12)[:9], 12).target_to_draft
+    own = torch.tensor([[0.0, 0, 1, 0], [1, 2, 0.5, 0.1]])
+    for sampling, coupled, columns in ((None, False, None), (own, True, None), (None, True, table)):
+        given = (torch.randn(2, 9), columns, two, two, two, sampling, 0.5, *NO_FILTERS, *NO_PROCESSING, coupled)
         torch.library.opcheck(torch.ops.specdec.sample.default, given)
     torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
 

@@ -160,6 +160,7 @@ def test_operators_in_cpp_refuse_what_they_could_not_read():
         DRAFT,
         None,
         None,
+        None,
         1.0,
         key,
         key,
@@ -178,8 +179,8 @@ def test_operators_in_cpp_refuse_what_they_could_not_read():
     op = torch.ops.specdec.verify_chain.default
     op(*arguments, None)
     wrong_ones = {
-        0: TARGET[:1], 1: TOKENS + 7, 2: DRAFT[..., :6], 3: STATS[:1], 4: key, 5: -1.0, 6: key.int(), 7: key[:1],
-        8: key.float(), 9: key, 10: TARGET[0], 11: -1.0, 15: key, 16: key.int(),
+        0: TARGET[:1], 1: TOKENS + 7, 2: DRAFT[..., :6], 3: STATS[:1], 4: key.int(), 5: key, 6: -1.0, 7: key.int(),
+        8: key[:1], 9: key.float(), 10: key, 11: TARGET[0], 12: -1.0, 16: key, 17: key.int(),
     }  # fmt: skip
     for index, wrong in wrong_ones.items():
         with pytest.raises(RuntimeError, match="an argument is not taken as it is"):

@@ -177,8 +177,8 @@ def test_launchers_take_no_id_that_is_none(name, bad):
     for logits in (None, draft):
         for rule in range(3):
             tokens, accepted, valid, counters, *_ = BACKENDS[name].functions["verify_chain"](
-                target, torch.tensor([[3, bad]]), logits, None, None, 1.0, key, key, None, None, *law, rule, False,
-                False, None,
+                target, torch.tensor([[3, bad]]), logits, None, None, None, 1.0, key, key, None, None, *law, rule,
+                False, False, None,
             )  # fmt: skip
             assert tokens.tolist() == [[3, 3, -1]]
             assert valid.all()
@@ -187,7 +187,7 @@ def test_launchers_take_no_id_that_is_none(name, bad):
         for rule in range(4 if name == "triton" else 0):  # the emulation looks, as a CPU does
             tokens, _, accepted, valid, *_ = BACKENDS[name].functions["verify_tree"](
                 target, torch.tensor([[0, bad, 3]]), torch.tensor([[-1, 0, 0]]), None if logits is None else target * 0,
-                None, None, 1.0, key, key, *law, rule, True, False,
+                None, None, None, 1.0, key, key, *law, rule, True, False,
             )  # fmt: skip
             assert tokens.tolist() == [[3, 3, -1]]
             assert valid.all()

@@ -272,12 +272,13 @@ def test_a_library_of_another_build_is_not_connected(monkeypatch):
 def test_without_a_library_arguments_are_checked_and_results_made():
     checked = fast_path.connect(0, "cpu", True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
-    first, again = (checked.sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) for _ in range(2))
+    first, again = (checked.sample(rows, None, ids, ids, ids, 1.0, None, None, None, None, False) for _ in range(2))
     assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
     for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
         assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
-    assert checked.sample(rows, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
-    assert fast_path.connect(0, "cuda", False).sample(rows, ids, ids, ids, 1.0, None, None, None, None, False) is None
+    assert checked.sample(rows, None, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
+    on_gpu = fast_path.connect(0, "cuda", False)
+    assert on_gpu.sample(rows, None, ids, ids, ids, 1.0, None, None, None, None, False) is None
 
 
 def test_launchers_in_python_get_the_arguments_of_the_operators():
@@ -301,17 +302,17 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
     branches = tree()
     nodes = [branches[x] for x in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
     calls = {
-        "verify_chain": [*first, None, torch.ones(3), *keys, None, None, *tail, 1, True, False, None],
-        "verify_tree": [*nodes, None, *keys, *tail, 1, False, True],
-        "sample": [rows, ids, ids, ids, *tail, True],
-        "sample_children": [rows, ids, ids, ids, *tail, 2, 1],
+        "verify_chain": [*first, None, None, torch.ones(3), *keys, None, None, *tail, 1, True, False, None],
+        "verify_tree": [*nodes, None, None, *keys, *tail, 1, False, True],
+        "sample": [rows, None, ids, ids, ids, *tail, True],
+        "sample_children": [rows, None, ids, ids, ids, *tail, 2, 1],
     }
     for op, arguments in calls.items():
         got = getattr(ours, op)(*arguments)
         assert_equal(got, getattr(CPU, op)(*arguments))
         assert type(got) is type(getattr(CPU, op)(*arguments))
         seen.clear()
-        assert getattr(ours, op)(*arguments[:1], rows.double(), *arguments[2:]) is None
+        assert getattr(ours, op)(rows.double(), *arguments[1:]) is None
         assert not seen
 
 

@@ -434,7 +434,7 @@ def test_opcheck():
             verify_tree(*positional, **named)
         torch.library.opcheck(torch.ops.specdec.verify_tree.default, captured["given"])
         two = torch.tensor([1, 2])
-        given = (torch.randn(2, 9), two, two, two, None, 0.7, 0, 1.0, 0.0, *(None,) * 5, 3, index % 4)
+        given = (torch.randn(2, 9), None, two, two, two, None, 0.7, 0, 1.0, 0.0, *(None,) * 5, 3, index % 4)
         torch.library.opcheck(torch.ops.specdec.sample_children.default, given)
 
 

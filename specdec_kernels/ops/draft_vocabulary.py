@@ -1,0 +1,116 @@
+"""Drafters whose head has fewer ids than the target's: which ids those are, and where a draft row has each of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_kernels.ops import validate
+
+
+class DraftVocabulary:
+    """The ids that a drafter has logits for, of all those of its target: made once, checked once.
+
+    Args:
+        draft_to_target: int64 or int32 [Vd], the target id of each draft id: distinct, in any order. (``d2t`` of an
+            EAGLE-3 checkpoint holds how far each is from it: ``torch.arange(Vd) + d2t``.)
+        vocab_size: ids of the target, V.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent to, for ``draft_logits [..., Vd]`` of :func:`verify_chain` and the other functions that take one::
+
+        full = draft_logits.new_full((*draft_logits.shape[:-1], vocab_size), -torch.inf)
+        full[..., draft_to_target] = draft_logits
+
+    Example:
+        >>> import torch
+        >>> vocabulary = DraftVocabulary(torch.tensor([3, 0]), vocab_size=5)
+        >>> vocabulary.target_to_draft.tolist()
+        [1, -1, -1, 0, -1]
+        >>> sample(torch.tensor([[9.0, 0.0]]), seed=1, position=7, draft_to_target=vocabulary).tokens.tolist()
+        [3]
+    """
+
+    draft_to_target: Tensor
+    """int64 [Vd]."""
+    target_to_draft: Tensor
+    """int32 [V]: the draft id of each target id, -1 where there is none."""
+
+    def __init__(self, draft_to_target: Tensor, vocab_size: int) -> None:
+        ids = validate.tensor("draft_to_target", draft_to_target, validate.ID_DTYPES, "Vd", (None,)).long()
+        validate.whole("vocab_size", vocab_size, 1, 1 << 31)
+        if len(ids) == 0:
+            raise ValueError(f"draft_to_target must have at least one id, got {validate.describe(draft_to_target)}")
+        ascending, places = ids.sort(stable=True)
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[places[1:]] = ascending[1:] == ascending[:-1]
+        outside = (ids < 0) | (ids >= vocab_size)
+        bad = (outside | repeated).nonzero()
+        if len(bad):  # on a GPU it waits for the ids
+            at = int(bad[0])
+            expected = f"in [0, {vocab_size})" if outside[at] else "distinct"
+            raise ValueError(f"draft_to_target must be {expected}, got {int(ids[at])} at [{at}]")
+        self.draft_to_target = ids
+        self.target_to_draft = torch.full((vocab_size,), -1, dtype=torch.int32, device=ids.device)
+        self.target_to_draft[ids] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.target_to_draft)
+
+    def __len__(self) -> int:
+        """Vd."""
+        return len(self.draft_to_target)
+
+    def __repr__(self) -> str:
+        return f"DraftVocabulary of {len(self)} of {self.vocab_size} ids"
+
+    def to(self, device: torch.device | str) -> DraftVocabulary:
+        """The same on another device."""
+        moved = object.__new__(DraftVocabulary)
+        moved.draft_to_target, moved.target_to_draft = (
+            table.to(device) for table in (self.draft_to_target, self.target_to_draft)
+        )
+        return moved
+
+
+def of_drafts(
+    draft_to_target: object, draft_logits: object, target_logits: object, backend: str | None
+) -> Tensor | None:
+    """``draft_to_target`` of drafts that are verified, as operators take it: the table of the target's ids."""
+    if draft_to_target is None or not isinstance(target_logits, Tensor) or target_logits.dim() == 0:
+        return None  # whatever else that is, it is said of target_logits
+    if draft_logits is None:
+        raise ValueError("draft_to_target needs the draft_logits whose columns it names, got draft_logits=None")
+    vocab = target_logits.shape[-1]
+    known = DraftVocabulary(draft_to_target, vocab) if isinstance(draft_to_target, Tensor) else draft_to_target
+    table = _table("draft_logits", draft_logits, known, "int64 [Vd] or a DraftVocabulary", backend)
+    if len(table) != vocab:
+        raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {known}")
+    return table
+
+
+def of_rows(draft_to_target: object, logits: object, backend: str | None) -> Tensor | None:
+    """``draft_to_target`` of rows that are drawn from, as operators take it."""
+    if draft_to_target is None:
+        return None
+    expected = "a DraftVocabulary, which says how many ids the target has"
+    return _table("logits", logits, draft_to_target, expected, backend)
+
+
+def _table(name: str, logits: object, vocabulary: object, expected: str, backend: str | None) -> Tensor:
+    if not isinstance(vocabulary, DraftVocabulary):
+        raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(vocabulary)}")
+    table = vocabulary.target_to_draft
+    # Until their kernels have it.
+    if backend in ("cuda", "triton") or (backend is None and not table.is_cpu):
+        raise RuntimeError(f"draft_to_target is not supported by backend={backend!r} on {table.device}")
+    if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(vocabulary):
+        raise ValueError(
+            f"{name} must have a column for each of the Vd = {len(vocabulary)} ids of draft_to_target, got "
+            f"{validate.describe(logits)}"
+        )
+    return table
