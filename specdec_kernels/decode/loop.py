@@ -412,7 +412,8 @@ class Loop:
         if self._batch.has_masks:
             chain = TreeDraft.of(draft)
             masks = self._batch.masks(chain.tokens.tolist(), chain.parents.tolist())
-        how = {"rule": self._options.rule, "draft_temperature": draft.temperature}
+        drawn = {"draft_temperature": draft.temperature, "draft_to_target": draft.vocabulary}
+        how = {"rule": self._options.rule, **drawn}
         verification = {**how, **self._verification(step, masks)}
         scores, verified = self._stepped(draft, counts, verification)
         with self._statistics.timed("verify"):
@@ -460,6 +461,7 @@ class Loop:
                 rule=rule if draft.logits is not None or rule == "coupled" else "walk",
                 siblings=None if draft.logits is None else draft.siblings,
                 draft_temperature=draft.temperature,
+                draft_to_target=draft.vocabulary,
                 **self._verification(step, masks),
             )
             shape = [draft.live.sum(1, keepdim=True) - 1, tree_positions(draft.parents).amax(1, keepdim=True)]

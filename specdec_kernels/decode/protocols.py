@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.tensors import ids_of, padded, to_device
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
 from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.tree_rules import SiblingsName
 
@@ -47,6 +48,8 @@ class Draft:
     """What the drafts were drawn at, float32 [B] or one for all; needed where there are logits without stats."""
     counts: Sequence[int] | None = None
     """Drafts of each request; None has them counted in ``tokens``, for which the loop waits."""
+    vocabulary: DraftVocabulary | None = None
+    """Of a drafter with fewer ids than the target, whose logits are [B, K, Vd]; ``tokens`` are the target's."""
 
     @staticmethod
     def nothing(batch: int) -> Draft:
@@ -102,6 +105,8 @@ class TreeDraft:
     """What the children were drawn at, float32 [B] or one for all; needed where there are logits without stats."""
     siblings: SiblingsName = "without_replacement"
     """How the children of a node were drawn."""
+    vocabulary: DraftVocabulary | None = None
+    """Of a drafter with fewer ids than the target, whose logits are [B, N, Vd]."""
 
     @staticmethod
     def of(draft: Draft) -> TreeDraft:
@@ -163,7 +168,7 @@ def _moved(record: Record, device: torch.device) -> Record:
     moved: dict[str, Any] = {
         name: value.to(device, non_blocking=True)
         for name, value in found.items()
-        if isinstance(value, Tensor) and value.device != device
+        if isinstance(value, (Tensor, DraftVocabulary)) and value.device != device
     }
     return replace(record, **moved) if moved else record
 

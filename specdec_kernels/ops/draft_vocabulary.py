@@ -61,6 +61,11 @@ class DraftVocabulary:
         """V."""
         return len(self.target_to_draft)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is; the logits have to be there too."""
+        return self.target_to_draft.device
+
     def __len__(self) -> int:
         """Vd."""
         return len(self.draft_to_target)
@@ -68,12 +73,11 @@ class DraftVocabulary:
     def __repr__(self) -> str:
         return f"DraftVocabulary of {len(self)} of {self.vocab_size} ids"
 
-    def to(self, device: torch.device | str) -> DraftVocabulary:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftVocabulary:
         """The same on another device."""
         moved = object.__new__(DraftVocabulary)
-        moved.draft_to_target, moved.target_to_draft = (
-            table.to(device) for table in (self.draft_to_target, self.target_to_draft)
-        )
+        moved.draft_to_target = self.draft_to_target.to(device, non_blocking=non_blocking)
+        moved.target_to_draft = self.target_to_draft.to(device, non_blocking=non_blocking)
         return moved
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding import NAMES, PROMPTS, drafters
+from decoding import NAMES, PROMPTS, SHORTLIST, drafters, feature_drafter
 from tiny import VOCAB, Altered, steady, tiny
 
 from specdec_kernels import verify_chain
 from specdec_kernels.decode import Statistics, TransformersTarget, TreeDraft, generate
-from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter
+from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, DraftConfig
 from specdec_kernels.decode.protocols import Step
 
 
@@ -111,3 +111,43 @@ def test_acceptance_stays_with_its_request():
     assert gains[0] < 0.9 < gains[1] < 2.2 < gains[2]
     session.select([2, 0])
     assert [sum(gain for gain, _ in own.gains(4)) for own in session.acceptance] == [gains[2], gains[0]]
+
+
+@pytest.mark.parametrize("name", ["feature", "siblings of features", "feature tree", "nested"])
+@pytest.mark.parametrize("rule", ["token", "coupled"])
+def test_rows_of_a_reduced_vocabulary_stay_as_they_are(model, name, rule):
+    """What is proposed has the drafter's own columns and says which ids they are; the tokens are the target's."""
+    seen = [0]
+
+    def look(draft, step):
+        if draft.logits is not None:
+            assert draft.vocabulary.draft_to_target.tolist() == SHORTLIST
+            assert draft.logits.shape[-1] == len(SHORTLIST)
+            seen[0] += 1
+        if name != "nested":
+            assert {token for nodes in drafted(draft) for token, _ in nodes} <= set(SHORTLIST)
+        return draft
+
+    drafter, statistics = Altered(drafters(model)[name], look), Statistics()
+    options = {"temperature": 0.9, "seed": [1, 2, 3, 4], "max_new_tokens": 12, "rule": rule, "statistics": statistics}
+    generate(TransformersTarget(model), PROMPTS, drafter=drafter, **options)
+    assert statistics.accepted > 0
+    assert seen[0] > 0 or rule == "coupled"
+
+
+def test_a_reduced_vocabulary_stops_where_it_is_unsure(model):
+    """By the probability of the draft's own column."""
+    least, stopped = 0.2, [0, 0]
+
+    def look(draft, step):
+        columns = draft.vocabulary.target_to_draft[draft.tokens.clamp(min=0)].clamp(min=0).long()
+        probs = draft.logits.float().softmax(-1).gather(-1, columns[..., None])[..., 0].cumprod(1)
+        for own, count, most in zip(probs.tolist(), draft.counts, step.num_draft, strict=True):
+            assert all(path >= least for path in own[: count - 1])
+            assert count == most or own[count - 1] < least
+            stopped[count == most] += 1
+        return draft
+
+    drafter = Altered(feature_drafter(model, config=DraftConfig(min_confidence=least)), look)
+    generate(TransformersTarget(model), PROMPTS, drafter=drafter, temperature=0.9, seed=3, max_new_tokens=20)
+    assert min(stopped) > 0

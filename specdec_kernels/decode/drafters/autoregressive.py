@@ -15,7 +15,7 @@ from torch.nn import functional
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.decode.tensors import padded, to_device
-from specdec_kernels.ops import BackendName, sample
+from specdec_kernels.ops import BackendName, DraftVocabulary, sample
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName, sample_children
 
@@ -75,7 +75,9 @@ def children_method(step: Step) -> ChildrenName:
     return "top" if step.greedy else "race" if step.coupled else "without_replacement"
 
 
-def drawn_children(rows: Tensor, count: int, row: Tensor | int, step: Step, config: DraftConfig) -> DrawnChildren:
+def drawn_children(
+    rows: Tensor, count: int, row: Tensor | int, step: Step, config: DraftConfig, vocabulary: DraftVocabulary | None
+) -> DrawnChildren:
     """Children of nodes by the drafter's logits there, [B * nodes, S], the nodes of a request one after the other;
     ``row`` as :func:`specdec_kernels.sample_children` wants it."""
     method, nodes = children_method(step), len(rows) // len(step.seed)
@@ -88,7 +90,7 @@ def drawn_children(rows: Tensor, count: int, row: Tensor | int, step: Step, conf
     spread: dict[str, Any] = {
         name: x.repeat_interleave(nodes) if isinstance(x, Tensor) and nodes > 1 else x for name, x in each.items()
     }
-    return sample_children(rows, count, method, row=row, backend=config.backend, **spread)
+    return sample_children(rows, count, method, row=row, draft_to_target=vocabulary, backend=config.backend, **spread)
 
 
 class AutoregressiveSession(ABC):
@@ -102,7 +104,7 @@ class AutoregressiveSession(ABC):
         drafter_config: how to draft.
         cache: of the model, with nothing in it.
         device: of the model.
-        vocab: of the target.
+        vocabulary: which ids of the target the model has logits for; ``None``: all.
         context: positions that the model has; ``None`` for any number.
         prompts, features: as of :meth:`Drafter.begin`.
     """
@@ -112,12 +114,12 @@ class AutoregressiveSession(ABC):
         drafter_config: DraftConfig,
         cache: RaggedCache,
         device: torch.device,
-        vocab: int,
+        vocabulary: DraftVocabulary | None,
         context: int | None,
         prompts: Sequence[Sequence[int]],
         features: Tensor | None,
     ) -> None:
-        self.config, self.device, self._vocab, self._context = drafter_config, device, vocab, context
+        self.config, self.device, self.vocabulary, self._context = drafter_config, device, vocabulary, context
         self._logits: Tensor | None = None
         self._cache = cache
         self._pending: list[list[int]] = [[] for _ in prompts]
@@ -179,20 +181,6 @@ class AutoregressiveSession(ABC):
         ``paths[0][r], paths[1][r], ...``; each request has as many rows, one after the other."""
         return logits
 
-    def full_rows(self, logits: Tensor) -> Tensor:
-        """Rows [R, S] as rows of the vocabulary's width."""
-        rows = logits.new_full((len(logits), self._vocab), -torch.inf)
-        self._scatter(rows, logits)
-        return rows
-
-    def ids(self, index: Tensor) -> Tensor:
-        """Token ids of what was drawn from the S logits."""
-        return index
-
-    def _scatter(self, rows: Tensor, logits: Tensor) -> None:
-        """Write the S logits into rows of the vocabulary's width that hold -inf elsewhere."""
-        rows.copy_(logits)
-
     def _read_prompt(
         self, prompts: Sequence[Sequence[int]], features: Tensor | None
     ) -> tuple[Sequence[Sequence[int]], list[Tensor] | None]:
@@ -247,20 +235,18 @@ class AutoregressiveSession(ABC):
         drafts: list[Tensor] = []
         beside: list[Tensor] = []
         stats: list[Tensor] = []
-        full = self._buffer(len(wanted), 1 + longest * width, logits.dtype)
+        rows = self._buffer(len(wanted), 1 + longest * width, logits)
         confidence = [1.0] * len(wanted)
         for row in range(longest):
             logits = self.with_repetitions(logits, drafts)
-            self._scatter(full[:, row], logits)
-            # Coupled noise is keyed on token ids, which the drafter's own S logits may not be indexed by.
-            rows = full[:, row] if step.coupled else logits
-            drawn, distribution = self._drawn(rows, row, step)
-            ids = drawn if step.coupled else self.ids(drawn.clamp(min=0)).masked_fill(drawn < 0, -1)
-            drafts.append(ids[:, 0])
-            beside.append(ids[:, 1:])
+            rows[:, row] = logits
+            drawn, distribution = self._drawn(logits, row, step)
+            drafts.append(drawn[:, 0])
+            beside.append(drawn[:, 1:])
             stats.append(distribution)
             if self.config.min_confidence > 0:
-                surprise = functional.cross_entropy(rows.float(), drawn[:, 0], reduction="none").tolist()
+                column = drafts[-1] if self.vocabulary is None else self.vocabulary.target_to_draft[drafts[-1]].long()
+                surprise = functional.cross_entropy(logits.float(), column, reduction="none").tolist()
                 confidence = [before * math.exp(-s) for before, s in zip(confidence, surprise, strict=True)]
                 sure = [value >= self.config.min_confidence for value in confidence]
                 wanted = [most if goes_on else min(most, row + 1) for most, goes_on in zip(wanted, sure, strict=True)]
@@ -277,15 +263,17 @@ class AutoregressiveSession(ABC):
             if children_method(step) != "without_replacement":
                 return TreeDraft(tokens, parents)
             nodes = tokens.shape[1]
-            return TreeDraft(tokens, parents, full[:, :nodes], functional.pad(scalars, (0, 0, 0, nodes - drafted)))
-        return Draft(chain, full[:, :drafted], scalars, counts=[drafted] * len(wanted)).first(wanted)
+            scalars = functional.pad(scalars, (0, 0, 0, nodes - drafted))
+            return TreeDraft(tokens, parents, rows[:, :nodes], scalars, vocabulary=self.vocabulary)
+        counts = [drafted] * len(wanted)
+        return Draft(chain, rows[:, :drafted], scalars, counts=counts, vocabulary=self.vocabulary).first(wanted)
 
     def _drawn(self, rows: Tensor, row: int, step: Step) -> tuple[Tensor, Tensor]:
-        """What is drafted by rows [B, S], the draft of the chain first: indices [B, 1 + siblings], -1 where there are
+        """What is drafted by rows [B, S], the draft of the chain first: ids [B, 1 + siblings], -1 where there are
         fewer, and the scalars of the distribution [B, 3]."""
         if siblings := self.config.siblings:
             first = row if step.coupled else row * (1 + siblings)  # no two draws share a row
-            children = drawn_children(rows, 1 + siblings, first, step, self.config)
+            children = drawn_children(rows, 1 + siblings, first, step, self.config, self.vocabulary)
             return children.tokens, children.stats
         drawn = sample(
             rows,
@@ -297,6 +285,7 @@ class AutoregressiveSession(ABC):
             top_p=step.top_p,
             min_p=step.min_p,
             coupled=step.coupled,
+            draft_to_target=self.vocabulary,
             backend=self.config.backend,
         )
         return drawn.tokens[:, None], drawn.stats
@@ -333,10 +322,10 @@ class AutoregressiveSession(ABC):
             return self._pending_features[0][None]
         return torch.nn.utils.rnn.pad_sequence(self._pending_features, batch_first=True)
 
-    def _buffer(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-        """Rows [B, K, V] for the draft logits, reused: what a drafter does not write stays -inf."""
+    def _buffer(self, batch: int, length: int, logits: Tensor) -> Tensor:
+        """Rows [B, K, S] for the draft logits, reused."""
         if self._logits is None or self._logits.shape[0] < batch or self._logits.shape[1] < length:
-            self._logits = torch.full((batch, length, self._vocab), -torch.inf, dtype=dtype, device=self.device)
+            self._logits = logits.new_full((batch, length, logits.shape[1]), -torch.inf)
         return self._logits[:batch, :length]
 
 

@@ -17,6 +17,7 @@ from specdec_kernels.decode.drafters.autoregressive import (
 )
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName
 
@@ -121,8 +122,7 @@ class TreeSession:
         deepest = min(growth.depth, most)
         for depth in range(deepest):
             logits = session.with_repetitions(logits.flatten(0, 1), [tokens.flatten() for tokens in paths])
-            rows = session.full_rows(logits)
-            levels.append(_Level.of(rows, self._draw(rows, method, step, depth, most), value, index))
+            levels.append(_Level.of(logits, self._draw(logits, method, step, depth, most), value, index))
             plan.look(levels[-1], depth)
             if depth + 1 == deepest or not plan.goes_on:
                 break
@@ -135,14 +135,15 @@ class TreeSession:
             above = None if features is None else _rows_at(features, slot)
             logits, features = session.advance_tree(tokens, above, ancestors, depth)
         session.drop_tree()
-        return _tree(levels, plan.kept(), method)
+        return _tree(levels, plan.kept(), method, session.vocabulary)
 
     def _draw(self, rows: Tensor, method: ChildrenName, step: Step, depth: int, most: int) -> DrawnChildren:
-        """The children of a level's nodes, rows [B * width, V] of the drafter's logits."""
+        """The children of a level's nodes, rows [B * width, S] of the drafter's logits."""
         growth, width = self._growth, len(rows) // len(step.seed)
         index = torch.arange(width, device=rows.device).repeat(len(step.seed))
         row = depth if method == "race" else (depth * growth.width + index) * growth.children  # none twice
-        return drawn_children(rows, min(growth.children, most), row, step, self._session.config)
+        session, count = self._session, min(growth.children, most)
+        return drawn_children(rows, count, row, step, session.config, session.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class _Level:
     slot: Tensor
     """Index of the parent in the level."""
     rows: Tensor
-    """The parents' logits [B, width, V] ..."""
+    """The parents' logits [B, width, S] ..."""
     stats: Tensor
     """... and their scalars [B, width, 3]."""
     nodes: Tensor
@@ -268,7 +269,9 @@ def _extended(ancestors: Tensor, slot: Tensor) -> Tensor:
     return torch.cat([_rows_at(ancestors, slot), itself], 2)
 
 
-def _tree(levels: Sequence[_Level], kept: Tensor, method: ChildrenName) -> TreeDraft:
+def _tree(
+    levels: Sequence[_Level], kept: Tensor, method: ChildrenName, vocabulary: DraftVocabulary | None
+) -> TreeDraft:
     """The candidates that are kept, in their order: parents come first, siblings as they were drawn."""
     tokens, parent = (torch.cat([getattr(level, name) for level in levels], 1) for name in ("tokens", "parent"))
     nodes = int(kept.sum(1).max())
@@ -285,4 +288,4 @@ def _tree(levels: Sequence[_Level], kept: Tensor, method: ChildrenName) -> TreeD
     logits = rows.new_zeros((len(tokens), nodes + 2, rows.shape[2]))
     logits.scatter_(1, place[..., None].expand_as(rows), rows)
     scalars = stats.new_zeros((len(tokens), nodes + 2, 3)).scatter(1, place[..., None].expand_as(stats), stats)
-    return TreeDraft(ids, parents, logits[:, :-1], scalars[:, :-1])
+    return TreeDraft(ids, parents, logits[:, :-1], scalars[:, :-1], vocabulary=vocabulary)

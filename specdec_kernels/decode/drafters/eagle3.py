@@ -24,6 +24,7 @@ from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.feature import FeatureSession
 from specdec_kernels.decode.drafters.feature_model import FeatureModel, attend
+from specdec_kernels.ops import DraftVocabulary
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
@@ -162,7 +163,9 @@ class Eagle3Drafter:
         self.feature_layers = _feature_layers(feature_layers, written, text.num_hidden_layers)
         self.vocab_size = model_facts.vocab_size(target)
         shortlist = _targets(state, written, self.vocab_size)
-        self.shortlist = shortlist.to(target.device)
+        self.device, self.vocabulary = target.device, None
+        if not torch.equal(shortlist, torch.arange(self.vocab_size)):
+            self.vocabulary = DraftVocabulary(shortlist.to(target.device), self.vocab_size)
         lengths = [model_facts.context_length(target), self.model_config.max_position_embeddings]
         self.context: int | None = min(length for length in lengths if length is not None)
         embeddings = state.pop("embed_tokens.weight", None)

@@ -92,7 +92,8 @@ def _merged_trees(sure: TreeDraft, rest: TreeDraft, has_draft: Tensor) -> TreeDr
     if rest.logits is None:
         return TreeDraft(tokens, parents)
     stats = _marked(_longer(_stats(rest), nodes, 0.0), has_draft)
-    return TreeDraft(tokens, parents, _longer(rest.logits, nodes, 0.0), stats, siblings=rest.siblings)
+    rows = _longer(rest.logits, nodes, 0.0)
+    return TreeDraft(tokens, parents, rows, stats, siblings=rest.siblings, vocabulary=rest.vocabulary)
 
 
 def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:
@@ -101,7 +102,8 @@ def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:
     tokens = torch.where(has_draft[:, None], _longer(sure.tokens, length, -1), _longer(rest.tokens, length, -1))
     if rest.logits is None:
         return Draft(tokens)
-    return Draft(tokens, _longer(rest.logits, length, 0.0), _marked(_longer(_stats(rest), length, 0.0), has_draft))
+    stats = _marked(_longer(_stats(rest), length, 0.0), has_draft)
+    return Draft(tokens, _longer(rest.logits, length, 0.0), stats, vocabulary=rest.vocabulary)
 
 
 def _stats(draft: Draft | TreeDraft) -> Tensor:

@@ -17,17 +17,17 @@ from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, EightBitM
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.histories import Histories, placed_followers
 from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.ops import DraftVocabulary
 
 
 class FeatureReader(Protocol):
     """What a :class:`FeatureSession` asks of its drafter."""
 
     config: DraftConfig
-    vocab_size: int
-    """Of the target."""
+    device: torch.device
+    vocabulary: DraftVocabulary | None
+    """The S ids that can be drafted; ``None``: all of the target's."""
     context: int | None
-    shortlist: Tensor
-    """int64 [S], the ids that can be drafted."""
     embed: Callable[[Tensor], Tensor]
     forward: Callable[..., Tensor]
     """Arguments and features as of :meth:`FeatureModel.forward`."""
@@ -57,8 +57,8 @@ class FeatureDrafter:
     ) -> None:
         self.config, self.network = config, model
         self.feature_layers: Sequence[int] = model.layers
-        self.vocab_size, self.context = model_facts.vocab_size(target), model_facts.context_length(target)
-        self.shortlist = model.shortlist
+        self.device, self.context = model.shortlist.device, model_facts.context_length(target)
+        self.vocabulary: DraftVocabulary | None = DraftVocabulary(model.shortlist, model_facts.vocab_size(target))
         self.embed: Callable[[Tensor], Tensor] = target.get_input_embeddings()
         head = target.get_output_embeddings().weight.detach()[model.shortlist]
         self.forward: Callable[..., Tensor] = EightBitModel(model) if eight_bits else model
@@ -83,12 +83,12 @@ class FeatureSession(AutoregressiveSession):
     """One stream of a drafter that reads hidden states."""
 
     def __init__(self, drafter: FeatureReader, prompts: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self._drafter, self._shortlist = drafter, drafter.shortlist
+        self._drafter = drafter
         self._repetitions = drafter.repetitions
         self._histories = None if self._repetitions is None else Histories(prompts)
-        device = drafter.shortlist.device
+        device = drafter.device
         super().__init__(
-            drafter.config, RaggedCache([WHOLE], len(prompts), device), device, drafter.vocab_size, drafter.context,
+            drafter.config, RaggedCache([WHOLE], len(prompts), device), device, drafter.vocabulary, drafter.context,
             prompts, features,
         )  # fmt: skip
 
@@ -131,12 +131,6 @@ class FeatureSession(AutoregressiveSession):
             return [prompt[1:] for prompt in prompts], None
         features = features.to(self.device)
         return [prompt[1:] for prompt in prompts], [features[slot, : len(p) - 1] for slot, p in enumerate(prompts)]
-
-    def ids(self, index: Tensor) -> Tensor:
-        return self._shortlist[index]
-
-    def _scatter(self, rows: Tensor, logits: Tensor) -> None:
-        rows.index_copy_(1, self._shortlist, logits)
 
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.targets import TransformersTarget, try_out
+from specdec_kernels.ops import DraftVocabulary
 
 
 class ModelDrafter:
@@ -33,6 +35,8 @@ class ModelDrafter:
         if vocab_size is not None and own > vocab_size:
             raise ValueError(f"vocab_size must be at least the drafter's own {own}, got {vocab_size}")
         self.model, self.config, self.own_vocab, self.vocab_size = model, config, own, vocab_size or own
+        known = torch.arange(own, device=model.device)
+        self.vocabulary = None if own == self.vocab_size else DraftVocabulary(known, self.vocab_size)
 
     @property
     def siblings(self) -> int:
@@ -54,7 +58,7 @@ class ModelSession(AutoregressiveSession):
             drafter.config,
             cache,
             drafter.model.device,
-            drafter.vocab_size,
+            drafter.vocabulary,
             model_facts.context_length(drafter.model),
             prompts,
             None,
@@ -79,6 +83,3 @@ class ModelSession(AutoregressiveSession):
         depths, known = self._depths(tokens, depth), self._known(tokens)
         outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=known)
         return outputs.logits, None
-
-    def _scatter(self, rows: Tensor, logits: Tensor) -> None:
-        rows[:, : logits.shape[1]] = logits

@@ -58,6 +58,7 @@ class StaticDraftSession(ModelSession):
     def __init__(self, drafter: StaticDrafter, prompts: Sequence[Sequence[int]]) -> None:
         columns = max(map(len, prompts)) + 4 * GRANULARITY
         cache = drafter.caches.lend(self, drafter.model, drafter.layers, len(prompts), columns)
+        self._vocab = drafter.vocab_size
         super().__init__(drafter, prompts, cache)  # type: ignore[arg-type]
 
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
