@@ -15,13 +15,18 @@ void with_dtype(DType dtype, F&& body) {
   }
 }
 
-// Elements [first, first + count) of a row with columns of its own, -inf where it has none. Those that it has are
-// visited by the bits of a vector: to look at each column alone takes six times as long, since nobody could predict it.
+// Elements [first, first + count) of a row where they cannot be read as they lie, `size` of them with -inf behind the
+// last and wherever a draft row has no column for an id. The columns that it has are visited by the bits of a vector:
+// to look at each alone takes six times as long, since nobody could predict it. Seldom called: not in place.
 template <class T>
-void gather(const Row& row, int64_t first, int64_t count, T* out) {
+[[gnu::noinline]] void copy(const Row& row, int64_t first, int64_t count, int64_t size, T* out) {
   const T* logits = static_cast<const T*>(row.logits);
+  for (int64_t i = 0; i < size; ++i) out[i] = negative_infinity(T{});
+  if (row.columns == nullptr) {
+    std::memcpy(out, logits + first, size_t(count) * sizeof(T));
+    return;
+  }
   const int32_t* columns = row.columns + first;
-  for (int64_t i = 0; i < count; ++i) out[i] = negative_infinity(T{});
   constexpr unsigned kAll = (1u << V::width) - 1;
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) {
@@ -43,15 +48,9 @@ template <class T>
 class Group {
  public:
   Group(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
-    int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
-    if (row.columns != nullptr) {
-      left = left < kSize ? left : kSize;
-      gather(row, first * kTile, left, copy_);
-    } else {
-      if (left >= kSize) return;
-      std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
-    }
-    for (int64_t i = left; i < kSize; ++i) copy_[i] = negative_infinity(T{});
+    const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
+    if (left >= kSize && row.columns == nullptr) return;
+    copy(row, first * kTile, left < kSize ? left : kSize, kSize, copy_);
     logits_ = copy_;
   }
 
@@ -69,15 +68,9 @@ template <class T>
 class Tile {
  public:
   Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
-    int64_t left = row.vocab - tile * kTile;
-    if (row.columns != nullptr) {
-      left = left < kTile ? left : kTile;
-      gather(row, tile * kTile, left, copy_);
-    } else {
-      if (left >= kTile) return;
-      std::memcpy(copy_, logits_, size_t(left) * sizeof(T));
-    }
-    for (int64_t i = left; i < kTile; ++i) copy_[i] = negative_infinity(T{});
+    const int64_t left = row.vocab - tile * kTile;
+    if (left >= kTile && row.columns == nullptr) return;
+    copy(row, tile * kTile, left < kTile ? left : kTile, kTile, copy_);
     logits_ = copy_;
   }
 

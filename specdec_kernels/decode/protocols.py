@@ -166,7 +166,7 @@ def _moved(record: Record, device: torch.device) -> Record:
     """A dataclass with its tensors on a device."""
     found = {field.name: getattr(record, field.name) for field in fields(record)}
     moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
         for name, value in found.items()
         if isinstance(value, (Tensor, DraftVocabulary)) and value.device != device
     }

@@ -26,6 +26,7 @@ class DraftVocabulary:
 
     Example:
         >>> import torch
+        >>> from specdec_kernels import DraftVocabulary, sample
         >>> vocabulary = DraftVocabulary(torch.tensor([3, 0]), vocab_size=5)
         >>> vocabulary.target_to_draft.tolist()
         [1, -1, -1, 0, -1]
@@ -53,6 +54,7 @@ class DraftVocabulary:
             expected = f"in [0, {vocab_size})" if outside[at] else "distinct"
             raise ValueError(f"draft_to_target must be {expected}, got {int(ids[at])} at [{at}]")
         self.draft_to_target = ids
+        self._elsewhere: dict[torch.device, DraftVocabulary] = {}
         self.target_to_draft = torch.full((vocab_size,), -1, dtype=torch.int32, device=ids.device)
         self.target_to_draft[ids] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
 
@@ -73,12 +75,19 @@ class DraftVocabulary:
     def __repr__(self) -> str:
         return f"DraftVocabulary of {len(self)} of {self.vocab_size} ids"
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftVocabulary:
-        """The same on another device."""
-        moved = object.__new__(DraftVocabulary)
-        moved.draft_to_target = self.draft_to_target.to(device, non_blocking=non_blocking)
-        moved.target_to_draft = self.target_to_draft.to(device, non_blocking=non_blocking)
-        return moved
+    def to(self, device: torch.device | str) -> DraftVocabulary:
+        """The same on another device, where it is copied once."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            moved = object.__new__(DraftVocabulary)
+            moved.draft_to_target, moved.target_to_draft = (
+                ids.to(device) for ids in (self.draft_to_target, self.target_to_draft)
+            )
+            moved._elsewhere = {self.device: self}
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
 
 def of_drafts(

@@ -317,6 +317,12 @@ def test_a_vocabulary_that_does_not_fit(change, error, message):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_backends_that_have_none_refuse(name):
+    with pytest.raises(RuntimeError, match="draft_to_target is not supported by backend="):
+        sample(torch.zeros(1, 3), draft_to_target=THREE, seed=1, position=1, backend=name)
+
+
 @pytest.mark.parametrize("op", [sample, lambda rows, **named: sample_children(rows, 2, **named)])
 def test_rows_that_a_vocabulary_does_not_fit(op):
     key: dict[str, Any] = {"seed": 1, "position": 1}
@@ -355,7 +361,8 @@ def test_compiled_without_a_break():
 
 
 def test_a_vocabulary_can_move():
-    moved = THREE.to("cpu")
-    assert torch.equal(moved.target_to_draft, THREE.target_to_draft)
+    moved = THREE.to("meta")
+    assert moved.target_to_draft.is_meta
     assert (len(moved), moved.vocab_size, repr(moved)) == (3, 7, "DraftVocabulary of 3 of 7 ids")
-    assert THREE.to("meta").target_to_draft.is_meta
+    assert THREE.to(torch.device("meta")) is moved, "a graph of its kernels is captured for it, once"
+    assert moved.to("cpu") is THREE
