@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_kernels import (
+    DraftVocabulary,
     _native,
     sample,
     sample_children,
@@ -120,6 +121,25 @@ def test_children_are_those_of_the_dispatcher(monkeypatch, how):
     assert_equal(directly, sample_children(logits, 3, how, **given))
 
 
+def test_reduced_vocabularies_are_those_of_the_dispatcher(monkeypatch):
+    vocabulary = DraftVocabulary(torch.randperm(300, generator=torch.Generator().manual_seed(2))[:120], 300)
+    given, nodes, key = chain(), tree(), {"seed": torch.arange(3), "position": torch.arange(3)}
+    logits = given["draft_logits"][..., vocabulary.draft_to_target]
+    calls = (
+        lambda: verify_chain(**{**given, "draft_logits": logits}, draft_to_target=vocabulary, rule="block"),
+        lambda: verify_tree(
+            **{**nodes, "draft_logits": nodes["draft_logits"][..., vocabulary.draft_to_target]},
+            draft_to_target=vocabulary, siblings="iid", rule="traversal",
+        ),
+        lambda: sample(logits[:, 0], **key, row=key["seed"], draft_to_target=vocabulary, coupled=True),
+        lambda: sample_children(logits[:, 0], 3, "race", **key, row=key["seed"], draft_to_target=vocabulary),
+    )  # fmt: skip
+    directly = [call() for call in calls]
+    dispatched(monkeypatch)
+    for mine, call in zip(directly, calls, strict=True):
+        assert_equal(mine, call())
+
+
 def tree(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     given = chain(dtype, drafts=4)
     target = given["target_logits"]
@@ -150,7 +170,7 @@ def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
 def test_trees_that_are_none_are_refused_by_the_operators():
     given = tree()
     arguments = [given[name] for name in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
-    arguments += [None, given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
+    arguments += [None, None, given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
     wrong = {
         "no root": (2, torch.zeros(3, 5, dtype=torch.int64)),
         "a later parent": (2, torch.tensor([[-1, 2, 0, 0, 0]]).expand(3, -1).contiguous()),
@@ -158,6 +178,8 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         "an id outside": (1, torch.full((3, 5), 300)),
         "a missing id": (1, torch.full((3, 5), -1)),
         "fewer rows": (0, given["target_logits"][:, :4]),
+        "a table of fewer ids": (5, torch.arange(299, dtype=torch.int32)),
+        "a table without rows": (3, None),
     }
     assert len(CPU.verify_tree(*arguments)) == 6
     for place, value in wrong.values():
@@ -168,13 +190,15 @@ def test_trees_that_are_none_are_refused_by_the_operators():
 
 def test_children_of_what_is_no_row_are_refused_by_the_operators():
     ids = torch.arange(5)
-    given = [torch.randn(5, 200), ids, ids, ids, 1.0, None, None, None, None, 3, 2]
+    given = [torch.randn(5, 200), None, ids, ids, ids, 1.0, None, None, None, None, 3, 2]
     wrong = (
         (0, torch.randn(5, 2, 100)),
         (0, torch.randn(5, 400)[:, ::2]),
-        (1, ids[:2]),
-        (3, ids.int()),
-        (8, ids.int()),
+        (1, ids),
+        (1, torch.zeros(1, 200, dtype=torch.int32)),
+        (2, ids[:2]),
+        (4, ids.int()),
+        (9, ids.int()),
     )
     assert len(CPU.sample_children(*given)) == 3
     for place, value in wrong:
@@ -217,19 +241,20 @@ def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
 def test_refusals_write_nothing_and_leave_no_error_behind():
     given = chain()
     workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
-    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, 0.7, given["seed"]]
-    arguments += [given["position"], None, None, 1.0, None, None, None, None, 0, False, False, workspace]
+    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, None, 0.7]
+    arguments += [given["seed"], given["position"], None, None, 1.0, None, None, None, None, 0, False, False, workspace]
     call = CPU.verify_chain
     assert len(call(*arguments)) == 6
     refused: tuple[tuple[int, Any], ...] = (
         (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"]),
-        (4, torch.full((3,), -1.0)), (4, -1.0), (5, given["seed"][:2]), (5, 5), (10, 1 << 70), (17, workspace[:-1]),
-        (17, workspace.view(torch.int8)), (17, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
+        (5, given["seed"]), (5, torch.full((3,), -1.0)), (5, -1.0), (6, given["seed"][:2]), (6, 5), (11, 1 << 70),
+        (18, workspace[:-1]), (18, workspace.view(torch.int8)),
+        (18, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
         (0, given["target_logits"].to("meta")),
     )  # fmt: skip
     for place, wrong in refused:
         assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None
-    with pytest.raises(TypeError, match="expected 18 arguments, got 17"):
+    with pytest.raises(TypeError, match="expected 19 arguments, got 18"):
         call(*arguments[1:])
 
 
