@@ -11,6 +11,7 @@ import pytest
 import torch
 from backends import on_device
 from distributions import RACE_CELLS, F, law_of, logits_of, seeds_by_cell, uniforms
+from processes import run_python
 
 from specdec_kernels import DraftVocabulary, oracle, sample, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import Purpose
@@ -139,6 +140,29 @@ def test_what_is_drawn_is_what_scattered_rows_give(backend, few, dtype):
         method = CHILDREN[index % len(CHILDREN)]
         got = choose(logits, 3, method, **options, draft_to_target=vocabulary)
         assert_equal(got, choose(full, 3, method, **options))
+
+
+SCATTERED = """
+import torch
+from specdec_kernels import DraftVocabulary, ops, sample
+print(ops.BACKENDS["cpu"].detail)
+generator = torch.Generator().manual_seed(1)
+vocabulary = DraftVocabulary(torch.randperm(1003, generator=generator)[:400], 1003)
+rows, named = 3 * torch.randn(20, 400, generator=generator), {"seed": torch.arange(20), "position": 5, "top_k": 50}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    full = torch.full((20, 1003), -torch.inf, dtype=dtype)
+    full[:, vocabulary.draft_to_target] = rows.to(dtype)
+    reduced = sample(rows.to(dtype), **named, draft_to_target=vocabulary, backend="cpu")
+    assert all(map(torch.equal, reduced, sample(full, **named, backend="cpu")))
+"""
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set_reads_the_same_columns(isa):
+    result = run_python("-c", SCATTERED, SPECDEC_CPU_ISA=isa)
+    if result.stdout.strip() == "C++, none":
+        pytest.skip(f"this machine has no {isa}")
+    assert (result.returncode, result.stdout.strip()) == (0, f"C++, {isa}"), result.stderr
 
 
 def test_coupled_draws_of_a_reduced_vocabulary_meet_the_targets(backend, few):
