@@ -8,11 +8,11 @@ from torch import Tensor
 
 _NAMES = (
     "sampling", "bitmask", "draft_logits", "draft_stats", "draft_temperatures", "num_draft", "cu_rows", "logprobs",
-    "independent", "replacement",
+    "independent", "replacement", "reduced",
 )  # fmt: skip
 _BITS = {name: 1 << index for index, name in enumerate(_NAMES)}
 SAMPLING, BITMASK, DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, NUM_DRAFT, CU_ROWS, LOGPROBS, INDEPENDENT, \
-    REPLACEMENT = (tl.constexpr(bit) for bit in _BITS.values())  # fmt: skip
+    REPLACEMENT, REDUCED = (tl.constexpr(bit) for bit in _BITS.values())  # fmt: skip
 
 
 def given(**named: object) -> int:

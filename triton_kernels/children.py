@@ -22,6 +22,7 @@ from specdec_kernels.triton_kernels.rows import (
     STAGES,
     TILE,
     Key,
+    Reduced,
     Rows,
     block_ids,
     load_block,
@@ -98,25 +99,27 @@ def next_best(rows, i, distribution, value, token, key, HOW: tl.constexpr, TILES
     return best, winner
 
 
-@triton.jit(do_not_specialize=["top_k", "adjustments", "count", "slices", "flags"])  # 1 would become a constant
+@triton.jit(do_not_specialize=["top_k", "adjustments", "draft_width", "count", "slices", "flags"])  # 1: a constant
 def sample_children_kernel(
-    logits_ptr, seed_ptr, position_ptr, row_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
-    edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr, stats_ptr,
-    tables_ptr, counters_ptr, row_stride, vocab, slices, flags, count, HOW: tl.constexpr, PROCESSED: tl.constexpr,
-    ENTRIES: tl.constexpr, TILES: tl.constexpr,
+    logits_ptr, target_to_draft_ptr, seed_ptr, position_ptr, row_ptr, sampling_ptr, temperature, top_k, top_p, min_p,
+    bitmask_ptr, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr,
+    stats_ptr, tables_ptr, counters_ptr, row_stride, draft_width, vocab, slices, flags, count, HOW: tl.constexpr,
+    PROCESSED: tl.constexpr, REDUCED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0) // slices).to(tl.int64)
     part = tl.program_id(0) % slices
     key = Key(tl.load(seed_ptr + r), tl.load(position_ptr + r))
     sampling = sampling_of(sampling_ptr, flags & SAMPLING != 0, temperature, top_k, top_p, min_p, r)
+    processing = None
     if PROCESSED:
         processing = processing_of(
             bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
             adjustments, r, r, vocab, row_ptr, 0, row_ptr, True,
         )  # fmt: skip
-        rows = Rows(logits_ptr + r * row_stride, 0, vocab, processing)
-    else:
-        rows = Rows(logits_ptr + r * row_stride, 0, vocab, None)
+    reduced = None
+    if REDUCED:
+        reduced = Reduced(target_to_draft_ptr, draft_width)
+    rows = Rows(logits_ptr + r * row_stride, 0, vocab, processing, reduced)
     here = tl.full([], 0, tl.int64)
     table = tables_ptr + r * 2 * ENTRIES
     measure(rows, here, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)

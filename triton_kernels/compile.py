@@ -40,9 +40,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-BATCH, DRAFTS, NODES, VOCAB = 3, 4, 64, 128_256
-#: What is known of the draft: its logits, and the scalars that ``sample`` handed over.
-POINT_MASS, DENSE, STATISTICS = (False, False), (True, False), (True, True)
+BATCH, DRAFTS, NODES, VOCAB, REDUCED = 3, 4, 64, 128_256, 32_000
+#: What is known of the draft: how many logits a row, or None, and whether ``sample`` handed its scalars over.
+POINT_MASS, DENSE, STATISTICS, OF_REDUCED = (None, False), (VOCAB, False), (VOCAB, True), (REDUCED, False)
+Draft = tuple[int | None, bool]
 BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
 
 
@@ -76,29 +77,33 @@ def _sampling(full: bool, requests: int, rows: int) -> tuple[Any, ...]:
     return _tensor(FP32, requests, 4), *plain[1:], bitmask, *adjusted, _tensor(FP32, requests, 3)
 
 
-def _drafts(known: tuple[bool, bool], dtype: torch.dtype, batch: int, drafts: int) -> tuple[Any, ...]:
-    """Logits, scalars and temperatures of drafts."""
-    logits, stats = known
+def _drafts(known: Draft, dtype: torch.dtype, batch: int, drafts: int) -> tuple[Any, ...]:
+    """Logits, scalars, the table of a reduced vocabulary and temperatures of drafts."""
+    size, stats = known
+    logits = None if size is None else _tensor(dtype, batch, drafts, size)
     scalars = _tensor(FP32, batch, drafts, 3) if stats else None
-    return _tensor(dtype, batch, drafts, VOCAB) if logits else None, scalars, None, 1.0
+    return logits, scalars, _tensor(I32, VOCAB) if size not in (None, VOCAB) else None, None, 1.0
 
 
 def _keys(requests: int) -> tuple[Tensor, Tensor]:
     return _tensor(I64, requests), _tensor(I64, requests)
 
 
-def _sample(dtype: torch.dtype, full: bool) -> None:
-    kernels.sample(
-        _tensor(dtype, BATCH, VOCAB), *_keys(BATCH), _tensor(I64, BATCH), *_sampling(full, BATCH, BATCH), full
-    )
+def _rows(dtype: torch.dtype, size: int) -> tuple[Any, ...]:
+    """Logits, the table of a reduced vocabulary, keys and rows of a step."""
+    table = None if size == VOCAB else _tensor(I32, VOCAB)
+    return _tensor(dtype, BATCH, size), table, *_keys(BATCH), _tensor(I64, BATCH)
 
 
-def _sample_children(how: Children) -> None:
-    rows, row = _tensor(BF16, BATCH, VOCAB), _tensor(I64, BATCH)
-    kernels.sample_children(rows, *_keys(BATCH), row, *_sampling(True, BATCH, BATCH), DRAFTS, int(how))
+def _sample(dtype: torch.dtype, full: bool, size: int = VOCAB) -> None:
+    kernels.sample(*_rows(dtype, size), *_sampling(full, BATCH, BATCH), full)
 
 
-def _verify_chain(dtype: torch.dtype, rule: Rule, known: tuple[bool, bool], full: bool) -> None:
+def _sample_children(how: Children, size: int = VOCAB) -> None:
+    kernels.sample_children(*_rows(BF16, size), *_sampling(True, BATCH, BATCH), DRAFTS, int(how))
+
+
+def _verify_chain(dtype: torch.dtype, rule: Rule, known: Draft, full: bool) -> None:
     """``full``: ragged, with everything that can be given and asked for."""
     rows = BATCH * (DRAFTS + 1)
     target = _tensor(dtype, rows, VOCAB) if full else _tensor(dtype, BATCH, DRAFTS + 1, VOCAB)
@@ -109,7 +114,7 @@ def _verify_chain(dtype: torch.dtype, rule: Rule, known: tuple[bool, bool], full
     )  # fmt: skip
 
 
-def _verify_tree(rule: TreeRule, known: tuple[bool, bool], full: bool) -> None:
+def _verify_tree(rule: TreeRule, known: Draft, full: bool) -> None:
     tree = _tensor(I64, BATCH, NODES), _tensor(I64, BATCH, NODES)
     kernels.verify_tree(
         _tensor(BF16, BATCH, NODES, VOCAB), *tree, *_drafts(known, BF16, BATCH, NODES), *_keys(BATCH),
@@ -160,15 +165,19 @@ LARGEST: dict[str, Callable[[], None]] = {
 }
 #: With the other dtypes of logits, and the other kinds of drafts.
 CALLS: dict[str, Callable[[], None]] = LARGEST | {
+    "sample bf16 reduced": partial(_sample, BF16, False, REDUCED),
+    "sample_children race full reduced": partial(_sample_children, Children.RACE, REDUCED),
     "sample fp32": partial(_sample, FP32, False),
     "sample fp16": partial(_sample, FP16, False),
     "verify_chain token fp32 statistics": partial(_verify_chain, FP32, Rule.TOKEN, STATISTICS, False),
     "verify_chain token fp16 statistics": partial(_verify_chain, FP16, Rule.TOKEN, STATISTICS, False),
     "verify_chain token bf16 point mass": partial(_verify_chain, BF16, Rule.TOKEN, POINT_MASS, False),
     "verify_chain token bf16 dense": partial(_verify_chain, BF16, Rule.TOKEN, DENSE, False),
+    "verify_chain token bf16 reduced": partial(_verify_chain, BF16, Rule.TOKEN, OF_REDUCED, False),
     "verify_chain block bf16 statistics": partial(_verify_chain, BF16, Rule.BLOCK, STATISTICS, False),
     "verify_chain block bf16 dense": partial(_verify_chain, BF16, Rule.BLOCK, DENSE, False),
     "verify_chain coupled bf16": partial(_verify_chain, BF16, Rule.COUPLED, POINT_MASS, False),
+    "verify_tree recursive reduced": partial(_verify_tree, TreeRule.RECURSIVE, OF_REDUCED, False),
     "verify_tree walk": partial(_verify_tree, TreeRule.WALK, POINT_MASS, False),
 }
 

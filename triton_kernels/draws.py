@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import Level, Purpose
-from specdec_kernels.triton_kernels.arguments import DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES
+from specdec_kernels.triton_kernels.arguments import DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, REDUCED
 from specdec_kernels.triton_kernels.distributions import first_arrival, scale_of, summary, tile_weights
 from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.rows import (
@@ -24,10 +24,10 @@ from specdec_kernels.triton_kernels.rows import (
     grouped_tiles,
     ids_of,
     load_block,
-    load_draft_logits,
     load_logits,
     load_tile,
     log_prob,
+    measure,
     probs,
     scalars_of,
 )
@@ -46,6 +46,8 @@ class Drafts(NamedTuple):
     """What is known of how a request's drafts were drawn."""
 
     rows: Any
+    reduced: Any
+    """The same rows, where they have some of the vocabulary only: what is read of them where REDUCED is ``given``."""
     stats: Any
     """Pointer to the scalars of the first draft."""
     scale: Any
@@ -110,11 +112,33 @@ def next_child(tree, node, after):
 
 
 @triton.jit
+def load_draft_logits(drafts, i, ids, there):
+    """float32 logits of draft i for the target's ``ids``."""
+    if drafts.given & REDUCED != 0:
+        x = load_logits(drafts.reduced, i, ids, there)
+    else:
+        x = load_logits(drafts.rows, i, ids, there)
+    return x
+
+
+@triton.jit
+def measure_draft(drafts, i, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """``measure`` the row that draft i was drawn from, unless that needs no table: there are the scalars that it would
+    be asked for, or no logits, or the draft was drawn greedily."""
+    if (drafts.given & DRAFT_LOGITS != 0) & (drafts.given & DRAFT_STATS == 0) & (drafts.scale < float("inf")):
+        # Apart, so that whole rows are loaded 16 bytes at a time, blocks ahead.
+        if drafts.given & REDUCED != 0:
+            measure(drafts.reduced, i, drafts.scale, part, slices, table, ENTRIES, TILES)
+        else:
+            measure(drafts.rows, i, drafts.scale, part, slices, table, ENTRIES, TILES)
+
+
+@triton.jit
 def drafted_prob(drafts, i, distribution, token):
     """The draft's probability of a token: float64. A point mass is on whatever was drafted."""
     prob = tl.full([], 1.0, tl.float64)
     if distribution.argmax < 0:
-        prob = tl.exp(log_prob(load_draft_logits(drafts.rows, i, token, True), distribution, token))
+        prob = tl.exp(log_prob(load_draft_logits(drafts, i, token, True), distribution, token))
     return prob
 
 
@@ -185,7 +209,7 @@ def residuals(rows, drafts, i, target, draft, rejected, ids, there):
                 child = next_child(rejected.tree, i, child)
     else:
         whole = weights
-        drafted = probs(load_draft_logits(drafts.rows, i, ids, there), draft)
+        drafted = probs(load_draft_logits(drafts, i, ids, there), draft)
         difference = whole - drafted
         weights = tl.where(difference > 0, difference, 0.0)  # nothing where the draft is not a number
         if rejected is not None:

@@ -73,10 +73,10 @@ def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
     return LaunchConfig(min(tiles, entries(vocab)), entries(vocab), warps, registers)
 
 
-def config_for(logits: Tensor, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
-    """The launch for these logits; ``large`` are the kernels for trees and for the block rule, and all where there is
-    any ``processing`` of the logits."""
-    return launch_config(logits.shape[-1], _platform_of(logits.device), large or any(x is not None for x in processing))
+def config_for(vocab: int, device: torch.device, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
+    """The launch for rows of ``vocab`` ids; ``large`` are the kernels for trees and for the block rule, and all where
+    there is any ``processing`` of the logits."""
+    return launch_config(vocab, _platform_of(device), large or any(x is not None for x in processing))
 
 
 def _platform_of(device: torch.device) -> str:

@@ -17,6 +17,8 @@ STEEP = tl.constexpr(_STEEP)
 # Blocks of a row that are asked for before the first is there, and one: 20 KB of bfloat16 a program, since a
 # multiprocessor needs 30 KB under way to keep its memory busy (gpu/measured.md: 12 KB were not enough).
 STAGES = tl.constexpr(6)
+# Of reduced rows the columns are what is asked for ahead: two blocks of them are no more bytes than five of bfloat16.
+REDUCED_STAGES = tl.constexpr(3)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr(1 << 40)
@@ -44,15 +46,25 @@ class Processing(NamedTuple):
     chained: Any
 
 
+class Reduced(NamedTuple):
+    """Of rows that have some ids of the vocabulary only: the logits of the others are -inf."""
+
+    columns: Any
+    """Pointer to the column of each id; what is none, such as -1, is of an id that has no logit."""
+    width: Any
+    """Logits of a row."""
+
+
 class Rows(NamedTuple):
-    """The rows of one request as its distribution sees them."""
+    """The rows of one request as its distribution sees them. ``processing`` and ``reduced``: or None. A kernel builds
+    them where it stands, since a function of Triton cannot return None."""
 
     logits: Any
     """Pointer to the first row."""
     stride: Any
     vocab: Any
     processing: Any
-    """Or None. A kernel builds it where it stands, since a function of Triton cannot return None."""
+    reduced: Any
 
 
 class Distribution(NamedTuple):
@@ -123,7 +135,11 @@ def adjusted(x, processing, i, ids):
 def load_logits(rows, i, ids, there):
     """float32 logits of ``ids`` in row i; -inf past its end, and where they are not ``there``."""
     inside = (ids < rows.vocab) & there
-    x = tl.load(rows.logits + i * rows.stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    columns = ids
+    if rows.reduced is not None:
+        columns = tl.load(rows.reduced.columns + ids, mask=inside, other=-1)
+        inside = (columns >= 0) & (columns < rows.reduced.width)
+    x = tl.load(rows.logits + i * rows.stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if rows.processing is not None:
         if rows.processing.count > 0:
             x = adjusted(x, rows.processing, i, ids)
@@ -132,12 +148,6 @@ def load_logits(rows, i, ids, there):
             bits = tl.load(words + ids // 32, mask=inside, other=0) >> (ids % 32).to(tl.int32)
             x = tl.where(bits & 1 != 0, x, float("-inf"))
     return x
-
-
-@triton.jit
-def load_draft_logits(rows, i, ids, there):
-    """float32 logits of the draft for the target's ``ids``."""
-    return load_logits(rows, i, ids, there)
 
 
 @triton.jit
@@ -194,7 +204,7 @@ def measure(rows, i, scale, part, slices, table, ENTRIES: tl.constexpr, TILES: t
     tiles = tl.cdiv(rows.vocab, TILE)
     size = tl.cdiv(tl.cdiv(tiles, TILES), slices) * TILES
     last = tl.minimum((part + 1) * size, tiles)
-    for start in tl.range(part * size, last, TILES, num_stages=STAGES):
+    for start in tl.range(part * size, last, TILES, num_stages=STAGES if rows.reduced is None else REDUCED_STAGES):
         maxima, sums = tile_sums(load_block(rows, i, start, TILES), scale)
         own = start + tl.arange(0, TILES)
         tl.store(table + own, maxima, mask=own < last)

@@ -21,7 +21,6 @@ from specdec_kernels.contract import TreeRule
 from specdec_kernels.triton_kernels.arguments import (
     BITMASK,
     DRAFT_LOGITS,
-    DRAFT_STATS,
     LOGPROBS,
     REPLACEMENT,
     SAMPLING,
@@ -42,7 +41,9 @@ from specdec_kernels.triton_kernels.draws import (
     draft_scale_of,
     drafted_prob,
     draw_last,
+    load_draft_logits,
     load_state,
+    measure_draft,
     measure_residual,
     measured_mass,
     next_child,
@@ -64,9 +65,9 @@ from specdec_kernels.triton_kernels.rows import (
     STAGES,
     TILE,
     Key,
+    Reduced,
     Rows,
     block_ids,
-    load_block,
     load_logits,
     log_prob,
     measure,
@@ -132,7 +133,7 @@ def draft_left(drafts, tree, node, draft, last, drafted, TILES: tl.constexpr):
         sums = tl.zeros([TILES], tl.float32)
         for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=STAGES):
             ids = block_ids(start, TILES)
-            weights = probs(load_block(drafts.rows, node, start, TILES), draft)
+            weights = probs(load_draft_logits(drafts, node, ids, True), draft)
             child = next_child(tree, node, node)
             while child <= last:
                 weights = tl.where(ids == tl.load(tree.tokens + child), 0.0, weights)
@@ -248,15 +249,16 @@ def visit(rows, drafts, tree, key, states, visited, RULE: tl.constexpr, TILES: t
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "adjustments", "nodes", "batch", "slices", "passes", "parts", "flags"]
+    do_not_specialize=["top_k", "adjustments", "draft_width", "nodes", "batch", "slices", "passes", "parts", "flags"]
 )  # 1 would become a constant, of another type
 def verify_tree_kernel(
-    target_ptr, tokens_ptr, parents_ptr, draft_ptr, draft_stats_ptr, draft_temperatures_ptr, draft_temperature,
-    seed_ptr, position_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr, edit_ids_ptr,
-    edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr, states_ptr, counters_ptr, out_tokens_ptr,
-    out_nodes_ptr, out_accepted_ptr, out_valid_ptr, out_logprobs_ptr, out_raw_logprobs_ptr, target_request_stride,
-    target_row_stride, draft_request_stride, draft_row_stride, nodes, vocab, batch, slices, passes, parts, flags,
-    RULE: tl.constexpr, PROCESSED: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
+    target_ptr, tokens_ptr, parents_ptr, draft_ptr, draft_stats_ptr, target_to_draft_ptr, draft_temperatures_ptr,
+    draft_temperature, seed_ptr, position_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
+    edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr, states_ptr, counters_ptr,
+    out_tokens_ptr, out_nodes_ptr, out_accepted_ptr, out_valid_ptr, out_logprobs_ptr, out_raw_logprobs_ptr,
+    target_request_stride, target_row_stride, draft_request_stride, draft_row_stride, draft_width, nodes, vocab, batch,
+    slices, passes, parts, flags, RULE: tl.constexpr, PROCESSED: tl.constexpr, BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) % batch).to(tl.int64)
     # At rest all counters are 0: of every row its programs that came (see `follow`), how many rows are done, and how
@@ -278,18 +280,20 @@ def verify_tree_kernel(
     there = tl.maximum(live, 1)  # the first row is asked for even where there is no tree
     tree = Tree(parents, tokens, live, vocab, flags & REPLACEMENT)
     logits = target_ptr + b * target_request_stride
-    plain = Rows(logits, target_row_stride, vocab, None)
+    plain = Rows(logits, target_row_stride, vocab, None, None)
     if PROCESSED:
         processing = processing_of(
             bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
             adjustments, first, b, vocab, tokens, 1, parents, False,
         )  # fmt: skip
-        rows = Rows(logits, target_row_stride, vocab, processing)
+        rows = Rows(logits, target_row_stride, vocab, processing, None)
     else:
         rows = plain
-    draft_rows = Rows(draft_ptr + b * draft_request_stride, draft_row_stride, vocab, None)
+    draft_logits = draft_ptr + b * draft_request_stride
+    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None)
+    reduced_rows = Rows(draft_logits, draft_row_stride, vocab, None, Reduced(target_to_draft_ptr, draft_width))
     draft_scale = draft_scale_of(draft_temperatures_ptr, flags, draft_temperature, b)
-    drafts = Drafts(draft_rows, draft_stats_ptr + 3 * first, draft_scale, flags)
+    drafts = Drafts(draft_rows, reduced_rows, draft_stats_ptr + 3 * first, draft_scale, flags)
     # Behind the states of the nodes, the one that is visited, and whether all rows that were are valid.
     states = states_ptr + b * (nodes + 1) * STATE
     visited = states + nodes * STATE
@@ -309,10 +313,8 @@ def verify_tree_kernel(
             if skipped == 0:
                 measure(rows, i, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
                 if BY_MASS:
-                    if (flags & DRAFT_LOGITS != 0) & (flags & DRAFT_STATS == 0):
-                        drawn_from = (sampling[0] < float("inf")) & (draft_scale < float("inf"))
-                        if (next_child(tree, i, i) < tree.nodes) & drawn_from:
-                            measure(draft_rows, i, draft_scale, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
+                    if (next_child(tree, i, i) < tree.nodes) & (sampling[0] < float("inf")):
+                        measure_draft(drafts, i, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
             if arrive(arrived + i, slices - 1):
                 if BY_MASS:
                     init_node(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
@@ -414,26 +416,27 @@ def verify_tree(
     tokens, path, accepted, valid, scores, raw_scores = out
     if batch:
         walks = rule in (TreeRule.WALK, TreeRule.COUPLED)
-        config = config_for(target_logits, large=True)  # a walk spills with 128 registers
+        config = config_for(vocab, target_logits.device, large=True)  # a walk spills with 128 registers
         sizes = batch * (nodes + 4), batch * (nodes + 1) * STATE.value, batch * nodes * 4 * config.entries
         counters, states, tables = scratch(target_logits.device, *sizes)
         slices = slices_of(batch * nodes, config, target_logits.device)
         passes, parts = (0, 1) if walks else passes_and_parts(nodes, batch, config, target_logits.device)
         if walks:
-            draft_logits = draft_stats = draft_temperatures = None
+            draft_logits = draft_stats = target_to_draft = draft_temperatures = None
         flags = given(
             sampling=sampling, bitmask=bitmask, draft_logits=draft_logits, draft_stats=draft_stats,
             draft_temperatures=draft_temperatures, logprobs=logprobs, replacement=replacement,
+            reduced=target_to_draft,
         )  # fmt: skip
-        draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
+        drafted = (0, 0, vocab) if draft_logits is None else (*draft_logits.stride()[:2], draft_logits.shape[2])
         launch(
             verify_tree_kernel, batch * (nodes * slices + passes * parts), target_logits, draft_tokens, parents,
-            instead(draft_logits, target_logits), instead(draft_stats, tables),
+            instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, counters),
             instead(draft_temperatures, tables), draft_temperature, seed, position, instead(sampling, tables),
             temperature, top_k, top_p, min_p,
             *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables), tables,
             states, counters, tokens, path, accepted, valid, scores if logprobs else tables,
-            raw_scores if logprobs else tables, *target_logits.stride()[:2], *draft_strides, nodes, vocab, batch,
+            raw_scores if logprobs else tables, *target_logits.stride()[:2], *drafted, nodes, vocab, batch,
             slices, passes, parts, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
             BLOCK=power_of_two(nodes), **config.named,
         )  # fmt: skip

@@ -19,8 +19,6 @@ from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.arguments import (
     BITMASK,
     CU_ROWS,
-    DRAFT_LOGITS,
-    DRAFT_STATS,
     INDEPENDENT,
     LOGPROBS,
     NUM_DRAFT,
@@ -31,9 +29,9 @@ from specdec_kernels.triton_kernels.arguments import (
 )
 from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
 from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
-from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_residual
+from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_draft, measure_residual
 from specdec_kernels.triton_kernels.launch import config_for, empty, launch, scratch, scratch_in, slices_of
-from specdec_kernels.triton_kernels.rows import Key, Rows, measure, processing_of
+from specdec_kernels.triton_kernels.rows import Key, Reduced, Rows, measure, processing_of
 from specdec_kernels.triton_kernels.rules import (
     BLOCK_RULE,
     COUPLED_RULE,
@@ -62,16 +60,18 @@ def count_drafts(tokens, stride, most, vocab):
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "adjustments", "token_request_stride", "longest", "batch", "slices", "flags"]
-)  # 1 would become a constant, of another type
+    do_not_specialize=[
+        "top_k", "adjustments", "draft_width", "token_request_stride", "longest", "batch", "slices", "flags",
+    ]
+)  # fmt: skip # 1 would become a constant, of another type
 def verify_chain_kernel(
-    target_ptr, tokens_ptr, draft_ptr, draft_stats_ptr, draft_temperatures_ptr, draft_temperature, seed_ptr,
-    position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
+    target_ptr, tokens_ptr, draft_ptr, draft_stats_ptr, target_to_draft_ptr, draft_temperatures_ptr, draft_temperature,
+    seed_ptr, position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
     edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr, states_ptr, counters_ptr,
     out_tokens_ptr, out_accepted_ptr, out_valid_ptr, out_counters_ptr, out_logprobs_ptr, out_raw_logprobs_ptr,
-    target_request_stride, target_row_stride, draft_request_stride, draft_row_stride, token_request_stride,
-    token_row_stride, longest, vocab, batch, slices, flags, RULE: tl.constexpr, PROCESSED: tl.constexpr,
-    ENTRIES: tl.constexpr, TILES: tl.constexpr,
+    target_request_stride, target_row_stride, draft_request_stride, draft_row_stride, draft_width,
+    token_request_stride, token_row_stride, longest, vocab, batch, slices, flags, RULE: tl.constexpr,
+    PROCESSED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) % batch).to(tl.int64)
     # At rest all counters are 0: of every row its programs that came (see `follow`), how many rows are done, and how
@@ -98,18 +98,20 @@ def verify_chain_kernel(
         most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
     tokens = tokens_ptr + b * token_request_stride
     drafted = count_drafts(tokens, token_row_stride, most, vocab)
-    plain = Rows(logits, target_row_stride, vocab, None)
+    plain = Rows(logits, target_row_stride, vocab, None, None)
     if PROCESSED:
         processing = processing_of(
             bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
             adjustments, first_row, b, vocab, tokens - token_row_stride, token_row_stride, seed_ptr, True,
         )  # fmt: skip
-        rows = Rows(logits, target_row_stride, vocab, processing)
+        rows = Rows(logits, target_row_stride, vocab, processing, None)
     else:
         rows = plain
-    draft_rows = Rows(draft_ptr + b * draft_request_stride, draft_row_stride, vocab, None)
+    draft_logits = draft_ptr + b * draft_request_stride
+    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None)
+    reduced_rows = Rows(draft_logits, draft_row_stride, vocab, None, Reduced(target_to_draft_ptr, draft_width))
     draft_scale = draft_scale_of(draft_temperatures_ptr, flags, draft_temperature, b)
-    drafts = Drafts(draft_rows, draft_stats_ptr + 3 * b * longest, draft_scale, flags)
+    drafts = Drafts(draft_rows, reduced_rows, draft_stats_ptr + 3 * b * longest, draft_scale, flags)
     states = states_ptr + b * (longest + 1) * STATE
     tables = tables_ptr + b * (longest + 1) * 4 * ENTRIES
     table = tables + i * 4 * ENTRIES
@@ -122,9 +124,8 @@ def verify_chain_kernel(
         if every | (passed_by(frontier, seed_ptr, i, False) == 0):
             measure(rows, i, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
             if RULE != COUPLED_RULE:
-                if (flags & DRAFT_LOGITS != 0) & (flags & DRAFT_STATS == 0):
-                    if (i < drafted) & (sampling[0] < float("inf")) & (draft_scale < float("inf")):
-                        measure(draft_rows, i, draft_scale, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
+                if (i < drafted) & (sampling[0] < float("inf")):
+                    measure_draft(drafts, i, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
             # Where a program of this row read nothing, the end that it saw can be seen here.
             if every | (passed_by(frontier, seed_ptr, i, False) == 0):
@@ -201,28 +202,28 @@ def verify_chain(
         out = empty(target_logits, (torch.int64, (batch, rows)), *counts, score, score)
     tokens, accepted, valid, counters, scores, raw_scores = out
     if batch:
-        config = config_for(target_logits, bitmask, edit_ids, large=rule == Rule.BLOCK)
+        config = config_for(vocab, target_logits.device, bitmask, edit_ids, large=rule == Rule.BLOCK)
         sizes = batch * (rows + 2), batch * rows * STATE.value, batch * rows * 4 * config.entries
         own = scratch(target_logits.device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
         at_rest, states, tables = own
         slices = slices_of(batch * rows, config, target_logits.device)
         if rule == Rule.COUPLED:
-            draft_logits = draft_stats = draft_temperatures = None
+            draft_logits = draft_stats = target_to_draft = draft_temperatures = None
         flags = given(
             sampling=sampling, bitmask=bitmask, draft_logits=draft_logits, draft_stats=draft_stats,
             draft_temperatures=draft_temperatures, num_draft=num_draft, cu_rows=cu_rows, logprobs=logprobs,
-            independent=independent,
+            independent=independent, reduced=target_to_draft,
         )  # fmt: skip
-        draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
+        drafted = (0, 0, vocab) if draft_logits is None else (*draft_logits.stride()[:2], draft_logits.shape[2])
         target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
         launch(
             verify_chain_kernel, batch * rows * slices * (2 if rule == Rule.BLOCK else 1), target_logits, draft_tokens,
-            instead(draft_logits, target_logits), instead(draft_stats, tables),
+            instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, at_rest),
             instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
             instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
             *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables,
             states, at_rest, tokens, accepted, valid, counters, scores if logprobs else tables,
-            raw_scores if logprobs else tables, *target_strides, *draft_strides, *draft_tokens.stride(), rows - 1,
+            raw_scores if logprobs else tables, *target_strides, *drafted, *draft_tokens.stride(), rows - 1,
             vocab, batch, slices, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
             **config.named,
         )  # fmt: skip

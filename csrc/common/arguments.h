@@ -22,7 +22,7 @@ DType dtype_of(const Tensor& t) {
 template <class Tensor>
 Logits logits_of(const Tensor& t) {
   const bool batched = t.dim() == 3;
-  return {t.const_data_ptr(), dtype_of(t), batched ? t.stride(0) : 0, t.stride(batched ? 1 : 0)};
+  return {t.const_data_ptr(), dtype_of(t), batched ? t.stride(0) : 0, t.stride(batched ? 1 : 0), t.size(t.dim() - 1)};
 }
 
 template <class Tensor>

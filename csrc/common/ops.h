@@ -102,6 +102,7 @@ struct Logits {
   DType dtype = DType::f32;
   int64_t request_stride = 0;  // 0 where the rows of a request begin at an offset of its own
   int64_t row_stride = 0;
+  int64_t width = 0;  // of a row
 };
 
 SPECDEC_SHARED static inline const void* address(const Logits& logits, int64_t elements) {

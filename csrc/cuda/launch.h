@@ -146,8 +146,8 @@ std::pair<void*, int64_t> handed(const Op&) {
   return {nullptr, 0};
 }
 
-// Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, or whose drafts
-// have another dtype: f(Mixed), with what stands for it.
+// Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, whose drafts
+// have another dtype, or that are drawn from in a vocabulary of their own: f(Mixed), with what stands for it.
 inline const Processing& processing_of(const VerifyChain& op) { return op.common.processing; }
 inline const Processing& processing_of(const VerifyTree& op) { return op.common.processing; }
 inline const Processing& processing_of(const Sample& op) { return op.processing; }
@@ -159,7 +159,7 @@ inline bool drafts_differ(const Verification& all) {
 }
 inline bool drafts_differ(const VerifyChain& op) { return drafts_differ(op.common); }
 inline bool drafts_differ(const VerifyTree& op) { return drafts_differ(op.common); }
-inline bool drafts_differ(const Sample&) { return false; }
+inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullptr; }
 
 template <class T>
 struct TypeOf {

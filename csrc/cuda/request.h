@@ -72,7 +72,11 @@ class RequestProgram {
     }
     return rows;
   }
-  SPECDEC_DEVICE Rows<T> draft() const { return rows_of<T>(all_.draft, b_ * all_.draft.request_stride, all_.vocab); }
+  SPECDEC_DEVICE Rows<T> draft() const {
+    Rows<T> rows = rows_of<T>(all_.draft, b_ * all_.draft.request_stride, all_.vocab);
+    rows.columns = {all_.target_to_draft, int(all_.draft.width)};
+    return rows;
+  }
 
   // Whether drafts were drawn from rows of logits.
   SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && draft_scale() != INFINITY; }

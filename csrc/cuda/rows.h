@@ -39,14 +39,13 @@ struct Eight {
     const uint4 q = __ldcs(reinterpret_cast<const uint4*>(p));
     pairs[0] = q.x, pairs[1] = q.y, pairs[2] = q.z, pairs[3] = q.w;
   }
-  __device__ __forceinline__ void gather(const T* row, int first, int vocab) {
+  // Those of columns at(0) to at(7) of a row; -inf where that is negative.
+  template <class F>
+  __device__ __forceinline__ void gather(const T* row, const F& at) {
+    const auto* bits = reinterpret_cast<const uint16_t*>(row);
+    const auto element = [&](int column) { return column >= 0 ? __ldg(bits + column) : is_half() ? 0xFC00u : 0xFF80u; };
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int id = first + 2 * k;
-      const auto* bits = reinterpret_cast<const uint16_t*>(row) + id;
-      const uint32_t none = is_half() ? 0xFC00u : 0xFF80u;
-      pairs[k] = (id < vocab ? __ldg(bits) : none) | (id + 1 < vocab ? __ldg(bits + 1) : none) << 16;
-    }
+    for (int k = 0; k < 4; ++k) pairs[k] = element(at(2 * k)) | element(at(2 * k + 1)) << 16;
   }
   __device__ __forceinline__ float at(int e) const {
     if constexpr (is_half()) return as_float(Half{uint16_t(e % 2 ? pairs[e / 2] >> 16 : pairs[e / 2])});
@@ -78,9 +77,13 @@ struct Eight<float> {
     x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
   }
-  __device__ __forceinline__ void gather(const float* row, int first, int vocab) {
+  template <class F>
+  __device__ __forceinline__ void gather(const float* row, const F& at) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = first + e < vocab ? __ldg(row + first + e) : -INFINITY;
+    for (int e = 0; e < 8; ++e) {
+      const int column = at(e);
+      x[e] = column >= 0 ? __ldg(row + column) : -INFINITY;
+    }
   }
   __device__ __forceinline__ float at(int e) const { return x[e]; }
   __device__ __forceinline__ float top() const {
@@ -95,9 +98,15 @@ template <class T>
 struct Eight {
   float x[8];
 
-  void load(const T* p) { gather(p, 0, kElements); }
-  void gather(const T* row, int first, int vocab) {
-    for (int e = 0; e < 8; ++e) x[e] = first + e < vocab ? as_float(row[first + e]) : -INFINITY;
+  void load(const T* p) {
+    gather(p, [](int e) { return e; });
+  }
+  template <class F>
+  void gather(const T* row, const F& at) {
+    for (int e = 0; e < 8; ++e) {
+      const int column = at(e);
+      x[e] = column >= 0 ? as_float(row[column]) : -INFINITY;
+    }
   }
   float at(int e) const { return x[e]; }
   float top() const {
@@ -109,6 +118,19 @@ struct Eight {
 
 #endif
 
+// Where rows that have some ids of the vocabulary only, `width` of them, have each. No table: rows have all, in order.
+struct Columns {
+  const int32_t* table = nullptr;
+  int width = 0;
+
+  SPECDEC_DEVICE bool all() const { return table == nullptr; }
+  // Negative where there is none.
+  SPECDEC_DEVICE int of(int id) const {
+    const int column = given(table + id);
+    return column < width ? column : -1;
+  }
+};
+
 // The rows of one request.
 template <class T>
 struct Rows {
@@ -116,17 +138,24 @@ struct Rows {
   const T* logits = nullptr;
   int64_t stride = 0;
   int vocab = 0;
+  Columns columns{};
 
   SPECDEC_DEVICE const T* row(int i) const { return logits + i * stride; }
-  SPECDEC_DEVICE float logit(int i, int id) const { return one(row(i) + id); }
+  SPECDEC_DEVICE float logit(int i, int id) const {
+    if (columns.all()) return one(row(i) + id);
+    const int column = columns.of(id);
+    return column >= 0 ? one(row(i) + column) : -INFINITY;
+  }
 
   // The logits of eight ids from `first`; -inf past the end of the row.
   SPECDEC_DEVICE Loaded load(int i, int first) const {
     Loaded v;
-    if (first + kElements <= vocab && reinterpret_cast<uintptr_t>(row(i)) % 16 == 0)
+    if (!columns.all())
+      v.gather(row(i), [&](int e) { return first + e < vocab ? columns.of(first + e) : -1; });
+    else if (first + kElements <= vocab && reinterpret_cast<uintptr_t>(row(i)) % 16 == 0)
       v.load(row(i) + first);
     else
-      v.gather(row(i), first, vocab);
+      v.gather(row(i), [&](int e) { return first + e < vocab ? first + e : -1; });
     return v;
   }
 };
@@ -138,6 +167,7 @@ struct Rows<Mixed> {
   const void* logits = nullptr;
   int64_t stride = 0;
   int vocab = 0;
+  Columns columns{};
   DType dtype = DType::f32;
   const uint32_t* mask = nullptr;  // of the first row
   Edits edits;
@@ -147,7 +177,7 @@ struct Rows<Mixed> {
 
   template <class T>
   SPECDEC_DEVICE Rows<T> as() const {
-    return {static_cast<const T*>(logits), stride, vocab};
+    return {static_cast<const T*>(logits), stride, vocab, columns};
   }
 
   // A logit of row i whose id has an edit.
@@ -307,7 +337,8 @@ SPECDEC_DEVICE void measure_span(const Team& team, const Loaded (&v)[kLoads], in
   if (team.lane() == 0) put(table.times() + span, first.time), put(table.winners() + span, float_of_bits(first.id));
 }
 
-// Spans at the end of a row, and of rows that lie at odd addresses, or whose logits are processed.
+// Spans at the end of a row, and of rows that lie at odd addresses or have columns of their own, or whose logits are
+// processed.
 template <bool kRace, class T>
 SPECDEC_SELDOM void measure_carefully(const Team team, const Rows<T> rows, int i, int span, int end, int stride,
                                       float scale2, const Noise noise, const Table table) {
@@ -357,8 +388,10 @@ SPECDEC_DEVICE void measure(const Team& team, const Rows<T>& rows, int i, int fi
   int span = first;
   if constexpr (std::is_same_v<T, Mixed>)
     meanwhile();
-  else
+  else if (rows.columns.all())
     span = measure_whole<kRace>(team, rows.row(i), rows.vocab, first, end, stride, what, noise, table, meanwhile);
+  else
+    meanwhile();
   if (span < end) measure_carefully<kRace, T>(team, rows, i, span, end, stride, what.scale2, noise, table);
 }
 

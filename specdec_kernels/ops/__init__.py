@@ -110,7 +110,7 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    target_to_draft = of_rows(draft_to_target, logits, backend)
+    target_to_draft = of_rows(draft_to_target, logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
@@ -231,7 +231,7 @@ def verify_chain(
         draft_temperature = None
     elif draft_logits is not None or draft_temperature is not None:
         draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
-    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits, backend)
+    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
             target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,

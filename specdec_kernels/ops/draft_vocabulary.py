@@ -90,9 +90,7 @@ class DraftVocabulary:
         return self._elsewhere[device]
 
 
-def of_drafts(
-    draft_to_target: object, draft_logits: object, target_logits: object, backend: str | None
-) -> Tensor | None:
+def of_drafts(draft_to_target: object, draft_logits: object, target_logits: object) -> Tensor | None:
     """``draft_to_target`` of drafts that are verified, as operators take it: the table of the target's ids."""
     if draft_to_target is None or not isinstance(target_logits, Tensor) or target_logits.dim() == 0:
         return None  # whatever else that is, it is said of target_logits
@@ -100,27 +98,24 @@ def of_drafts(
         raise ValueError("draft_to_target needs the draft_logits whose columns it names, got draft_logits=None")
     vocab = target_logits.shape[-1]
     known = DraftVocabulary(draft_to_target, vocab) if isinstance(draft_to_target, Tensor) else draft_to_target
-    table = _table("draft_logits", draft_logits, known, "int64 [Vd] or a DraftVocabulary", backend)
+    table = _table("draft_logits", draft_logits, known, "int64 [Vd] or a DraftVocabulary")
     if len(table) != vocab:
         raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {known}")
     return table
 
 
-def of_rows(draft_to_target: object, logits: object, backend: str | None) -> Tensor | None:
+def of_rows(draft_to_target: object, logits: object) -> Tensor | None:
     """``draft_to_target`` of rows that are drawn from, as operators take it."""
     if draft_to_target is None:
         return None
     expected = "a DraftVocabulary, which says how many ids the target has"
-    return _table("logits", logits, draft_to_target, expected, backend)
+    return _table("logits", logits, draft_to_target, expected)
 
 
-def _table(name: str, logits: object, vocabulary: object, expected: str, backend: str | None) -> Tensor:
+def _table(name: str, logits: object, vocabulary: object, expected: str) -> Tensor:
     if not isinstance(vocabulary, DraftVocabulary):
         raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(vocabulary)}")
     table = vocabulary.target_to_draft
-    # Until their kernels have it.
-    if backend in ("cuda", "triton") or (backend is None and not table.is_cpu):
-        raise RuntimeError(f"draft_to_target is not supported by backend={backend!r} on {table.device}")
     if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(vocabulary):
         raise ValueError(
             f"{name} must have a column for each of the Vd = {len(vocabulary)} ids of draft_to_target, got "

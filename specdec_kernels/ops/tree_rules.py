@@ -95,7 +95,7 @@ def sample_children(
         raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
         raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
-    target_to_draft = of_rows(draft_to_target, logits, backend)
+    target_to_draft = of_rows(draft_to_target, logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
@@ -223,7 +223,7 @@ def verify_tree(
                 "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
                 "without draft_logits)"
             )
-    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits, backend)
+    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         own = temperature, top_k, top_p, min_p
         made = call.verify_tree(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from specdec_kernels import LogitBias, compact_kv, oracle, sample, verify_chain, verify_tree
-from specdec_kernels.contract import Purpose
+from specdec_kernels.contract import Children, Purpose, Rule, TreeRule
 from specdec_kernels.ops import BACKENDS
 from specdec_kernels.oracle.distributions import race, two_level_race
 
@@ -192,6 +192,38 @@ def test_launchers_take_no_id_that_is_none(name, bad):
             assert tokens.tolist() == [[3, 3, -1]]
             assert valid.all()
             assert accepted.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("bad", [6, 1 << 30, -5])
+def test_launchers_read_no_column_that_is_none(name, bad):
+    """Beside a draft row of six logits lies what would make it invalid."""
+    if torch.cuda.is_available():
+        pytest.skip("columns are looked for in memory of the CPU")
+    generator = torch.Generator().manual_seed(1)
+    target, draft = torch.randn(1, 3, 150, generator=generator), torch.full((1, 3, 18), torch.nan)[..., 6:12]
+    draft.copy_(torch.randn(1, 3, 6, generator=generator))
+    table = torch.full((150,), -1, dtype=torch.int32)
+    table[torch.tensor([3, 77, 140, 8, 149, 9])] = torch.arange(6, dtype=torch.int32)
+    wrong = table.where(table >= 0, bad)
+    functions, key, row = BACKENDS[name].functions, torch.tensor([1]), torch.arange(3)
+    law = (None, 1.0, 0, 1.0, 0.0, None, None, None, None, None)
+    tokens, parents = torch.tensor([[0, 3, 77]]), torch.tensor([[-1, 0, 0]])
+
+    def results(columns):
+        drafts = (draft, None, columns, None, 1.0, key, key)
+        for rule in (Rule.TOKEN, Rule.BLOCK):
+            rest = (None, None, *law, rule, True, False, None)
+            yield from functions["verify_chain"](target, tokens[:, 1:], draft[:, :2], *drafts[1:], *rest)
+        for rule in (TreeRule.RECURSIVE, TreeRule.TRAVERSAL):
+            yield from functions["verify_tree"](target, tokens, parents, *drafts, *law, rule, False, True)
+        yield from functions["sample"](draft[0], columns, row, row, row, *law, False)
+        yield from functions["sample_children"](draft[0], columns, row, row, row, *law, 2, Children.TOP)
+
+    expected = list(results(table))
+    assert all(result.all() for result in expected if result.dtype == torch.bool), "rows are valid"
+    for one, other in zip(expected, results(wrong), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
 # --- what is decided --------------------------------------------------------------------------------------------------

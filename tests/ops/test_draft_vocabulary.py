@@ -18,9 +18,6 @@ from specdec_kernels.contract import Purpose
 from specdec_kernels.ops.tree_rules import CHILDREN
 from specdec_kernels.selftest.common import BATCH
 
-#: Whose kernels have no reduced vocabularies yet.
-WITHOUT = {"cuda", "triton"}
-
 
 def scattered(rows: torch.Tensor, vocabulary: DraftVocabulary) -> torch.Tensor:
     full = rows.new_full((*rows.shape[:-1], vocabulary.vocab_size), -torch.inf)

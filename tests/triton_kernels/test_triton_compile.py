@@ -27,7 +27,7 @@ def check(target, calls, everything, triton=None):
     if EVERYTHING and not everything:
         chains = {each["variant"] for each in found if each["call"].startswith("verify_chain token bf16")}
         assert len(chains) == 2, "one kernel for all kinds of drafts, and one where logits are processed"
-        assert len({each["variant"] for each in found}) == 26
+        assert len({each["variant"] for each in found}) == 28
 
 
 def test_no_spills_and_wide_loads():

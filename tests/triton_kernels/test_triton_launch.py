@@ -44,7 +44,7 @@ def launched(monkeypatch):
             monkeypatch.setattr(
                 module,
                 "config_for",
-                lambda logits, *_, **__: launch.LaunchConfig(tiles, launch.entries(logits.shape[-1]), 1),
+                lambda vocab, *_, **__: launch.LaunchConfig(tiles, launch.entries(vocab), 1),
             )
 
     return launch_as
