@@ -79,10 +79,10 @@ void run_as(const SampleChildren& op, const Team& team, const Workspace& work, c
 }
 
 template <class Op>
-void run(const Op& op, const Tensor& like) {
+void run(const Op& op, const Tensor&) {
   const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1)};
   const Needs needs = needs_of(op, device);
-  const Shape shape = shape_of(op, like.size(like.dim() - 1), device);
+  const Shape shape = shape_of(op, device);
   std::vector<Four> tables(size_t(needs.tables * 2 * shape.entries) / 4, Four{NAN, NAN, NAN, NAN});
   std::vector<Four> places(size_t(needs.places * kPlaceBytes) / sizeof(Four), Four{NAN, NAN, NAN, NAN});
   std::vector<int32_t> counters(size_t(needs.counters), 0);

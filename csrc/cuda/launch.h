@@ -100,9 +100,9 @@ struct Shape {
 };
 
 template <class Op>
-Shape shape_of(const Op& op, int64_t vocab, const Device& device) {
+Shape shape_of(const Op& op, const Device& device) {
   const Needs needs = needs_of(op, device);
-  const int64_t spans = (vocab + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
+  const int64_t spans = (vocab_of(op) + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
   if (by_crews(op)) {
     const int64_t crew = crew_of(op, device);
     return {requests_of(op) * crew, crew, spans, entries, false, needs.ahead};

@@ -113,7 +113,7 @@ void run(const Op& op, int32_t index) {
   const Needs needs = needs_of(op, device);
   if (needs.rows == 0) return;
   const cudaStream_t stream = current_stream(index);
-  const Shape shape = shape_of(op, vocab_of(op), device);
+  const Shape shape = shape_of(op, device);
   const Layout layout(needs, shape);
   if (const auto [memory, bytes] = handed(op); memory != nullptr) {
     STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);

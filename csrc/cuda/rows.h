@@ -131,6 +131,14 @@ struct Columns {
   }
 };
 
+// The logits of eight ids from `first`, by their columns; -inf past the end of the vocabulary.
+template <class T>
+SPECDEC_SELDOM Eight<T> gathered(const T* row, const Columns columns, int first, int vocab) {
+  Eight<T> v;
+  v.gather(row, [&](int e) { return first + e < vocab ? columns.of(first + e) : -1; });
+  return v;
+}
+
 // The rows of one request.
 template <class T>
 struct Rows {
@@ -151,7 +159,7 @@ struct Rows {
   SPECDEC_DEVICE Loaded load(int i, int first) const {
     Loaded v;
     if (!columns.all())
-      v.gather(row(i), [&](int e) { return first + e < vocab ? columns.of(first + e) : -1; });
+      v = gathered(row(i), columns, first, vocab);
     else if (first + kElements <= vocab && reinterpret_cast<uintptr_t>(row(i)) % 16 == 0)
       v.load(row(i) + first);
     else

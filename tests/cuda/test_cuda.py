@@ -10,7 +10,7 @@ import torch
 from builds import sanitized
 from processes import run_python
 
-from specdec_kernels import sample, verify_chain, verify_tree
+from specdec_kernels import DraftVocabulary, sample, verify_chain, verify_tree
 from specdec_kernels.ops.backends import NATIVE_LIBRARY
 
 LIBRARY = NATIVE_LIBRARY.with_name("libspecdec_cuda.so")
@@ -106,8 +106,10 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
     keys = {"seed": torch.arange(3), "position": torch.arange(3) + 7}
     tokens = torch.stack([sample(draft[:, i], **keys, row=i).tokens for i in range(3)], 1)
     target[1, 1, 4] = torch.nan
+    vocabulary = DraftVocabulary(torch.randperm(9001, generator=generator)[:3000], 9001)
     for rule in ("token", "block", "coupled"):
-        for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}):
+        for options in ({}, {"top_k": 30, "top_p": 0.9}, {"temperature": 0.0}, {"draft_to_target": vocabulary}):
+            rows = draft[..., vocabulary.draft_to_target] if "draft_to_target" in options else draft
             found = []
             for processors, order in ((1, 0), (3, 0), (40, 0), (40, 1), (3, 2)):
                 monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))
@@ -116,7 +118,7 @@ def test_results_do_not_depend_on_the_launch(monkeypatch):
                     verify_chain(
                         target,
                         tokens,
-                        draft,
+                        rows,
                         draft_temperature=1.0,
                         **keys,
                         **options,

@@ -83,6 +83,22 @@ def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
     assert report.requests > 8 * report.too_close
 
 
+@pytest.mark.interpreted(None)  # its launches are cut small, with such rows, in tests/triton_kernels
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_long_rows_are_measured_as_scattered_ones(backend, rule):
+    """Of more ids than a warp measures at a time, at addresses that whole rows are loaded from."""
+    verify, vocabulary = on_device(verify_chain, backend), random_vocabulary(3000, 1)
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(16, 3, 3000, generator=generator)
+    logits = target[:, :2, vocabulary.draft_to_target] + torch.randn(16, 2, 1500, generator=generator)
+    keys: dict[str, Any] = {"seed": torch.arange(16), "position": 5}
+    drawn = [sample(logits[:, i], row=i, **keys, draft_to_target=vocabulary, backend="reference") for i in (0, 1)]
+    given = {**keys, "draft_temperature": 1.0, "rule": rule, "logprobs": True}
+    tokens = torch.stack([each.tokens for each in drawn], 1)
+    got = verify(target, tokens, logits, **given, draft_to_target=vocabulary)
+    assert_equal(got, verify(target, tokens, scattered(logits, vocabulary), **given))
+
+
 def test_a_tree_is_verified_as_with_scattered_rows(backend, few):
     verify, report = on_device(verify_tree, backend), selftest.Report()
     for index, case in enumerate(selftest.trees.cases(few(72), (2, 12, 130, 1000))):
@@ -336,12 +352,6 @@ def test_a_vocabulary_that_does_not_fit(change, error, message):
             torch.zeros(1, 2, 7), torch.tensor([[0, 3]]), torch.tensor([[-1, 0]]), siblings="iid", rule="recursive",
             **named,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(WITHOUT))
-def test_backends_that_have_none_refuse(name):
-    with pytest.raises(RuntimeError, match="draft_to_target is not supported by backend="):
-        sample(torch.zeros(1, 3), draft_to_target=THREE, seed=1, position=1, backend=name)
 
 
 @pytest.mark.parametrize("op", [sample, lambda rows, **named: sample_children(rows, 2, **named)])

@@ -8,7 +8,15 @@ import random
 import pytest
 import torch
 
-from specdec_kernels import sample, sample_children, tree_attention, tree_mask, verify_chain, verify_tree
+from specdec_kernels import (
+    DraftVocabulary,
+    sample,
+    sample_children,
+    tree_attention,
+    tree_mask,
+    verify_chain,
+    verify_tree,
+)
 from specdec_kernels.ops import BACKENDS
 
 pytestmark = pytest.mark.skipif(BACKENDS["triton"].device == "cuda", reason="the interpreter's order is set here")
@@ -56,15 +64,26 @@ def batch(kind: str) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.T
     target = torch.randn(4, 4, VOCAB, generator=generator) * 3
     draft = target[:, :3] + torch.randn(4, 3, VOCAB, generator=generator) * 0.5
     keys = {"seed": torch.arange(4) + 11, "position": torch.arange(4) * 7}
+    vocabulary = None
+    if kind == "reduced":
+        vocabulary = DraftVocabulary(torch.randperm(VOCAB, generator=generator)[:400], VOCAB)
+        draft = draft[..., vocabulary.draft_to_target]
     drawn = [
-        sample(draft[:, i], **keys, row=i, temperature=0.8, backend="reference") for i in range(3)
-    ]  # fmt: skip
+        sample(draft[:, i], **keys, row=i, temperature=0.8, draft_to_target=vocabulary, backend="reference")
+        for i in range(3)
+    ]
     tokens = torch.stack([d.tokens for d in drawn], 1)
     tokens[3, 2] = -1
     target[2, 1, 5] = torch.nan
     stats = torch.stack([d.stats for d in drawn], 1)
-    given = {"point mass": (None, None), "dense": (draft, None), "statistics": (draft, stats)}[kind]
-    return (target, tokens, *given), keys | ({"draft_temperature": 0.8} if kind == "dense" else {})
+    given = {
+        "point mass": (None, None),
+        "dense": (draft, None),
+        "statistics": (draft, stats),
+        "reduced": (draft, None),
+    }[kind]
+    heat = {"draft_temperature": 0.8} if kind in ("dense", "reduced") else {}
+    return (target, tokens, *given), {**keys, **heat, "draft_to_target": vocabulary}
 
 
 OPTIONS = {
@@ -78,6 +97,7 @@ OPTIONS = {
 CHAINS = [
     ("token", "statistics", "plain"), ("token", "dense", "plain"), ("block", "dense", "plain"),
     ("coupled", "point mass", "plain"), ("token", "statistics", "greedy"), ("block", "dense", "filtered"),
+    ("block", "reduced", "plain"),
 ]  # fmt: skip
 
 
