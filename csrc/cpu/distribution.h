@@ -352,11 +352,13 @@ class RowView {
   }
 
   void finish_greedy() {
-    const Largest top = kernels_.largest(space_.level.data(), int64_t(space_.level.size()));
-    max_ = top.value;
+    // The first tile with a nan, which no number is above; else the first with the largest logit.
+    const auto top = std::max_element(space_.level.begin(), space_.level.begin() + tiles_,
+                                      [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); });
+    max_ = *top;
     valid_ = std::isfinite(max_);
     if (!valid_) return;
-    argmax_ = top.index * kTile;
+    argmax_ = (top - space_.level.begin()) * kTile;
     while (source_.logit(argmax_) != max_) ++argmax_;
   }
 

@@ -81,7 +81,12 @@ class CutoffSearch {
   }
 
   std::span<const int32_t> tiles_weighing(float least) {
-    return {found_.data(), size_t(kernels_.find_at_least(weights_, tiles_, least, found_.data()))};
+    size_t found = 0;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      found_[found] = int32_t(t);  // overwritten by the next one unless it counts
+      found += !(weights_[t] < least);
+    }
+    return {found_.data(), found};
   }
 
   // The logits that are not below `low`, as the candidates.
@@ -192,7 +197,7 @@ class CutoffSearch {
     for (int step = 0; step < 32; ++step) {
       const float middle = by_order(light, heavy);
       if (!(light < middle && middle < heavy)) break;
-      const int64_t reached = kernels_.count_at_least(weights_, tiles_, middle);
+      const int64_t reached = std::count_if(weights_, weights_ + tiles_, [&](float w) { return !(w < middle); });
       if (reached < count) {
         heavy = middle;
       } else {

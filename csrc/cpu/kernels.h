@@ -62,11 +62,6 @@ struct Summed {
   FixedPoint total;
 };
 
-struct Largest {
-  int64_t index;
-  float value;
-};
-
 struct Arrival {
   int64_t index;
   float time;
@@ -80,9 +75,6 @@ struct Kernels {
   // Largest logit of each tile, nan where the tile holds one.
   void (*tile_max)(const Row&, int64_t begin, int64_t end, float* max);
 
-  // The largest of `count` numbers, a multiple of 64 of them, and the first place it stands at; nan if one is.
-  Largest (*largest)(const float* numbers, int64_t count);
-
   // A logit of these tiles that few are far above.
   float (*estimate_max)(const Row&, int64_t begin, int64_t end);
 
@@ -93,10 +85,6 @@ struct Kernels {
 
   // Brings the tiles' sums to a common base: they become race weights, where they are or elsewhere.
   Combined (*combine)(const float* tile_base, const float* tile_sum, int64_t padded_tiles, float scale, float* weight);
-
-  // How many of `count` numbers, readable to the next multiple of 64, are at least x; and where, ascending, to `out`.
-  int64_t (*count_at_least)(const float* numbers, int64_t count, float x);
-  int64_t (*find_at_least)(const float* numbers, int64_t count, float x, int32_t* out);
 
   // What one tile holds at and above a pivot.
   TailStats (*tile_above)(const Row&, float scale, float base, float pivot, int64_t tile);

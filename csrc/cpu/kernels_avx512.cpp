@@ -15,12 +15,9 @@ namespace {
 const Kernels kAvx512Kernels = {
     "avx512",
     avx512::tile_max,
-    avx512::largest,
     avx512::estimate_max,
     avx512::tile_stats,
     avx512::combine,
-    avx512::count_at_least,
-    avx512::find_at_least,
     avx512::tile_above,
     avx512::tile_peak,
     avx512::tile_between,

@@ -116,22 +116,6 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
-Largest largest(const float* numbers, int64_t count) {
-  V::F top = V::set(-INFINITY);
-  V::M nan = V::is_nan(top);
-  for (int64_t i = 0; i < count; i += V::width) {
-    const V::F x = V::load(numbers + i);
-    nan = V::either(nan, V::is_nan(x));
-    top = V::max(top, x);
-  }
-  if (V::any(nan)) return {0, NAN};
-  const float value = V::reduce_max(top);
-  int64_t index = 0;
-  while (!V::any(V::at_least(V::load(numbers + index), V::set(value)))) index += V::width;
-  while (numbers[index] != value) ++index;
-  return {index, value};
-}
-
 // The sum over each tile of a group of 2^term(tile, logit).
 template <class T, class F>
 V::F group_sums(const Group<T>& group, const F& term) {
@@ -261,30 +245,6 @@ Combined combine(const float* tile_base, const float* tile_sum, int64_t padded_t
 }
 
 // --- filters --------------------------------------------------------------------------------------------------------
-
-// The numbers that are at least x, as bits of one vector after the other.
-template <class F>
-void each_at_least(const float* numbers, int64_t count, float x, const F& visit) {
-  const V::F xs = V::set(x);
-  for (int64_t i = 0; i < count; i += V::width) {
-    const unsigned bits = V::bits(V::at_least(V::load(numbers + i), xs));
-    visit(i, count - i < V::width ? bits & ((1u << (count - i)) - 1) : bits);
-  }
-}
-
-int64_t count_at_least(const float* numbers, int64_t count, float x) {
-  int64_t found = 0;
-  each_at_least(numbers, count, x, [&](int64_t, unsigned bits) { found += __builtin_popcount(bits); });
-  return found;
-}
-
-int64_t find_at_least(const float* numbers, int64_t count, float x, int32_t* out) {
-  int64_t found = 0;
-  each_at_least(numbers, count, x, [&](int64_t first, unsigned bits) {
-    for (; bits; bits &= bits - 1) out[found++] = int32_t(first) + __builtin_ctz(bits);
-  });
-  return found;
-}
 
 TailStats tile_above(const Row& row, float scale, float base, float pivot, int64_t tile) {
   const Gap gap(V::set(base), V::set(scale * kLog2e));

@@ -15,12 +15,9 @@ namespace {
 const Kernels kScalarKernels = {
     "scalar",
     scalar::tile_max,
-    scalar::largest,
     scalar::estimate_max,
     scalar::tile_stats,
     scalar::combine,
-    scalar::count_at_least,
-    scalar::find_at_least,
     scalar::tile_above,
     scalar::tile_peak,
     scalar::tile_between,
