@@ -12,23 +12,6 @@ namespace {
 }  // namespace
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {
-    "avx512",
-    avx512::tile_max,
-    avx512::estimate_max,
-    avx512::tile_stats,
-    avx512::combine,
-    avx512::tile_above,
-    avx512::tile_peak,
-    avx512::tile_between,
-    avx512::token_probs,
-    avx512::token_residuals,
-    avx512::arrivals,
-    avx512::first_arrival,
-    avx512::words,
-    avx512::eight_bit_products,
-    avx512::products,
-    avx512::mix,
-};
+const Kernels kAvx512Kernels = avx512::table("avx512");
 
 }  // namespace specdec

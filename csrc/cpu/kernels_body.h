@@ -456,3 +456,11 @@ void mix(const Rows& rows, int64_t count, const float* weights, float* out) {
       for (int64_t i = whole; i < rows.size; ++i) out[i] += to_float(data[r * rows.stride + i]) * weights[r];
   });
 }
+
+// --- all of them ----------------------------------------------------------------------------------------------------
+
+constexpr Kernels table(const char* name) {
+  return {name,         tile_max,    estimate_max,    tile_stats, combine,       tile_above, tile_peak,
+          tile_between, token_probs, token_residuals, arrivals,   first_arrival, words,      eight_bit_products,
+          products,     mix};
+}
