@@ -22,10 +22,10 @@ import torch
 import typer
 from torch import Tensor
 
-from specdec_kernels._native import SuffixIndex
 from specdec_kernels.cli.models import load_target
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.histories import placed_followers
+from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 from training.collect import FEATURE_LAYERS
 
 STEP_WEIGHTS = (1.0, 0.8, 0.7)

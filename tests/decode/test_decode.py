@@ -25,7 +25,6 @@ from decoding import (
 from distributions import g_test, limit
 from tiny import Altered, slow_greedy, tiny
 
-from specdec_kernels._native import SuffixIndex
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
@@ -37,12 +36,12 @@ from specdec_kernels.decode.drafters import (
     NGramDrafter,
     TreeDrafter,
     adaptive,  # its clock
-    suffix_index,
 )
 from specdec_kernels.decode.drafters.autoregressive import _with_siblings
 from specdec_kernels.decode.drafters.feature import FeatureSession
 from specdec_kernels.decode.drafters.feature_model import REPEATS
 from specdec_kernels.decode.drafters.histories import Histories
+from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 
 
 @pytest.fixture(scope="module")
@@ -349,15 +348,10 @@ def test_bad_constructions(target_model):
     assert generate(TransformersTarget(target_model), []) == []
 
 
-@pytest.fixture(params=[SuffixIndex, suffix_index.SuffixIndex], ids=["native", "python"])
-def index_of(request):
-    return request.param
-
-
-def test_suffix_index_against_a_slow_search(index_of):
+def test_suffix_index_against_a_slow_search():
     rng = np.random.default_rng(0)
     for alphabet in (2, 3, 20):
-        index, text = index_of(), []
+        index, text = SuffixIndex(), []
         for token in rng.integers(0, alphabet, 120).tolist():
             index.append(token)
             text.append(token)
@@ -382,10 +376,10 @@ def followers(text, ahead):
     return longest
 
 
-def test_followers_against_a_slow_search(index_of):
+def test_followers_against_a_slow_search():
     rng = np.random.default_rng(1)
     for alphabet in (2, 3, 20):
-        index, text = index_of(), []
+        index, text = SuffixIndex(), []
         for token in rng.integers(0, alphabet, 40).tolist():
             for count in range(4):
                 ahead = rng.integers(0, alphabet, count).tolist()
@@ -437,8 +431,8 @@ def test_what_followed_the_longest_repetition_is_drafted(target_model, tree, mon
     assert checked > 50
 
 
-def test_lookup_continues_a_repetition(index_of):
-    index = index_of()
+def test_lookup_continues_a_repetition():
+    index = SuffixIndex()
     for token in [7, 1, 2, 3, 1, 2, 3, 1]:
         index.append(token)
     assert index.continuation(7) == [2, 3, 1, 2, 3, 1, 2]

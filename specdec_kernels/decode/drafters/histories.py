@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from specdec_kernels._native import SuffixIndex
-else:
-    try:
-        from specdec_kernels._native import SuffixIndex
-    except ImportError:  # not built for this Python
-        from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
+from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 
 
 class Histories:

@@ -1,4 +1,4 @@
-"""csrc/native/suffix_index.h in Python, for where the native module was not built."""
+"""The longest suffix of a history that occurred in it before, as the history grows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 class SuffixIndex:
     """The longest suffix of a history that occurred in it before, as it grows.
 
-    A suffix automaton (Blumer et al., 1985). The methods are those of ``specdec_kernels._native.SuffixIndex``.
+    A suffix automaton (Blumer et al., 1985): linear in the history, a few steps for every token. The state reached by
+    the whole history links to the longest suffix that also ends somewhere earlier.
     """
 
     def __init__(self) -> None:
