@@ -16,15 +16,13 @@ def connect(
     exchange: object,
     entries: int,
     on_cuda: bool,
-    off: tuple[float, int, float, float],
     results: tuple[type[Verified], type[VerifiedTree], type[Sample], type[DrawnChildren]],
     empty_strided: Callable[..., Tensor] | None,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The functions of a library, as specdec_kernels.ops.fast_path.FastPath: by ``torch.Tensor``, its DLPack interface,
-    the library's entries (0: what would be run is left to whoever calls), whether its tensors are on a GPU, a
-    temperature with filters that are off, the classes of results, what makes results (None: they are made in C++, on a
-    CPU) and their dtypes."""
+    the library's entries (0: what would be run is left to whoever calls), whether its tensors are on a GPU, the
+    classes of results, what makes results (None: they are made in C++, on a CPU) and their dtypes."""
 
 def launch_key(*arguments: object) -> bytes | None:
     """What Triton compiles a kernel apart for, of these arguments; None where one is neither None nor a number nor a

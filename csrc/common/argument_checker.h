@@ -63,11 +63,10 @@ class ArgumentChecker {
            array(target_to_draft, ScalarType::Int, {vocab});
   }
 
-  bool drafts(const Tensor& tokens, int64_t vocab, const OptionalTensor& logits_of_drafts, const OptionalTensor& stats,
-              const OptionalTensor& target_to_draft, const OptionalTensor& num_draft) const {
+  // The tokens of chains, and how many of them count.
+  bool drafted(const Tensor& tokens, const OptionalTensor& num_draft) const {
     const int64_t batch = tokens.size(0), longest = tokens.size(1);
     return ids(tokens, {batch, longest}) && longest < kMaxRows &&
-           draft_rows(logits_of_drafts, stats, target_to_draft, batch, longest, vocab) &&
            (!num_draft || (ids(*num_draft, {batch}) && num_draft->is_contiguous()));
   }
 

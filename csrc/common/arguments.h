@@ -1,5 +1,7 @@
-// From tensors to the structs of ops.h, for every backend in C++. A tensor is whatever has the accessors of
-// torch::stable::Tensor: that itself behind PyTorch's dispatcher, a view of a Python object before it.
+// From an operator's arguments to the structs of ops.h, for every backend in C++: behind PyTorch's dispatcher
+// (operators.h) and before it (csrc/native/fast_path.cpp). These differ in what a tensor is, torch::stable::Tensor or
+// what has its accessors; in how arguments are read, by a `next` that gives one after the other, in the order of the
+// schemas of specdec_kernels/ops/schema.py; and in how results are made, by `results.add<T>(sizes...)`, in that order.
 #pragma once
 
 #include <optional>
@@ -62,6 +64,12 @@ struct DistributionArguments {
             data_of<float>(penalties)};
   }
 
+  template <class Next>
+  static DistributionArguments read(Next& next) {
+    return {next.optional(), next.number(),   next.integer(),  next.number(),   next.number(),
+            next.optional(), next.optional(), next.optional(), next.optional(), next.optional()};
+  }
+
   // All but the mask, whose shape differs.
   bool taken(const ArgumentChecker<Tensor>& by, int64_t requests) const {
     return by.sampling(sampling, requests, temperature, top_k, top_p, min_p) &&
@@ -69,66 +77,100 @@ struct DistributionArguments {
   }
 };
 
-// What drafts without stats were drawn at: each request its own temperature, or one for all.
+// What is known of drafts beside their tokens, and what the noise is keyed on. Drafts without stats were drawn at a
+// temperature: each request its own, or one for all.
 template <class Tensor>
-struct DraftTemperature {
-  std::optional<Tensor> each;
-  double all = 1.0;
+struct DraftArguments {
+  std::optional<Tensor> logits, stats, target_to_draft, temperatures;
+  double temperature;
+  Tensor seed, position;
+
+  template <class Next>
+  static DraftArguments read(Next& next) {
+    return {next.optional(), next.optional(), next.optional(), next.optional(),
+            next.number(),   next.tensor(),   next.tensor()};
+  }
+
+  bool taken(const ArgumentChecker<Tensor>& by, int64_t batch, int64_t rows, int64_t vocab) const {
+    return by.draft_rows(logits, stats, target_to_draft, batch, rows, vocab) &&
+           by.temperatures(temperatures, temperature, batch) && by.keys(seed, batch) && by.keys(position, batch);
+  }
 };
 
-// Where the results of a chain or a tree go.
+// Where the results of a chain or a tree go: a tree's nodes come behind the tokens, a chain's counters behind the
+// flags. Log-probabilities that nobody asked for are empty.
 struct VerifyResults {
   int64_t* tokens;
-  int32_t* accepted;
+  int32_t *nodes = nullptr, *accepted, *counters = nullptr;
   bool* valid;
-  float *logprobs, *raw_logprobs;
+  float *logprobs = nullptr, *raw_logprobs = nullptr;
+
+  template <class Results>
+  VerifyResults(Results& results, int64_t batch, int64_t rows, bool tree, bool scores) {
+    tokens = results.template add<int64_t>(batch, rows);
+    if (tree) nodes = results.template add<int32_t>(batch, rows);
+    accepted = results.template add<int32_t>(batch);
+    valid = results.template add<bool>(batch);
+    if (!tree) counters = results.template add<int32_t>(batch, 2);
+    for (float** each : {&logprobs, &raw_logprobs})
+      if (scores)
+        *each = results.template add<float>(batch, rows);
+      else
+        results.add_nothing();
+  }
 };
 
 template <class Tensor>
-Verification verification(const Tensor& target_logits, const Tensor& draft_tokens,
-                          const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& draft_stats,
-                          const std::optional<Tensor>& target_to_draft,
-                          const DraftTemperature<Tensor>& draft_temperature, const Tensor& seed, const Tensor& position,
-                          const DistributionArguments<Tensor>& distribution, int64_t rows, const VerifyResults& results,
-                          bool logprobs) {
+Verification verification(const Tensor& target_logits, const Tensor& draft_tokens, const DraftArguments<Tensor>& drafts,
+                          const DistributionArguments<Tensor>& distribution, int64_t rows,
+                          const VerifyResults& results) {
   return {
       .batch = draft_tokens.size(0),
       .rows = rows,
       .vocab = target_logits.size(target_logits.dim() - 1),
       .target = logits_of(target_logits),
-      .draft = draft_logits ? logits_of(*draft_logits) : Logits{},
+      .draft = drafts.logits ? logits_of(*drafts.logits) : Logits{},
       .tokens = ids_of(draft_tokens),
       .token_strides = {draft_tokens.stride(0), draft_tokens.stride(1)},
-      .draft_stats = data_of<float>(draft_stats),
-      .target_to_draft = data_of<int32_t>(target_to_draft),
+      .draft_stats = data_of<float>(drafts.stats),
+      .target_to_draft = data_of<int32_t>(drafts.target_to_draft),
       .draft_rows = draft_tokens.size(1),
-      .draft_temperatures = data_of<float>(draft_temperature.each),
-      .draft_temperature = float(draft_temperature.all),
-      .seed = data_of<int64_t>(seed),
-      .position = data_of<int64_t>(position),
+      .draft_temperatures = data_of<float>(drafts.temperatures),
+      .draft_temperature = float(drafts.temperature),
+      .seed = data_of<int64_t>(drafts.seed),
+      .position = data_of<int64_t>(drafts.position),
       .sampling = distribution.parameters(),
       .processing = distribution.processing(),
       .out_tokens = results.tokens,
       .out_accepted = results.accepted,
       .out_valid = results.valid,
-      .out_logprobs = logprobs ? results.logprobs : nullptr,
-      .out_raw_logprobs = logprobs ? results.raw_logprobs : nullptr,
+      .out_logprobs = results.logprobs,
+      .out_raw_logprobs = results.raw_logprobs,
   };
 }
 
-// Of `verify_chain`.
+// Of `verify_chain`. Of these structs: how many results and arguments there are, where the keys of the noise begin and
+// end, and where the temperature is.
 template <class Tensor>
 struct ChainArguments {
+  static constexpr int kResults = 6, kCount = 25, kKeys = 7, kKeysEnd = 9, kTemperature = 12;
   Tensor target_logits, draft_tokens;
-  std::optional<Tensor> draft_logits, draft_stats, target_to_draft;
-  DraftTemperature<Tensor> draft_temperature;
-  Tensor seed, position;
+  DraftArguments<Tensor> drafts;
   std::optional<Tensor> num_draft, cu_rows;
   DistributionArguments<Tensor> distribution;
   Rule rule;
   bool logprobs, independent;
   std::optional<Tensor> workspace;
 
+  template <class Next>
+  static ChainArguments read(Next& next) {
+    return {next.tensor(),        next.tensor(),   DraftArguments<Tensor>::read(next),
+            next.optional(),      next.optional(), DistributionArguments<Tensor>::read(next),
+            Rule(next.integer()), next.flag(),     next.flag(),
+            next.optional()};
+  }
+
+  const Tensor& first() const { return target_logits; }
   int64_t batch() const { return draft_tokens.size(0); }
   int64_t rows() const { return draft_tokens.size(1) + 1; }
 
@@ -142,21 +184,21 @@ struct ChainArguments {
                                 taken.offsets(*cu_rows, batch(), rows() - 1, all)
                           : taken.logits(target_logits, {batch(), rows(), vocab}) &&
                                 taken.array(distribution.bitmask, ScalarType::Int, {batch(), rows(), words}));
-    taken.require(taken.drafts(draft_tokens, vocab, draft_logits, draft_stats, target_to_draft, num_draft) &&
-                  taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
-                  taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
+    taken.require(taken.drafted(draft_tokens, num_draft) && drafts.taken(taken, batch(), rows() - 1, vocab) &&
+                  distribution.taken(taken, batch()) &&
                   taken.workspace(workspace, workspace_bytes(batch(), rows(), vocab)));
   }
 
-  VerifyChain op(const VerifyResults& results, int32_t* counters) const {
+  template <class Results>
+  VerifyChain op(Results& made) const {
+    const VerifyResults results(made, batch(), rows(), false, logprobs);
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
-                               draft_temperature, seed, position, distribution, rows(), results, logprobs),
+        .common = verification(target_logits, draft_tokens, drafts, distribution, rows(), results),
         .cu_rows = data_of<int64_t>(cu_rows),
         .num_draft = num_draft ? ids_of(*num_draft) : Ids{},
         .rule = rule,
         .independent = independent,
-        .out_counters = counters,
+        .out_counters = results.counters,
         .workspace = workspace ? workspace->mutable_data_ptr() : nullptr,
         .workspace_bytes = workspace ? workspace->size(0) : 0,
     };
@@ -166,14 +208,26 @@ struct ChainArguments {
 // Of `verify_tree`.
 template <class Tensor>
 struct TreeArguments {
+  static constexpr int kResults = 6, kCount = 23, kKeys = 8, kKeysEnd = 10, kTemperature = 11;
   Tensor target_logits, draft_tokens, parents;
-  std::optional<Tensor> draft_logits, draft_stats, target_to_draft;
-  DraftTemperature<Tensor> draft_temperature;
-  Tensor seed, position;
+  DraftArguments<Tensor> drafts;
   DistributionArguments<Tensor> distribution;
   TreeRule rule;
   bool replacement, logprobs;
 
+  template <class Next>
+  static TreeArguments read(Next& next) {
+    return {next.tensor(),
+            next.tensor(),
+            next.tensor(),
+            DraftArguments<Tensor>::read(next),
+            DistributionArguments<Tensor>::read(next),
+            TreeRule(next.integer()),
+            next.flag(),
+            next.flag()};
+  }
+
+  const Tensor& first() const { return target_logits; }
   int64_t batch() const { return parents.size(0); }
   int64_t nodes() const { return parents.size(1); }
 
@@ -184,38 +238,36 @@ struct TreeArguments {
     const int64_t vocab = target_logits.size(2);
     taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
                   taken.logits(target_logits, {batch(), nodes(), vocab}) &&
-                  taken.draft_rows(draft_logits, draft_stats, target_to_draft, batch(), nodes(), vocab) &&
-                  taken.temperatures(draft_temperature.each, draft_temperature.all, batch()) &&
-                  taken.keys(seed, batch()) && taken.keys(position, batch()) && distribution.taken(taken, batch()) &&
+                  drafts.taken(taken, batch(), nodes(), vocab) && distribution.taken(taken, batch()) &&
                   taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
   }
 
-  VerifyTree op(const VerifyResults& results, int32_t* out_nodes) const {
+  template <class Results>
+  VerifyTree op(Results& made) const {
+    const VerifyResults results(made, batch(), nodes(), true, logprobs);
     return {
-        .common = verification(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
-                               draft_temperature, seed, position, distribution, nodes(), results, logprobs),
+        .common = verification(target_logits, draft_tokens, drafts, distribution, nodes(), results),
         .parents = data_of<int64_t>(parents),
         .rule = rule,
         .replacement = replacement,
-        .out_nodes = out_nodes,
+        .out_nodes = results.nodes,
     };
   }
 };
 
-// Where what is drawn from rows goes.
-struct DrawResults {
-  int64_t* tokens;
-  float *logprobs, *stats;
-};
-
-// Of `sample`.
+// Of any draw from rows.
 template <class Tensor>
-struct SampleArguments {
+struct RowArguments {
   Tensor logits;
   std::optional<Tensor> target_to_draft;
   Tensor seed, position, row;
   DistributionArguments<Tensor> distribution;
-  bool coupled;
+
+  template <class Next>
+  static RowArguments read(Next& next) {
+    return {next.tensor(), next.optional(), next.tensor(),
+            next.tensor(), next.tensor(),   DistributionArguments<Tensor>::read(next)};
+  }
 
   int64_t vocab() const { return target_to_draft ? target_to_draft->size(0) : logits.size(1); }
 
@@ -230,9 +282,12 @@ struct SampleArguments {
                   taken.array(distribution.bitmask, ScalarType::Int, {rows, (vocab() + 31) / 32}));
   }
 
-  Sample op(const DrawResults& results) const {
+  // `count` tokens of each row.
+  template <class Results, class... Count>
+  Sample op(Results& results, bool coupled, Count... count) const {
+    const int64_t rows = logits.size(0);
     return {
-        .rows = logits.size(0),
+        .rows = rows,
         .vocab = vocab(),
         .logits = logits_of(logits),
         .target_to_draft = data_of<int32_t>(target_to_draft),
@@ -242,10 +297,53 @@ struct SampleArguments {
         .sampling = distribution.parameters(),
         .processing = distribution.processing(),
         .coupled = coupled,
-        .out_tokens = results.tokens,
-        .out_logprobs = results.logprobs,
-        .out_stats = results.stats,
+        .out_tokens = results.template add<int64_t>(rows, count...),
+        .out_logprobs = results.template add<float>(rows, count...),
+        .out_stats = results.template add<float>(rows, 3),
     };
+  }
+};
+
+// Of `sample`.
+template <class Tensor>
+struct SampleArguments {
+  static constexpr int kResults = 3, kCount = 16, kKeys = 2, kKeysEnd = 5, kTemperature = 6;
+  RowArguments<Tensor> rows;
+  bool coupled;
+
+  template <class Next>
+  static SampleArguments read(Next& next) {
+    return {RowArguments<Tensor>::read(next), next.flag()};
+  }
+
+  const Tensor& first() const { return rows.logits; }
+  void require() const { rows.require(); }
+
+  template <class Results>
+  Sample op(Results& results) const {
+    return rows.op(results, coupled);
+  }
+};
+
+// Of `sample_children`.
+template <class Tensor>
+struct ChildrenArguments {
+  static constexpr int kResults = 3, kCount = 17, kKeys = 2, kKeysEnd = 5, kTemperature = 6;
+  RowArguments<Tensor> rows;
+  int64_t count;
+  Children method;
+
+  template <class Next>
+  static ChildrenArguments read(Next& next) {
+    return {RowArguments<Tensor>::read(next), next.integer(), Children(next.integer())};
+  }
+
+  const Tensor& first() const { return rows.logits; }
+  void require() const { rows.require(); }
+
+  template <class Results>
+  SampleChildren op(Results& results) const {
+    return {rows.op(results, false, count), count, method};
   }
 };
 

@@ -13,7 +13,7 @@ from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
@@ -114,8 +114,10 @@ def sample(
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
-        own = temperature, top_k, top_p, min_p
-        made = call.sample(logits, target_to_draft, seed, position, row, *own, bitmask, coupled)
+        made = call.sample(
+            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
+            bitmask, *NO_ADJUSTMENTS, coupled,
+        )  # fmt: skip
         if made is not None:
             return made
     validate.flags(coupled=coupled)
@@ -234,9 +236,10 @@ def verify_chain(
     target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
-            num_draft, cu_rows, temperature, top_k, top_p, min_p, bitmask, _RULES[rule], logprobs, count_independent,
-            workspace,
+            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
+            *validate.one_or_each(draft_temperature, 1.0), seed, position, num_draft, cu_rows, None, temperature,
+            *validate.filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS, _RULES[rule], logprobs,
+            count_independent, workspace,
         )  # fmt: skip
         if made is not None:
             return made

@@ -17,29 +17,18 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.ops.backends import BACKENDS, Backend
-from specdec_kernels.ops.processing import NO_ADJUSTMENTS
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
-from specdec_kernels.ops.validate import one_or_each
 
 
 class FastPath(NamedTuple):
-    """The functions with their public arguments, where there are neither penalties nor bias. None where an argument is
-    not one that the operators accept as it is."""
+    """The operators, with the arguments of their schemas (`schema.py`). None where an argument is not one that they
+    accept as it is."""
 
     verify_chain: Callable[..., Verified | None]
-    """(target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
-    num_draft, cu_rows, temperature, top_k, top_p, min_p, bitmask, number of the rule, logprobs, count_independent,
-    workspace)."""
     verify_tree: Callable[..., VerifiedTree | None]
-    """(target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
-    position, temperature, top_k, top_p, min_p, bitmask, number of the rule, siblings with replacement, logprobs)."""
     sample: Callable[..., Sample | None]
-    """(logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, coupled)."""
     sample_children: Callable[..., DrawnChildren | None]
-    """(logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, count, number of the
-    method)."""
 
 
 def connect(entries: int, device: str, results_by_torch: bool) -> FastPath:
@@ -51,7 +40,6 @@ def connect(entries: int, device: str, results_by_torch: bool) -> FastPath:
         exchange=Tensor.__dlpack_c_exchange_api__,
         entries=entries,
         on_cuda=device == "cuda",
-        off=(1.0, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF),
         results=(Verified, VerifiedTree, Sample, DrawnChildren),
         empty_strided=torch.empty_strided if results_by_torch else None,
         dtypes=(torch.int64, torch.int32, torch.bool, torch.float32),
@@ -75,59 +63,19 @@ def _of_launchers(backend: Backend) -> FastPath | None:
         checked = connect(0, backend.device, True)
     except (ImportError, AttributeError, TypeError, RuntimeError):
         return None
-    launch = backend.functions
 
-    def verify_chain(
-        target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None,
-        target_to_draft: Tensor | None, heat: Any, seed: Tensor, position: Tensor, num_draft: Tensor | None,
-        cu_rows: Tensor | None, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
-        bitmask: Tensor | None, rule: int, logprobs: bool, independent: bool, workspace: Tensor | None,
-    ) -> Verified | None:  # fmt: skip
-        out = checked.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, heat, seed, position, num_draft,
-            cu_rows, temperature, top_k, top_p, min_p, bitmask, rule, logprobs, independent, workspace,
-        )  # fmt: skip
-        if out is not None:
-            launch["verify_chain"](
-                target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft, *one_or_each(heat, 1.0), seed,
-                position, num_draft, cu_rows, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
-                *NO_ADJUSTMENTS, rule, logprobs, independent, workspace, out=out,
-            )  # fmt: skip
-        return out
+    def launched(op: str) -> Callable[..., Any]:
+        check, launch = getattr(checked, op), backend.functions[op]
 
-    def verify_tree(*arguments: Any) -> VerifiedTree | None:
-        out = checked.verify_tree(*arguments)
-        if out is not None:
-            *tree, heat, seed, position, temperature, top_k, top_p, min_p, bitmask, rule, iid, logprobs = arguments
-            launch["verify_tree"](
-                *tree, *one_or_each(heat, 1.0), seed, position, None, temperature, *_filters(top_k, top_p, min_p),
-                bitmask, *NO_ADJUSTMENTS, rule, iid, logprobs, out=out,
-            )  # fmt: skip
-        return out
-
-    def drawn(op: str, results: Callable[..., Any]) -> Callable[..., Any]:
-        def draw(*arguments: Any) -> Any:
-            out = results(*arguments)
+        def call(*arguments: Any) -> Any:
+            out = check(*arguments)
             if out is not None:
-                logits, table, seed, position, row, temperature, top_k, top_p, min_p, bitmask, *rest = arguments
-                launch[op](
-                    logits, table, seed, position, row, None, temperature, *_filters(top_k, top_p, min_p), bitmask,
-                    *NO_ADJUSTMENTS, *rest, out=out,
-                )  # fmt: skip
+                launch(*arguments, out=out)
             return out
 
-        return draw
+        return call
 
-    sample, children = drawn("sample", checked.sample), drawn("sample_children", checked.sample_children)
-    return FastPath(verify_chain, verify_tree, sample, children)
-
-
-def _filters(top_k: int | None, top_p: float | None, min_p: float | None) -> tuple[int, float, float]:
-    return (
-        TOP_K_OFF if top_k is None else top_k,
-        TOP_P_OFF if top_p is None else top_p,
-        MIN_P_OFF if min_p is None else min_p,
-    )
+    return FastPath(*map(launched, FastPath._fields))
 
 
 _PATHS: dict[str, dict[str | None, FastPath | None]] = {"cpu": {}, "cuda": {}}

@@ -12,7 +12,7 @@ from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import LogitBias, Penalties
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
 from specdec_kernels.ops.trees import checked
 
@@ -99,10 +99,10 @@ def sample_children(
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
             row = torch.full_like(seed, row)
-        own = temperature, top_k, top_p, min_p
         made = call.sample_children(
-            logits, target_to_draft, seed, position, row, *own, bitmask, count, _CHILDREN[method]
-        )
+            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
+            bitmask, *NO_ADJUSTMENTS, count, _CHILDREN[method],
+        )  # fmt: skip
         if made is not None:
             return made
     given = processing.row_arguments(
@@ -225,10 +225,10 @@ def verify_tree(
             )
     target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
-        own = temperature, top_k, top_p, min_p
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
-            position, *own, bitmask, _RULES[rule], siblings == "iid", logprobs,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft,
+            *validate.one_or_each(draft_temperature, 1.0), seed, position, None, temperature,
+            *validate.filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS, _RULES[rule], siblings == "iid", logprobs,
         )  # fmt: skip
         if made is not None:
             return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,15 @@ def draft_temperature(value: object, draft_logits: object, draft_stats: object) 
 def one_or_each(value: object, otherwise: float) -> tuple[Tensor | None, float]:
     """A parameter as operators take it: one a request, or one for all."""
     return (value, otherwise) if isinstance(value, Tensor) else (None, otherwise if value is None else value)  # type: ignore[return-value]
+
+
+def filters(top_k: Any, top_p: Any, min_p: Any) -> tuple[Any, Any, Any]:
+    """Filters as operators take them: what is None is off."""
+    return (
+        TOP_K_OFF if top_k is None else top_k,
+        TOP_P_OFF if top_p is None else top_p,
+        MIN_P_OFF if min_p is None else min_p,
+    )
 
 
 class Drafts(NamedTuple):

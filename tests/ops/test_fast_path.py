@@ -32,6 +32,8 @@ from specdec_kernels.ops.tree_rules import CHILDREN
 
 fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
 CPU = fast_path._PATHS["cpu"][None]
+#: What makes a distribution of logits, as operators take it: temperature 1 and nothing else.
+PLAIN = (None, 1.0, 0, 1.0, 0.0, *[None] * 5)
 
 pytestmark = pytest.mark.skipif(bool(BACKENDS["cpu"].reason), reason=BACKENDS["cpu"].reason)
 
@@ -170,7 +172,7 @@ def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
 def test_trees_that_are_none_are_refused_by_the_operators():
     given = tree()
     arguments = [given[name] for name in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
-    arguments += [None, None, given["seed"], given["position"], 1.0, None, None, None, None, 1, False, False]
+    arguments += [None, None, 1.0, given["seed"], given["position"], *PLAIN, 1, False, False]
     wrong = {
         "no root": (2, torch.zeros(3, 5, dtype=torch.int64)),
         "a later parent": (2, torch.tensor([[-1, 2, 0, 0, 0]]).expand(3, -1).contiguous()),
@@ -190,7 +192,7 @@ def test_trees_that_are_none_are_refused_by_the_operators():
 
 def test_children_of_what_is_no_row_are_refused_by_the_operators():
     ids = torch.arange(5)
-    given = [torch.randn(5, 200), None, ids, ids, ids, 1.0, None, None, None, None, 3, 2]
+    given = [torch.randn(5, 200), None, ids, ids, ids, *PLAIN, 3, 2]
     wrong = (
         (0, torch.randn(5, 2, 100)),
         (0, torch.randn(5, 400)[:, ::2]),
@@ -198,7 +200,7 @@ def test_children_of_what_is_no_row_are_refused_by_the_operators():
         (1, torch.zeros(1, 200, dtype=torch.int32)),
         (2, ids[:2]),
         (4, ids.int()),
-        (9, ids.int()),
+        (10, ids.int()),
     )
     assert len(CPU.sample_children(*given)) == 3
     for place, value in wrong:
@@ -241,20 +243,20 @@ def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
 def test_refusals_write_nothing_and_leave_no_error_behind():
     given = chain()
     workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
-    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, None, 0.7]
-    arguments += [given["seed"], given["position"], None, None, 1.0, None, None, None, None, 0, False, False, workspace]
+    arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, None, None, 0.7]
+    arguments += [given["seed"], given["position"], None, None, *PLAIN, 0, False, False, workspace]
     call = CPU.verify_chain
     assert len(call(*arguments)) == 6
     refused: tuple[tuple[int, Any], ...] = (
         (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"]),
-        (5, given["seed"]), (5, torch.full((3,), -1.0)), (5, -1.0), (6, given["seed"][:2]), (6, 5), (11, 1 << 70),
-        (18, workspace[:-1]), (18, workspace.view(torch.int8)),
-        (18, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
+        (5, given["seed"]), (5, torch.full((3,), -1.0)), (6, -1.0), (6, 1), (7, given["seed"][:2]), (7, 5), (12, 1),
+        (13, 1 << 70), (13, None), (14, None), (15, 1), (24, workspace[:-1]), (24, workspace.view(torch.int8)),
+        (24, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
         (0, given["target_logits"].to("meta")),
     )  # fmt: skip
     for place, wrong in refused:
         assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None
-    with pytest.raises(TypeError, match="expected 19 arguments, got 18"):
+    with pytest.raises(TypeError, match="expected 25 arguments, got 24"):
         call(*arguments[1:])
 
 
@@ -297,13 +299,13 @@ def test_a_library_of_another_build_is_not_connected(monkeypatch):
 def test_without_a_library_arguments_are_checked_and_results_made():
     checked = fast_path.connect(0, "cpu", True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
-    first, again = (checked.sample(rows, None, ids, ids, ids, 1.0, None, None, None, None, False) for _ in range(2))
+    first, again = (checked.sample(rows, None, ids, ids, ids, *PLAIN, False) for _ in range(2))
     assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
     for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
         assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
-    assert checked.sample(rows, None, ids, ids, ids[:2], 1.0, None, None, None, None, False) is None
+    assert checked.sample(rows, None, ids, ids, ids[:2], *PLAIN, False) is None
     on_gpu = fast_path.connect(0, "cuda", False)
-    assert on_gpu.sample(rows, None, ids, ids, ids, 1.0, None, None, None, None, False) is None
+    assert on_gpu.sample(rows, None, ids, ids, ids, *PLAIN, False) is None
 
 
 def test_launchers_in_python_get_the_arguments_of_the_operators():
@@ -323,12 +325,12 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
     given, ids, rows = chain(), torch.arange(3), torch.randn(3, 300)
     first = [given[name] for name in ("target_logits", "draft_tokens", "draft_logits")]
     keys = [given["seed"], given["position"]]
-    tail = [0.7, 20, None, 0.01, None]
+    tail = [None, 0.7, 20, 1.0, 0.01, *[None] * 5]
     branches = tree()
     nodes = [branches[x] for x in ("target_logits", "draft_tokens", "parents", "draft_logits", "draft_stats")]
     calls = {
-        "verify_chain": [*first, None, None, torch.ones(3), *keys, None, None, *tail, 1, True, False, None],
-        "verify_tree": [*nodes, None, None, *keys, *tail, 1, False, True],
+        "verify_chain": [*first, None, None, torch.ones(3), 1.0, *keys, None, None, *tail, 1, True, False, None],
+        "verify_tree": [*nodes, None, None, 1.0, *keys, *tail, 1, False, True],
         "sample": [rows, None, ids, ids, ids, *tail, True],
         "sample_children": [rows, None, ids, ids, ids, *tail, 2, 1],
     }
