@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.decode.tensors import CPU
 from specdec_kernels.extras import brought_by
+from specdec_kernels.ops.validate import whole
 
 #: Tokens that one pass reads at most: llama.cpp's own default.
 PASS = 512
@@ -61,11 +62,9 @@ class LlamaCppTarget:
     device = CPU
 
     def __init__(self, path: str | Path, *, threads: int | None = None, gpu_layers: int = 0) -> None:
-        for name, value in (("threads", threads), ("gpu_layers", gpu_layers)):
-            if isinstance(value, bool) or not (isinstance(value, int) or (name == "threads" and value is None)):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        whole("gpu_layers", gpu_layers)
+        if threads is not None:
+            whole("threads", threads, 1)
         if not Path(path).is_file():
             raise FileNotFoundError(f"path must be a GGUF file, got {str(path)!r}")
         self.path, self.threads, self.library = Path(path), threads, load_library()

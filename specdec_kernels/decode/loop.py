@@ -31,6 +31,7 @@ from specdec_kernels.ops import BackendName, RuleName, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
+from specdec_kernels.ops.validate import whole
 
 Ending = Literal["", "stop", "length", "invalid", "dead_end"]
 
@@ -93,10 +94,7 @@ class Options:
     """Rows of a step at most, of all requests together, as long as each has one."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_draft, bool) or not isinstance(self.num_draft, int):
-            raise TypeError(f"num_draft must be an int, got {self.num_draft!r}")
-        if self.num_draft < 0:
-            raise ValueError(f"num_draft must not be negative, got {self.num_draft}")
+        whole("num_draft", self.num_draft, 0)
         if self.rule not in _TREE_RULES:
             raise ValueError(f"rule must be one of {sorted(_TREE_RULES)}, got {self.rule!r}")
 

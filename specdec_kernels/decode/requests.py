@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.tensors import CPU, ids_of, padded, to_device
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, validate
+from specdec_kernels.ops.validate import whole
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
 Grammar = Callable[[Sequence[int]], Tensor]
@@ -127,15 +128,11 @@ def make_requests(
     for index, (own_seed, limit, at_least) in enumerate(zip(seeds, limits, least, strict=True)):
         if own_seed is None:
             own_seed = secrets.randbits(63)
-        if isinstance(own_seed, bool) or not isinstance(own_seed, int):
-            raise TypeError(f"seed must be an int, a list of int, or None, got {own_seed!r}")
+        whole("seed", own_seed, expected="an int, a list of int, or None")
         if not -(1 << 63) <= own_seed < 1 << 63:
             raise ValueError(f"seed must be in [-2^63, 2^63), got {own_seed}")
-        for name, value in (("max_new_tokens", limit), ("min_new_tokens", at_least)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int or a list of int, got {value!r}")
-        if limit < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+        whole("max_new_tokens", limit, 1, expected="an int or a list of int")
+        whole("min_new_tokens", at_least, expected="an int or a list of int")
         if not 0 <= at_least <= limit:
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {limit}], got {at_least}")
         own = Sampling(**{name: column[index] for name, column in columns.items()})

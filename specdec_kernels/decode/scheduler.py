@@ -30,6 +30,7 @@ from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed,
 from specdec_kernels.decode.statistics import Acceptance, Statistics
 from specdec_kernels.decode.tensors import CPU, ids_of, to_device
 from specdec_kernels.ops import BackendName, RuleName
+from specdec_kernels.ops.validate import whole
 
 
 class Submission:
@@ -166,12 +167,8 @@ class Scheduler:
         for name, value in (
             ("max_requests", max_requests), ("max_waiting", max_waiting), ("max_rows", max_rows), ("chunk", chunk),
         ):  # fmt: skip
-            if value is None and name in ("max_waiting", "max_rows"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None or name not in ("max_waiting", "max_rows"):
+                whole(name, value, 1)
         self._target, self._drafter = target, drafter
         self._options = Options(num_draft, rule, logprobs, backend, self._stops, max_rows)
         self.statistics = Statistics() if statistics is None else statistics

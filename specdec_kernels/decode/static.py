@@ -22,6 +22,7 @@ from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import verify_chain
 from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.trees import tree_mask, tree_positions
+from specdec_kernels.ops.validate import whole
 
 
 class StaticTarget(TransformersTarget):
@@ -47,10 +48,7 @@ class StaticTarget(TransformersTarget):
         super().__init__(model, check=check)
         model_facts.check_no_states(self.layers, "for steps of static shapes", "use TransformersTarget")
         model_facts.check_masks(model, "for steps of static shapes", "use TransformersTarget")
-        if isinstance(max_rows, bool) or not isinstance(max_rows, int):
-            raise TypeError(f"max_rows must be an int, got {max_rows!r}")
-        if max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        whole("max_rows", max_rows, 1)
         self.max_rows = max_rows
         self.caches = CachePool()
 

@@ -17,6 +17,7 @@ from specdec_kernels.decode.probe import Use, probe
 from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.decode.tensors import padded
 from specdec_kernels.ops.trees import tree_mask, tree_positions
+from specdec_kernels.ops.validate import whole
 
 
 class TransformersTarget:
@@ -41,10 +42,8 @@ class TransformersTarget:
 
     def __init__(self, model: Any, fixed_rows: int | None = None, *, check: bool = True) -> None:
         self.layers = model_facts.check_model(model)
-        if fixed_rows is not None and (isinstance(fixed_rows, bool) or not isinstance(fixed_rows, int)):
-            raise TypeError(f"fixed_rows must be None or an int, got {fixed_rows!r}")
-        if fixed_rows is not None and fixed_rows < 1:
-            raise ValueError(f"fixed_rows must be None or at least 1, got {fixed_rows}")
+        if fixed_rows is not None:
+            whole("fixed_rows", fixed_rows, 1, expected="None or an int")
         self.model, self.fixed_rows, self.check = model, fixed_rows, check
         self.vocab_size = model_facts.vocab_size(model)
 

@@ -12,6 +12,7 @@ from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
 from specdec_kernels.decode.scheduler import Scheduler, Submission
 from specdec_kernels.decode.text_stream import TextStream
+from specdec_kernels.ops.validate import whole
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class SamplingParams(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.n, bool) or not isinstance(self.n, int):
-            raise TypeError(f"n must be an int, got {self.n!r}")
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+        whole("n", self.n, 1)
         listed = isinstance(self.stop, (str, Sequence))
         if not listed or not all(isinstance(stop, str) and stop for stop in self.stops):
             raise TypeError(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")

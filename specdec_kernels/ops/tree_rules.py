@@ -93,8 +93,7 @@ def sample_children(
     """
     if method not in _CHILDREN:
         raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < MAX_ROWS:
-        raise ValueError(f"count must be an int in [1, {MAX_ROWS}), got {count!r}")
+    validate.whole("count", count, 1, MAX_ROWS)
     target_to_draft = of_rows(draft_to_target, logits)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
         if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:

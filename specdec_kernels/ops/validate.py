@@ -195,12 +195,13 @@ def flags(**named: object) -> None:
             raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def whole(name: str, value: object, least: int, most: int) -> None:
-    """An int in [least, most)."""
+def whole(name: str, value: object, least: int | None = None, end: int | None = None, expected: str = "an int") -> None:
+    """An int, from ``least`` on and below ``end`` where they are given; ``expected`` is what may stand in its place."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
-    if not least <= value < most:
-        raise ValueError(f"{name} must be in [{least}, {most}), got {value}")
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
+    if (least is not None and value < least) or (end is not None and value >= end):
+        bounds = f"at least {least}" if end is None else f"in [{least}, {end})"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
 def integers(name: str, value: object, size: int, dim: str, device: torch.device) -> Tensor:

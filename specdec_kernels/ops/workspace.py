@@ -39,11 +39,8 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
         >>> size
         10528768
     """
-    for name, value in (("batch", batch), ("num_draft", num_draft), ("vocab", vocab)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < (name == "vocab"):
-            raise ValueError(f"{name} must be at least {int(name == 'vocab')}, got {value}")
+    for name, value, least in (("batch", batch, 0), ("num_draft", num_draft, 0), ("vocab", vocab, 1)):
+        validate.whole(name, value, least)
     rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
     counters = rows + (COUNTERS_A_REQUEST + -(-(num_draft + 1) // COUNTER_BITS)) * batch
     numbers = max(NUMBERS_A_TILE << (tiles - 1).bit_length(), NUMBERS_A_SPAN * -(-tiles // TILES_A_SPAN))

@@ -318,7 +318,7 @@ def test_unseeded_requests_differ(target_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_draft": -1}, "num_draft must not be negative, got -1"),
+        ({"num_draft": -1}, "num_draft must be at least 0, got -1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": float("inf")}, "temperature must be finite and not negative, got inf"),
         ({"seed": [1]}, "seed must have one entry for each of the 2 prompts, got 1"),
@@ -333,7 +333,7 @@ def test_bad_options(target_model, options, message):
 def test_bad_constructions(target_model):
     with pytest.raises(ValueError, match="prompts must not be empty, got an empty prompt at index 1"):
         generate(TransformersTarget(target_model), [[1], []])
-    with pytest.raises(ValueError, match="fixed_rows must be None or at least 1, got 0"):
+    with pytest.raises(ValueError, match="fixed_rows must be at least 1, got 0"):
         TransformersTarget(target_model, 0)
     with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, got 2"):
         generate(TransformersTarget(target_model, 3), [[1, 2], [3]], max_new_tokens=9)

@@ -291,7 +291,7 @@ def test_nothing_is_kept_of_what_has_ended(model):
         ({"max_requests": 0}, ValueError, "max_requests must be at least 1, got 0"),
         ({"max_rows": True}, TypeError, "max_rows must be an int, got True"),
         ({"chunk": 1.5}, TypeError, "chunk must be an int, got 1.5"),
-        ({"num_draft": -1}, ValueError, "num_draft must not be negative"),
+        ({"num_draft": -1}, ValueError, "num_draft must be at least 0"),
         ({"rule": "best"}, ValueError, "rule must be one of"),
         ({"drafter": "ngram"}, TypeError, "drafter must be a Drafter, such as"),
     ],

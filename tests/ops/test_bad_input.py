@@ -346,15 +346,15 @@ def test_verify_tree(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 0}, r"count must be an int in \[1, 65536\), got 0"),
-        ({"count": 2.0}, r"count must be an int .* got 2.0"),
+        ({"count": 0}, r"count must be in \[1, 65536\), got 0"),
+        ({"count": 2.0}, r"count must be an int, got 2.0"),
         ({"method": "best"}, r"method must be one of \['iid', 'race', 'top', 'without_replacement'\], got 'best'"),
         ({"row": 65536}, r"row must be in \[0, 65536\), got 65536"),
         ({"logits": torch.zeros(2, 7, 1)}, r"logits must have shape \[R, V\]"),
     ],
 )
 def test_sample_children(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sample_children(**{"logits": torch.zeros(2, 7), "count": 2, "seed": 1, "position": 1, **change})
 
 

@@ -18,6 +18,7 @@ from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops import BackendName, DraftVocabulary, sample
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName, sample_children
+from specdec_kernels.ops.validate import whole
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class DraftConfig:
     """Of :func:`specdec_kernels.sample`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.siblings, bool) or not isinstance(self.siblings, int) or self.siblings < 0:
-            raise ValueError(f"siblings must be an int and not negative, got {self.siblings!r}")
+        whole("siblings", self.siblings, 0)
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
         if not 0 <= self.temperature_scale < float("inf"):

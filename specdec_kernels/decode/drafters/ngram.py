@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specdec_kernels.decode.drafters.histories import Histories
 from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.ops.validate import whole
 
 
 class NGramDrafter:
@@ -23,10 +24,7 @@ class NGramDrafter:
     feature_layers: Sequence[int] = ()
 
     def __init__(self, min_match: int = 2) -> None:
-        if isinstance(min_match, bool) or not isinstance(min_match, int):
-            raise TypeError(f"min_match must be an int, got {min_match!r}")
-        if min_match < 1:
-            raise ValueError(f"min_match must be at least 1, got {min_match}")
+        whole("min_match", min_match, 1)
         self.min_match = min_match
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> NGramSession:
