@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "verify.h"
+#include "../../csrc/cpu/verify.h"
 
 namespace {
 
