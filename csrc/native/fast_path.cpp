@@ -1,6 +1,8 @@
-#include "fast_path.h"
-
+// What is native and made for Python: facts of the build, and operators without PyTorch's dispatcher, which takes
+// longer to start than a row takes to read. Tensors are viewed through DLPack's C interface, and every argument is
+// checked once, in C++.
 #include <ATen/dlpack.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -327,20 +329,30 @@ py::tuple connect(const py::type& tensor, const py::capsule& api, uintptr_t addr
 }
 
 }  // namespace
+}  // namespace specdec
 
-void add_fast_path(py::module_& m) {
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native code made for Python.";
+  m.def(
+      "build_facts",
+      [] {
+        py::dict facts;
+        facts["compiler"] = SPECDEC_COMPILER;
+        facts["torch"] = SPECDEC_TORCH;
+        facts["sanitized"] = bool(SPECDEC_SANITIZED);
+        return facts;
+      },
+      "What the native libraries were built with: compiler, torch, whether with sanitizers.");
   static PyMethodDef methods[] = {
-      {"launch_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(launch_key)), METH_FASTCALL,
+      {"launch_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(specdec::launch_key)), METH_FASTCALL,
        "What Triton compiles a kernel apart for, of these arguments; None where one is neither None nor a number nor a "
        "plain tensor."},
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
-  m.def("connect", connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("on_cuda"),
+  m.def("connect", specdec::connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("on_cuda"),
         py::arg("results"), py::arg("empty_strided"), py::arg("dtypes"),
         "The functions `verify_chain`, `verify_tree`, `sample` and `sample_children` of a library: by torch.Tensor, its"
         " DLPack interface, the library's entries (0: what would be run is left to whoever calls), whether its tensors "
         "are on a GPU, the classes of results, what makes results (None: they are made here,"
         " on a CPU) and their dtypes.");
 }
-
-}  // namespace specdec
