@@ -114,11 +114,11 @@ class ArgumentChecker {
   }
 
   // Of `count` requests; all four or none.
-  bool edits(int64_t count, const OptionalTensor& ids_of_edits, const OptionalTensor& counts,
-             const OptionalTensor& bias, const OptionalTensor& penalties) const {
-    if (!ids_of_edits) return true;
-    const int64_t most = ids_of_edits->dim() == 2 ? ids_of_edits->size(1) : 0;
-    return counts && bias && penalties && array(*ids_of_edits, ScalarType::Int, {count, most}) &&
+  bool adjustments(int64_t count, const OptionalTensor& ids_of_adjustments, const OptionalTensor& counts,
+                   const OptionalTensor& bias, const OptionalTensor& penalties) const {
+    if (!ids_of_adjustments) return true;
+    const int64_t most = ids_of_adjustments->dim() == 2 ? ids_of_adjustments->size(1) : 0;
+    return counts && bias && penalties && array(*ids_of_adjustments, ScalarType::Int, {count, most}) &&
            array(*counts, ScalarType::Int, {count, most, 2}) && array(*bias, ScalarType::Float, {count, most}) &&
            array(*penalties, ScalarType::Float, {count, 3});
   }

@@ -42,7 +42,7 @@ const T* data_of(const std::optional<Tensor>& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 
-// Temperature, filters, mask and edits: what makes a distribution of logits.
+// Temperature, filters, mask and adjustments: what makes a distribution of logits.
 template <class Tensor>
 struct DistributionArguments {
   std::optional<Tensor> sampling;
@@ -73,7 +73,7 @@ struct DistributionArguments {
   // All but the mask, whose shape differs.
   bool taken(const ArgumentChecker<Tensor>& by, int64_t requests) const {
     return by.sampling(sampling, requests, temperature, top_k, top_p, min_p) &&
-           by.edits(requests, edit_ids, edit_counts, edit_bias, penalties);
+           by.adjustments(requests, edit_ids, edit_counts, edit_bias, penalties);
   }
 };
 

@@ -29,7 +29,7 @@ T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Beside `like`. Straight to the allocator: the stable `new_empty` looks its operator up by name, a microsecond each
+// Beside `like`. By the allocator itself: the stable `new_empty` looks its operator up by name, a microsecond each
 // time.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[2] = {1, 1};

@@ -49,7 +49,7 @@ SPECDEC_SHARED static inline bool is_steep(float scale, float largest) {
   return largest * scale >= kSteep || largest * scale <= -kSteep;
 }
 
-// A sum of what is left is formed as one minus what is gone down to this; below, that would have no digits left.
+// A sum of what is left is one minus what was taken where that is at least this; below, it would have no digits left.
 constexpr double kLeastDifference = 0.25;
 
 // A share of a distribution below this counts as nothing when siblings are drawn and verified.
@@ -67,7 +67,7 @@ struct Ids {
 
 // The ids of a request that bias or penalties may touch, ascending, the size of the vocabulary behind the last; see
 // specdec_kernels/ops/processing.py.
-struct Edits {
+struct Adjustments {
   int64_t count = 0;
   const int32_t* ids = nullptr;     // [count]
   const int32_t* counts = nullptr;  // [count, 2]: in the prompt, in the output
@@ -75,12 +75,12 @@ struct Edits {
   float repetition = 1.0f, presence = 0.0f, frequency = 0.0f;
 };
 
-// The first edit whose id is not below `id`.
-SPECDEC_SHARED static inline int64_t first_edit(const Edits& edits, int64_t id) {
-  int64_t low = 0, high = edits.count;
+// The first adjustment whose id is not below `id`.
+SPECDEC_SHARED static inline int64_t first_adjustment(const Adjustments& adjustments, int64_t id) {
+  int64_t low = 0, high = adjustments.count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (edits.ids[middle] < id)
+    if (adjustments.ids[middle] < id)
       low = middle + 1;
     else
       high = middle;
@@ -89,11 +89,13 @@ SPECDEC_SHARED static inline int64_t first_edit(const Edits& edits, int64_t id) 
 }
 
 // A logit after bias and penalties, its id `drafted` times among the drafts before it.
-SPECDEC_SHARED static inline float edited(const Edits& edits, int64_t edit, int64_t drafted, float x) {
-  const int64_t output = edits.counts[2 * edit + 1] + drafted;
-  x += edits.bias[edit];
-  if (output > 0 || edits.counts[2 * edit] > 0) x = x > 0.0f ? x / edits.repetition : x * edits.repetition;
-  if (output > 0) x -= edits.frequency * float(output) + edits.presence;
+SPECDEC_SHARED static inline float adjusted(const Adjustments& adjustments, int64_t adjustment, int64_t drafted,
+                                            float x) {
+  const int64_t output = adjustments.counts[2 * adjustment + 1] + drafted;
+  x += adjustments.bias[adjustment];
+  if (output > 0 || adjustments.counts[2 * adjustment] > 0)
+    x = x > 0.0f ? x / adjustments.repetition : x * adjustments.repetition;
+  if (output > 0) x -= adjustments.frequency * float(output) + adjustments.presence;
   return x;
 }
 
@@ -123,21 +125,21 @@ struct SamplingParameters {
   }
 };
 
-// Mask and edits: see specdec_kernels/ops/processing.py. Null pointers where there are none.
+// Mask and adjustments: see specdec_kernels/ops/processing.py. Null pointers where there are none.
 struct Processing {
   const uint32_t* bitmask = nullptr;  // [rows of logits, ceil(V / 32)]
-  int64_t edits = 0;                  // M
+  int64_t adjustments = 0;            // M
   const int32_t* ids = nullptr;       // [B, M]
   const int32_t* counts = nullptr;    // [B, M, 2]
   const float* bias = nullptr;        // [B, M]
   const float* penalties = nullptr;   // [B, 3]: repetition, presence, frequency
 };
 
-SPECDEC_SHARED static inline Edits edits_of(const Processing& all, int64_t request) {
+SPECDEC_SHARED static inline Adjustments adjustments_of(const Processing& all, int64_t request) {
   if (all.ids == nullptr) return {};
-  const int64_t first = request * all.edits;
+  const int64_t first = request * all.adjustments;
   const float* own = all.penalties + 3 * request;
-  return {all.edits, all.ids + first, all.counts + 2 * first, all.bias + first, own[0], own[1], own[2]};
+  return {all.adjustments, all.ids + first, all.counts + 2 * first, all.bias + first, own[0], own[1], own[2]};
 }
 
 SPECDEC_SHARED static inline const uint32_t* mask_of(const Processing& all, int64_t vocab, int64_t row) {

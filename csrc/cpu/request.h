@@ -55,7 +55,7 @@ class Request {
         scratch_(scratch()),
         sampling_(sampling_of(op.sampling, request)),
         draft_scale_(op.draft_stats ? 1.0f : op.draft_scale(request)),
-        edits_(edits_of(op.processing, request)) {
+        adjustments_(adjustments_of(op.processing, request)) {
     // All places at once: growing later would move what the views hold on to.
     if (scratch_.targets.size() < size_t(places)) scratch_.targets.resize(size_t(places));
   }
@@ -77,7 +77,7 @@ class Request {
   RowView view(int64_t i, int64_t place, const Prefix& before) {
     TileSpace& space = scratch_.targets[size_t(place)];
     space.resize(tiles_of(op_.vocab));
-    const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), edits_, before);
+    const Source source(target_row(i), mask_of(op_.processing, op_.vocab, first_mask_ + i), adjustments_, before);
     return RowView(kernels_, source, sampling_, threads_, space);
   }
 
@@ -159,7 +159,7 @@ class Request {
   Scratch& scratch_;
   const Sampling sampling_;
   const float draft_scale_;  // of drafts that came without stats
-  const Edits edits_;
+  const Adjustments adjustments_;
   int64_t written_ = 0;
   bool valid_ = true;
 };

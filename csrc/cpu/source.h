@@ -30,18 +30,19 @@ struct Prefix {
 
 class Source {
  public:
-  explicit Source(const Row& row, const uint32_t* mask = nullptr, const Edits& edits = {}, const Prefix& prefix = {})
-      : row_(row), mask_(mask), edits_(edits), prefix_(prefix) {}
+  explicit Source(const Row& row, const uint32_t* mask = nullptr, const Adjustments& adjustments = {},
+                  const Prefix& prefix = {})
+      : row_(row), mask_(mask), adjustments_(adjustments), prefix_(prefix) {}
 
   const Row& row() const { return row_; }
-  bool plain() const { return mask_ == nullptr && edits_.count == 0; }
+  bool plain() const { return mask_ == nullptr && adjustments_.count == 0; }
 
   // Whether any logit of tiles [begin, end) differs from the row's own.
   bool touches(int64_t begin, int64_t end) const {
     if (plain()) return false;
     const int64_t first = begin * kTile, last = std::min(end * kTile, row_.vocab);
-    const int64_t edit = first_edit(edits_, first);
-    if (edit < edits_.count && edits_.ids[edit] < last) return true;
+    const int64_t adjustment = first_adjustment(adjustments_, first);
+    if (adjustment < adjustments_.count && adjustments_.ids[adjustment] < last) return true;
     return mask_ && std::any_of(mask_ + first / 32, mask_ + (last + 31) / 32, [](uint32_t w) { return w != ~0u; });
   }
 
@@ -50,9 +51,9 @@ class Source {
     const int64_t first = tile * kTile, last = std::min(first + count * kTile, row_.vocab);
     for (int64_t v = first; v < last; ++v) out[v - first] = logit_of(row_, v);
     std::fill(out + (last - first), out + count * kTile, -INFINITY);
-    for (int64_t e = first_edit(edits_, first); e < edits_.count && edits_.ids[e] < last; ++e) {
-      float& x = out[edits_.ids[e] - first];
-      x = edited(x, e);
+    for (int64_t e = first_adjustment(adjustments_, first); e < adjustments_.count && adjustments_.ids[e] < last; ++e) {
+      float& x = out[adjustments_.ids[e] - first];
+      x = adjusted(x, e);
     }
     if (mask_)
       for (int64_t v = first; v < last; ++v)
@@ -73,18 +74,20 @@ class Source {
   float logit(int64_t token) const {
     if (mask_ && !allows(token)) return -INFINITY;
     const float x = logit_of(row_, token);
-    const int64_t e = first_edit(edits_, token);
-    return e < edits_.count && edits_.ids[e] == token ? edited(x, e) : x;
+    const int64_t e = first_adjustment(adjustments_, token);
+    return e < adjustments_.count && adjustments_.ids[e] == token ? adjusted(x, e) : x;
   }
 
  private:
   bool allows(int64_t token) const { return mask_[token / 32] >> (token % 32) & 1; }
 
-  float edited(float x, int64_t e) const { return specdec::edited(edits_, e, prefix_.count(edits_.ids[e]), x); }
+  float adjusted(float x, int64_t e) const {
+    return specdec::adjusted(adjustments_, e, prefix_.count(adjustments_.ids[e]), x);
+  }
 
   Row row_;
   const uint32_t* mask_;
-  Edits edits_;
+  Adjustments adjustments_;
   Prefix prefix_;
 };
 

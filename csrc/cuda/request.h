@@ -67,7 +67,7 @@ class RequestProgram {
       rows.drafts = all_.tokens;
       rows.first_draft = b_ * all_.token_strides[0], rows.draft_stride = all_.token_strides[1];
       rows.mask = mask_of(all_.processing, all_.vocab, cu_rows_ ? first : b_ * all_.rows);
-      rows.edits = edits_of(all_.processing, b_);
+      rows.adjustments = adjustments_of(all_.processing, b_);
       rows.parents = parents_;
     }
     return rows;
@@ -113,7 +113,7 @@ class RequestProgram {
 
   SPECDEC_DEVICE float raw_logprob(int i, int id) const {
     Rows<T> rows = target();
-    if constexpr (std::is_same_v<T, Mixed>) rows.mask = nullptr, rows.edits = {};
+    if constexpr (std::is_same_v<T, Mixed>) rows.mask = nullptr, rows.adjustments = {};
     return raw_log_prob<T>(team_, rows, i, id);
   }
 

@@ -178,7 +178,7 @@ struct Rows<Mixed> {
   Columns columns{};
   DType dtype = DType::f32;
   const uint32_t* mask = nullptr;  // of the first row
-  Edits edits;
+  Adjustments adjustments;
   Ids drafts;  // row i counts the i first of them as output
   int64_t first_draft = 0, draft_stride = 0;
   const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
@@ -188,15 +188,17 @@ struct Rows<Mixed> {
     return {static_cast<const T*>(logits), stride, vocab, columns};
   }
 
-  // A logit of row i whose id has an edit.
-  SPECDEC_DEVICE float edited(int i, int64_t edit, float x) const {
+  // A logit of row i whose id has an adjustment.
+  SPECDEC_DEVICE float adjusted(int i, int64_t adjustment, float x) const {
     int64_t drafted = 0;
-    const auto is_here = [&](int64_t draft) { return drafts[first_draft + draft * draft_stride] == edits.ids[edit]; };
+    const auto is_here = [&](int64_t draft) {
+      return drafts[first_draft + draft * draft_stride] == adjustments.ids[adjustment];
+    };
     if (parents != nullptr)
       for (int64_t node = i; node > 0; node = parents[node]) drafted += is_here(node);
     else
       for (int64_t before = 0; before < i; ++before) drafted += is_here(before);
-    return specdec::edited(edits, edit, drafted, x);
+    return specdec::adjusted(adjustments, adjustment, drafted, x);
   }
 
   SPECDEC_DEVICE bool allowed(int i, int id) const {
@@ -207,8 +209,8 @@ struct Rows<Mixed> {
     float x = dtype == DType::f32    ? as<float>().logit(i, id)
               : dtype == DType::bf16 ? as<BFloat16>().logit(i, id)
                                      : as<Half>().logit(i, id);
-    const int64_t edit = first_edit(edits, id);
-    if (edit < edits.count && edits.ids[edit] == id) x = edited(i, edit, x);
+    const int64_t adjustment = first_adjustment(adjustments, id);
+    if (adjustment < adjustments.count && adjustments.ids[adjustment] == id) x = adjusted(i, adjustment, x);
     return allowed(i, id) ? x : -INFINITY;
   }
 
@@ -220,11 +222,12 @@ struct Rows<Mixed> {
       v = in_floats(as<BFloat16>().load(i, first));
     else
       v = in_floats(as<Half>().load(i, first));
-    for (int64_t edit = first_edit(edits, first); edit < edits.count && edits.ids[edit] < first + kElements; ++edit) {
-      const int64_t offset = edits.ids[edit] - first;
+    for (int64_t adjustment = first_adjustment(adjustments, first);
+         adjustment < adjustments.count && adjustments.ids[adjustment] < first + kElements; ++adjustment) {
+      const int64_t offset = adjustments.ids[adjustment] - first;
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e)  // an index known to the compiler keeps the logits in registers
-        if (e == offset && first + e < vocab) v.x[e] = edited(i, edit, v.x[e]);
+        if (e == offset && first + e < vocab) v.x[e] = adjusted(i, adjustment, v.x[e]);
     }
     SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e)

@@ -31,7 +31,7 @@ class RowProgram {
         row_(uint64_t(given(op.row + r_))),
         rows_(rows_of<T>(op.logits, r_ * op.logits.row_stride, op.vocab)) {
     if constexpr (std::is_same_v<T, Mixed>) {
-      rows_.mask = mask_of(op.processing, op.vocab, r_), rows_.edits = edits_of(op.processing, r_);
+      rows_.mask = mask_of(op.processing, op.vocab, r_), rows_.adjustments = adjustments_of(op.processing, r_);
       rows_.columns = {op.target_to_draft, int(op.logits.width)};
     }
   }

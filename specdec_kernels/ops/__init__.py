@@ -258,7 +258,7 @@ def verify_chain(
     )  # fmt: skip
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
-    edits = processing.edits(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
+    adjustments = processing.adjustments(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
     scratch = None if workspace is None else workspaces.checked(workspace, batch, longest, vocab)
     validate.same_device(
         "target_logits",
@@ -278,7 +278,7 @@ def verify_chain(
     )
     verify = function("verify_chain", backend, device)
     arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
-                 *scalars, mask, *edits, _RULES[rule], logprobs, count_independent, scratch)  # fmt: skip
+                 *scalars, mask, *adjustments, _RULES[rule], logprobs, count_independent, scratch)  # fmt: skip
     try:
         return Verified(*verify(*arguments))
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI

@@ -1,8 +1,8 @@
 """Penalties and logit bias, as callers give them and as the operators take them.
 
-The operators take *edits*: for each request the ids that any of its rows may touch, ascending, with how often each
-occurs in the prompt and in the output so far, and its bias. Row r adds the r drafts before it. So nothing of the size
-of the vocabulary is ever written, and no backend counts a text again.
+The operators take *logit adjustments*: for each request the ids that any of its rows may touch, ascending, with how
+often each occurs in the prompt and in the output so far, and its bias. Row r adds the r drafts before it. So nothing of
+the size of the vocabulary is ever written, and no backend counts a text again.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class LogitBias(NamedTuple):
     """float32 [B, M]; biases of the same token add up."""
 
 
-Edits = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-NO_ADJUSTMENTS: Edits = (None, None, None, None)
+Adjustments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_ADJUSTMENTS: Adjustments = (None, None, None, None)
 
 
 def _texts(name: str, value: object, size: int, dim: str, vocab: int) -> Tensor:
@@ -100,14 +100,14 @@ def _counted(penalties: Penalties, logits: Tensor, size: int, dim: str) -> tuple
     return held.ids, held.counts
 
 
-def edits(
+def adjustments(
     penalties: Penalties | None,
     bias: LogitBias | None,
     draft_tokens: Tensor | None,
     logits: Tensor,
     size: int,
     dim: str,
-) -> Edits:
+) -> Adjustments:
     """(ids int32 [B, M], counts int32 [B, M, 2] in prompt and output, bias float32 [B, M], penalties float32 [B, 3]).
 
     ``ids`` ascend, those behind the last hold the size of the vocabulary.
@@ -194,7 +194,7 @@ def row_arguments(
         raise ValueError(f"row must be in [0, {MAX_ROWS}), got {places.tolist()}")
     sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
     allowed = bitmask(mask, wide)
-    changes = edits(penalties, bias, None, wide, count, "R")
+    changes = adjustments(penalties, bias, None, wide, count, "R")
     validate.same_device(
         "logits", rows, draft_to_target=target_to_draft, seed=keys[0], position=keys[1], row=keys[2],
         sampling=sampling, bitmask=allowed,

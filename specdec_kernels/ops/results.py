@@ -27,7 +27,7 @@ class Verified(NamedTuple):
     """What :func:`verify_chain` returns."""
 
     tokens: Tensor
-    """int64 [B, K+1]: the accepted drafts, the emitted token, then -1."""
+    """int64 [B, K+1]: the accepted drafts, the recovered or bonus token, then -1."""
     num_accepted: Tensor
     """int32 [B]: drafts accepted, all of them before the first that was not."""
     valid: Tensor
@@ -78,7 +78,7 @@ class VerifiedTree(NamedTuple):
     """What :func:`verify_tree` returns."""
 
     tokens: Tensor
-    """int64 [B, N]: the accepted drafts along their path, the emitted token, then -1."""
+    """int64 [B, N]: the accepted drafts along their path, the recovered or bonus token, then -1."""
     nodes: Tensor
     """int32 [B, N]: the root and the accepted nodes, then -1: the rows whose keys and values stay, as
     :func:`compact_kv` takes them."""

@@ -246,7 +246,7 @@ def verify_tree(
     position = validate.integers("position", position, batch, "B", device)
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits, "N")
-    edits = processing.edits(penalties, logit_bias, tokens, target_logits, batch, "B")
+    adjustments = processing.adjustments(penalties, logit_bias, tokens, target_logits, batch, "B")
     validate.same_device(
         "target_logits",
         target_logits,
@@ -265,7 +265,7 @@ def verify_tree(
     verify = function("verify_tree", backend, device)
     return VerifiedTree(
         *verify(target_logits, tokens, tree, draft_logits, draft_stats, target_to_draft, temperatures, heat, seed,
-                position, sampling, *scalars, mask, *edits, _RULES[rule], siblings == "iid", logprobs)
+                position, sampling, *scalars, mask, *adjustments, _RULES[rule], siblings == "iid", logprobs)
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Distributions(NamedTuple):
         return stats.masked_fill(~self.valid[..., None], torch.nan).float()
 
 
-class Edits(NamedTuple):
+class Adjustments(NamedTuple):
     """Bias and penalties of the ids they touch: see :mod:`specdec_kernels.ops.processing`."""
 
     ids: Tensor
@@ -82,29 +82,33 @@ class Edits(NamedTuple):
     penalties: Tensor
 
     @staticmethod
-    def of(ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None) -> Edits | None:
+    def of(
+        ids: Tensor | None, counts: Tensor | None, bias: Tensor | None, penalties: Tensor | None
+    ) -> Adjustments | None:
         """From the arguments of an operator."""
         if ids is None or counts is None or bias is None or penalties is None:
             return None
-        return Edits(ids, counts, bias, penalties)
+        return Adjustments(ids, counts, bias, penalties)
 
 
-def processed(logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
+def processed(
+    logits: Tensor, drafted: Tensor, before: Tensor, adjustments: Adjustments | None, bitmask: Tensor | None
+) -> Tensor:
     """Logits ``[B, R, V]`` after bias, penalties and mask; row r counts the drafts ``[B, K]`` that ``before``
     ``[B, R, K]`` says come before it."""
-    if edits is None and bitmask is None:
+    if adjustments is None and bitmask is None:
         return logits.double()
     x = logits.float()
     vocab = x.shape[-1]
-    if edits is not None:
-        ids = edits.ids.long()
+    if adjustments is not None:
+        ids = adjustments.ids.long()
         here = ids < vocab
         drawn = (drafted[:, :, None] == ids[:, None, :]).double()
-        output = (before.double() @ drawn).long() + edits.counts[:, None, :, 1]
-        seen = (output > 0) | (edits.counts[:, None, :, 0] > 0)
+        output = (before.double() @ drawn).long() + adjustments.counts[:, None, :, 1]
+        seen = (output > 0) | (adjustments.counts[:, None, :, 0] > 0)
         index = ids.clamp(max=vocab - 1)[:, None, :].expand(*x.shape[:2], -1)
-        repetition, presence, frequency = (p[:, None, None] for p in edits.penalties.unbind(-1))
-        value = x.gather(-1, index) + edits.bias[:, None, :]
+        repetition, presence, frequency = (p[:, None, None] for p in adjustments.penalties.unbind(-1))
+        value = x.gather(-1, index) + adjustments.bias[:, None, :]
         value = torch.where(seen, torch.where(value > 0, value / repetition, value * repetition), value)
         value = torch.where(output > 0, value - (frequency * output + presence), value)
         # One column more takes the padding.
@@ -116,11 +120,11 @@ def processed(logits: Tensor, drafted: Tensor, before: Tensor, edits: Edits | No
     return x.double()
 
 
-def processed_rows(logits: Tensor, edits: Edits | None, bitmask: Tensor | None) -> Tensor:
+def processed_rows(logits: Tensor, adjustments: Adjustments | None, bitmask: Tensor | None) -> Tensor:
     """The same for rows ``[R, V]`` of requests of their own, with no drafts before them."""
     none = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
     mask = None if bitmask is None else bitmask[:, None]
-    return processed(logits[:, None], none, none[:, None], edits, mask)[:, 0]
+    return processed(logits[:, None], none, none[:, None], adjustments, mask)[:, 0]
 
 
 def rows_of_target(logits: Tensor, target_to_draft: Tensor | None) -> Tensor:

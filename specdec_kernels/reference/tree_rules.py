@@ -9,8 +9,8 @@ from torch import Tensor
 
 from specdec_kernels.contract import NOTHING_LEFT, Children, Purpose, TreeRule
 from specdec_kernels.reference.distributions import (
+    Adjustments,
     Distributions,
-    Edits,
     Sampling,
     distributions,
     draft_laws,
@@ -50,7 +50,7 @@ def sample_children(
     how: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
-    logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     greedy = law.scale.isinf()
     weights = law.probs.nan_to_num(0.0)
@@ -265,7 +265,9 @@ def verify_tree(
     ancestors = attends(parents)
     before = ancestors & (index > 0)[:, None, :]
     depth = before.sum(-1)
-    logits = processed(target_logits, tokens, before, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed(
+        target_logits, tokens, before, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask
+    )
     target = distributions(logits, law.repeated(nodes))
 
     if rule in (TreeRule.WALK, TreeRule.COUPLED):

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from specdec_kernels.contract import Purpose, Rule
 from specdec_kernels.reference.distributions import (
+    Adjustments,
     Distributions,
-    Edits,
     Sampling,
     distributions,
     draft_laws,
@@ -48,7 +48,7 @@ def sample(
     coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
-    logits = processed_rows(logits, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
     law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     weights = law.probs.nan_to_num(0.0)
     if coupled:
@@ -249,7 +249,9 @@ def verify_chain(
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)
     before = torch.ones((rows, rows - 1), dtype=torch.bool, device=device).tril(-1).expand(batch, -1, -1)
-    logits = processed(target_logits, drafted, before, Edits.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed(
+        target_logits, drafted, before, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask
+    )
 
     heat = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
     if draft_logits is not None:

@@ -134,7 +134,7 @@ def arguments(kind, full, rule):
         target = target.scatter(2, torch.cat([tokens, tokens[:, :1]], 1)[..., None], 90.0)
     processing = (
         torch.full((2, 4, 2), -1, dtype=torch.int32),
-        *ops.processing.edits(penalties, None, tokens, target, 2, "B"),
+        *ops.processing.adjustments(penalties, None, tokens, target, 2, "B"),
     )
     vocabulary = ops.DraftVocabulary(torch.randperm(50, generator=generator), 50)
     return (

@@ -48,7 +48,7 @@ def tensors(draw, batch, low, elements):
 
 @settings(deadline=None, max_examples=200)
 @given(histories(), st.data())
-def test_edits_are_those_of_the_whole_texts(history, data):
+def test_adjustments_are_those_of_the_whole_texts(history, data):
     prompts, outputs, counts = history
     batch = len(prompts)
     drafts = tensors(data.draw, batch, 0, st.integers(-1, VOCAB - 1)).long()
@@ -59,11 +59,11 @@ def test_edits_are_those_of_the_whole_texts(history, data):
     logits = torch.zeros(batch, drafts.shape[1] + 1, VOCAB)
 
     def of(penalties):
-        ids, edits, added, strengths = processing.edits(penalties, bias, drafts, logits, batch, "B")
+        ids, adjustments, added, strengths = processing.adjustments(penalties, bias, drafts, logits, batch, "B")
         return [
             [
                 (token, *often, value)
-                for token, often, value in zip(*(x[b].tolist() for x in (ids, edits, added)), strict=True)
+                for token, often, value in zip(*(x[b].tolist() for x in (ids, adjustments, added)), strict=True)
                 if token < VOCAB
             ]
             for b in range(batch)
@@ -126,7 +126,7 @@ def test_nothing_depends_on_the_default_device_and_dtype():
         counts.extend([[4], [0, 4]])
         counts.select([1, 0])
         penalties = [Penalties(counts=counts, **STRENGTHS), Penalties(text, text[:, :1], **STRENGTHS)]
-        return [x for p in penalties for x in processing.edits(p, bias, text, logits, 2, "B")]
+        return [x for p in penalties for x in processing.adjustments(p, bias, text, logits, 2, "B")]
 
     text, logits = torch.tensor([[1, 5], [3, -1]]), torch.zeros(2, 3, 6)
     bias = LogitBias(text, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
