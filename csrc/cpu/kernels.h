@@ -113,7 +113,7 @@ struct Kernels {
   // Words of the counters first, first + 1, ...: four each.
   void (*words)(const Noise&, uint32_t first, int64_t counters, uint32_t* out);
 
-  // What a drafter needs (feature_layer.h).
+  // What a drafter needs (feature_layer.cpp).
 
   // The product of x with each of `count` rows of `size` elements, one behind the other.
   void (*eight_bit_products)(const int8_t* rows, int64_t size, int64_t count, const float* x, float* out);

@@ -61,7 +61,7 @@ class EightBitLinear:
 
 
 class EightBitModel:
-    """A :class:`FeatureModel` that reads few rows by the operator ``feature_layer`` (csrc/cpu/feature_layer.h).
+    """A :class:`FeatureModel` that reads few rows by the operator ``feature_layer`` (csrc/cpu/feature_layer.cpp).
 
     Equivalent to ``model(...)`` with its weights rounded, in float32.
 
