@@ -264,7 +264,7 @@ class RowView {
     return {begin, std::min(begin + piece_, tiles_)};
   }
 
-  TilePassResult pass_over(uint32_t piece) {
+  Summed pass_over(uint32_t piece) {
     const auto [begin, end] = tiles_of_piece(piece);
     if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
     float logits[kFilled * kTile];
@@ -277,11 +277,11 @@ class RowView {
       source_.fill(tile, stop - tile, logits);
       pass_over({logits, DType::f32, (stop - tile) * kTile}, 0, stop - tile, tile);
     }
-    return {.shared = false};  // a base each
+    return {false, 0};  // a base each
   }
 
   // Tiles [begin, end) of `row` are those of this row from `offset` on.
-  TilePassResult pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
+  Summed pass_over(const Row& row, int64_t begin, int64_t end, int64_t offset) {
     float* level = space_.level.data() + offset;
     if (is_greedy(scale_)) {
       kernels_.tile_max(row, begin, end, level);
@@ -290,8 +290,7 @@ class RowView {
     // Nothing but the distribution's own logits will do for a base: those of these tiles, where the row is not the
     // distribution's.
     const float base = source_.plain() ? base_ : kernels_.estimate_max(row, begin, end);
-    const Summed summed = kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset);
-    return {summed.total, summed.shared};
+    return kernels_.tile_stats(row, scale_, base, begin, end, level, space_.weight.data() + offset);
   }
 
   Arrival first_of(const float* arrivals) const {
@@ -312,8 +311,11 @@ class RowView {
   }
 
   void finish_sampled() {
-    TilePassResult found;
-    for (const TileSpace::Piece& piece : space_.pieces) found.add(piece.result);
+    Summed found{true, 0};
+    for (const auto& [result] : space_.pieces) {
+      found.shared = found.shared && result.shared;
+      found.total += result.total;
+    }
     float base = base_;
     if (found.shared) {
       total_ = std::ldexp(double(found.total), -kFixedBits);

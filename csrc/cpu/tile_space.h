@@ -10,22 +10,11 @@
 
 namespace specdec {
 
-// What a pass over some tiles of a row found.
-struct TilePassResult {
-  FixedPoint total = 0;  // of their weights, if they
-  bool shared = true;    // are all sums from the row's base
-
-  void add(const TilePassResult& other) {
-    total += other.total;
-    shared = shared && other.shared;
-  }
-};
-
 // Per tile: its largest logit (greedy) or the base of its sum, its weight in a race, and when it arrives there; what
 // was found in each piece of the row; and what a search for a cutoff looks at.
 struct TileSpace {
   struct alignas(64) Piece {
-    TilePassResult result;
+    Summed result;
   };
 
   std::vector<float> level, weight, arrival, candidates;
