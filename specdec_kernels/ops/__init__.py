@@ -253,37 +253,27 @@ def verify_chain(
         cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
     vocab, device = target_logits.shape[-1], target_logits.device
     drafts = validate.drafts(
-        draft_tokens, vocab, device, draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position,
-        num_draft,
+        target_logits, batch, longest, "K", draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
+        position,
     )  # fmt: skip
+    if num_draft is not None:
+        num_draft = validate.tensor("num_draft", num_draft, validate.ID_DTYPES, "B", (batch,)).contiguous()
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits)
     adjustments = processing.adjustments(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
     scratch = None if workspace is None else workspaces.checked(workspace, batch, longest, vocab)
     validate.same_device(
-        "target_logits",
-        target_logits,
-        draft_tokens=draft_tokens,
-        draft_logits=drafts.logits,
-        draft_stats=drafts.stats,
-        draft_to_target=target_to_draft,
-        draft_temperature=drafts.temperatures,
-        seed=drafts.seed,
-        position=drafts.position,
-        num_draft=drafts.num_draft,
-        cu_rows=cu_rows,
-        sampling=sampling,
-        bitmask=mask,
-        workspace=scratch,
-    )
+        "target_logits", target_logits, draft_tokens=draft_tokens, num_draft=num_draft, cu_rows=cu_rows,
+        sampling=sampling, bitmask=mask, workspace=scratch,
+    )  # fmt: skip
     verify = function("verify_chain", backend, device)
-    arguments = (target_logits, draft_tokens, *drafts, cu_rows, sampling,
+    arguments = (target_logits, draft_tokens, *drafts, num_draft, cu_rows, sampling,
                  *scalars, mask, *adjustments, _RULES[rule], logprobs, count_independent, scratch)  # fmt: skip
     try:
         return Verified(*verify(*arguments))
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI
         if device.type == "cpu":
-            check_ids(draft_tokens, drafts.num_draft, cu_rows, vocab)
+            check_ids(draft_tokens, num_draft, cu_rows, vocab)
         raise
 
 

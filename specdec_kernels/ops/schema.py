@@ -44,53 +44,38 @@ _SCHEMAS = {
 }
 
 
+def _made(like: Tensor, *results: tuple[tuple[int, ...], torch.dtype]) -> tuple[Tensor, ...]:
+    """Results of these shapes and dtypes."""
+    return tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in results)
+
+
 def _fake_verify_chain(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _rule, logprobs, _independent, _workspace = rest[-4:]
-    return _fake_verified(draft_tokens, logprobs)
-
-
-def _fake_verified(draft_tokens: Tensor, logprobs: bool) -> tuple[Tensor, ...]:
     batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     scores = (batch, rows) if logprobs else (0,)
-    return (
-        draft_tokens.new_empty((batch, rows), dtype=torch.int64),
-        draft_tokens.new_empty((batch,), dtype=torch.int32),
-        draft_tokens.new_empty((batch,), dtype=torch.bool),
-        draft_tokens.new_empty((batch, 2), dtype=torch.int32),
-        draft_tokens.new_empty(scores, dtype=torch.float32),
-        draft_tokens.new_empty(scores, dtype=torch.float32),
-    )
-
-
-def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    return (
-        logits.new_empty((rows,), dtype=torch.int64),
-        logits.new_empty((rows,), dtype=torch.float32),
-        logits.new_empty((rows, 3), dtype=torch.float32),
-    )
+    return _made(
+        target_logits, ((batch, rows), torch.int64), ((batch,), torch.int32), ((batch,), torch.bool),
+        ((batch, 2), torch.int32), (scores, torch.float32), (scores, torch.float32),
+    )  # fmt: skip
 
 
 def _fake_verify_tree(target_logits: Tensor, draft_tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = tuple(draft_tokens.shape)
     scores = shape if rest[-1] else (0,)
-    return (
-        target_logits.new_empty(shape, dtype=torch.int64),
-        target_logits.new_empty(shape, dtype=torch.int32),
-        target_logits.new_empty(shape[:1], dtype=torch.int32),
-        target_logits.new_empty(shape[:1], dtype=torch.bool),
-        target_logits.new_empty(scores, dtype=torch.float32),
-        target_logits.new_empty(scores, dtype=torch.float32),
-    )
+    return _made(
+        target_logits, (shape, torch.int64), (shape, torch.int32), (shape[:1], torch.int32), (shape[:1], torch.bool),
+        (scores, torch.float32), (scores, torch.float32),
+    )  # fmt: skip
 
 
-def _fake_sample_children(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
+    rows = logits.shape[0]
+    return _made(logits, ((rows,), torch.int64), ((rows,), torch.float32), ((rows, 3), torch.float32))
+
+
+def _fake_sample_children(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     rows, count = logits.shape[0], rest[-2]
-    return (
-        logits.new_empty((rows, count), dtype=torch.int64),
-        logits.new_empty((rows, count), dtype=torch.float32),
-        logits.new_empty((rows, 3), dtype=torch.float32),
-    )
+    return _made(logits, ((rows, count), torch.int64), ((rows, count), torch.float32), ((rows, 3), torch.float32))
 
 
 def _fake_noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: int) -> Tensor:

@@ -239,33 +239,20 @@ def verify_tree(
     target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
     vocab, device = target_logits.shape[-1], target_logits.device
     tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
-    draft_logits = validate.draft_logits(draft_logits, target_to_draft, "N", (batch, nodes, vocab))
-    draft_stats = validate.stats(draft_stats, draft_logits, "B, N, 3", (batch, nodes, 3))
-    temperatures, heat = validate.one_or_each(draft_temperature, 1.0)
-    seed = validate.integers("seed", seed, batch, "B", device)
-    position = validate.integers("position", position, batch, "B", device)
+    drafts = validate.drafts(
+        target_logits, batch, nodes, "N", draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position
+    )
     sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
     mask = processing.bitmask(bitmask, target_logits, "N")
     adjustments = processing.adjustments(penalties, logit_bias, tokens, target_logits, batch, "B")
     validate.same_device(
-        "target_logits",
-        target_logits,
-        draft_tokens=tokens,
-        parents=tree,
-        draft_logits=draft_logits,
-        draft_stats=draft_stats,
-        draft_to_target=target_to_draft,
-        draft_temperature=temperatures,
-        seed=seed,
-        position=position,
-        sampling=sampling,
-        bitmask=mask,
+        "target_logits", target_logits, draft_tokens=tokens, parents=tree, sampling=sampling, bitmask=mask
     )
     tokens = checked_tokens(tokens, tree, vocab)
     verify = function("verify_tree", backend, device)
     return VerifiedTree(
-        *verify(target_logits, tokens, tree, draft_logits, draft_stats, target_to_draft, temperatures, heat, seed,
-                position, sampling, *scalars, mask, *adjustments, _RULES[rule], siblings == "iid", logprobs)
+        *verify(target_logits, tokens, tree, *drafts, sampling, *scalars, mask, *adjustments, _RULES[rule],
+                siblings == "iid", logprobs)
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def filters(top_k: Any, top_p: Any, min_p: Any) -> tuple[Any, Any, Any]:
 
 
 class Drafts(NamedTuple):
-    """What is known of the drafts of chains, beside the tokens; and what noise is keyed on."""
+    """What is known of drafts beside the tokens, and what noise is keyed on: in the order of the operators."""
 
     logits: Tensor | None
     stats: Tensor | None
@@ -124,36 +124,29 @@ class Drafts(NamedTuple):
     temperature: float
     seed: Tensor
     position: Tensor
-    num_draft: Tensor | None
-
-
-def draft_logits(
-    value: object, target_to_draft: Tensor | None, rows: str, shape: tuple[int, int, int]
-) -> Tensor | None:
-    """Rows that drafts were drawn from, as wide as the target's or, with a table of its ids, as the drafter's own."""
-    if value is None:
-        return None
-    if target_to_draft is None:
-        return logits("draft_logits", value, f"B, {rows}, V", shape)
-    return logits("draft_logits", value, f"B, {rows}, Vd", (*shape[:2], None))
 
 
 def drafts(
-    tokens: Tensor, vocab: int, device: torch.device, rows: object, draft_stats: object,
-    target_to_draft: Tensor | None, heat: object, seed: object, position: object, num_draft: object,
+    target_logits: Tensor, batch: int, count: int, dim: str, rows: object, draft_stats: object,
+    target_to_draft: Tensor | None, heat: object, seed: object, position: object,
 ) -> Drafts:  # fmt: skip
-    """The same, checked; ``device`` is where ints are made tensors."""
-    batch, longest = tokens.shape
-    checked = draft_logits(rows, target_to_draft, "K", (batch, longest, vocab))
-    return Drafts(
+    """The same, checked: ``count`` rows a request, as wide as the target's or, with a table of its ids, as the
+    drafter's own."""
+    width, vocab = ("V", target_logits.shape[-1]) if target_to_draft is None else ("Vd", None)
+    checked = None if rows is None else logits("draft_logits", rows, f"B, {dim}, {width}", (batch, count, vocab))
+    made = Drafts(
         checked,
-        stats(draft_stats, checked, "B, K, 3", (batch, longest, 3)),
+        stats(draft_stats, checked, f"B, {dim}, 3", (batch, count, 3)),
         target_to_draft,
         *one_or_each(heat, 1.0),
-        integers("seed", seed, batch, "B", device),
-        integers("position", position, batch, "B", device),
-        None if num_draft is None else tensor("num_draft", num_draft, ID_DTYPES, "B", (batch,)).contiguous(),
+        integers("seed", seed, batch, "B", target_logits.device),
+        integers("position", position, batch, "B", target_logits.device),
     )
+    same_device(
+        "target_logits", target_logits, draft_logits=checked, draft_stats=made.stats, draft_to_target=target_to_draft,
+        draft_temperature=made.temperatures, seed=made.seed, position=made.position,
+    )  # fmt: skip
+    return made
 
 
 def stats(value: object, draft_logits: Tensor | None, dims: str, shape: tuple[int, ...]) -> Tensor | None:
