@@ -110,11 +110,7 @@ def adjustments(
 ) -> Adjustments:
     """(ids int32 [B, M], counts int32 [B, M, 2] in prompt and output, bias float32 [B, M], penalties float32 [B, 3]).
 
-    ``ids`` ascend, those behind the last hold the size of the vocabulary.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
+    ``ids`` ascend, those behind the last hold the size of the vocabulary."""
     if penalties is None and bias is None:
         return NO_ADJUSTMENTS
     vocab, device = logits.shape[-1], logits.device
@@ -146,11 +142,7 @@ def adjustments(
 
 
 def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | None:
-    """A mask of allowed tokens, one bit each, for every row of ``logits [R, V]`` or ``[B, rows, V]``.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
+    """A mask of allowed tokens, one bit each, for every row of ``logits [R, V]`` or ``[B, rows, V]``."""
     if value is None:
         return None
     *rows, vocab = logits.shape
@@ -172,11 +164,7 @@ def row_arguments(
     penalties: Penalties | None,
     bias: LogitBias | None,
 ) -> tuple[Any, ...]:
-    """What a draw from rows ``logits [R, V]``, with a table ``[R, Vd]``, takes, checked and in the operators' order.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
+    """What a draw from rows ``logits [R, V]``, with a table ``[R, Vd]``, takes, checked and in the operators' order."""
     rows = validate.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd", (None, None))
     # Whose width is the target's; nothing else of it is looked at.
     wide = rows if target_to_draft is None else rows[:, :1].expand(-1, len(target_to_draft))

@@ -7,7 +7,7 @@ node is an earlier one. A request with fewer nodes ends with -1. A chain of K dr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ FormatName = Literal[
     "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed"
 ]
 
-FORMATS: tuple[FormatName, ...] = (
-    "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed",
-)  # fmt: skip
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 _CONTEXT_FORMATS = ("flashinfer", "sglang_full")
 _NARROW_FORMATS = ("packed", "sglang_qlen_only", "sglang_qlen_only_packed")
 
@@ -37,11 +35,7 @@ class TreeLinks(NamedTuple):
 
 def checked(parents: object) -> Tensor:
     """``parents`` as int64. On the CPU, where looking is free, a parent that is missing or no earlier node is an error;
-    elsewhere it ends the tree.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
+    elsewhere it ends the tree."""
     tree = validate.tensor("parents", parents, validate.ID_DTYPES, "B, N", (None, None)).long()
     nodes = tree.shape[1]
     if nodes == 0:
@@ -88,9 +82,6 @@ def tree_positions(parents: Tensor) -> Tensor:
         [[0, 1, 1, 2, 3, -1]]
     """
     tree = checked(parents)
-    if tree.is_cpu and not torch.compiler.is_compiling():
-        depths = [_depths(row) for row in tree.tolist()]
-        return torch.tensor(depths, dtype=torch.int32, device=tree.device).reshape(tree.shape)
     live = live_nodes(tree)
     up = torch.where(live, tree, -1).clamp(min=0)
     depth = (live & (tree >= 0)).long()
@@ -98,14 +89,6 @@ def tree_positions(parents: Tensor) -> Tensor:
         depth = depth + depth.gather(1, up)
         up = up.gather(1, up)
     return torch.where(live, depth, -1).int()
-
-
-def _depths(parents: list[int]) -> list[int]:
-    """Of a tree that was checked; a list, as above."""
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1 if parent >= 0 else -1)
-    return depths
 
 
 def tree_links(parents: Tensor) -> TreeLinks:
@@ -158,8 +141,7 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
         >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), 2).tolist()
         [[[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]]
     """
-    if not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"depth must be an int and not negative, got {depth!r}")
+    validate.whole("depth", depth, 0)
     tree = checked(parents)
     batch, nodes = tree.shape
     position = tree_positions(tree).long()
@@ -258,8 +240,7 @@ def _context(
     validate.same_device("parents", tree, context_lens=lens)
     if max_context is None:
         max_context = max(0, int(lens.max())) if len(lens) else 0
-    if not isinstance(max_context, int) or max_context < 0:
-        raise ValueError(f"max_context must be an int and not negative, got {max_context!r}")
+    validate.whole("max_context", max_context, 0)
     if lens.is_cpu and not torch.compiler.is_compiling() and ((lens < 0) | (lens > max_context)).any():
         raise ValueError(f"context_lens must be in [0, {max_context}], got {lens.tolist()}")
     return lens.clamp(0, max_context), max_context

@@ -48,26 +48,15 @@ def _matches(actual: torch.Size, shape: tuple[int | None, ...]) -> bool:
     return True
 
 
-def rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str, shape: tuple[int | None, ...]) -> Tensor:
-    """Rows that are contiguous, a stride of any size apart."""
-    checked = tensor(name, value, dtypes, dims, shape)
-    if checked.stride(-1) != 1 and checked.shape[-1] > 1:
-        along = "the vocabulary" if dims.endswith("V") else dims[-1]
-        raise ValueError(f"{name} must be contiguous along {along} (stride 1), got strides {list(checked.stride())}")
-    return checked
-
-
 def logits(name: str, value: object, dims: str, shape: tuple[int | None, ...]) -> Tensor:
     """Logits: float, at least one column, the vocabulary contiguous; rows may have any stride."""
-    checked = rows(name, value, LOGIT_DTYPES, dims, shape)
-    some_tokens(name, checked, checked.shape[-1])
+    checked = tensor(name, value, LOGIT_DTYPES, dims, shape)
+    if checked.stride(-1) != 1 and checked.shape[-1] > 1:
+        strides = list(checked.stride())
+        raise ValueError(f"{name} must be contiguous along the vocabulary (stride 1), got strides {strides}")
+    if checked.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(checked)}")
     return checked
-
-
-def some_tokens(name: str, value: Tensor, vocab: int) -> None:
-    """There is something to draw."""
-    if vocab == 0:
-        raise ValueError(f"{name} must have a vocabulary of at least one token, got {describe(value)}")
 
 
 def draft_tokens(value: object) -> Tensor:

@@ -48,10 +48,8 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
 
 
-def checked(workspace: Tensor | None, batch: int, num_draft: int, vocab: int) -> Tensor | None:
+def checked(workspace: object, batch: int, num_draft: int, vocab: int) -> Tensor:
     """A workspace that is large enough."""
-    if workspace is None:
-        return None
     given = validate.tensor("workspace", workspace, (validate.BYTES,), "bytes", (None,))
     size = verify_chain_workspace(batch, num_draft, vocab)
     if given.shape[0] < size:

@@ -231,7 +231,7 @@ def test_bad_input(named, error, message):
 
 
 def test_bad_depth():
-    with pytest.raises(ValueError, match="depth must be an int and not negative, got -1"):
+    with pytest.raises(ValueError, match="depth must be at least 0, got -1"):
         tree_paths(TREE, -1)
     with pytest.raises(TypeError, match=r"packed must be int32 \[B, N, ceil\(N/32\)\], got int64"):
         tree_mask_mod(TREE)
