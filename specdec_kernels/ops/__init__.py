@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS, Rule
+from specdec_kernels.contract import Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
-from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
 from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
@@ -110,21 +110,12 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    target_to_draft = of_rows(draft_to_target, logits)
-    if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
-        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
-            row = torch.full_like(seed, row)
-        made = call.sample(
-            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
-            bitmask, *NO_ADJUSTMENTS, coupled,
-        )  # fmt: skip
-        if made is not None:
-            return made
     validate.flags(coupled=coupled)
-    given = processing.row_arguments(
-        logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
-    )
-    return Sample(*function("sample", backend, given[0].device)(*given, coupled))
+    drawn = processing.draw(
+        "sample", logits, draft_to_target, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties,
+        logit_bias, backend, coupled,
+    )  # fmt: skip
+    return drawn if isinstance(drawn, Sample) else Sample(*drawn)
 
 
 def verify_chain(

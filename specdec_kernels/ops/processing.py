@@ -8,13 +8,16 @@ the size of the vocabulary is ever written, and no backend counts a text again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
+from specdec_kernels.ops.backends import function
+from specdec_kernels.ops.draft_vocabulary import of_rows
+from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, unique_ids
 
 
@@ -150,21 +153,23 @@ def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | N
     return validate.tensor("bitmask", value, (torch.int32,), dims, (*rows, -(-vocab // 32))).contiguous()
 
 
-def row_arguments(
-    logits: object,
-    target_to_draft: Tensor | None,
-    seed: object,
-    position: object,
-    row: object,
-    temperature: object,
-    top_k: object,
-    top_p: object,
-    min_p: object,
-    mask: object,
-    penalties: Penalties | None,
-    bias: LogitBias | None,
-) -> tuple[Any, ...]:
-    """What a draw from rows ``logits [R, V]``, with a table ``[R, Vd]``, takes, checked and in the operators' order."""
+def draw(
+    op: str, logits: object, draft_to_target: object, seed: object, position: object, row: object,
+    temperature: object, top_k: object, top_p: object, min_p: object, mask: object, penalties: Penalties | None,
+    bias: LogitBias | None, backend: str | None, *own: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What an operator that draws from rows ``logits [R, V]``, with a table ``[R, Vd]``, gives; ``own`` are its
+    arguments behind those that all of them have."""
+    target_to_draft = of_rows(draft_to_target, logits)
+    if penalties is None and bias is None and (call := find_fast_path(backend, logits)) is not None:
+        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
+            row = torch.full_like(seed, row)
+        made: tuple[Tensor, ...] | None = getattr(call, op)(
+            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
+            mask, *NO_ADJUSTMENTS, *own,
+        )  # fmt: skip
+        if made is not None:
+            return made
     rows = validate.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd", (None, None))
     # Whose width is the target's; nothing else of it is looked at.
     wide = rows if target_to_draft is None else rows[:, :1].expand(-1, len(target_to_draft))
@@ -187,4 +192,7 @@ def row_arguments(
         "logits", rows, draft_to_target=target_to_draft, seed=keys[0], position=keys[1], row=keys[2],
         sampling=sampling, bitmask=allowed,
     )  # fmt: skip
-    return rows, target_to_draft, *keys, sampling, *scalars, allowed, *changes
+    drawn: tuple[Tensor, ...] = function(op, backend, device)(
+        rows, target_to_draft, *keys, sampling, *scalars, allowed, *changes, *own
+    )
+    return drawn

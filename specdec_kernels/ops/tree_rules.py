@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
-from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts, of_rows
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
 from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
@@ -94,20 +94,11 @@ def sample_children(
     if method not in _CHILDREN:
         raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
     validate.whole("count", count, 1, MAX_ROWS)
-    target_to_draft = of_rows(draft_to_target, logits)
-    if penalties is None and logit_bias is None and (call := find_fast_path(backend, logits)) is not None:
-        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
-            row = torch.full_like(seed, row)
-        made = call.sample_children(
-            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
-            bitmask, *NO_ADJUSTMENTS, count, _CHILDREN[method],
-        )  # fmt: skip
-        if made is not None:
-            return made
-    given = processing.row_arguments(
-        logits, target_to_draft, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias
-    )
-    return DrawnChildren(*function("sample_children", backend, given[0].device)(*given, count, _CHILDREN[method]))
+    drawn = processing.draw(
+        "sample_children", logits, draft_to_target, seed, position, row, temperature, top_k, top_p, min_p, bitmask,
+        penalties, logit_bias, backend, count, _CHILDREN[method],
+    )  # fmt: skip
+    return drawn if isinstance(drawn, DrawnChildren) else DrawnChildren(*drawn)
 
 
 def verify_tree(
