@@ -53,7 +53,7 @@ class Sampling(NamedTuple):
 
 
 class Distributions(NamedTuple):
-    """Laws of rows ``[..., V]``."""
+    """Distributions of rows ``[..., V]``."""
 
     probs: Tensor
     """float64, nan where the row is not valid."""
@@ -189,9 +189,9 @@ def plain(logits: Tensor) -> Distributions:
     return distributions(logits.double(), Sampling.plain(one))
 
 
-def draft_laws(logits: Tensor, stats: Tensor | None, temperature: Tensor, tokens: Tensor) -> Tensor:
-    """The laws ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows at a temperature ``[...]``, or
-    by their scalars; greedily the point mass on the token; not finite at the token where they are not usable."""
+def draft_distributions(logits: Tensor, stats: Tensor | None, temperature: Tensor, tokens: Tensor) -> Tensor:
+    """The distributions ``[..., V]`` that ``tokens [...]`` were drawn from: softmax of the rows at a temperature
+    ``[...]``, or by their scalars; greedily the point mass on the token; not finite there where they are not usable."""
     if stats is None:
         scale = scale_of(temperature)
         probs = distributions(logits.double(), Sampling.plain(scale)).probs

@@ -36,7 +36,7 @@ def noise_words(seed: Tensor, position: Tensor, tag: Tensor | int, first: int, c
     return torch.stack(c, -1).reshape(rows, 4 * counters)
 
 
-def coins(seed: Tensor, position: Tensor, row: Tensor) -> Tensor:
+def uniforms(seed: Tensor, position: Tensor, row: Tensor) -> Tensor:
     """The uniform in [0, 1) that decides on acceptance: float64 ``[R]``, 53 bits."""
     words = noise_words(seed, position, Purpose.ACCEPT | row << 16, 0, 1)
     return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53

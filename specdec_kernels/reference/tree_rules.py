@@ -13,7 +13,7 @@ from specdec_kernels.reference.distributions import (
     Distributions,
     Sampling,
     distributions,
-    draft_laws,
+    draft_distributions,
     draft_temperatures_of,
     flat_race,
     largest_finite,
@@ -26,7 +26,7 @@ from specdec_kernels.reference.distributions import (
     token_logprobs,
     two_level_race,
 )
-from specdec_kernels.reference.noise import coins
+from specdec_kernels.reference.noise import uniforms
 from specdec_kernels.reference.trees import attends, live_nodes
 
 
@@ -51,12 +51,12 @@ def sample_children(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
     logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
-    law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
-    greedy = law.scale.isinf()
-    weights = law.probs.nan_to_num(0.0)
+    distribution = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
+    greedy = distribution.scale.isinf()
+    weights = distribution.probs.nan_to_num(0.0)
     if how == Children.RACE:
         weights = weights.masked_fill(weights < NOTHING_LEFT, 0.0)
-    kept = torch.where(greedy[:, None], weights > 0, logits.isfinite() & (logits >= law.cutoff[:, None]))
+    kept = torch.where(greedy[:, None], weights > 0, logits.isfinite() & (logits >= distribution.cutoff[:, None]))
     tokens = torch.full((logits.shape[0], count), -1, dtype=torch.int64, device=logits.device)
     for child in range(count):
         left = kept.any(-1) if how == Children.TOP else weights.sum(-1) >= NOTHING_LEFT
@@ -70,28 +70,30 @@ def sample_children(
         if how != Children.IID:
             weights = weights.scatter(1, drawn[:, None], 0.0)
             kept = kept.scatter(1, drawn[:, None], False)
-    score = law.scale[:, None] * logits.gather(1, tokens.clamp(min=0)) - law.logsumexp[:, None]
-    logprobs = torch.where(greedy[:, None], 0.0, score).masked_fill((tokens < 0) | ~law.valid[:, None], torch.nan)
+    score = distribution.scale[:, None] * logits.gather(1, tokens.clamp(min=0)) - distribution.logsumexp[:, None]
+    logprobs = torch.where(greedy[:, None], 0.0, score).masked_fill(
+        (tokens < 0) | ~distribution.valid[:, None], torch.nan
+    )
     unusable = torch.full_like(tokens, -1)
     unusable[:, :1] = largest_finite(logits)[:, None]
-    tokens = torch.where(law.valid[:, None], tokens, unusable)
-    return tokens, logprobs.float(), law.stats
+    tokens = torch.where(distribution.valid[:, None], tokens, unusable)
+    return tokens, logprobs.float(), distribution.stats
 
 
 class _Trees(NamedTuple):
     """Everything the rules decide by."""
 
     target: Distributions
-    child_laws: Tensor
+    child_distributions: Tensor
     """float64 [B, N, V]: what each node was drawn from, given its earlier siblings."""
     usable: Tensor
-    """bool [B, N]: whether the laws of all children of a node are."""
+    """bool [B, N]: whether the distributions of all children of a node are."""
     tokens: Tensor
     parents: Tensor
     """int64 [B, N]: -1 for what is no node, and for the root."""
     parental: Tensor
     """bool [B, N]: which nodes have children."""
-    coins: Tensor
+    uniforms: Tensor
     seed: Tensor
     position: Tensor
 
@@ -111,7 +113,7 @@ class _Decision(NamedTuple):
     """bool [B]: the rows that were looked at were usable."""
 
 
-def _child_laws(
+def _child_distributions(
     rows: Tensor | None,
     stats: Tensor | None,
     temperature: Tensor,
@@ -125,26 +127,26 @@ def _child_laws(
         return point_mass(tokens, vocab)
     up = parents.clamp(min=0)[..., None]
     own = None if stats is None else stats.gather(1, up.expand(-1, -1, 3))
-    laws = draft_laws(rows.gather(1, up.expand(-1, -1, vocab)), own, temperature, tokens)
+    draft_probs = draft_distributions(rows.gather(1, up.expand(-1, -1, vocab)), own, temperature, tokens)
     if replacement:
-        return laws
+        return draft_probs
     certain = (scale_of(temperature) if own is None else own[..., 0]).isinf()
     for node in range(2, tokens.shape[1]):
         earlier = parents[:, 1:node] == parents[:, node, None]
-        taken = torch.zeros_like(laws[:, node], dtype=torch.int64)
+        taken = torch.zeros_like(draft_probs[:, node], dtype=torch.int64)
         taken = taken.scatter_add(1, tokens[:, 1:node], earlier.long()) > 0
-        left = laws[:, node].masked_fill(taken, 0.0)
+        left = draft_probs[:, node].masked_fill(taken, 0.0)
         total = left.sum(-1, keepdim=True)
         left = torch.where(total < NOTHING_LEFT, 0.0, left / total)
-        laws[:, node] = torch.where((taken.any(-1) & ~certain[:, node])[:, None], left, laws[:, node])
-    return laws
+        draft_probs[:, node] = torch.where((taken.any(-1) & ~certain[:, node])[:, None], left, draft_probs[:, node])
+    return draft_probs
 
 
-def _without(law: Tensor, reach: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
-    """``(reach * law - draft)+`` normalised, [B, V], and the chance of the node without this child, [B]."""
-    weights = (reach[:, None] * law - draft).nan_to_num(0.0).clamp(min=0.0)
+def _without(target: Tensor, path_prob: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """``(path_prob * target - draft)+`` normalised, [B, V], and the chance of the node without this child, [B]."""
+    weights = (path_prob[:, None] * target - draft).nan_to_num(0.0).clamp(min=0.0)
     total = weights.sum(-1)
-    after = torch.where(total == 0, torch.where(reach == 1, reach, 0.0), total / (total + 1 - reach))
+    after = torch.where(total == 0, torch.where(path_prob == 1, path_prob, 0.0), total / (total + 1 - path_prob))
     return torch.where(total[:, None] > 0, weights / total[:, None], weights), after
 
 
@@ -176,9 +178,9 @@ def _recursive(trees: _Trees) -> _Decision:
     one = torch.ones_like(trees.seed, dtype=torch.float64)
     for child in range(1, probs.shape[1]):
         here = (trees.parents[:, child] == at) & usable[trees.requests, at]
-        index, law = trees.tokens[:, child, None], trees.child_laws[:, child]
-        accepted = here & (trees.coins[:, child] * law.gather(1, index)[:, 0] < left.gather(1, index)[:, 0])
-        rest = torch.where(here[:, None], _without(left, one, law)[0], left)
+        index, draft = trees.tokens[:, child, None], trees.child_distributions[:, child]
+        accepted = here & (trees.uniforms[:, child] * draft.gather(1, index)[:, 0] < left.gather(1, index)[:, 0])
+        rest = torch.where(here[:, None], _without(left, one, draft)[0], left)
         at = torch.where(accepted, child, at)
         left = torch.where(accepted[:, None], probs[:, child], rest)
     return _Decision(at, _emit(trees, at, left), usable[trees.requests, at] | ~trees.parental[trees.requests, at])
@@ -194,31 +196,31 @@ def _emit(trees: _Trees, at: Tensor, left: Tensor) -> Tensor:
 
 def _traversal(trees: _Trees) -> _Decision:
     """Bottom-up, arXiv:2505.12398. What a node's chance is once its children were rejected depends on the drafts alone,
-    so all of them come first; the first node in post-order whose coin is below it is accepted."""
+    so all of them come first; the first node in post-order whose uniform is below it is accepted."""
     nodes = trees.tokens.shape[1]
     left = trees.target.probs.nan_to_num(0.0)
     usable = trees.usable & trees.target.valid
-    reach = torch.ones_like(trees.coins)
-    keep = reach.clone()
+    path_prob = torch.ones_like(trees.uniforms)
+    keep = path_prob.clone()
     for child in range(1, nodes):
         up = trees.parents[:, child].clamp(min=0)
-        here = (trees.parents[:, child] >= 0) & usable[trees.requests, up] & (reach[trees.requests, up] > 0)
-        index, law = trees.tokens[:, child, None], trees.child_laws[:, child]
+        here = (trees.parents[:, child] >= 0) & usable[trees.requests, up] & (path_prob[trees.requests, up] > 0)
+        index, draft = trees.tokens[:, child, None], trees.child_distributions[:, child]
         own, chance = left[trees.requests, up], keep[trees.requests, up]
         prob = own.gather(1, index)[:, 0]
         # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
-        below = torch.where(prob > 0, (chance * prob / law.gather(1, index)[:, 0]).clamp(max=1.0), 0.0)
-        reach[:, child] = keep[:, child] = torch.where(here, below, 0.0)
-        rest, after = _without(own, chance, law)
+        below = torch.where(prob > 0, (chance * prob / draft.gather(1, index)[:, 0]).clamp(max=1.0), 0.0)
+        path_prob[:, child] = keep[:, child] = torch.where(here, below, 0.0)
+        rest, after = _without(own, chance, draft)
         left[trees.requests, up] = torch.where(here[:, None], rest, own)
         keep[trees.requests, up] = torch.where(here, after, chance)
-    found = torch.where(trees.coins < keep, torch.arange(nodes, device=keep.device), -1)
+    found = torch.where(trees.uniforms < keep, torch.arange(nodes, device=keep.device), -1)
     found[:, 0] = 0
     for child in range(nodes - 1, 0, -1):  # the first sibling comes last, and stays
         up = trees.parents[:, child].clamp(min=0)
         success = (trees.parents[:, child] >= 0) & (found[:, child] >= 0)
         found[trees.requests, up] = torch.where(success, found[:, child], found[trees.requests, up])
-    visited = reach > 0
+    visited = path_prob > 0
     going_on = torch.ones_like(visited)  # no earlier child accepted
     for child in range(1, nodes):
         up = trees.parents[:, child].clamp(min=0)
@@ -256,7 +258,7 @@ def verify_tree(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, nodes = draft_tokens.shape
     vocab, device = target_logits.shape[-1], target_logits.device
-    law = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
+    parameters = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
     index = torch.arange(nodes, device=device).expand(batch, nodes)
     inside = (draft_tokens >= 0) & (draft_tokens < vocab)
     live = live_nodes(parents)
@@ -268,21 +270,21 @@ def verify_tree(
     logits = processed(
         target_logits, tokens, before, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask
     )
-    target = distributions(logits, law.repeated(nodes))
+    target = distributions(logits, parameters.repeated(nodes))
 
     if rule in (TreeRule.WALK, TreeRule.COUPLED):
         draft_logits = draft_stats = None
     if draft_logits is not None:
         draft_logits = rows_of_target(draft_logits, target_to_draft)
     heat = draft_temperatures_of(draft_temperatures, draft_temperature, tokens)
-    laws = _child_laws(draft_logits, draft_stats, heat, tokens, up, replacement, vocab)
-    greedy = law.scale.isinf()
-    laws = torch.where(greedy[:, None, None], point_mass(tokens, vocab), laws)
-    broken = (up >= 0) & ~laws.gather(-1, tokens[..., None])[..., 0].isfinite()
+    draft_probs = _child_distributions(draft_logits, draft_stats, heat, tokens, up, replacement, vocab)
+    greedy = parameters.scale.isinf()
+    draft_probs = torch.where(greedy[:, None, None], point_mass(tokens, vocab), draft_probs)
+    broken = (up >= 0) & ~draft_probs.gather(-1, tokens[..., None])[..., 0].isfinite()
     usable = ~torch.zeros_like(broken).scatter_add(1, up.clamp(min=0), broken)
     parental = torch.zeros_like(broken).scatter_add(1, up.clamp(min=0), up >= 0)
-    u = torch.stack([coins(seed, position, (index[:, i] - 1).clamp(min=0)) for i in range(nodes)], 1)
-    trees = _Trees(target, laws, usable, tokens, up, parental, u, seed, position)
+    u = torch.stack([uniforms(seed, position, (index[:, i] - 1).clamp(min=0)) for i in range(nodes)], 1)
+    trees = _Trees(target, draft_probs, usable, tokens, up, parental, u, seed, position)
 
     if rule == TreeRule.RECURSIVE:
         decision = _recursive(trees)

@@ -14,7 +14,7 @@ from specdec_kernels.reference.distributions import (
     Distributions,
     Sampling,
     distributions,
-    draft_laws,
+    draft_distributions,
     draft_temperatures_of,
     flat_race,
     largest_finite,
@@ -26,7 +26,7 @@ from specdec_kernels.reference.distributions import (
     token_logprobs,
     two_level_race,
 )
-from specdec_kernels.reference.noise import coins
+from specdec_kernels.reference.noise import uniforms
 
 
 def sample(
@@ -49,27 +49,27 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
     logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
-    law = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
-    weights = law.probs.nan_to_num(0.0)
+    distribution = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
+    weights = distribution.probs.nan_to_num(0.0)
     if coupled:
-        greedy = law.probs.argmax(-1)
-        tokens = torch.where(law.scale.isinf(), greedy, flat_race(weights, seed, position + row))
+        greedy = distribution.probs.argmax(-1)
+        tokens = torch.where(distribution.scale.isinf(), greedy, flat_race(weights, seed, position + row))
     else:
         tokens = two_level_race(weights, seed, position, Purpose.DRAFT, row)
-    tokens = torch.where(law.valid, tokens, largest_finite(logits))
-    logprobs = law.probs.gather(-1, tokens[:, None])[:, 0].log()
-    return tokens, logprobs.float(), law.stats
+    tokens = torch.where(distribution.valid, tokens, largest_finite(logits))
+    logprobs = distribution.probs.gather(-1, tokens[:, None])[:, 0].log()
+    return tokens, logprobs.float(), distribution.stats
 
 
 def _draft_probs(
     vocab: int, drafted: Tensor, logits: Tensor | None, stats: Tensor | None, temperature: Tensor, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The laws ``[B, K, V]`` the drafts were drawn from, and whether each is usable."""
+    """The distributions ``[B, K, V]`` the drafts were drawn from, and whether each is usable."""
     certain = point_mass(drafted, vocab)
     if logits is None:
         return certain, torch.ones_like(drafted, dtype=torch.bool)
-    probs = draft_laws(logits, stats, temperature, drafted)
-    # A greedy target accepts its argmax and emits its argmax, whatever the draft's law.
+    probs = draft_distributions(logits, stats, temperature, drafted)
+    # A greedy target accepts its argmax and draws its argmax, whatever the draft's distribution.
     probs = torch.where(greedy[:, None, None], certain, probs)
     return probs, probs.gather(-1, drafted[..., None])[..., 0].isfinite()
 
@@ -100,7 +100,7 @@ class _Chains(NamedTuple):
     draft_valid: Tensor
     drafted: Tensor
     lengths: Tensor
-    coins: Tensor
+    uniforms: Tensor
     seed: Tensor
     position: Tensor
 
@@ -113,7 +113,7 @@ class _Chains(NamedTuple):
         """bool [B, K]: the token rule's test of each draft; strict: what the target excludes is never accepted."""
         index = self.drafted[..., None]
         target, draft = self.target.probs[:, :-1].gather(-1, index), self.draft.gather(-1, index)
-        return self.live & self.draft_valid & (self.coins * draft[..., 0] < target[..., 0])
+        return self.live & self.draft_valid & (self.uniforms * draft[..., 0] < target[..., 0])
 
     def coupled(self) -> Tensor:
         """int64 [B, K+1]: what the target draws after each draft; the rows are races of their own."""
@@ -128,7 +128,7 @@ class _Decision(NamedTuple):
 
     accepted: Tensor
     factor: Tensor
-    """float64 [B]: the emitted token is drawn from (factor * target - draft)+ ..."""
+    """float64 [B]: the recovered or bonus token is drawn from (factor * target - draft)+ ..."""
     use_residual: Tensor
     """bool [B]: ... where this holds, else from the target."""
     read_valid: Tensor
@@ -153,25 +153,25 @@ def _block_rule(chains: _Chains) -> _Decision:
     # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
     ratio = torch.where(prob == 0, 0.0, prob / chains.draft.gather(-1, index)[..., 0])
     usable = chains.target.valid[:, :-1] & chains.draft_valid
-    reach = [torch.ones_like(chains.lengths, dtype=torch.float64)]
+    path_prob = [torch.ones_like(chains.lengths, dtype=torch.float64)]
     looking = torch.ones_like(chains.lengths, dtype=torch.bool)
     looked_at, read_valid = torch.zeros_like(chains.lengths), looking
     for i in range(chains.drafted.shape[1]):
-        looking = looking & chains.live[:, i] & (reach[-1] > 0)
+        looking = looking & chains.live[:, i] & (path_prob[-1] > 0)
         read_valid = read_valid & (usable[:, i] | ~looking)
         looking = looking & usable[:, i]
-        reach.append(torch.where(looking, (reach[-1] * ratio[:, i]).clamp(max=1.0), reach[-1]))
+        path_prob.append(torch.where(looking, (path_prob[-1] * ratio[:, i]).clamp(max=1.0), path_prob[-1]))
         looked_at = looked_at + looking
     accepted = torch.zeros_like(looked_at)
     for row in range(chains.drafted.shape[1], 0, -1):
-        keep = reach[row]
+        keep = path_prob[row]
         if row < chains.drafted.shape[1]:
             rest = (keep[:, None] * target[:, row] - chains.draft[:, row]).nan_to_num(0.0).clamp(min=0.0).sum(-1)
             inside = torch.where(rest + 1 - keep == 0, 1.0, rest / (rest + 1 - keep))
             keep = torch.where(looked_at == row, keep, inside)
-        stays = (row <= looked_at) & (chains.coins[:, row - 1] < keep)
+        stays = (row <= looked_at) & (chains.uniforms[:, row - 1] < keep)
         accepted = torch.where((accepted == 0) & stays, row, accepted)
-    factor = torch.stack(reach, 1).gather(1, accepted[:, None])[:, 0]
+    factor = torch.stack(path_prob, 1).gather(1, accepted[:, None])[:, 0]
     return _Decision(accepted, factor, accepted < looked_at, read_valid)
 
 
@@ -244,7 +244,7 @@ def verify_chain(
         target_logits, room = _padded(target_logits, cu_rows, rows)
         bitmask = None if bitmask is None else _padded(bitmask, cu_rows, rows)[0]
         num_draft = room if num_draft is None else torch.minimum(num_draft.long(), room)
-    law = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
+    parameters = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
     drafted_tokens = draft_tokens.long().masked_fill(draft_tokens >= vocab, -1)
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)
@@ -256,10 +256,10 @@ def verify_chain(
     heat = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
     if draft_logits is not None:
         draft_logits = rows_of_target(draft_logits, target_to_draft)
-    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, heat, law.scale.isinf())
+    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, heat, parameters.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
-    u = torch.stack([coins(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()
-    target = distributions(logits, law.repeated(rows))
+    u = torch.stack([uniforms(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()
+    target = distributions(logits, parameters.repeated(rows))
     chains = _Chains(target, draft, draft_valid, drafted, lengths, u, seed, position)
 
     draws = chains.coupled() if rule == Rule.COUPLED else None
