@@ -64,6 +64,8 @@ def layer_kinds(config: Any) -> list[Kind]:
         ValueError: a layer keeps something else than keys and values, or states alone.
     """
     layers, known = DynamicCache(config=config).layers, (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+    if isinstance(count := getattr(config, "num_decoder_layers", None), int):  # T5's, where the encoder has others
+        layers = (layers * count)[:count]
     if others := {type(layer).__name__ for layer in layers if type(layer) not in known}:
         raise ValueError(f"model must have layers of keys and values, or of states, got {sorted(others)}")
     text = config.get_text_config(decoder=True)
@@ -114,6 +116,12 @@ class Columns:
             return self.live
         return torch.ones((len(self.lengths), self.used), dtype=torch.bool, device=self._device)
 
+    def positions(self, count: int) -> Tensor:
+        """int64 [B, S]: of the first columns; of one that holds no token, any."""
+        # A column's position is the number of tokens before it.
+        dropped = to_device(self.dropped, torch.int64, self._device)[:, None]
+        return dropped + self.mask()[:, :count].long().cumsum(1) - 1
+
     def attended(self, start: int, queries: Tensor, new: Tensor, keys: Tensor) -> Tensor:
         """bool [B, 1, R, start + T]: which columns rows at positions ``queries [B, R]`` attend to: of the first ones
         all that hold a token, and of the T behind them, at positions ``keys [B, T]``, those of ``new [1 or B, R, T]``,
@@ -122,10 +130,7 @@ class Columns:
         old = self.mask()[:, None, :start].expand(-1, rows, -1)
         new = new.expand(batch, -1, -1)
         if self.kind.window is not None:
-            # A column's position is the number of tokens before it.
-            dropped = to_device(self.dropped, torch.int64, self._device)[:, None]
-            positions = dropped + self.mask()[:, :start].long().cumsum(1) - 1
-            old = old & self.kind.sees(queries[..., None], positions[:, None])
+            old = old & self.kind.sees(queries[..., None], self.positions(start)[:, None])
             new = new & self.kind.sees(queries[..., None], keys[:, None])
         return torch.cat([old, new], 2)[:, None]
 
@@ -314,6 +319,7 @@ class RaggedCache:
         mask: dtype of the masks [B, 1, R, columns] that the model takes: ``torch.bool``, or a floating one that is
             added to its scores; ``None`` where it takes none but [B, columns], of 1 where there is a token.
         argument: of the model's forward pass that a cache is handed over as.
+        column_positions: hand over the positions of all columns [B, S] too, an argument of that name.
     """
 
     def __init__(
@@ -323,8 +329,10 @@ class RaggedCache:
         device: torch.device,
         mask: torch.dtype | None = torch.bool,
         argument: str = "past_key_values",
+        column_positions: bool = False,
     ) -> None:
         self._device, self._mask, self._argument = device, mask, argument
+        self._column_positions = column_positions
         by_kind = {kind: Columns(kind, batch, device) for kind in dict.fromkeys(kinds) if not kind.states}
         self._columns = list(by_kind.values())
         self.layers = [StateLayer(kind.states) if kind.states else PreallocatedLayer(by_kind[kind]) for kind in kinds]
@@ -357,6 +365,8 @@ class RaggedCache:
         if positions:  # no row is behind the last real one, which may be the last position there is
             inputs["position_ids"] = (lengths + torch.minimum(index, own - 1)).clamp(min=0)
         mask = self._chain_mask(counts, lengths + index)
+        if self._column_positions:
+            inputs["column_positions"] = self._positions_with(0, lengths + index)
         for columns in self._columns:
             columns.add(counts, rows)
         for layer in self._states:
@@ -394,6 +404,8 @@ class RaggedCache:
             columns.kind: columns.attended(columns.used - start, queries, ancestors, lengths + self._tree)
             for columns in self._columns
         }
+        if self._column_positions:
+            inputs["column_positions"] = self._positions_with(start, lengths + self._tree)
         outputs = self._forward(forward, masks_by_kind(masks, self._mask), rows, {"position_ids": queries, **inputs})
         for columns in self._columns:
             if columns.live is not None:
@@ -438,6 +450,11 @@ class RaggedCache:
         for layer, also in zip(self._states, other._states, strict=True):
             layer.join(also, (len(self.lengths), len(other.lengths)))
         self.lengths = self.lengths + other.lengths
+
+    def _positions_with(self, last: int, new: Tensor) -> Tensor:
+        """int64 [B, S]: the positions of all columns, ``new [B, T]`` for the last ones in use or behind them."""
+        first = self._columns[0]
+        return torch.cat([first.positions(first.used - last), new], 1)
 
     def _chain_mask(self, counts: Sequence[int], positions: Tensor) -> Any:
         """Which columns new rows at ``positions [B, R]`` attend to: all that hold a token, and of the new ones those up

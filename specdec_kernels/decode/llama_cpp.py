@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec_kernels.decode.protocols import Scores
+from specdec_kernels.decode.protocols import Scores, refuse_sources
 from specdec_kernels.decode.tensors import CPU
 from specdec_kernels.extras import brought_by
 from specdec_kernels.ops.validate import whole
@@ -87,6 +87,7 @@ class LlamaCppTarget:
     def begin(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
     ) -> LlamaCppSession:
+        refuse_sources(prompts, "llama.cpp")
         most, limit = self.library.llama_max_parallel_sequences(), self.library.llama_model_n_ctx_train(self.model)
         if len(prompts) > most:
             raise ValueError(f"prompts must be at most {most}, llama.cpp's sequences of a context, got {len(prompts)}")

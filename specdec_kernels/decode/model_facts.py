@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from specdec_kernels.decode.cache import Kind, layer_kinds
+from specdec_kernels.decode.protocols import SourcePrompt, refuse_sources
 from specdec_kernels.decode.states import step_row_by_row
+from specdec_kernels.decode.tensors import ids_of
 
 
 def text_config(model: Any) -> Any:
@@ -59,8 +61,6 @@ def check_model(model: Any) -> list[Kind]:
     is_module: bool = isinstance(model, torch.nn.Module)
     if not is_module or not hasattr(getattr(model, "config", None), "get_text_config"):
         raise TypeError(f"model must be a transformers model, got {_name(model)}")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be a decoder alone, got the encoder-decoder {_name(model)}")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(f"model must have a language-modelling head, got {_name(model)}")
@@ -76,6 +76,74 @@ def check_model(model: Any) -> list[Kind]:
         )
     step_row_by_row(model, {index for index, kind in enumerate(kinds) if kind.states})
     return kinds
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether it writes about a source that an encoder reads."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def decoder_start(model: Any) -> int:
+    """The token that the decoder of an encoder-decoder starts with.
+
+    Raises:
+        ValueError: its configurations name none.
+    """
+    for config in (getattr(model, "generation_config", None), model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if isinstance(token := getattr(config, name, None), int):
+                return token
+    raise ValueError(f"tokens must be passed: the configuration of {_name(model)} has no decoder_start_token_id")
+
+
+def check_decoder_alone(model: Any, purpose: str, otherwise: str) -> None:
+    """Whether a model has no encoder.
+
+    Raises:
+        ValueError: it has one; with what it must have none for, and what to do with it.
+    """
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"model must be a decoder alone {purpose}, got the encoder-decoder {_name(model)}: {otherwise}"
+        )
+
+
+def source_length(model: Any) -> int | None:
+    """Ids that a source may have, None for any number."""
+    names = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
+    limits = (getattr(model.config, name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
+def check_sources(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Whether prompts have sources that a model's encoder can read, or none where it has none.
+
+    Raises:
+        TypeError, ValueError: they do not.
+    """
+    if not is_encoder_decoder(model):
+        refuse_sources(prompts, _name(model))
+        return
+    encoder = model.get_encoder()
+    reads_ids, limit = encoder.main_input_name == "input_ids", source_length(model)
+    shapes = set()
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        if not isinstance(prompt, SourcePrompt):
+            raise TypeError(
+                f"{name} must be a SourcePrompt for {_name(model)}, which has an encoder: target.prompt(...)"
+            )
+        if isinstance(prompt.source, torch.Tensor) == reads_ids:
+            kind = "token ids" if reads_ids else f"a floating tensor, its {encoder.main_input_name}"
+            raise TypeError(f"{name}.source must be {kind} for {_name(model)}, got {type(prompt.source).__name__}")
+        if isinstance(prompt.source, torch.Tensor):
+            shapes.add(tuple(prompt.source.shape))
+            continue
+        ids_of(f"{name}.source", prompt.source, encoder.get_input_embeddings().num_embeddings)
+        if limit is not None and len(prompt.source) > limit:
+            raise ValueError(f"{name}.source must have at most {limit} tokens, got {len(prompt.source)}")
+    if len(shapes) > 1:
+        raise ValueError(f"sources of a batch must have one shape, got {sorted(shapes)}")
 
 
 def check_no_states(layers: Sequence[Kind], purpose: str, otherwise: str) -> None:
@@ -102,7 +170,8 @@ def context_length(model: Any) -> int | None:
     """Positions a history may have, None for any number."""
     config = text_config(model)
     # The third is Whisper's; beyond the last, what a row of Doge attends to depends on what it is read together with.
-    names = ("max_position_embeddings", "max_seq_len", "max_target_positions", "keep_window_size")
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions", "keep_window_size",
+             "max_decoder_position_embeddings")  # fmt: skip
     lengths = [length for name in names if isinstance(length := getattr(config, name, None), int)]
     return min((length for length in lengths if length > 0), default=None)  # XLNet has -1 for any number
 

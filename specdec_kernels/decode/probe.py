@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.protocols import SourcePrompt
 
 Use = Literal["chains", "batches", "trees"]
 
@@ -38,12 +39,12 @@ _passed: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 #: Starts a stream with prompts.
 Begin = Callable[[Sequence[Sequence[int]]], Any]
 
-#: Of a history alone: its ids, and the logits [R, V] of its last rows.
-Rows = tuple[Sequence[int], Tensor]
+#: Of a history alone: the request that it is, its ids, and the logits [R, V] of its last rows.
+Rows = tuple[int, Sequence[int], Tensor]
 
 
 @torch.inference_mode()
-def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") -> None:
+def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "", source: Tensor | None = None) -> None:
     """Compare rows of a session with plain passes, unless that was done before.
 
     Args:
@@ -52,6 +53,7 @@ def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") ->
         kind: of session that ``begin`` makes.
         begin: makes a session for prompts, without this check.
         otherwise: what else can be done where they differ.
+        source: of an encoder-decoder, if its encoder reads no ids: something that it does read.
 
     Raises:
         ValueError: they differ by more than rounding, or the model fails; with what to do about it.
@@ -64,10 +66,7 @@ def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "") ->
     advice = _WHAT_TO_DO[use] + otherwise
     allowed = ROUNDING.get(model.dtype, max(ROUNDING.values()))
     try:
-        tries = [
-            max(_difference(model, *rows) for rows in _TRIALS[use](begin, model, _ids(model, seed), longest))
-            for seed in range(_TRIES)
-        ]
+        tries = [_tried(model, use, begin, longest, seed, source) for seed in range(_TRIES)]
     except Exception as error:
         raise ValueError(f"model {type(model).__name__} cannot score {use}: {error}; {advice}") from error
     if (difference := median(tries)) > allowed:
@@ -96,12 +95,43 @@ def _ids(model: Any, seed: int = 0) -> list[int]:
     return (usable * _IDS or [0] * _IDS)[:_IDS]
 
 
+def _tried(model: Any, use: Use, begin: Begin, longest: int, seed: int, source: Tensor | None) -> float:
+    """How far the rows of a trial are from plain passes at most."""
+    ids = _ids(model, seed)
+    sources = _sources(model, ids, source)
+
+    def begin_with_sources(prompts: Sequence[Sequence[int]]) -> Any:
+        return begin([_sourced(sources[slot], prompt) for slot, prompt in enumerate(prompts)])
+
+    trial = _TRIALS[use](begin_with_sources, model, ids, longest)
+    return max(_difference(model, _sourced(sources[slot], history), logits) for slot, history, logits in trial)
+
+
+def _sources(model: Any, ids: Sequence[int], source: Tensor | None) -> Sequence[Any]:
+    """What two requests are about, of different lengths where there are ids; nothing where there is no encoder."""
+    if not model_facts.is_encoder_decoder(model):
+        return None, None
+    if source is not None:
+        return source, source.flip(-1)
+    limit = model_facts.source_length(model) or _IDS
+    return ids[: min(limit, _IDS // 2)], list(reversed(ids))[:limit]
+
+
+def _sourced(source: Any, ids: Sequence[int]) -> Sequence[int]:
+    return ids if source is None else SourcePrompt(source, ids)
+
+
 def _difference(model: Any, ids: Sequence[int], logits: Tensor) -> float:
     """How far the logits [R, V] of the last rows are from a plain pass, relative to their spread.
 
     Of the row in the middle: rounding can send a token to another expert, which is a row or two, while a wrong history
     is wrong for all rows behind it."""
-    plain = model(input_ids=_rows(model, [ids]), use_cache=False).logits[0, -len(logits) :].float()
+    if isinstance(ids, SourcePrompt):
+        source, name = torch.as_tensor(ids.source, device=model.device)[None], model.get_encoder().main_input_name
+        outputs = model(**{name: source}, decoder_input_ids=_rows(model, [ids]), use_cache=False)
+    else:
+        outputs = model(input_ids=_rows(model, [ids]), use_cache=False)
+    plain = outputs.logits[0, -len(logits) :].float()
     spread = (plain - plain.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return float(((logits.float() - plain).norm(dim=-1) / spread).median())
 
@@ -111,9 +141,9 @@ def _chains(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Itera
     start = longest // 2 - 4
     stream = begin([_taken(ids, 0, start + 1)])
     wrong = _taken(ids, start, 1) + _taken(ids, start + 3, longest - start - 1)
-    yield _taken(ids, 0, start) + wrong, stream.score(_rows(model, [wrong]), [len(wrong)]).logits[0]
+    yield 0, _taken(ids, 0, start) + wrong, stream.score(_rows(model, [wrong]), [len(wrong)]).logits[0]
     stream.commit([1])
-    yield _taken(ids, 0, start + 4), stream.score(_rows(model, [_taken(ids, start + 1, 3)]), [3]).logits[0]
+    yield 0, _taken(ids, 0, start + 4), stream.score(_rows(model, [_taken(ids, start + 1, 3)]), [3]).logits[0]
 
 
 def _batches(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterator[Rows]:
@@ -125,11 +155,11 @@ def _batches(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iter
         rows = [_taken(ids, own + start, 3) for own, start in zip(first, starts, strict=True)]
         scores = stream.score(_rows(model, rows), [3, 3]).logits
         for slot, (own, start) in enumerate(zip(first, starts, strict=True)):
-            yield _taken(ids, own, start + 3), scores[slot]
+            yield slot, _taken(ids, own, start + 3), scores[slot]
         stream.commit(kept)
     stream.select([0])
     start = stream.lengths[0]
-    yield _taken(ids, 6, start + 3), stream.score(_rows(model, [_taken(ids, 6 + start, 3)]), [3]).logits[0]
+    yield 0, _taken(ids, 6, start + 3), stream.score(_rows(model, [_taken(ids, 6 + start, 3)]), [3]).logits[0]
 
 
 def _taken(ids: Sequence[int], start: int, count: int) -> list[int]:
@@ -146,10 +176,10 @@ def _trees(begin: Begin, model: Any, ids: Sequence[int], longest: int) -> Iterat
     tree = torch.tensor([parents], dtype=torch.int64, device=model.device)
     scores = stream.score_tree(_rows(model, [nodes]), tree).logits[0]
     for path in ([0, 1, children + 1], [0, children, children + 2]):
-        yield [*ids[:2], *(nodes[node] for node in path)], scores[path]
+        yield 0, [*ids[:2], *(nodes[node] for node in path)], scores[path]
     stream.commit_path([path])
     history = [*ids[:2], *(nodes[node] for node in path)]
-    yield [*history, *ids[7:9]], stream.score(_rows(model, [ids[7:9]]), [2]).logits[0]
+    yield 0, [*history, *ids[7:9]], stream.score(_rows(model, [ids[7:9]]), [2]).logits[0]
 
 
 _TRIALS: dict[Use, Callable[..., Iterator[Rows]]] = {"chains": _chains, "batches": _batches, "trees": _trees}

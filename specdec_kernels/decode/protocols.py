@@ -8,9 +8,9 @@ one read of the verification's results, so that none of them waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeGuard, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,58 @@ from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.tree_rules import SiblingsName
 
 Record = TypeVar("Record", "Draft", "TreeDraft", "Step")
+
+
+class SourcePrompt(tuple[int, ...]):
+    """What an encoder-decoder is asked for: the tokens that its text begins with, and the source for its encoder.
+
+    It is a sequence of those tokens, so that whatever takes prompts takes it; a slice of it has the same source.
+
+    Args:
+        source: token ids; or a floating tensor as the encoder takes it, without the dimension of the batch (Whisper:
+            the features [mel, frames]).
+        tokens: what the text begins with, at least the token that the decoder starts with.
+
+    Raises:
+        TypeError, ValueError: ``source`` is neither, or empty.
+    """
+
+    source: list[int] | Tensor
+
+    def __new__(cls, source: Sequence[int] | Tensor, tokens: Iterable[int]) -> SourcePrompt:
+        made = super().__new__(cls, tokens)
+        made.source = source if _is_floating(source) else ids_of("source", source)
+        if not len(made.source):
+            raise ValueError("source must not be empty")
+        return made
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> SourcePrompt: ...
+    def __getitem__(self, place: SupportsIndex | slice) -> int | SourcePrompt:
+        found = super().__getitem__(place)
+        return SourcePrompt(self.source, found) if isinstance(found, tuple) else found
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.source, tuple(self)
+
+
+def _is_floating(source: Any) -> TypeGuard[Tensor]:
+    return isinstance(source, Tensor) and source.is_floating_point()
+
+
+def refuse_sources(prompts: Sequence[Sequence[int]], name: str) -> None:
+    """Check that prompts are all that is to be read.
+
+    Raises:
+        ValueError: one has a source.
+    """
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, SourcePrompt):
+            raise ValueError(
+                f"prompts[{index}] must have no source for {name}, which has no encoder, got a SourcePrompt"
+            )
 
 
 class Scores(NamedTuple):

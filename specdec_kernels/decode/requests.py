@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.decode.protocols import SourcePrompt
 from specdec_kernels.decode.tensors import CPU, ids_of, padded, to_device
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, validate
 from specdec_kernels.ops.validate import whole
@@ -116,10 +117,7 @@ def make_requests(
     every = list(prompts)
     if any(hasattr(prompt, "__index__") and not hasattr(prompt, "__len__") for prompt in every):
         raise TypeError(f"prompts must be a list of lists of token ids, [prompt] for one, got {shortened(every)}")
-    histories = [ids_of(f"prompts[{index}]", prompt, vocab) for index, prompt in enumerate(every)]
-    for index, prompt in enumerate(histories):
-        if not prompt:
-            raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
+    histories = [_history(index, prompt, vocab) for index, prompt in enumerate(every)]
     count = len(histories)
     columns = {name: _each(name, value, count) for name, value in sampling.items()}
     seeds, limits = _each("seed", seed, count), _each("max_new_tokens", max_new_tokens, count)
@@ -139,6 +137,18 @@ def make_requests(
         ids_of("logit_bias", own.logit_bias, vocab)
         made.append(Request(index, histories[index], own_seed, limit, own, stop_tokens, at_least))
     return made
+
+
+def _history(index: int, prompt: Any, vocab: int) -> Sequence[int]:
+    """The ids of a prompt, with its source if it has one.
+
+    Raises:
+        TypeError, ValueError: they are none, or there are none.
+    """
+    ids = ids_of(f"prompts[{index}]", prompt, vocab)
+    if not ids:
+        raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
+    return SourcePrompt(prompt.source, ids) if isinstance(prompt, SourcePrompt) else ids
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

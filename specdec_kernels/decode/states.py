@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
+from specdec_kernels.decode.mixing import Mixin, mix_in
 from specdec_kernels.decode.tensors import to_device
 
 
@@ -100,7 +100,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         self.put([torch.cat(pair) for pair in zip(*sides, strict=True)])
 
 
-class _RowByRow:
+class _RowByRow(Mixin):
     """Mixed into a mixer's class: its forward pass, with the caches that it knows or with a :class:`StateLayer`."""
 
     layer_idx: int
@@ -117,22 +117,6 @@ class _RowByRow:
             named["attention_mask"] = None
         return layer.pass_over(lambda rows: pass_over(rows, *arguments, **named), hidden_states)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copied and written as a mixer of its own class, that steps row by row."""
-        return _without_anything, (type(self).__mro__[2],), self.__dict__
-
-
-@cache
-def _stepping(mixer: Any) -> Any:
-    """A mixer's class with the above mixed in, by the same name."""
-    return type(mixer.__name__, (_RowByRow, mixer), {"__module__": mixer.__module__})
-
-
-def _without_anything(mixer: Any) -> Any:
-    made = mixer.__new__(mixer)
-    made.__class__ = _stepping(mixer)
-    return made
-
 
 def step_row_by_row(model: nn.Module, layers: Collection[int]) -> None:
     """Have the mixers of some layers of a model keep their states in a :class:`StateLayer`, in place. With every other
@@ -142,9 +126,8 @@ def step_row_by_row(model: nn.Module, layers: Collection[int]) -> None:
     mixers = [module for module in model.modules() if _is_mixer(module, layers)]
     for mixer in mixers:
         inner = any(other is not mixer and other in mixers for other in mixer.modules())
-        kind: Any = type(mixer)
-        if not inner and not isinstance(mixer, _RowByRow):
-            mixer.__class__ = _stepping(kind)
+        if not inner:
+            mix_in(_RowByRow, mixer)
 
 
 def _is_mixer(module: nn.Module, layers: Collection[int]) -> bool:

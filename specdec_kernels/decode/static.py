@@ -46,6 +46,7 @@ class StaticTarget(TransformersTarget):
 
     def __init__(self, model: Any, max_rows: int = 16, *, check: bool = True) -> None:
         super().__init__(model, check=check)
+        model_facts.check_decoder_alone(model, "for steps of static shapes", "use TransformersTarget")
         model_facts.check_no_states(self.layers, "for steps of static shapes", "use TransformersTarget")
         model_facts.check_masks(model, "for steps of static shapes", "use TransformersTarget")
         whole("max_rows", max_rows, 1)

@@ -1,4 +1,4 @@
-"""Targets: causal transformers models."""
+"""Targets: transformers models, causal and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from torch.nn import functional
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.probe import Use, probe
-from specdec_kernels.decode.protocols import Scores
+from specdec_kernels.decode.protocols import Scores, SourcePrompt
+from specdec_kernels.decode.sources import sources_of
 from specdec_kernels.decode.tensors import padded
 from specdec_kernels.ops.trees import tree_mask, tree_positions
 from specdec_kernels.ops.validate import whole
 
 
 class TransformersTarget:
-    """A ``transformers`` causal language model as a :class:`~specdec_kernels.decode.Target`, for any number of streams.
+    """A ``transformers`` language model as a :class:`~specdec_kernels.decode.Target`, for any number of streams.
+
+    Of an encoder-decoder (T5, BART, Whisper) the prompts have sources, see :meth:`prompt`; each is encoded once.
 
     Whether the model scores rows as the loop needs it is not taken for granted: before it is first used for chains, for
     batches and for trees, a few rows that are scored as the loop scores them are compared with a plain pass.
 
     Args:
-        model: any causal model whose layers keep keys and values of tokens, or states (Mamba, Qwen3-Next, LFM2), in
-            evaluation mode.
+        model: any causal model, or encoder-decoder, whose layers keep keys and values of tokens, or states (Mamba,
+            Qwen3-Next, LFM2), in evaluation mode.
         fixed_rows: score in windows of exactly this many rows, at fixed offsets of the history. Passes over different
             numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
             on how it was drafted. In a window every token is always scored in the same row of the same shape,
@@ -56,12 +59,28 @@ class TransformersTarget:
     def stop_tokens(self) -> frozenset[int]:
         return model_facts.stop_tokens(self.model)
 
+    def prompt(self, source: Sequence[int] | Tensor, tokens: Sequence[int] | None = None) -> SourcePrompt:
+        """A prompt of an encoder-decoder.
+
+        Args:
+            source: what its encoder reads: see :class:`~specdec_kernels.decode.SourcePrompt`.
+            tokens: what the text begins with; ``None`` for the decoder's start token alone.
+
+        Raises:
+            TypeError, ValueError: the model has no encoder, or no start token; or as of ``SourcePrompt``.
+        """
+        if not model_facts.is_encoder_decoder(self.model):
+            raise TypeError(f"model must be an encoder-decoder to have sources, got {type(self.model).__name__}")
+        return SourcePrompt(source, [model_facts.decoder_start(self.model)] if tokens is None else tokens)
+
     def begin(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], feature_layers: Sequence[int] = ()
     ) -> TransformersSession:
         if self.fixed_rows is not None:  # windows are scored whole
             max_new_tokens = [-(-count // self.fixed_rows) * self.fixed_rows for count in max_new_tokens]
         self.check_use(prompts, max_new_tokens)
+        if feature_layers:
+            model_facts.check_decoder_alone(self.model, "where a drafter reads hidden states", "use another drafter")
         if self.fixed_rows is None:
             return TransformersSession(self, prompts, feature_layers, max_new_tokens)
         if len(prompts) != 1:
@@ -75,25 +94,28 @@ class TransformersTarget:
             ValueError: they cannot, before anything is read.
         """
         model_facts.check_model(self.model)
+        model_facts.check_sources(self.model, prompts)
         model_facts.check_lengths(self.model, prompts, max_new_tokens)
-        self.try_out("batches" if len(prompts) > 1 else "chains")
+        self.try_out("batches" if len(prompts) > 1 else "chains", prompts[0])
 
-    def try_out(self, use: Use) -> None:
-        """Check that the model can be used so, unless that was done before or is not wanted.
+    def try_out(self, use: Use, prompt: Sequence[int] = ()) -> None:
+        """Check that the model can be used so, unless that was done before or is not wanted; with the source of a
+        prompt, where the model needs one that is no text.
 
         Raises:
             ValueError: it cannot.
         """
         if self.check:
-            try_out(self, use, " (or have no check: TransformersTarget(model, check=False))")
+            try_out(self, use, prompt, " (or have no check: TransformersTarget(model, check=False))")
 
     def session_class(self) -> type[Any]:
         """Of its streams, those in windows apart."""
         return TransformersSession
 
 
-def try_out(target: TransformersTarget, use: Use, otherwise: str = "") -> None:
-    """Check that a target's model can be used so, unless that was done before.
+def try_out(target: TransformersTarget, use: Use, prompt: Sequence[int], otherwise: str = "") -> None:
+    """Check that a target's model can be used so, unless that was done before; with the source of a prompt, where the
+    model needs one that is no text.
 
     Raises:
         ValueError: it cannot; with what to do, and what to do otherwise.
@@ -101,7 +123,15 @@ def try_out(target: TransformersTarget, use: Use, otherwise: str = "") -> None:
     unchecked = copy(target)
     unchecked.check = False
     kind = target.session_class()
-    probe(target.model, use, kind.__name__, lambda prompts: kind(unchecked, prompts, (), [0] * len(prompts)), otherwise)
+    source = prompt.source if isinstance(prompt, SourcePrompt) else None
+    probe(
+        target.model,
+        use,
+        kind.__name__,
+        lambda prompts: kind(unchecked, prompts, (), [0] * len(prompts)),
+        otherwise,
+        source if isinstance(source, Tensor) else None,
+    )
 
 
 class TransformersSession:
@@ -118,14 +148,22 @@ class TransformersSession:
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
         mask = model_facts.mask_dtype(self._model)
         argument = model_facts.cache_argument(self._model)
-        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask, argument)
-        self._positions = model_facts.takes(self._model, "position_ids")
+        self._sources = sources_of(self._model, prompts)
+        encoded = self._sources is not None
+        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask, argument, column_positions=encoded)
+        self._positions = encoded or model_facts.takes(self._model, "position_ids")
+        self._prompt = prompts[0]
         read = [list(prompt[:-1]) for prompt in prompts]
         self.features: Tensor | None = None
         if any(read):
             tokens = padded(read, 0, device=target.device)
             last = {"logits_to_keep": 1} if model_facts.takes(self._model, "logits_to_keep") else {}
             self.features = self._run(tokens, [len(tokens) for tokens in read], decided=True, **last).features
+
+    @property
+    def _forward(self) -> Any:
+        """What the cache is handed to."""
+        return self._model if self._sources is None else self._sources
 
     @property
     def lengths(self) -> list[int]:
@@ -146,7 +184,7 @@ class TransformersSession:
         self._check_trees()
         depth = tree_positions(parents).clamp(min=0)
         outputs = self._cache.run_tree(
-            self._model, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
+            self._forward, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
         )
         return self._scores(outputs)
 
@@ -155,9 +193,13 @@ class TransformersSession:
 
     def select(self, slots: Sequence[int]) -> None:
         self._cache.select(slots)
+        if self._sources is not None:
+            self._sources.select(slots)
 
     def join(self, other: TransformersSession) -> None:
-        self._target.try_out("batches")
+        self._target.try_out("batches", self._prompt)
+        if self._sources is not None and other._sources is not None:
+            self._sources.join(other._sources)  # which may refuse
         self._cache.join(other._cache)
         self._longest = max(self._longest, other._longest)
 
@@ -165,12 +207,12 @@ class TransformersSession:
         model_facts.check_no_states(self._target.layers, "to score trees", "draft chains")
         model_facts.check_masks(self._model, "to score trees", "draft chains")
         model_facts.check_tree_lengths(self._model, self._longest)
-        self._target.try_out("trees")
+        self._target.try_out("trees", self._prompt)
 
     @torch.inference_mode()
     def _run(self, tokens: Tensor, counts: Sequence[int], **options: Any) -> Scores:
         outputs = self._cache.run(
-            self._model,
+            self._forward,
             counts,
             tokens.shape[1],
             self._positions,

@@ -15,12 +15,13 @@ from specdec_kernels.extras import brought_by
 
 with brought_by("decode"):
     from transformers import GenerationMixin
-    from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+    from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, GenerationMode
     from transformers.generation import logits_process as processors
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from specdec_kernels.decode import Drafter, Statistics, TransformersTarget, stream
+from specdec_kernels.decode import Drafter, SourcePrompt, Statistics, TransformersTarget, stream
 from specdec_kernels.decode.drafters import ModelDrafter, NGramDrafter
+from specdec_kernels.decode.model_facts import is_encoder_decoder
 from specdec_kernels.decode.requests import packed_mask
 from specdec_kernels.integrations.recording import RecordingTarget
 from specdec_kernels.ops import RuleName
@@ -65,6 +66,9 @@ _REFUSED = (
 #: What ``generate`` prepares for the model's passes. The loop makes its own: of the same prompts, with its own cache.
 _PREPARED = ("attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep")
 
+#: The same of an encoder-decoder, whose mask is that of the sources.
+_PREPARED_WITH_SOURCES = ("attention_mask", "encoder_outputs", "past_key_values", "use_cache")
+
 
 def generate(
     model: Any,
@@ -79,6 +83,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     statistics: Statistics | None = None,
+    inputs_tensor: Tensor | None = None,
     assistant_model: Any = None,
     streamer: Any = None,
     **model_kwargs: Any,
@@ -86,8 +91,8 @@ def generate(
     """Decode a batch speculatively; for ``custom_generate=``, with arguments of ``model.generate`` beside its own.
 
     A greedy text is that of plain ``generate``, up to rounding; a drawn one has the same distribution. Batches may be
-    padded on the left, and of several ``num_return_sequences``. The loop has its own cache, so ``use_cache`` and
-    ``cache_implementation`` change nothing.
+    padded on the left, the sources of an encoder-decoder on the right, and of several ``num_return_sequences``. The
+    loop has its own cache, so ``use_cache`` and ``cache_implementation`` change nothing.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as transformers prepares
@@ -100,13 +105,16 @@ def generate(
         generator: what seeds are drawn from; ``None`` is PyTorch's own on the CPU, so that ``torch.manual_seed`` fixes
             the texts.
         statistics: filled in as decoding goes.
+        inputs_tensor: what ``model.generate`` was called with: of an encoder-decoder the sources, which are encoded
+            once more here.
         assistant_model, streamer: as of ``model.generate``. It does not hand them on to a function (5.23), so they are
             read where it keeps them. A streamer takes a batch of one.
 
     Returns:
         int64 [B, L]: prompts and what they were continued with, then ``pad_token_id``; or, with
-        ``return_dict_in_generate``, transformers' ``GenerateDecoderOnlyOutput`` with ``sequences``, ``scores`` and
-        ``logits`` (those of a sequence that has ended are 0).
+        ``return_dict_in_generate``, transformers' ``GenerateDecoderOnlyOutput`` or ``GenerateEncoderDecoderOutput``
+        with ``sequences``, ``scores`` and ``logits`` (those of a sequence that has ended are 0). Of an encoder-decoder
+        they begin with the decoder's first tokens.
 
     Raises:
         TypeError, ValueError: naming what cannot be honoured, before anything is decoded; while decoding, where a row
@@ -115,12 +123,19 @@ def generate(
     found = _dropped_arguments()
     assistant_model = found.get("assistant_model") if assistant_model is None else assistant_model
     streamer = found.get("streamer") if streamer is None else streamer
-    _check_options(generation_config, assistant_model, model_kwargs)
+    with_sources = is_encoder_decoder(model)
+    _check_options(generation_config, assistant_model, model_kwargs, with_sources)
     batch, length = input_ids.shape
     if streamer is not None and batch != 1:
         raise ValueError(f"streamer takes a batch of one sequence, got {batch}")
-    padding = _padding(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
-    prompts = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
+    prompts: list[Sequence[int]]
+    if with_sources:
+        padding = [0] * batch
+        sources = _sources(inputs_tensor, model_kwargs.get("attention_mask"), batch)
+        prompts = [SourcePrompt(source, row) for source, row in zip(sources, input_ids.tolist(), strict=True)]
+    else:
+        padding = _padding(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        prompts = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
     target = TransformersTarget(model)
     drafter = _drafter(drafter, assistant_model, target.vocab_size)
     own = [[_of_row(processor, row) for processor in logits_processor] for row in range(batch)]
@@ -173,7 +188,7 @@ def generate(
     sequences = texts.sequences(0 if pad_token is None else pad_token)
     if not returns_dict:
         return sequences
-    return GenerateDecoderOnlyOutput(
+    return (GenerateEncoderDecoderOutput if with_sources else GenerateDecoderOnlyOutput)(
         sequences=sequences,
         scores=texts.steps(texts.scores) if with_scores else None,
         logits=texts.steps(texts.logits) if with_logits else None,
@@ -205,7 +220,7 @@ def _drafter(drafter: Drafter | None, assistant_model: Any, vocab_size: int) -> 
     return ModelDrafter(assistant_model, vocab_size)
 
 
-def _check_options(config: Any, assistant_model: Any, model_kwargs: dict[str, Any]) -> None:
+def _check_options(config: Any, assistant_model: Any, model_kwargs: dict[str, Any], with_sources: bool) -> None:
     """Whether the loop has what is asked for.
 
     Raises:
@@ -219,12 +234,31 @@ def _check_options(config: Any, assistant_model: Any, model_kwargs: dict[str, An
             raise ValueError(f"{name} cannot be honoured here, got {value!r}")
     if config.cache_implementation == "quantized":
         raise ValueError("cache_implementation cannot be 'quantized' here: the loop has its own cache")
+    prepared = _PREPARED_WITH_SOURCES if with_sources else _PREPARED
     for name, value in model_kwargs.items():
-        if name not in _PREPARED and value is not None:
+        if name not in prepared and value is not None:
             raise ValueError(f"{name} cannot be honoured here: the model is given token ids alone")
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
         raise ValueError("past_key_values cannot be honoured here: the loop has its own cache")
+
+
+def _sources(inputs: Tensor | None, mask: Tensor | None, batch: int) -> list[Any]:
+    """The source of each sequence: ids without the padding behind them, or what a model hears or sees.
+
+    Raises:
+        ValueError: they are not to be had, or there is padding before one or within.
+    """
+    if inputs is None:
+        raise ValueError("model.generate must be called with the inputs of the encoder, got its outputs alone")
+    each = inputs.repeat_interleave(batch // len(inputs), 0)  # of several sequences for each
+    if each.is_floating_point():
+        return list(each)
+    if mask is None:
+        mask = torch.ones_like(each)
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError("attention_mask must be 1 in each source and 0 behind it (padding_side='right')")
+    return [row[:length] for row, length in zip(each.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
 def _padding(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> list[int]:

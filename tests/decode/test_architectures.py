@@ -28,7 +28,7 @@ from architectures import (
     decoded,
     expected,
 )
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, logging
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, logging
 
 from specdec_kernels.decode import TransformersTarget, generate, stream
 from specdec_kernels.decode.drafters import Growth, ModelDrafter, NGramDrafter, TreeDrafter
@@ -183,16 +183,13 @@ REFUSED: dict[str, tuple[str, Architecture]] = {
     ),
     "rwkv": ("must write its keys and values, or states", Architecture("rwkv")),
     "xlnet": ("must write its keys and values, or states", Architecture("xlnet")),
-    "t5": ("must be a decoder alone", Architecture("t5")),
-    "bart, with its encoder": ("must be a decoder alone", Architecture("bart")),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_right_is_refused(name):
     reason, architecture = REFUSED[name]
-    whole = name in ("t5", "bart, with its encoder")
-    model = build(architecture, 1, None, AutoModelForSeq2SeqLM if whole else AutoModelForCausalLM)
+    model = build(architecture, 1, None)
     with pytest.raises(ValueError, match=reason):
         decoded(model, None, PROMPTS[:1])
 

@@ -16,7 +16,7 @@ from tiny import slow_greedy, steady, tiny
 
 from specdec_kernels.cli.models import load_drafter, load_gguf, load_target, smollm2_gguf
 from specdec_kernels.cli.prompts import PROMPTS as QUESTIONS
-from specdec_kernels.decode import TransformersTarget, generate, llama_cpp
+from specdec_kernels.decode import SourcePrompt, TransformersTarget, generate, llama_cpp
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter
 from specdec_kernels.decode.llama_cpp import LlamaCppTarget
 
@@ -158,6 +158,7 @@ def test_stop_tokens_are_the_models(stand_in):
             [19, 1],
             "within the 20 positions of model.gguf, the last token not counted, got 21 for pro",
         ),
+        ([SourcePrompt([1], [1])], [1], r"prompts\[0\] must have no source for llama.cpp"),
         ([[1]] * 9, [1] * 9, "prompts must be at most 8, llama.cpp's sequences of a context, got 9"),
     ],
 )

@@ -66,9 +66,10 @@ def test_the_example_of_trees():
     assert step["positions"].tolist() == [[11, 12, 12]]
 
 
-def test_the_example_of_decoding():
-    (decoded,) = run_blocks("docs/decoding.md")
+def test_the_examples_of_decoding():
+    decoded, sourced = run_blocks("docs/decoding.md")
     assert 2 <= decoded["statistics"].emitted <= 36
+    assert all(1 <= len(result.tokens) <= 24 for result in sourced["results"])
 
 
 def test_the_readme_names_the_versions_that_are_compiled():

@@ -13,10 +13,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from architectures import Architecture, build
 from decoding import exact_law
 from distributions import g_test, limit
 from tiny import VOCAB, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation import logits_process as hf
@@ -412,3 +420,52 @@ def test_it_is_imported_when_it_is_used():
     modules = "specdec_kernels.integrations.flashinfer, specdec_kernels.integrations.sglang"
     code = f"import sys, {modules}; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SOURCES = torch.tensor([[3, 4, 5, 6, 3, 4, 7], [8, 9, 1, 0, 0, 0, 0]])
+SOURCE_MASK = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+
+
+def encoder_decoder(kind, seed=1):
+    return build(
+        Architecture(kind, {"decoder_start_token_id": 1, "pad_token_id": 0}), seed, "sdpa", AutoModelForSeq2SeqLM
+    )
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_texts_of_encoder_decoders(kind):
+    """Batches whose sources are padded; looked up in the source, and of an assistant that reads it too."""
+    model, statistics = encoder_decoder(kind), Statistics()
+    inputs = {"input_ids": SOURCES, "attention_mask": SOURCE_MASK}
+    for options in (
+        {}, {"repetition_penalty": 1.5, "num_return_sequences": 1}, {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
+        {"decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 7]])},
+    ):  # fmt: skip
+        plain = run(model, inputs, custom=False, do_sample=False, **options)
+        assert torch.equal(run(model, inputs, do_sample=False, statistics=statistics, **options), plain)
+    assert statistics.accepted > 0
+    one = {"input_ids": SOURCES[:1], "attention_mask": SOURCE_MASK[:1]}
+    plain = run(model, one, custom=False, do_sample=False)
+    drafted = Statistics()
+    assert torch.equal(run(model, one, do_sample=False, assistant_model=model, statistics=drafted), plain)
+    assert drafted.accepted == drafted.proposed > 0
+    given = run(model, inputs, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    known = run(model, inputs, custom=False, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    assert type(given) is type(known)
+    assert torch.allclose(torch.stack(given.logits), torch.stack(known.logits), atol=1e-4)
+    drawn = run(model, inputs, do_sample=True, num_return_sequences=2, seeds=[1, 2, 3, 4])
+    assert drawn.shape[0] == 4
+    assert torch.equal(
+        drawn[2:], run(model, {"input_ids": SOURCES[1:, :3]}, do_sample=True, num_return_sequences=2, seeds=[3, 4])
+    )
+
+
+def test_sources_that_cannot_be_known_are_refused():
+    model = encoder_decoder("t5")
+    with pytest.raises(ValueError, match=r"attention_mask must be 1 in each source and 0 behind it"):
+        run(model, {"input_ids": SOURCES, "attention_mask": SOURCE_MASK.flip(1)})
+    encoded = model.encoder(input_ids=SOURCES[:1])
+    with pytest.raises(ValueError, match="source must hold token ids"):
+        run(model, {"encoder_outputs": encoded})
+    with pytest.raises(ValueError, match="decoder_attention_mask cannot be honoured here"):
+        run(model, {"input_ids": SOURCES[:1], "decoder_attention_mask": torch.ones(1, 1)})

@@ -1,9 +1,9 @@
-"""A smaller causal language model as the drafter."""
+"""A smaller language model as the drafter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
+from specdec_kernels.decode.sources import sources_of
 from specdec_kernels.decode.targets import TransformersTarget, try_out
 from specdec_kernels.ops import DraftVocabulary
 
 
 class ModelDrafter:
-    """Any causal transformers model with the target's tokenizer.
+    """Any transformers model with the target's tokenizer; an encoder-decoder reads the sources that the target reads.
 
     Args:
         model: its vocabulary may be smaller than the target's: the rest is then never drafted.
@@ -43,8 +44,19 @@ class ModelDrafter:
         return self.config.siblings
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> ModelSession:
+        return ModelSession(self, prompts, self.cache(prompts))
+
+    def cache(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+        """A cache of the model for so many prompts, which were checked.
+
+        Raises:
+            TypeError, ValueError: they have not the sources that an encoder-decoder needs.
+        """
+        encoded = model_facts.is_encoder_decoder(self.model)
+        if encoded:
+            model_facts.check_sources(self.model, prompts)
         how = model_facts.mask_dtype(self.model), model_facts.cache_argument(self.model)
-        return ModelSession(self, prompts, RaggedCache(self.layers, len(prompts), self.model.device, *how))
+        return RaggedCache(self.layers, len(prompts), self.model.device, *how, column_positions=encoded)
 
 
 class ModelSession(AutoregressiveSession):
@@ -52,8 +64,9 @@ class ModelSession(AutoregressiveSession):
 
     def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]], cache: RaggedCache) -> None:
         self._model, self._own_vocab = drafter.model, drafter.own_vocab
-        self._tried = False
-        self._positions = model_facts.takes(drafter.model, "position_ids")
+        self._tried, self._prompt = False, prompts[0]
+        self._sources = sources_of(self._model, prompts)
+        self._positions = self._sources is not None or model_facts.takes(drafter.model, "position_ids")
         super().__init__(
             drafter.config,
             cache,
@@ -64,22 +77,41 @@ class ModelSession(AutoregressiveSession):
             None,
         )
 
+    @property
+    def _forward(self) -> Any:
+        """What the cache is handed to."""
+        return self._model if self._sources is None else self._sources
+
+    def select(self, slots: Sequence[int]) -> None:
+        super().select(slots)
+        if self._sources is not None:
+            self._sources.select(slots)
+
+    def join(self, other: Self) -> None:
+        if self._sources is not None and other._sources is not None:
+            self._sources.join(other._sources)
+        super().join(other)
+
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids that the model has: any will do for a token that it does not."""
         return tokens.where(tokens < self._own_vocab, 0)
 
+    def _columns(self, logits: Tensor) -> Tensor:
+        """The logits [..., S] that it drafts from."""
+        return logits
+
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         known, rows = self._known(tokens), tokens.shape[1]
         # Drafts are taken back to a mark, not by a commit.
-        outputs = self._cache.run(self._model, counts, rows, self._positions, decided=True, input_ids=known)
-        return last_rows(outputs.logits, counts), None
+        outputs = self._cache.run(self._forward, counts, rows, self._positions, decided=True, input_ids=known)
+        return self._columns(last_rows(outputs.logits, counts)), None
 
     def advance_tree(
         self, tokens: Tensor, features: Tensor | None, ancestors: Tensor, depth: int
     ) -> tuple[Tensor, Tensor | None]:
         if not self._tried:
-            try_out(TransformersTarget(self._model), "trees")
+            try_out(TransformersTarget(self._model), "trees", self._prompt)
             self._tried = True
         depths, known = self._depths(tokens, depth), self._known(tokens)
-        outputs = self._cache.run_tree(self._model, ancestors, depths, input_ids=known)
-        return outputs.logits, None
+        outputs = self._cache.run_tree(self._forward, ancestors, depths, input_ids=known)
+        return self._columns(outputs.logits), None

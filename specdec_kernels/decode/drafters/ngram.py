@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.histories import Histories
-from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.decode.protocols import Draft, SourcePrompt, Step
 from specdec_kernels.ops.validate import whole
 
 
@@ -16,19 +16,31 @@ class NGramDrafter:
 
     Args:
         min_match: tokens of that suffix at least; below it nothing is drafted.
+        sources: look for it in the source of an encoder-decoder's prompt too, as if that had been written before,
+            behind the tokens that the text begins with. Summaries and corrections copy it.
 
     Raises:
-        TypeError, ValueError: ``min_match`` is no int, or below 1.
+        TypeError, ValueError: ``min_match`` is no int, or below 1; ``sources`` is no bool.
     """
 
     feature_layers: Sequence[int] = ()
 
-    def __init__(self, min_match: int = 2) -> None:
+    def __init__(self, min_match: int = 2, sources: bool = True) -> None:
         whole("min_match", min_match, 1)
-        self.min_match = min_match
+        if not isinstance(sources, bool):
+            raise TypeError(f"sources must be a bool, got {sources!r}")
+        self.min_match, self.sources = min_match, sources
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> NGramSession:
-        return NGramSession(self.min_match, prompts)
+        return NGramSession(self.min_match, [with_source(prompt) for prompt in prompts] if self.sources else prompts)
+
+
+def with_source(prompt: Sequence[int]) -> Sequence[int]:
+    """A prompt behind its source, which stands behind what the text begins with once more, so that the beginning of the
+    text is looked up at the beginning of the source."""
+    if isinstance(prompt, SourcePrompt) and not isinstance(prompt.source, Tensor):
+        return [*prompt, *prompt.source, *prompt]
+    return prompt
 
 
 class NGramSession:

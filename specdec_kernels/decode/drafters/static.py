@@ -42,6 +42,7 @@ class StaticDrafter(ModelDrafter):
                 "config must have min_confidence 0 and siblings 0 for drafts of static shapes, got "
                 f"{config.min_confidence} and {config.siblings}: use ModelDrafter"
             )
+        model_facts.check_decoder_alone(model, "for drafts of static shapes", "use ModelDrafter")
         model_facts.check_no_states(self.layers, "for drafts of static shapes", "use ModelDrafter")
         model_facts.check_masks(model, "for drafts of static shapes", "use ModelDrafter")
         self.caches = CachePool()
