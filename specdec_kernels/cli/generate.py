@@ -97,7 +97,8 @@ class Session:
             # Windows of fixed rows, and llama.cpp, take chains alone.
             chains = settings.fixed_rows is not None or is_gguf(settings.target)
             config = WITH_SIBLINGS if adaptive and not chains else DRAFTING
-            self.drafter = load_drafter(settings.drafter, self.model, settings.draft, adaptive, config, dtype)
+            drafting = settings.drafter, self.model, settings.draft, adaptive, config, dtype
+            self.drafter = load_drafter(*drafting, self.tokenizer)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:

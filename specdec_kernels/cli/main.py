@@ -60,7 +60,10 @@ def generate(
     ] = SMOLLM2,
     draft: Annotated[
         str | None,
-        typer.Option(help="Path of a drafting model.", show_default="for smollm2 the one trained here"),
+        typer.Option(
+            help="Path of a drafting model; its tokenizer may be another.",
+            show_default="for smollm2 the one trained here",
+        ),
     ] = None,
     drafter: Annotated[
         DrafterName,

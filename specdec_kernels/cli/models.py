@@ -23,10 +23,12 @@ from specdec_kernels.decode.drafters import (
     FeatureDrafter,
     FeatureModel,
     Growth,
+    IntersectionDrafter,
     MedusaDrafter,
     MedusaModel,
     ModelDrafter,
     NGramDrafter,
+    Translation,
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveDrafter
@@ -224,6 +226,21 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
         weights(DRAFTER_WEIGHTS)
 
 
+def _named_drafter(
+    draft: str, tokenizer: Any, vocab_size: int, config: DraftConfig, dtype: torch.dtype, device: torch.device
+) -> ModelDrafter:
+    """The model at a path as the drafter of a target with a tokenizer."""
+    from transformers import AutoTokenizer
+
+    model, path = load_model(draft, dtype, device), model_path(draft)
+    if tokenizer is None or not any((path / f"tokenizer{kind}").is_file() for kind in (".json", ".model")):
+        return ModelDrafter(model, vocab_size, config)
+    own = AutoTokenizer.from_pretrained(path)
+    if own.get_vocab() == tokenizer.get_vocab():
+        return ModelDrafter(model, vocab_size, config)
+    return IntersectionDrafter(model, Translation(tokenizer, own), vocab_size, config)
+
+
 def load_drafter(
     kind: str,
     target: Any,
@@ -231,6 +248,7 @@ def load_drafter(
     adaptive: bool = False,
     config: DraftConfig = DRAFTING,
     dtype: torch.dtype = torch.bfloat16,
+    tokenizer: Any = None,
 ) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
@@ -239,10 +257,12 @@ def load_drafter(
             model, drafting dynamic trees), ``static-tree`` (the model, drafting the same tree every step), ``medusa``
             (heads, drafting a static tree) or ``none``.
         target: the target's transformers model, or llama.cpp's target.
-        draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone.
+        draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone. One with another
+            tokenizer beside it drafts the tokens that both have.
         adaptive: choose the number of drafts step by step; trees are as large as ``num_draft`` says.
         config: how a model drafts.
         dtype: of a model that drafts for llama.cpp; for another target it is the target's.
+        tokenizer: the target's; ``None`` if any drafting model has the same.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`check_drafter`.
@@ -265,7 +285,7 @@ def load_drafter(
     dtype = dtype if hosted else target.dtype
     if draft is not None:
         vocab_size = target.vocab_size if hosted else target.config.vocab_size
-        model = ModelDrafter(load_model(draft, dtype, target.device), vocab_size, config)
+        model = _named_drafter(draft, tokenizer, vocab_size, config, dtype, target.device)
     else:
         host = load_model(SMOLLM2, dtype) if hosted else target  # whose embeddings and head it shares
         features = FeatureModel.load(weights(DRAFTER_WEIGHTS), host.config, dtype).to(host.device)

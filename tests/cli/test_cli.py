@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp_stand_in import LlamaCpp
 from rich.console import Console
-from small_tokenizers import byte_fallback, byte_level
+from small_tokenizers import byte_fallback, byte_level, of_tokens
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -124,8 +125,11 @@ def test_a_token_costs_the_same_wherever_it_stands(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("model"), TOKENIZERS["byte_level"])
+
+
+def saved(path, tokenizer):
     """A model whose greedy text goes through the bytes of one line, then ends."""
-    path, tokenizer = tmp_path_factory.mktemp("model"), TOKENIZERS["byte_level"]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -144,6 +148,18 @@ def checkpoint(tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def test_a_drafting_model_with_another_tokenizer(checkpoint, tmp_path):
+    """The bytes are counted from the other end: its ids are translated, or none would be accepted."""
+    other = saved(tmp_path, of_tokens(sorted(ByteLevel.alphabet(), reverse=True), end=True))
+    for kind in ("model", "tree"):
+        result = generate(
+            checkpoint, "--num-draft", 3, "--temperature", 0, drafter=("--drafter", kind, "--draft", other)
+        )
+        assert result.exit_code == 0, result.output
+        assert TEXT in result.stdout
+        assert float(re.search(r"accepted by position: (\S+)", result.stderr)[1]) > 0.5
 
 
 #: No byte occurs twice; a tab, and what a console would take for markup or an emoji.

@@ -28,3 +28,14 @@ def byte_fallback():
     )
     tokenizer.add_special_tokens([END])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def of_tokens(names, merges=(), end=False):
+    """Byte-level, with these tokens alone, of which two are merged where a pair says so."""
+    vocab = {name: token for token, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if end:
+        tokenizer.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END if end else None)

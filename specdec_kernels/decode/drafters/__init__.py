@@ -13,6 +13,8 @@ from specdec_kernels.decode.drafters.medusa_model import MedusaModel
 from specdec_kernels.decode.drafters.model import ModelDrafter
 from specdec_kernels.decode.drafters.ngram import NGramDrafter
 from specdec_kernels.decode.drafters.static import StaticDrafter
+from specdec_kernels.decode.drafters.translated import IntersectionDrafter, TranslatedDrafter
+from specdec_kernels.decode.drafters.translation import Translation
 
 __all__ = [
     "AdaptiveDrafter",
@@ -24,10 +26,13 @@ __all__ = [
     "FeatureDrafter",
     "FeatureModel",
     "Growth",
+    "IntersectionDrafter",
     "MedusaDrafter",
     "MedusaModel",
     "ModelDrafter",
     "NGramDrafter",
     "StaticDrafter",
+    "TranslatedDrafter",
+    "Translation",
     "TreeDrafter",
 ]
