@@ -291,6 +291,8 @@ def test_positions_by_column_are_refused_in_batches_and_trees():
     named = {**STARTED, "pad_token_id": 0, "max_decoder_position_embeddings": 64, "attention_window": 4}
     model = made(Architecture("led", named), 1, "eager")
     pairs = list(zip(SOURCES, BEGINNINGS, strict=True))
+    for pair in pairs:
+        assert decoded(model, NGramDrafter(1), [pair]) == [written(model, *pair)]
     with pytest.raises(ValueError, match=r"batches.*one at a time"):
         decoded(model, None, pairs)
     with pytest.raises(ValueError, match=r"trees.*draft chains"):
