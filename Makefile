@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
 	requirements-dev.txt
 
-.PHONY: demo test test-all mutants peers bench docs lint format package versions clean test-llama
+.PHONY: demo test test-all mutants peers bench docs lint format package versions clean test-llama soak
 
 demo: $(STAMP)
 	$(BIN)/specdec generate --compare
@@ -34,6 +34,10 @@ peers: $(STAMP)
 test-llama: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/decode/test_llama_cpp.py
+
+# The scheduler for an hour, with requests, cancellations and failures at random times, at a sixth of a core.
+soak: $(STAMP)
+	nice -n 19 $(BIN)/python -m specdec_kernels.bench.soak --seconds 3600 --load 0.15 --out bench/results/soak.txt
 
 bench: $(STAMP)
 	$(BIN)/specdec bench

@@ -310,9 +310,9 @@ class Scheduler:
         try:
             gained = self._loop.step()
         except Exception as error:
-            for submission in self._running.values():
+            for request, submission in list(self._running.items()):
                 submission.fail(error)
-            self._running = {}
+                self._end(request)
             return
         for token in gained:
             self._running[token.request].put(token)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import random
 import threading
-import time
 import warnings
 import weakref
 
@@ -16,6 +14,7 @@ import torch
 from decoding import NAMES, drafters
 from tiny import VOCAB, Altered, steady, tiny
 
+from specdec_kernels.bench.soak import KINDS, Soak
 from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter
 
@@ -336,65 +335,36 @@ def test_targets_that_nothing_can_join(model):
     assert len(first.result().tokens) == 6
 
 
-#: Requests, and seconds at least; `make test-all` has an hour of them.
-SOAK_REQUESTS, SOAK_SECONDS = 40, float(os.environ.get("SPECDEC_SOAK_SECONDS", "0"))
+@pytest.mark.parametrize("error", [KeyError, MemoryError])
+def test_nothing_is_kept_of_requests_that_the_target_failed(model, error):
+    scheduler = Scheduler(TransformersTarget(model), NGramDrafter(1))
+    ran = [submitted(scheduler, index) for index in range(3)]
+    for _ in range(3):
+        scheduler.step()
+    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error("no room")))
+    scheduler.step()
+    hook.remove()
+    assert scheduler.statistics.requests == {}
+    for submission in ran:
+        with pytest.raises(error, match="no room"):
+            submission.result()
+        assert submission.acceptance.request_steps == 2
 
 
-def test_soak(model):
-    """Arrivals, cancellations, failing drafters and rows that are no distribution at random times: nothing is lost,
-    nothing is kept."""
-    rng = random.Random(7)
-    fails = Altered(NGramDrafter(1), lambda draft, step: 1 / 0 if rng.random() < 0.02 else draft)
-    inner = fails.drafter.begin
+#: Seconds at least; `make soak` is an hour.
+SOAK_REQUESTS, SOAK_SECONDS = 120, float(os.environ.get("SPECDEC_SOAK_SECONDS", "0"))
 
-    class Session:
-        def __init__(self, session):
-            self.session, self.commit, self.select = session, session.commit, session.select
 
-        def propose(self, step):
-            return fails.change(self.session.propose(step), step)
-
-        def join(self, other):
-            self.session.join(other.session)
-
-    fails.begin = lambda prompts, features: Session(inner(prompts, features))
-    scheduler = Scheduler(
-        TransformersTarget(model), fails, max_requests=4, max_waiting=2, max_rows=12, chunk=2, rule="coupled"
-    )
-    texts = [alone(model, index, rule="coupled") for index in range(6)]
-    open_, arrived, finished, refused, cancelled = [], 0, 0, 0, 0
-    end = time.monotonic() + SOAK_SECONDS
+def test_soak():
+    """Of everything that can come to a request something comes, and nothing is lost, wrong or kept."""
+    soak = Soak()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        while open_ or arrived < SOAK_REQUESTS or time.monotonic() < end:
-            if (arrived < SOAK_REQUESTS or time.monotonic() < end) and rng.random() < 0.4:
-                arrived += 1
-                index = rng.randrange(6)
-                kind = rng.choice(["plain", "plain", "cancelled", "nan"])
-                sampling = SAMPLINGS[index]
-                if kind == "nan":  # nothing is allowed
-                    sampling = Sampling(grammar=lambda history: torch.zeros(1, dtype=torch.int32))
-                try:
-                    open_.append((index, kind, submitted(scheduler, index, sampling=sampling)))
-                except queue.Full:
-                    refused += 1
-            scheduler.step()
-            for index, kind, submission in list(open_):
-                if kind == "cancelled" and rng.random() < 0.1:
-                    submission.cancel()
-                if submission.done:
-                    result = submission.result()
-                    open_.remove((index, kind, submission))
-                    finished += 1
-                    if kind == "nan":
-                        assert result.finished == "dead_end"
-                    elif not result.finished:
-                        assert kind == "cancelled"
-                        assert result.tokens == texts[index][: len(result.tokens)]
-                        cancelled += 1
-                    else:
-                        assert result.tokens == texts[index]
-    assert finished + refused == arrived
-    assert min(finished, refused, cancelled) > 0
-    assert scheduler.running == scheduler.waiting == 0
-    assert not scheduler.statistics.requests
+        soak.run(SOAK_REQUESTS, SOAK_SECONDS)
+    report = soak.report
+    assert report.problems() == []
+    assert report.refused > 0
+    assert report.accepted > 0
+    assert {ending.split(":")[0] for ending in report.endings} == set(KINDS)
+    assert report.endings["cancelled: cancelled"] > 0
+    assert set(report.faults) == {"target", "function", "drafting model"}
