@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import queue
 import random
 import subprocess
@@ -49,8 +48,6 @@ NAN = 10
 TARGET_FAILS, DRAFTER_FAILS = 0.002, 0.01
 #: What requests come to: most of them to nothing special.
 KINDS = ("plain",) * 4 + ("cancelled",) * 2 + ("nan", "nothing allowed", "too long", "error of its own")
-#: Requests between two quiet moments, in which nothing runs and memory is looked at.
-QUIET_EVERY = 100
 #: Growth of the memory of the process that is none: of a leak of a kilobyte a request, an hour would show ten of it.
 FLAT_BYTES = 8 << 20
 
@@ -105,8 +102,8 @@ class Sample:
     arrived: int
     objects: int
     """Containers that Python's collector knows of."""
-    resident: int
-    """Bytes."""
+    own: int
+    """Bytes of the process that no file backs."""
 
 
 @dataclass
@@ -140,7 +137,7 @@ class Report:
 
     def _memory(self) -> list[str]:
         """Objects must not grow with requests, nor the memory of the process, once all kinds have been there."""
-        settled = self.samples[len(self.samples) // 4 :]
+        settled = self.samples[1 + len(self.samples) // 4 :]
         if len(settled) < 2:
             return []
         found, requests = [], settled[-1].arrived - settled[0].arrived
@@ -148,7 +145,7 @@ class Report:
         if objects > 100 + requests // 20:
             found.append(f"{objects} more objects were kept after {requests} more requests")
         half = len(settled) // 2
-        growth = max(own.resident for own in settled[half:]) - max(own.resident for own in settled[:half])
+        growth = max(sample.own for sample in settled[half:]) - max(sample.own for sample in settled[:half])
         if growth > FLAT_BYTES:
             found.append(f"memory rose by {growth / 1e6:.1f} MB in the second half of {requests} requests")
         return found
@@ -159,7 +156,7 @@ class Report:
         return (
             f"{self.seconds:6.0f} s: {self.arrived} arrived, {self.refused} refused, {self.ended} ended, "
             f"{self.steps} steps, {self.accepted} of {self.proposed} drafts accepted, "
-            f"{sum(self.faults.values())} passes failed; {last.objects} objects, {last.resident / 1e6:.1f} MB"
+            f"{sum(self.faults.values())} passes failed; {last.objects} objects, {last.own / 1e6:.1f} MB"
         )
 
     def text(self) -> str:
@@ -170,8 +167,8 @@ class Report:
         lines += ["", "memory at quiet moments: requests so far, objects, MB"]
         every = max(1, len(self.samples) // 20)
         lines += [
-            f"{own.arrived:8} {own.objects:8} {own.resident / 1e6:8.1f}"
-            for own in [*self.samples[:-1:every], *self.samples[-1:]]
+            f"{sample.arrived:8} {sample.objects:8} {sample.own / 1e6:8.1f}"
+            for sample in [*self.samples[:-1:every], *self.samples[-1:]]
         ]
         return "\n".join([*lines, "", *(self.problems() or ["nothing was lost, every text was right, memory flat"])])
 
@@ -182,10 +179,12 @@ class Soak:
     Args:
         seed: of everything random.
         load: share of a core that it takes; it sleeps for the rest.
+        quiet_every: requests between two quiet moments, in which nothing runs and memory is looked at.
     """
 
-    def __init__(self, seed: int = 7, load: float = 1.0) -> None:
+    def __init__(self, seed: int = 7, load: float = 1.0, quiet_every: int = 100) -> None:
         self.rng, self.load, self.report = random.Random(seed), load, Report()
+        self.quiet_every = quiet_every
         model = small_model(1)
         with torch.no_grad():
             model.model.embed_tokens.weight[NAN] = torch.nan
@@ -244,7 +243,7 @@ class Soak:
             if self.rng.random() < 0.5:
                 self._arrive()
             self._step()
-            if self.report.arrived % QUIET_EVERY == 0:
+            if self.report.arrived % self.quiet_every == 0:
                 self._look(started)
                 if log is not None:
                     log(self.report)
@@ -319,9 +318,13 @@ class Soak:
             if any(left):
                 self.report.wrong.append(f"a scheduler had {left} requests running, waiting and counted at the end")
         gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-        resident = pages * os.sysconf("SC_PAGE_SIZE")
-        self.report.samples.append(Sample(self.report.arrived, len(gc.get_objects()), resident))
+        self.report.samples.append(Sample(self.report.arrived, len(gc.get_objects()), _own_memory()))
+
+
+def _own_memory() -> int:
+    """Bytes of this process that no file backs: pages of files come and go with what else a machine does."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["RssAnon"].split()[0])
 
 
 def _revision() -> str:

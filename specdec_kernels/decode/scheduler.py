@@ -364,7 +364,8 @@ class Scheduler:
                 heapq.heappop(self._queue)
                 self._reading = prompt
             try:
-                left -= max(1, self._read(prompt, left))
+                while left > 0 and not prompt.done:
+                    left -= max(1, self._read(prompt, left))
                 if not prompt.done:
                     return
                 self._start(prompt)
@@ -425,7 +426,7 @@ class _Prompt:
         return torch.cat(self._features, 1) if self._features else None
 
     def read(self, most: int) -> int:
-        """Read up to so many tokens more. How many it was."""
+        """Read up to so many tokens more, in one pass. How many it was."""
         prompt = self.request.prompt
         count = min(most, len(prompt) - 1 - self._read)
         features = None
@@ -439,6 +440,7 @@ class _Prompt:
             joinable(self._session)
             features = self._session.features
         elif count:
+            count = min(count, self._session.max_rows())
             rows = to_device([prompt[self._read : self._read + count + 1]], torch.int64, self._target.device)
             logits, features = self._session.score(rows[:, :-1], [count])
             self._session.commit([count])

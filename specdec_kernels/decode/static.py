@@ -31,8 +31,8 @@ class StaticTarget(TransformersTarget):
     A stream has caches of the length that its longest request can get to, and takes them over, with their graphs, from
     the last stream of as many requests and about that length. A graph is captured whenever a step has rows, kinds of
     drafts or sampling parameters of a shape that was not there before: rows in powers of two, and the batch once half
-    of its requests have ended. Chains are scored, verified and committed in one graph; with penalties, bias or a
-    grammar, and for trees, the graph ends with the scores.
+    of its requests have ended; all of them when a request joins. Chains are scored, verified and committed in one
+    graph; with penalties, bias or a grammar, and for trees, the graph ends with the scores.
 
     Args:
         model: as of :class:`TransformersTarget`, with an attention that takes masks of four dimensions (``"eager"``,
@@ -165,6 +165,11 @@ class StaticSession:
 
     def select(self, slots: Sequence[int]) -> None:
         self._cache.select(slots)
+
+    def join(self, other: StaticSession) -> None:
+        self._target.try_out("batches")
+        self._cache.join(other._cache)
+        self._longest = max(self._longest, other._longest)
 
 
 # What follows takes and returns tensors of fixed shapes and waits for nothing.

@@ -8,11 +8,12 @@ import queue
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from decoding import NAMES, drafters
-from tiny import VOCAB, Altered, steady, tiny
+from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 
 from specdec_kernels.bench.soak import KINDS, Soak
 from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate
@@ -324,10 +325,60 @@ def test_drafters_that_nothing_can_join(model):
     assert scheduler.running == scheduler.waiting == 0
 
 
+@pytest.mark.parametrize("drafter", [None, "lookup", "model", "static", "feature", "tree", "medusa"])
+def test_steps_of_static_shapes(model, drafter):
+    """Requests join while others run, with more tokens than there were columns, and read their prompts in pieces."""
+    drafter = drafters(model, lambda seed, vocab=VOCAB: steady(tiny(seed, vocab=vocab)))[drafter] if drafter else None
+    scheduler = Scheduler(StaticTarget(model, 4), drafter, max_requests=3, rule="coupled", chunk=11)
+    submissions = []
+    for index in range(len(PROMPTS)):
+        submissions.append(submitted(scheduler, index))
+        scheduler.step()
+    long = [index % VOCAB for index in range(70)]
+    submissions.append(scheduler.submit(long, sampling=GREEDY, max_new_tokens=9))
+    scheduler.run()
+    whole = generate(TransformersTarget(model), [long], temperature=0, max_new_tokens=9)[0].tokens
+    for index, submission in enumerate(submissions):
+        assert submission.result().tokens == (alone(model, index, rule="coupled") if index < len(PROMPTS) else whole)
+
+
+@pytest.mark.parametrize("target", ["static", "windows"])
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_prompts_are_read_in_pieces_that_a_target_takes(target, with_logprobs):
+    """However long the pieces may be: these would reach beyond a cache of static shapes, and beyond a window."""
+    model = steady(tiny(1, max_position_embeddings=512))
+    targets = {"static": StaticTarget(model, 2), "windows": TransformersTarget(model, fixed_rows=4)}
+    scheduler = Scheduler(targets[target], chunk=129)
+    prompt = [7 * index * index % 10 for index in range(259)]
+    submission = scheduler.submit(prompt, sampling=GREEDY, max_new_tokens=2, prompt_logprobs=with_logprobs)
+    assert submission.result().tokens == slow_greedy(model, prompt, 2)
+    if with_logprobs:
+        rows = model(torch.tensor([prompt[:-1]])).logits[0].log_softmax(-1)
+        known = rows.gather(1, torch.tensor(prompt)[1:, None]).flatten().tolist()
+        assert submission.prompt_logprobs[1:] == pytest.approx(known, abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 70])
+def test_a_step_reads_a_chunk_of_prompts_and_no_more(model, chunk):
+    """In as many passes as it takes, of as many prompts as it is enough for."""
+    scheduler = Scheduler(StaticTarget(model, 3), chunk=chunk)
+    submissions = [scheduler.submit([1] * 20, max_new_tokens=1) for _ in range(4)]
+    steps = 0
+    while not submissions[-1].done:
+        scheduler.step()
+        steps += 1
+    assert steps == -(-4 * 19 // chunk)
+
+
 def test_targets_that_nothing_can_join(model):
-    scheduler = Scheduler(StaticTarget(tiny(1)))
-    with pytest.raises(TypeError, match="must have a method `join` for later requests, got StaticSession"):
-        scheduler.submit([1, 2], max_new_tokens=3).result()
+    class Closed(TransformersTarget):
+        def begin(self, *arguments):
+            session = super().begin(*arguments)
+            names = ("score", "commit", "select", "max_rows", "features")
+            return SimpleNamespace(**{name: getattr(session, name) for name in names})
+
+    with pytest.raises(TypeError, match="must have a method `join` for later requests, got SimpleNamespace"):
+        Scheduler(Closed(model)).submit([1, 2], max_new_tokens=3).result()
     scheduler = Scheduler(TransformersTarget(tiny(1), fixed_rows=4))
     first, second = (scheduler.submit([1, 2], max_new_tokens=6) for _ in range(2))
     with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, which no other can join"):
@@ -348,16 +399,16 @@ def test_nothing_is_kept_of_requests_that_the_target_failed(model, error):
     for submission in ran:
         with pytest.raises(error, match="no room"):
             submission.result()
-        assert submission.acceptance.request_steps == 2
+        assert submission.acceptance.request_steps == 3
 
 
 #: Seconds at least; `make soak` is an hour.
-SOAK_REQUESTS, SOAK_SECONDS = 120, float(os.environ.get("SPECDEC_SOAK_SECONDS", "0"))
+SOAK_REQUESTS, SOAK_SECONDS = 160, float(os.environ.get("SPECDEC_SOAK_SECONDS", "0"))
 
 
 def test_soak():
     """Of everything that can come to a request something comes, and nothing is lost, wrong or kept."""
-    soak = Soak()
+    soak = Soak(quiet_every=20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         soak.run(SOAK_REQUESTS, SOAK_SECONDS)
