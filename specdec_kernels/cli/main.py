@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,7 +21,9 @@ from specdec_kernels.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 Precision = Literal["bfloat16", "float32"]
-Subject = Literal["kernels", "trees", "text", "adaptive", "integrations", "llama-cpp", "host"]
+Subject = Literal[
+    "kernels", "trees", "text", "adaptive", "methods", "batching", "integrations", "llama-cpp", "host"
+]  # fmt: skip
 Device = Literal["cpu", "cuda"]
 
 
@@ -141,6 +144,8 @@ def bench(
             help="kernels: verification of chains, beside PyTorch, transformers and reading the same rows. "
             "trees: their kernels, and text. text: decoding, by rule. "
             "adaptive: the choice of the number of drafts, on equal texts. "
+            "methods: plain and speculative decoding, heads, batches and a drafter alone, side by side. "
+            "batching: requests that come at random times, one at a time, in batches, and as they come. "
             "integrations: text inside transformers, beside its own. llama-cpp: text of llama.cpp, beside its own. "
             "host: what a call on a GPU takes the host, without one."
         ),
@@ -150,46 +155,26 @@ def bench(
     ] = None,
     device: Annotated[Device, typer.Option(help="cuda: time kernels or text on the GPU.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive: texts a prompt at a temperature.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive, methods: texts a prompt at a temperature.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, max=200, help="Batching: how many come.")] = 200,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Batching: at most; what is not served by then is cut off, and told.")
+    ] = 900.0,
 ) -> None:
     """Time this library beside what it replaces, in one run."""
     with _errors_in_a_line():
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        if subject == "text":
-            from specdec_kernels.bench.text import main as decode
-
-            decode(out, seeds, console, device)
-        elif device == "cuda":
-            from specdec_kernels.bench.gpu import main as on_gpu
-
-            if subject != "kernels":
-                raise ValueError(f"device must be cpu for {subject!r}: it is timed there, got 'cuda'")
-            on_gpu(out, quick, console)
-        elif subject == "adaptive":
-            from specdec_kernels.bench.adaptive import main as adapt
-
-            adapt(out, seeds, console)
-        elif subject == "integrations":
-            from specdec_kernels.bench.integrations import main as inside
-
-            inside(out, console)
-        elif subject == "llama-cpp":
-            from specdec_kernels.bench.llama_cpp import main as around
-
-            around(out, console)
-        elif subject == "host":
-            from specdec_kernels.bench.host import main as call
-
-            call(out, console)
-        elif subject == "trees":
-            from specdec_kernels.bench.trees import main as grow
-
-            grow(out, console)
-        else:
-            from specdec_kernels.bench.run import main
-
-            main(out, quick, console)
+        if device == "cuda" and subject not in ("kernels", "text"):
+            raise ValueError(f"device must be cpu for {subject!r}: it is timed there, got 'cuda'")
+        name = {"kernels": "run" if device == "cpu" else "gpu"}.get(subject, subject.replace("-", "_"))
+        arguments: dict[str, tuple[Any, ...]] = {
+            "run": (quick,), "gpu": (quick,), "text": (seeds,), "adaptive": (seeds,), "methods": (seeds,),
+            "batching": (requests, seconds),
+        }  # fmt: skip
+        options = {"device": device} if subject == "text" else {}
+        measure = import_module(f"specdec_kernels.bench.{name}").main
+        measure(out, *arguments.get(name, ()), console, **options)
         if out is not None:
             notes.print(f"wrote to {out}", markup=False, highlight=False, soft_wrap=True)
 
