@@ -79,7 +79,7 @@ def measure(
     the target's logits of two tokens are.
 
     Raises:
-        RuntimeError: a text is not that of its request alone.
+        RuntimeError: a text is not that of its request alone, or there is no time for any.
     """
     end = time.perf_counter() + seconds
     sampling = Sampling(temperature=0.0)
@@ -99,6 +99,8 @@ def measure(
         statistics = Statistics()
         with notes.status(f"{way}, {drafts}"):
             served = service.serve(coming, (end - time.perf_counter()) / (len(cells) - index), statistics)
+        if not any(own.finished for own in served):
+            raise RuntimeError(f"no request could be served in its share of {seconds:g} s: allow more --seconds")
         texts = texts or served  # the first way is one at a time, without drafts
         results.append({"way": way, "drafts": drafts, "rate": rate, **figures(served, statistics)})
         results[-1]["parted"] = parted(served, texts, margin)
@@ -108,14 +110,14 @@ def measure(
 def figures(served: Sequence[Served], statistics: Statistics) -> dict[str, Any]:
     """Of those that were served to their end: throughput, and times to the first token and of the others."""
     ended = [own for own in served if own.finished]
-    tokens = sum(len(own.tokens) for own in ended)
+    tokens, last = sum(len(own.tokens) for own in ended), max(own.times[-1] for own in ended)
     first = [own.first for own in ended]
     others = [latency for own in ended for latency in own.latencies()]
     return {
         "requests": len(served),
         "ended": len(ended),
         "tokens": tokens,
-        "tokens_per_second": tokens / max(own.times[-1] for own in ended) if ended else 0.0,
+        "tokens_per_second": tokens / last,
         "first_token_seconds": {"p50": quantile(first, 0.5), "p99": quantile(first, 0.99)},
         "token_seconds": {"p50": quantile(others, 0.5), "p99": quantile(others, 0.99)},
         "tokens_per_step": statistics.tokens_per_step,

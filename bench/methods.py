@@ -216,8 +216,8 @@ def disagreement(exact: Any, histories: Sequence[History], temperature: float) -
     for history in histories:
         if history.rows:
             rows = exact(torch.tensor([history.tokens], device=exact.device)).logits[0, history.unscored :]
-            laws = [(x.double() / temperature).softmax(-1) for x in (rows, torch.stack(history.rows).to(rows.device))]
-            found += (0.5 * (laws[0] - laws[1]).abs().sum(-1)).tolist()
+            both = [(x.double() / temperature).softmax(-1) for x in (rows, torch.stack(history.rows).to(rows.device))]
+            found += (0.5 * (both[0] - both[1]).abs().sum(-1)).tolist()
     return mean(found)
 
 

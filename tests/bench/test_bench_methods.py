@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from decoding import feature_drafter, medusa_drafter
 from tiny import VOCAB, steady, tiny
 from typer.testing import CliRunner
 
-from specdec_kernels.bench import batching, methods
+from specdec_kernels.bench import batching, methods, serving
 from specdec_kernels.bench.methods import DrafterAlone, Recorded, disagreement
 from specdec_kernels.bench.serving import Request, Served, Service
 from specdec_kernels.cli import main
@@ -146,12 +147,18 @@ def test_requests_that_come_at_random_times(models, monkeypatch, tmp_path):
     assert all(row["tokens_per_step"] == 1 for row in results[:3])
 
 
-def test_requests_that_do_not_fit_the_time_are_told(models, monkeypatch):
-    monkeypatch.setattr(batching, "load_target", lambda *_: (models.model, Tokenizer()))
-    monkeypatch.setattr(batching, "load_drafter", lambda *_, **__: None)
-    target, tokenizer = TransformersTarget(models.model), Tokenizer()
-    rows = batching.measure(target, {"none": None}, batching.questions(tokenizer, 50), -1.0, None)
-    assert all(row["requests"] == 50 and row["ended"] < 50 for row in rows)
+def test_what_does_not_fit_the_time_is_told(models, monkeypatch):
+    """On a clock on which every look takes a second."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), sleep=lambda seconds: None)
+    target, many = TransformersTarget(models.model), batching.questions(Tokenizer(), 50)
+    for module in (batching, serving):
+        monkeypatch.setattr(module, "time", clock)
+    rows = batching.measure(target, {"none": None}, many, 2000.0, None)
+    assert [row["requests"] for row in rows] == [50] * 3
+    assert 0 < rows[0]["ended"] < 50
+    with pytest.raises(RuntimeError, match="no request could be served in its share of 10 s: allow more --seconds"):
+        batching.measure(target, {"none": None}, many, 10.0, None)
 
 
 def test_arrivals():

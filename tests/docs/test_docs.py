@@ -5,14 +5,17 @@ from __future__ import annotations
 import doctest
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 import versions
 
 from specdec_kernels import ops
+from specdec_kernels.cli.main import app
 from specdec_kernels.ops import attention, kv, token_counts, tree_rules, trees, workspace
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,6 +97,39 @@ def test_links_and_paths_exist(page):
         r"`((?:csrc|tests|docs|bench|examples|training|specdec_kernels|triton_kernels)/[\w./-]+\.\w+)`", text
     ):
         assert (ROOT / name).exists(), name
+
+
+def features() -> list[list[str]]:
+    """The rows of the table of features: feature, what shows it, test."""
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs" / "features.md").read_text(), re.MULTILINE)
+    return [row.split(" | ") for row in rows if not row.startswith("feature ")]
+
+
+def test_every_feature_has_a_test_and_something_that_shows_it():
+    """A function of that name in the file that is linked; a program, a page, or a command that there is."""
+    rows = features()
+    assert len(rows) > 30
+    command_line = typer.main.get_command(app)
+    for feature, shown, tests in rows:
+        links = re.findall(r"\[(\w+)\]\(\.\./(tests/[^)]+)\)", tests)
+        assert links, feature
+        for name, path in links:
+            assert f"def {name}(" in (ROOT / path).read_text(), feature
+        if command := re.fullmatch(r"`(\w+) (.+)`", shown):
+            program, arguments = command[1], shlex.split(command[2])
+            if program == "make":
+                assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text(), feature
+            else:
+                assert program == "specdec", feature
+                called = command_line.commands[arguments[0]]
+                called.make_context(arguments[0], arguments[1:])  # an error where it does not take that
+        else:
+            assert re.fullmatch(r"\[\w+\.(py|md)\]\([\w./#-]+\)", shown), feature
+
+
+def test_every_example_is_in_the_table_of_features():
+    shown = " ".join(row[1] for row in features())
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f"examples/{path.name})" not in shown] == []
 
 
 def test_every_page_can_be_reached_from_the_readme():
