@@ -285,8 +285,7 @@ def table(console: Console, results: Sequence[dict[str, Any]]) -> None:
         latency = [f"{1e3 * row['token_seconds'][name]:.1f}" for name in ("p50", "p99")]
         rate = row["tokens_per_second"]
         cells = [f"{rate:.1f}", f"{rate / results[0]['tokens_per_second']:.2f}", f"{row['tokens_per_step']:.2f}"]
-        size = f"{row['memory'] / 1e6:.0f}" if "memory" in row else ""
-        lines.print(row["way"], *cells, *latency, f"{row['disagreement']:.4f}", size)
+        lines.print(row["way"], *cells, *latency, f"{row['disagreement']:.4f}", f"{row['memory'] / 1e6:.0f}")
 
 
 def plot(results: Sequence[dict[str, Any]], where: dict[str, Any], path: Path) -> None:

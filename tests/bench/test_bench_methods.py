@@ -89,18 +89,21 @@ def test_how_far_apart_is_exact(models):
         assert disagreement(models.exact, [uniform], temperature) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_drafter_alone_goes_on_as_it_drafts(models):
-    """Greedy, its text is one long draft, whose every row it drew the token from."""
-    drafter = feature_drafter(models.model, repeats=0.5)
+@pytest.mark.parametrize(("repeats", "count"), [(0.0, 9), (3.0, 1)])
+def test_a_drafter_alone_goes_on_as_it_drafts(models, repeats, count):
+    """Greedy, its text is one long draft, of the same rows; but that its own tokens are history, whose repetitions it
+    favours."""
+    drafter, prompt = feature_drafter(models.model, repeats=repeats), [1, 2, 3, 1, 2]
     target = TransformersTarget(models.model)
-    alone = Service(DrafterAlone(target, drafter), sampling=Sampling(temperature=0.0))
-    (served,) = alone.serve([Request([1, 2, 3, 1, 2], 9)])
-    features = target.begin([[1, 2, 3, 1, 2]], [9], drafter.feature_layers).features
-    step = Step([9], torch.tensor([0]), torch.tensor([5]), 0.0, greedy=True)
-    draft = drafter.begin([[1, 2, 3, 1, 2]], features).propose(step)
+    recorded = Recorded(DrafterAlone(target, drafter))
+    (served,) = Service(recorded, sampling=Sampling(temperature=0.0)).serve([Request(prompt, count)])
+    features = target.begin([prompt], [count], drafter.feature_layers).features
+    step = Step([count], torch.tensor([0]), torch.tensor([5]), 0.0, greedy=True)
+    draft = drafter.begin([prompt], features).propose(step)
     assert served.tokens == draft.tokens[0].tolist()
+    assert torch.equal(torch.stack(recorded.histories[0].rows), draft.logits[0])
     with pytest.raises(ValueError, match="prompts must be one of two tokens or more"):
-        alone.serve([Request([1], 2)])
+        Service(DrafterAlone(target, drafter)).serve([Request([1], 2)])
 
 
 def test_methods_side_by_side(models, monkeypatch, tmp_path):

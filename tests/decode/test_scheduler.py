@@ -16,7 +16,7 @@ from decoding import NAMES, drafters
 from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 
 from specdec_kernels.bench.soak import KINDS, Soak
-from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate
+from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate, model_facts
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter
 
 GREEDY = Sampling(temperature=0.0)
@@ -368,6 +368,19 @@ def test_a_step_reads_a_chunk_of_prompts_and_no_more(model, chunk):
         scheduler.step()
         steps += 1
     assert steps == -(-4 * 19 // chunk)
+
+
+@pytest.mark.parametrize("kind", [StaticTarget, TransformersTarget])
+def test_trees_are_as_long_as_the_longest_that_joined(model, kind, monkeypatch):
+    """Which some models take only up to a length."""
+    longest = []
+    monkeypatch.setattr(model_facts, "check_tree_lengths", lambda model, length: longest.append(length))
+    target = kind(model)
+    target.try_out("trees")
+    session = target.begin([[1, 2]], [3])
+    session.join(target.begin([[1] * 20], [30]))
+    session.score_tree(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[-1, 0], [-1, 0]]))
+    assert longest[-1] == 50
 
 
 def test_targets_that_nothing_can_join(model):
