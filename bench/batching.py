@@ -35,7 +35,7 @@ TOPICS = (
     "clocks", "glass", "the desert", "lighthouses", "paper", "owls", "bridges", "salt", "gardens",
 )  # fmt: skip
 #: Tokens of an answer: at least, at most.
-LENGTHS = (4, 24)
+LENGTHS = (4, 16)
 #: Requests that are decoded together at most; drafts of each a step at most.
 BATCH, NUM_DRAFT = 8, 16
 #: How fast requests come, compared with how fast they can be served alone, and how many tell how fast that is.
@@ -103,7 +103,8 @@ def measure(
             raise RuntimeError(f"no request could be served in its share of {seconds:g} s: allow more --seconds")
         texts = texts or served  # the first way is one at a time, without drafts
         results.append({"way": way, "drafts": drafts, "rate": rate, **figures(served, statistics)})
-        results[-1]["parted"] = parted(served, texts, margin)
+        known = [pair for pair in zip(served, texts, strict=True) if all(own.finished for own in pair)]
+        results[-1] |= {"compared": len(known), "parted": parted(known, margin)}
     return results
 
 
@@ -125,24 +126,24 @@ def figures(served: Sequence[Served], statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def parted(served: Sequence[Served], texts: Sequence[Served], margin: Any) -> list[float]:
-    """Of each text that is not that of the request alone, how far apart the logits were where they part.
+def parted(pairs: Sequence[tuple[Served, Served]], margin: Any) -> list[float]:
+    """Of pairs of a text and that of its request alone which differ: how far apart the logits were where they part.
 
     Raises:
         RuntimeError: further than rounding.
     """
     found = []
-    for own, other in zip(served, texts, strict=True):
-        if not (own.finished and other.finished) or own.tokens == other.tokens:
+    for own, alone in pairs:
+        if own.tokens == alone.tokens:
             continue
-        pairs = enumerate(zip(own.tokens, other.tokens, strict=False))
-        place = next((at for at, (one, two) in pairs if one != two), None)
+        both = enumerate(zip(own.tokens, alone.tokens, strict=False))
+        place = next((at for at, (one, other) in both if one != other), None)
         apart = float("inf")
         if place is not None:
             history = own.request.prompt + own.tokens[:place]
-            apart = margin(history, own.tokens[place], other.tokens[place])
+            apart = margin(history, own.tokens[place], alone.tokens[place])
         if apart > ROUNDING:
-            raise RuntimeError(f"a text must be that of its request alone, {other.tokens}, got {own.tokens}")
+            raise RuntimeError(f"a text must be that of its request alone, {alone.tokens}, got {own.tokens}")
         found.append(apart)
     return found
 
@@ -160,7 +161,7 @@ def table(console: Console, results: Sequence[dict[str, Any]]) -> None:
             row["way"], row["drafts"], f"{row['tokens_per_second']:.1f}", f"{first['p50']:.2f}", f"{first['p99']:.2f}",
             f"{1e3 * other['p50']:.1f}", f"{1e3 * other['p99']:.1f}", f"{row['ended']}/{row['requests']}",
         )  # fmt: skip
-    compared, apart = sum(row["ended"] for row in results), [gap for row in results for gap in row["parted"]]
+    compared, apart = sum(row["compared"] for row in results), [gap for row in results for gap in row["parted"]]
     said = f"{compared - len(apart)} of {compared} texts are those of their requests alone"
     if apart:
         said += f"; {len(apart)} part where two logits are {max(apart):.2g} apart or less, which is rounding"

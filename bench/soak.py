@@ -48,7 +48,7 @@ NAN = 10
 TARGET_FAILS, DRAFTER_FAILS = 0.002, 0.01
 #: What requests come to: most of them to nothing special.
 KINDS = ("plain",) * 4 + ("cancelled",) * 2 + ("nan", "nothing allowed", "too long", "error of its own")
-#: Growth of the memory of the process that is none: of a leak of a kilobyte a request, an hour would show ten of it.
+#: What memory may rise by in the second half of a run: a kilobyte that is kept of every request is more within an hour.
 FLAT_BYTES = 8 << 20
 
 

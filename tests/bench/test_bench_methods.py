@@ -160,6 +160,7 @@ def test_what_does_not_fit_the_time_is_told(models, monkeypatch):
     rows = batching.measure(target, {"none": None}, many, 2000.0, None)
     assert [row["requests"] for row in rows] == [50] * 3
     assert 0 < rows[0]["ended"] < 50
+    assert all(0 < row["compared"] <= min(row["ended"], rows[0]["ended"]) for row in rows)
     with pytest.raises(RuntimeError, match="no request could be served in its share of 10 s: allow more --seconds"):
         batching.measure(target, {"none": None}, many, 10.0, None)
 
@@ -192,10 +193,10 @@ def test_texts_may_part_by_rounding_alone(apart, fails):
 
     if fails:
         with pytest.raises(RuntimeError, match="a text must be that of its request alone"):
-            batching.parted(texts[1:], texts[:1], margin)
+            batching.parted([(texts[1], texts[0])], margin)
     else:
-        assert batching.parted(texts[1:], texts[:1], margin) == [0.001]
-        assert batching.parted(texts[:1], texts[:1], margin) == []
-    short = [Served(request, [4, 5], [0.0] * 2, [False] * 2, True)]
+        assert batching.parted([(texts[1], texts[0])], margin) == [0.001]
+        assert batching.parted([(texts[0], texts[0])], margin) == []
+    short = Served(request, [4, 5], [0.0] * 2, [False] * 2, True)
     with pytest.raises(RuntimeError, match="a text must be"):
-        batching.parted(short, texts[:1], margin)
+        batching.parted([(short, texts[0])], margin)
