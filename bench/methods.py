@@ -199,7 +199,11 @@ class DrafterAloneSession:
         if self._feature is not None:
             self._session.commit(tokens.tolist(), self._feature[:, None])
         logits, self._feature = self._session.read_pending()
-        return Scores(self._session.full_rows(self._session.with_repetitions(logits, []))[:, None], None)
+        logits = self._session.with_repetitions(logits, [])
+        if (vocabulary := self._session.vocabulary) is not None:  # the target's ids, of which it knows some
+            few, logits = logits, logits.new_full((len(logits), vocabulary.vocab_size), -torch.inf)
+            logits[:, vocabulary.draft_to_target] = few
+        return Scores(logits[:, None], None)
 
     def commit(self, counts: Sequence[int]) -> None:
         """It stays."""

@@ -101,7 +101,9 @@ def test_a_drafter_alone_goes_on_as_it_drafts(models, repeats, count):
     step = Step([count], torch.tensor([0]), torch.tensor([5]), 0.0, greedy=True)
     draft = drafter.begin([prompt], features).propose(step)
     assert served.tokens == draft.tokens[0].tolist()
-    assert torch.equal(torch.stack(recorded.histories[0].rows), draft.logits[0])
+    rows = torch.stack(recorded.histories[0].rows)
+    assert torch.equal(rows[:, drafter.vocabulary.draft_to_target], draft.logits[0])
+    assert rows.isfinite().sum() == draft.logits[0].numel()
     with pytest.raises(ValueError, match="prompts must be one of two tokens or more"):
         Service(DrafterAlone(target, drafter)).serve([Request([1], 2)])
 
