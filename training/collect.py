@@ -23,7 +23,7 @@ from specdec_kernels.cli.models import load_target
 from training import prompts
 
 #: Layers of the target whose outputs are kept, side by side, -1 the last.
-FEATURE_LAYERS = (10, 20, -1)
+FEATURE_LAYERS = (10, 20, 29, -1)
 BATCH = 128
 NEW_TOKENS = 192
 #: Of the conversations of a shard: how many of each kind from templates, how many from the target's own prompts; the

@@ -14,7 +14,8 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ import typer
 from torch import Tensor
 
 from specdec_kernels.cli.models import load_target
-from specdec_kernels.decode.drafters.feature_model import FeatureModel
+from specdec_kernels.decode.drafters.feature_model import FeatureModel, FeatureNetwork
 from specdec_kernels.decode.drafters.histories import placed_followers
 from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 from training.collect import FEATURE_LAYERS
@@ -42,12 +43,14 @@ TEMPERATURES, CROSS_ENTROPY_SHARE = (0.4, 0.6, 0.8, 0.8, 1.0), 0.1
 Conversation = tuple[Tensor, Tensor, int]
 
 
-def batches(conversations: list[Conversation], rng: random.Random) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(
+    conversations: list[Conversation], rng: random.Random, tokens_a_batch: int = TOKENS_A_BATCH
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Padded (ids [B, T], hidden [B, T, H], loss mask [B, T]) of conversations of similar length, in random order."""
     order = sorted(range(len(conversations)), key=lambda i: len(conversations[i][1]) + rng.random() * 32)
     groups: list[list[int]] = [[]]
     for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * len(conversations[i][1]) > TOKENS_A_BATCH:
+        if groups[-1] and (len(groups[-1]) + 1) * len(conversations[i][1]) > tokens_a_batch:
             groups.append([])
         groups[-1].append(i)
     rng.shuffle(groups)
@@ -70,13 +73,37 @@ def final(hidden: Tensor) -> Tensor:
     return hidden.unflatten(-1, (len(FEATURE_LAYERS), -1))[..., -1, :]
 
 
-def read_by(model: FeatureModel, hidden: Tensor) -> Tensor:
+def read_by(layers: Sequence[int], hidden: Tensor) -> Tensor:
     """The layers that a model reads, of those that were collected."""
-    layers = hidden.unflatten(-1, (len(FEATURE_LAYERS), -1))
-    return layers[..., [FEATURE_LAYERS.index(layer) for layer in model.layers], :].flatten(-2)
+    collected = hidden.unflatten(-1, (len(FEATURE_LAYERS), -1))
+    return collected[..., [FEATURE_LAYERS.index(layer) for layer in layers], :].flatten(-2)
 
 
-def unrolled(model: FeatureModel, embeddings: Tensor, features: Tensor, steps: int) -> list[Tensor]:
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and what it needs of the target."""
+
+    network: FeatureNetwork
+    layers: Sequence[int]
+    """Of the target, that the network reads."""
+    embed: Tensor
+    """float32 [V, H]: the target's embeddings."""
+    head: Tensor
+    """[S, H]: the target's head, of the ids that can be drafted."""
+    draft_logits: Callable[[Tensor], Tensor]
+    """float32 [..., S] of the network's outputs [..., H]."""
+    repeats: FeatureModel | None = None
+    """What favours repetitions, if anything does."""
+
+    @classmethod
+    def of(cls, model: FeatureModel, target: Any) -> Training:
+        """Of a model that drafts by the target's own head."""
+        head = target.get_output_embeddings().weight.detach()[model.shortlist]
+        embed = target.get_input_embeddings().weight.detach().float()
+        return cls(model, model.layers, embed, head, lambda x: (x.to(head.dtype) @ head.T).float(), model)
+
+
+def unrolled(model: FeatureNetwork, embeddings: Tensor, features: Tensor, steps: int) -> list[Tensor]:
     """The outputs after one draft, two, ...: at step j, position t has read its own outputs at t-j+1 .. t."""
     length = features.shape[1]
     positions = torch.arange(length)[None]
@@ -124,9 +151,7 @@ def repetitions(model: FeatureModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def losses(
-    model: FeatureModel,
-    embed: Tensor,
-    head: Tensor,
+    training: Training,
     batch: tuple[Tensor, Tensor, Tensor],
     steps: int,
     share: float = 1.0,
@@ -135,20 +160,23 @@ def losses(
     """The training loss, and for each draft step how often the drafter's first choice is the target's; with a
     temperature the loss is mostly the chance of a rejection there, and what is shown is that of an acceptance."""
     ids, hidden, mask = batch
-    embeddings = torch.nn.functional.embedding(ids[:, 1:], embed)
-    outputs = unrolled(model, embeddings, read_by(model, hidden[:, :-1]), steps)
+    head, model = training.head, training.repeats
+    embeddings = torch.nn.functional.embedding(ids[:, 1:], training.embed)
+    outputs = unrolled(training.network, embeddings, read_by(training.layers, hidden[:, :-1]), steps)
     total, agreements = torch.zeros(()), []
-    slot, position, *favoured = repetitions(model, ids, mask)
+    if model is not None:
+        slot, position, *favoured = repetitions(model, ids, mask)
     for step, (weight, output) in enumerate(zip(STEP_WEIGHTS, outputs, strict=False)):
         keep = mask[:, 1:] & (torch.rand(mask[:, 1:].shape) < share)
         keep[:, :step] = False
         with torch.no_grad():
             target_logits = (final(hidden[:, 1:][keep]).to(head.dtype) @ head.T).float()
             target = target_logits.softmax(-1)
-        draft_logits = (output[keep].to(head.dtype) @ head.T).float()
-        kept = keep[slot, position]
-        row = keep.flatten().cumsum(0).view_as(keep)[slot, position] - 1
-        draft_logits = model.favour(draft_logits, *(x[kept] for x in (row, *favoured)))
+        draft_logits = training.draft_logits(output[keep])
+        if model is not None:
+            kept = keep[slot, position]
+            row = keep.flatten().cumsum(0).view_as(keep)[slot, position] - 1
+            draft_logits = model.favour(draft_logits, *(x[kept] for x in (row, *favoured)))
         loss = -(target * draft_logits.log_softmax(-1)).sum(-1).mean()
         if temperature is None:
             agreements.append((target.argmax(-1) == draft_logits.argmax(-1)).float().mean())
@@ -181,7 +209,7 @@ def widened(narrow: FeatureModel, middle: Sequence[int], sample: Tensor) -> Feat
     one scale, as they have it in a ``sample`` [T, layers * H] of hidden states."""
     model = FeatureModel(narrow.config, narrow.shortlist, middle)
     model.load_state_dict(narrow.state_dict(), strict=False)
-    states = read_by(model, sample).unflatten(-1, (len(model.layers), -1))[:, :-1].float()
+    states = read_by(model.layers, sample).unflatten(-1, (len(model.layers), -1))[:, :-1].float()
     normed = torch.nn.functional.rms_norm(states, states.shape[-1:])
     model.middle_norm.copy_(normed.square().mean(0).rsqrt())
     model.middle.weight.zero_()
@@ -225,17 +253,36 @@ def main(
             sample = torch.cat([hidden for _, hidden, _ in held_out])
             model = widened(model, [int(layer) for layer in middle.split(",")], sample)
         model.train()
-    embed = target.get_input_embeddings().weight.detach().float()
-    head = target.get_output_embeddings().weight.detach()[model.shortlist]
+    training = Training.of(model, target)
     first_only = FIRST_STEP_ONLY if start_from is None else 0.0
     if start_from is not None:
-        report(model, embed, head, list(batches(held_out, rng)))
-    network = [parameter for parameter in model.parameters() if parameter is not model.repeats]
-    groups = [{"params": network, "times": 1.0}, {"params": [model.repeats], "times": REPEATS_RATE}]
+        report(training, list(batches(held_out, rng)))
+    fit(training, train, rng, minutes, peak, first_only, 0.0 if acceptance else 1.0, lambda: model.save(out))
+    print("repeats " + " ".join(f"{favour:.2f}" for favour in model.repeats.tolist()))
+    report(training, list(batches(held_out, rng)))
+
+
+def fit(
+    training: Training,
+    conversations: list[Conversation],
+    rng: random.Random,
+    minutes: float,
+    peak: float,
+    first_only: float,
+    entropy_only: float,
+    save: Callable[[], None],
+    tokens_a_batch: int = TOKENS_A_BATCH,
+) -> None:
+    """Train for a fixed time, its first share ``first_only`` on first drafts alone, its first share ``entropy_only`` by
+    cross-entropy alone; save after every epoch and at last."""
+    repeats = () if training.repeats is None else (training.repeats.repeats,)
+    parameters = [each for each in training.network.parameters() if each.requires_grad]
+    network = [each for each in parameters if all(each is not other for other in repeats)]
+    groups = [{"params": network, "times": 1.0}, {"params": list(repeats), "times": REPEATS_RATE}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
     start, step, epoch = time.time(), 0, 0
     while time.time() - start < 60 * minutes:
-        for batch in batches(train, rng):
+        for batch in batches(conversations, rng, tokens_a_batch):
             progress = (time.time() - start) / (60 * minutes)
             if progress >= 1:
                 break
@@ -244,33 +291,27 @@ def main(
                 group["lr"] = rate * group["times"]
             with torch.autocast("cpu", torch.bfloat16):
                 steps = 1 if progress < first_only else len(STEP_WEIGHTS)
-                temperature = rng.choice(TEMPERATURES) if acceptance else None
-                loss, agreements = losses(model, embed, head, batch, steps, LOSS_SHARE, temperature)
+                temperature = None if progress < entropy_only else rng.choice(TEMPERATURES)
+                loss, agreements = losses(training, batch, steps, LOSS_SHARE, temperature)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
             if step % 20 == 0:
                 shown = " ".join(f"{a:.3f}" for a in agreements)
-                favours = " ".join(f"{favour:.2f}" for favour in model.repeats.tolist())
-                print(
-                    f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} agreement {shown} "
-                    f"repeats {favours}",
-                    flush=True,
-                )
+                print(f"{time.time() - start:6.0f} s step {step} epoch {epoch} loss {loss:.3f} {shown}", flush=True)
         epoch += 1
-        model.save(out)
-    report(model, embed, head, list(batches(held_out, rng)))
-    model.save(out)
+        save()
+    save()
 
 
 @torch.inference_mode()
-def report(model: FeatureModel, embed: Tensor, head: Tensor, held_out: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+def report(training: Training, held_out: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Print how often the first choices agree, and how often a draft would be accepted at 0.8."""
     for name, temperature in (("agreement", None), ("acceptance at 0.8", 0.8)):
         with torch.autocast("cpu", torch.bfloat16):
-            results = [losses(model, embed, head, batch, len(STEP_WEIGHTS), 1.0, temperature) for batch in held_out]
+            results = [losses(training, batch, len(STEP_WEIGHTS), 1.0, temperature) for batch in held_out]
         means = [sum(float(r[1][j]) for r in results) / len(results) for j in range(len(STEP_WEIGHTS))]
         print(f"held out: {name} " + " ".join(f"{m:.3f}" for m in means), flush=True)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoding import exact_law
 from distributions import g_test, limit
+from eagle3_layout import Reference, hidden_states
 from safetensors.torch import save_file
 from tiny import VOCAB, slow_greedy, steady, tiny
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -81,82 +82,6 @@ def drafter_of(folder, model):
     return drafter
 
 
-class Reference:
-    """The layout, written out: every row alone, every key of its history, in float64."""
-
-    def __init__(self, folder):
-        from safetensors import safe_open
-
-        self.config = json.loads((folder / "config.json").read_text())
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            self.weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.weights = {name: w.double() if w.is_floating_point() else w for name, w in self.weights.items()}
-        frequencies = 50.0 ** (-torch.arange(0, HEAD, 2).double() / HEAD)
-        if "rope_parameters" in self.config["transformer_layer_config"]:
-            frequencies = torch.tensor([self.stretched(float(f)) for f in frequencies], dtype=torch.float64)
-        self.frequencies = frequencies
-
-    @staticmethod
-    def stretched(frequency):
-        """Llama 3's: long waves are four times as long, short ones stay, those between are mixed."""
-        wave = 2 * math.pi / frequency
-        if wave < 16 / 4:
-            return frequency
-        if wave > 16 / 1:
-            return frequency / 4
-        smooth = (16 / wave - 1) / (4 - 1)
-        return (1 - smooth) * frequency / 4 + smooth * frequency
-
-    def norm(self, name, x):
-        return x / (x.square().mean() + 1e-5).sqrt() * self.weights[name]
-
-    def turned(self, x, position):
-        first, second = x[: HEAD // 2], x[HEAD // 2 :]
-        angles = position * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin])
-
-    def rows(self, tokens, features):
-        """Outputs of rows: ``tokens[i]`` read with ``features[i]``, the target's (three layers) or this network's."""
-        own, keys, values, outputs = "layers.0.", [], [], []
-        w = self.weights
-        for position, (token, feature) in enumerate(zip(tokens, features, strict=True)):
-            if feature is None:
-                feature = outputs[-1]
-            hidden = feature
-            if len(feature) != WIDTH:
-                if "input_norm.weight" in w:
-                    feature = self.norm("input_norm.weight", feature)
-                hidden = w["fc.weight"] @ feature
-            embedded = self.norm(own + "input_layernorm.weight", w["embed_tokens.weight"][token])
-            normed = self.norm(own + "hidden_norm.weight", hidden)
-            x = torch.cat([embedded, normed])
-            heads = {n: (w[f"{own}self_attn.{n}_proj.weight"] @ x).view(-1, HEAD) for n in "qkv"}
-            if own + "self_attn.q_norm.weight" in w:
-                heads |= {
-                    n: torch.stack([self.norm(f"{own}self_attn.{n}_norm.weight", h) for h in heads[n]]) for n in "qk"
-                }
-            keys.append([self.turned(h, position) for h in heads["k"]])
-            values.append(heads["v"])
-            attended = []
-            for head, query in enumerate(heads["q"]):
-                shared = head // (HEADS // KV_HEADS)
-                scores = torch.stack([self.turned(query, position) @ key[shared] for key in keys]) / math.sqrt(HEAD)
-                attended.append(sum(p * value[shared] for p, value in zip(scores.softmax(0), values, strict=True)))
-            residual = normed if self.config["norm_before_residual"] else hidden
-            x = residual + w[own + "self_attn.o_proj.weight"] @ torch.cat(attended)
-            y = self.norm(own + "post_attention_layernorm.weight", x)
-            gate, up = w[own + "mlp.gate_proj.weight"] @ y, w[own + "mlp.up_proj.weight"] @ y
-            outputs.append(x + w[own + "mlp.down_proj.weight"] @ (gate * gate.sigmoid() * up))
-        return outputs
-
-    def logits(self, output):
-        """Over the target's ids."""
-        draft = self.weights["lm_head.weight"] @ self.norm("norm.weight", output)
-        ids = torch.arange(len(draft)) + self.weights["d2t"]
-        return torch.full((VOCAB,), -torch.inf, dtype=torch.float64).scatter(0, ids, draft)
-
-
 def with_rope(config, weights):
     config["transformer_layer_config"]["rope_parameters"] = LLAMA3
     del config["transformer_layer_config"]["rope_theta"]
@@ -165,12 +90,6 @@ def with_rope(config, weights):
 def with_input_norm(config, weights):
     config["norm_before_fc"] = True
     weights["input_norm.weight"] = torch.rand(weights["fc.weight"].shape[1]) + 0.5
-
-
-@torch.no_grad()
-def hidden_states(model, tokens, layers=LAYERS):
-    states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    return torch.cat([states[layer][0] for layer in layers], -1)
 
 
 def step(wanted, **named):
@@ -187,16 +106,16 @@ def step(wanted, **named):
 def test_drafts_are_those_of_the_layout(tmp_path, described):
     """Of two histories of different lengths, before and after a step that kept different numbers of tokens."""
     model, folder = target_model(), write(tmp_path / "drafter", **described)
-    reference, drafter = Reference(folder), drafter_of(folder, model)
+    reference, drafter = Reference(folder, model), drafter_of(folder, model)
     assert drafter.feature_layers == LAYERS
     histories = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 1]]
-    states = [hidden_states(model, [*history[:-1]]) for history in histories]
+    states = [hidden_states(model, history[:-1], LAYERS) for history in histories]
     features = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
     session = drafter.begin(histories, features)
     for new in ([[3, 4, 2], [6]], [[5], [2, 1]], None):
         draft = session.propose(step([4, 4]))
         for slot, history in enumerate(histories):
-            read = list(hidden_states(model, history[:-1]))
+            read = list(hidden_states(model, history[:-1], LAYERS))
             drafts = draft.tokens[slot].tolist()
             outputs = reference.rows([*history[1:], *drafts[:-1]], [*read, *[None] * (len(drafts) - 1)])
             for index, output in enumerate(outputs[len(read) - 1 :]):
@@ -205,7 +124,7 @@ def test_drafts_are_those_of_the_layout(tmp_path, described):
                 assert drafts[index] in TARGETS
         if new is not None:
             histories = [history + own for history, own in zip(histories, new, strict=True)]
-            rows = [hidden_states(model, h[:-1])[-len(own) :] for h, own in zip(histories, new, strict=True)]
+            rows = [hidden_states(model, h[:-1], LAYERS)[-len(own) :] for h, own in zip(histories, new, strict=True)]
             session.commit(new, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, Qwen3Config
@@ -23,16 +23,23 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.feature import FeatureSession
-from specdec_kernels.decode.drafters.feature_model import FeatureModel, attend
+from specdec_kernels.decode.drafters.feature_model import FeatureModel, FeatureNetwork
 from specdec_kernels.ops import DraftVocabulary
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+
+#: What a written config says of the layer.
+_LAYER_FIELDS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "vocab_size",
+    "max_position_embeddings", "rope_parameters",
+)  # fmt: skip
 
 #: Kinds of rotary frequencies that are the same at every length.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 
 
-class Eagle3Model(nn.Module):
+class Eagle3Model(FeatureNetwork):
     """The network, with its parameters named as in the files.
 
     Args:
@@ -48,8 +55,13 @@ class Eagle3Model(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self._norm_before_residual = config, norm_before_residual
-        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
-        heads, kv_heads, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        width, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        heads, kv_heads, head = self.heads, self.kv_heads, self.head_dim
         attention: dict[str, nn.Module] = {
             "q_proj": nn.Linear(2 * width, heads * head, bias),
             "k_proj": nn.Linear(2 * width, kv_heads * head, bias),
@@ -82,46 +94,82 @@ class Eagle3Model(nn.Module):
         self.lm_head = nn.Linear(width, draft_vocab, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)  # of float32, whatever the weights are
 
-    def inputs(self, features: Tensor) -> Tensor:
-        """[..., H] of the target's hidden states side by side, or of this network's own output."""
-        if features.shape[-1] != self.fc.in_features:
-            return features
-        fused: Tensor = self.fc(self.input_norm(features) if self._norm_before_fc else features)
-        return fused
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        features: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_values: Any,
-        use_cache: bool = True,
-    ) -> Tensor:
-        """[B, R, H], before the final norm: as of :meth:`FeatureModel.forward`."""
+    def inputs(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer adds to, [..., H], and what it attends by, [..., 2 * H]."""
         layer: Any = self.layers[0]
-        attention, mlp = layer["self_attn"], layer["mlp"]
-        hidden = self.inputs(features)
-        normed = layer["hidden_norm"](hidden)
-        x = torch.cat([layer["input_layernorm"](embeddings), normed], -1)
+        if features.shape[-1] == self.fc.in_features:
+            features = self.fc(self.input_norm(features) if self._norm_before_fc else features)
+        normed = layer["hidden_norm"](features)
+        read = torch.cat([layer["input_layernorm"](embeddings), normed], -1)
+        return (normed if self._norm_before_residual else features), read
+
+    def project(self, x: tuple[Tensor, Tensor], position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As of :meth:`FeatureNetwork.project`."""
+        layer: Any = self.layers[0]
+        attention, (_, read) = layer["self_attn"], x
         queries, keys, values = (
-            attention[name](x).unflatten(-1, (-1, self.config.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+            attention[name](read).unflatten(-1, (-1, self.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
         )
         if self._head_norms:
             queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
         queries, keys, values = (each.transpose(1, 2) for each in (queries, keys, values))
-        queries, keys = apply_rotary_pos_emb(queries, keys, *self.rotary(x, position_ids))
-        keys, values = past_key_values.update(keys, values, 0)
-        attended = attend(queries, keys, values, attention_mask).transpose(1, 2).flatten(2)
-        hidden = (normed if self._norm_before_residual else hidden) + attention["o_proj"](attended)
-        x = layer["post_attention_layernorm"](hidden)
-        outputs: Tensor = hidden + mlp["down_proj"](functional.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        queries, keys = apply_rotary_pos_emb(queries, keys, *self.rotary(read, position_ids))
+        return queries, keys, values
+
+    def finish(self, x: tuple[Tensor, Tensor], attended: Tensor) -> Tensor:
+        """The outputs before the final norm: as of :meth:`FeatureNetwork.finish`."""
+        layer: Any = self.layers[0]
+        mlp, (residual, _) = layer["mlp"], x
+        hidden = residual + layer["self_attn"]["o_proj"](attended.transpose(1, 2).flatten(2))
+        y = layer["post_attention_layernorm"](hidden)
+        outputs: Tensor = hidden + mlp["down_proj"](functional.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
         return outputs
 
     def head(self, features: Tensor) -> Tensor:
         """The Vd logits after each output."""
         logits: Tensor = self.lm_head(self.norm(features))
         return logits
+
+    @torch.no_grad()
+    def save(
+        self,
+        folder: Path,
+        shortlist: Tensor,
+        target: Any,
+        feature_layers: Sequence[int],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``, without the embeddings, which are the target's.
+
+        Args:
+            folder: made if there is none.
+            shortlist: int64 [Vd], the target ids of the draft ids.
+            target: the target's transformers model.
+            feature_layers: of it, as of :class:`Eagle3Drafter`.
+            dtype: of the matrices; of eight bits, ``torch.float8_e4m3fn``, weights should be of an ordinary size, since
+                its numbers are no closer than 2^-9. Norms are in bfloat16 then.
+        """
+        narrow = dtype if dtype.itemsize > 1 else torch.bfloat16
+        state = self.state_dict()
+        weights = {name: tensor.to(dtype if tensor.dim() == 2 else narrow) for name, tensor in state.items()}
+        vocab = model_facts.vocab_size(target)
+        weights["d2t"] = shortlist - torch.arange(len(shortlist))
+        weights["t2d"] = torch.zeros(vocab, dtype=torch.bool).scatter(0, shortlist, True)
+        layer = {name: getattr(self.config, name, None) for name in _LAYER_FIELDS}
+        config = {
+            "architectures": ["Eagle3DraftModel"],
+            "speculators_model_type": "eagle3",
+            "draft_vocab_size": len(shortlist),
+            "norm_before_residual": self._norm_before_residual,
+            "norm_before_fc": self._norm_before_fc,
+            "target_hidden_size": model_facts.text_config(target).hidden_size,
+            "eagle_aux_hidden_state_layer_ids": list(feature_layers),
+            "tie_word_embeddings": False,
+            "transformer_layer_config": {name: value for name, value in layer.items() if value is not None},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
 
 
 class Eagle3Drafter:

@@ -14,6 +14,7 @@ Written out rather than taken from transformers, whose generic layer takes twice
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,44 @@ from torch.nn import functional
 REPEATS = 8
 
 
-class FeatureModel(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
+    """One decoder layer that reads the target's hidden states at first, and its own outputs from then on."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @abstractmethod
+    def inputs(self, embeddings: Tensor, features: Tensor) -> Any:
+        """What the layer reads, for :meth:`project` and :meth:`finish`: from the next tokens' embeddings [..., H] and
+        the features before them, the target's [..., layers * H] or this network's own [..., H]."""
+
+    @abstractmethod
+    def project(self, x: Any, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: [B, heads or kv_heads, R, head_dim]."""
+
+    @abstractmethod
+    def finish(self, x: Any, attended: Tensor) -> Tensor:
+        """The outputs [B, R, H] of the layer after attention [B, heads, R, head_dim]."""
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Features [B, R, H] of R new rows: of :meth:`inputs`' arguments, and those of a transformers decoder, of which
+        the mask is bool [B, 1, R, L], or None where every row attends to all up to itself."""
+        x = self.inputs(embeddings, features)
+        queries, keys, values = self.project(x, position_ids)
+        keys, values = past_key_values.update(keys, values, 0)
+        return self.finish(x, attend(queries, keys, values, attention_mask))
+
+
+class FeatureModel(FeatureNetwork):
     """A Llama decoder layer (grouped heads, rotary positions, gated MLP) behind a projection of two inputs.
 
     Args:
@@ -65,8 +103,7 @@ class FeatureModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """What the layer reads: [..., H] from the next tokens' embeddings and the features before them, the target's
-        [..., layers * H] or this drafter's own [..., H]."""
+        """[..., H]: as of :meth:`FeatureNetwork.inputs`."""
         width = embeddings.shape[-1]
         if features.shape[-1] != width:
             middle, features = features[..., :-width].unflatten(-1, (-1, width)), features[..., -width:]
@@ -76,7 +113,7 @@ class FeatureModel(nn.Module):
         return fused
 
     def project(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: [B, heads or kv_heads, R, head_dim]."""
+        """As of :meth:`FeatureNetwork.project`."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         rotated, values = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
         cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]
@@ -92,22 +129,6 @@ class FeatureModel(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         normed: Tensor = self.norm(x + self.down(functional.silu(gate) * up))
         return normed
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        features: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_values: Any,
-        use_cache: bool = True,
-    ) -> Tensor:
-        """Features [B, R, H] of R new rows: of :meth:`inputs`' arguments, and those of a transformers decoder, of which
-        the mask is bool [B, 1, R, L], or None where every row attends to all up to itself."""
-        x = self.inputs(embeddings, features)
-        queries, keys, values = self.project(x, position_ids)
-        keys, values = past_key_values.update(keys, values, 0)
-        return self.finish(x, attend(queries, keys, values, attention_mask))
 
     def offsets(self) -> dict[int, int]:
         """The offset in the short list of every id that can be drafted."""
