@@ -273,6 +273,14 @@ class JoinableSession(Protocol):
         """
 
 
+@runtime_checkable
+class ForeknowingSession(Protocol):
+    """A session of a drafter that knows, before it drafts, of which requests it has drafts."""
+
+    def available(self, num_draft: Sequence[int]) -> list[int]:
+        """Of so many drafts of each request, how many there are."""
+
+
 def joinable(session: Any) -> JoinableSession:
     """A session that others can join.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from decoding import NAMES, OPTIONS, PROMPTS, drafters, only_even
 from tiny import Altered, tiny
 
 from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
-from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter
-from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost
+from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, NGramDrafter
+from specdec_kernels.decode.drafters import adaptive as adaptive_module
+from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost, RowCosts
 from specdec_kernels.decode.protocols import Step
 
 
@@ -305,6 +308,40 @@ def test_no_drafts_are_tried_again_now_and_then():
     assert tried[0] == AdaptiveDrafter.PATIENCE[0]
     assert gaps[:3] == [17, 33, 65]
     assert max(gaps) == 1 + AdaptiveDrafter.PATIENCE[1]
+
+
+def test_assumed_costs_choose_by_the_text_alone(monkeypatch):
+    """The same at every time of every clock; a row costs as much as it is said to, for each request."""
+    clock = itertools.count(step=1000.0)
+    monkeypatch.setattr(adaptive_module, "time", SimpleNamespace(perf_counter=clock.__next__))
+    found = []
+    for row, batch in ((0.0, 1), (0.02, 1), (0.02, 4), (0.3, 4), (0.8, 1)):
+
+        def rate(drafts, row=row, batch=batch):
+            tokens = batch * sum(Acceptance.HOPE**place for place in range(drafts + 1))
+            return tokens / (1 + row * (batch * (1 + drafts) - 1))
+
+        wanted = max(range(9), key=rate)
+        found.append(wanted)
+        drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count), RowCosts(row))
+        session = drafter.begin([[1]] * batch, None)
+        for _ in range(3):
+            draft = session.propose(step_of([8] * batch))
+            assert draft.tokens.shape[1] == wanted
+            drafter.costs.scored()  # teaches nothing
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (8, 0)
+
+
+def test_requests_that_have_no_drafts_gain_by_none():
+    """Of four histories one repeats itself: as many drafts are made as pay for it alone."""
+    histories = [[1, 2, 3, 1, 2], [1], [2], [3]]
+    drafter = AdaptiveDrafter(NGramDrafter(), RowCosts(0.05))
+    assert NGramDrafter().begin(histories, None).available([8, 8, 0, 8]) == [8, 0, 0, 0]
+    alone = drafter.begin(histories, None).propose(step_of([8] * 4)).tokens
+    every = drafter.begin([histories[0]] * 4, None).propose(step_of([8] * 4)).tokens
+    assert (alone[1:] == -1).all()
+    assert 0 < alone.shape[1] < every.shape[1]
 
 
 def test_a_drafter_that_is_not_asked_learns_nothing():

@@ -10,7 +10,16 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, joinable
+from specdec_kernels.decode.protocols import (
+    Draft,
+    Drafter,
+    DrafterSession,
+    ForeknowingSession,
+    Step,
+    TreeDraft,
+    counted,
+    joinable,
+)
 
 
 class LinearCost:
@@ -80,6 +89,21 @@ class BentCost(LinearCost):
         return super().at(x) * (total + self.BEND_TRUST) / (weight + self.BEND_TRUST)
 
 
+class KnownCost(LinearCost):
+    """A line that is known and not measured."""
+
+    def __init__(self, at_zero: float, rise: float) -> None:
+        super().__init__(slope=0.0, origin=0.0)
+        self._at_origin, self._rise = at_zero, rise
+
+    def add(self, x: float, seconds: float) -> None:
+        """Nothing is learnt."""
+
+    @property
+    def known(self) -> bool:
+        return True
+
+
 class Costs:
     """Measured seconds of a step without its drafts, by requests and by rows of the target's pass, of which each
     request has as many as the one with the most. The drafters of one target share it, since each of them sees only some
@@ -89,11 +113,15 @@ class Costs:
     PLAIN_EVERY = 128
 
     def __init__(self) -> None:
-        self._of_batches: dict[int, BentCost] = {}
+        self._of_batches: dict[int, LinearCost] = {}
         self._steps: dict[int, int] = {}  # since one without drafts
         self._pass, self._since = (0, 0), 0.0
 
-    def step(self, batch: int) -> BentCost:
+    def drafting(self) -> LinearCost:
+        """Of drafting, by drafts; for a drafter of its own."""
+        return LinearCost(slope=0.5, origin=1.0)
+
+    def step(self, batch: int) -> LinearCost:
         """Of steps of so many requests, by rows of each."""
         return self._of_batches.setdefault(batch, BentCost(slope=0.02, origin=1.0))
 
@@ -112,6 +140,34 @@ class Costs:
             self.step(batch).add(rows, time.perf_counter() - self._since)
             self._steps[batch] = 0 if rows == 1 else self._steps.get(batch, 0) + 1
         self._pass = (0, 0)
+
+
+class RowCosts(Costs):
+    """Costs that are assumed, of drafts that cost nothing: so what is drafted is a function of the text and of no
+    clock, and the same seed gives the same text.
+
+    Args:
+        row: what another row takes of the time that a pass over one row takes.
+    """
+
+    def __init__(self, row: float) -> None:
+        super().__init__()
+        self.row = row
+
+    def drafting(self) -> LinearCost:
+        return KnownCost(0.0, 0.0)
+
+    def step(self, batch: int) -> LinearCost:
+        return KnownCost(1.0 - self.row, self.row * batch)  # a pass of one request over one row is 1
+
+    def plain_is_due(self, batch: int) -> bool:
+        return False
+
+    def proposed(self, batch: int, rows: int) -> None:
+        """Nothing is measured."""
+
+    def scored(self) -> None:
+        """Likewise."""
 
 
 class Rates:
@@ -204,7 +260,7 @@ class AdaptiveDrafter:
     def __init__(self, drafter: Drafter, costs: Costs | None = None) -> None:
         self.drafter, self.costs = drafter, Costs() if costs is None else costs
         self.feature_layers = drafter.feature_layers
-        self.drafting = LinearCost(slope=0.5, origin=1.0)
+        self.drafting = self.costs.drafting()
         """Measured seconds of drafting, by drafts; of all streams, as the costs."""
         self.siblings: int = getattr(drafter, "siblings", 0)
 
@@ -312,16 +368,18 @@ class AdaptiveSession:
     def _choose(self, most: Sequence[int]) -> list[Shape]:
         """What to draft, at most so many of each request."""
         drafter = self._drafter
+        if isinstance(self._session, ForeknowingSession):
+            most = self._session.available(most)
         if drafter.costs.plain_is_due(len(most)):
             return [(0, 0)] * len(most)
         if not drafter.drafting.known:
             widest = [(limit + drafter.siblings) // (1 + drafter.siblings) for limit in most]
             return [(length, length if drafter.siblings else 0) for length in widest]
         wanted = drafter.best(most, self.acceptance)
-        if any(length for length, _ in wanted) or not any(most):
+        if any(length for length, _ in wanted):
             self._patience = drafter.PATIENCE[0]
             return wanted
-        if self._idle < self._patience:
+        if self._idle < self._patience or not any(most):
             return wanted
         self._patience = min(2 * self._patience, drafter.PATIENCE[1])
         self._idle = 0

@@ -49,13 +49,16 @@ class NGramSession:
     def __init__(self, min_match: int, prompts: Sequence[Sequence[int]]) -> None:
         self._min_match, self._histories = min_match, Histories(prompts)
 
+    def available(self, num_draft: Sequence[int]) -> list[int]:
+        return [
+            count if index.match()[0] >= self._min_match else 0
+            for index, count in zip(self._histories.indices, num_draft, strict=True)
+        ]
+
     def propose(self, step: Step) -> Draft:
-        return Draft.point_masses(
-            [
-                index.continuation(count) if index.match()[0] >= self._min_match else []
-                for index, count in zip(self._histories.indices, step.num_draft, strict=True)
-            ]
-        )
+        counts = self.available(step.num_draft)
+        indices = self._histories.indices
+        return Draft.point_masses([index.continuation(count) for index, count in zip(indices, counts, strict=True)])
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         self._histories.extend(tokens)
