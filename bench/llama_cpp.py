@@ -1,4 +1,5 @@
-"""Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run.
+"""Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run of at
+most eight minutes.
 
 What is timed is the work of the process over its threads, so that what else a machine does is not in it.
 """
@@ -11,16 +12,17 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import get_num_threads
 
 from specdec_kernels.bench.machine import machine, save
-from specdec_kernels.cli.consoles import notes
+from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.models import load_drafter, load_gguf, smollm2_gguf
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import stream
 
 TOKENS, ROUNDS = 64, 3
+#: After so many seconds no other round is begun.
+SECONDS = 400.0
 TEMPERATURES = (0.0, 0.8)
 LOOKUPS = (4, 10)
 PLAIN = "plain"
@@ -86,42 +88,43 @@ class Contenders:
         return max(1e-9, (time.process_time() - started) / get_num_threads())
 
 
-def measure(contenders: Contenders) -> list[dict[str, Any]]:
+def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
     """Every way on one prompt of every kind, the ways in turn; of the rounds the median speed, and the median ratio to
-    our plain loop of the same round."""
+    our plain loop of the same round. Lines of a table as soon as a kind is done."""
+    lines = Lines(console, {"T": ">3", "kind": "<5", "way": "<26", "tokens/s": ">8", "over ours, plain": ">16"})
     results: list[dict[str, Any]] = []
     ways = [*contenders.theirs, *contenders.ours]
+    ends = time.monotonic() + SECONDS
     for temperature in TEMPERATURES:
         for kind, (prompt, *_) in PROMPTS.items():
             ids = contenders.encode(prompt)
             rounds = []
             for seed in range(ROUNDS):
+                if time.monotonic() > ends:
+                    notes.print(f"out of time: temperature {temperature}, {kind} has {seed} of {ROUNDS} rounds")
+                    break
                 order = ways[seed:] + ways[:seed]
                 made = {way: contenders.run(way, ids, temperature, seed) for way in order}
                 rounds.append(made)
-            results += [
-                {
-                    "temperature": temperature,
-                    "kind": kind,
-                    "way": way,
-                    "tokens_per_second": median(made[way][1] for made in rounds),
-                    "speed_up": median(made[way][1] / made[PLAIN][1] for made in rounds),
-                    "as_theirs": sum(made[way][0] == made["their loop"][0] for made in rounds),
-                }
-                for way in ways
-            ]
-            notes.print(f"temperature {temperature}, {kind}: done")
+            for way in ways if rounds else ():
+                speed = median(made[way][1] for made in rounds)
+                ratio = median(made[way][1] / made[PLAIN][1] for made in rounds)
+                results.append(
+                    {
+                        "temperature": temperature,
+                        "kind": kind,
+                        "way": way,
+                        "rounds": len(rounds),
+                        "tokens_per_second": speed,
+                        "speed_up": ratio,
+                        "as_theirs": sum(made[way][0] == made["their loop"][0] for made in rounds),
+                    }
+                )
+                lines.print(f"{temperature:g}", kind, way, f"{speed:.1f}", f"{ratio:.2f}x")
     return results
 
 
 def main(out: Path | None, console: Console) -> None:
     """Measure and print a table; write ``llama_cpp.json`` where there is a directory for it."""
-    results = measure(Contenders())
-    table = Table("temperature", "way", *PROMPTS)
-    for temperature in TEMPERATURES:
-        own = [each for each in results if each["temperature"] == temperature]
-        for way in dict.fromkeys(each["way"] for each in own):
-            row = [f"{e['tokens_per_second']:.1f} ({e['speed_up']:.2f}x)" for e in own if e["way"] == way]
-            table.add_row(f"{temperature:g}", way, *row)
-    console.print(table)
+    results = measure(Contenders(), console)
     save(out, "llama_cpp", {**machine(), "threads": get_num_threads()}, results=results)

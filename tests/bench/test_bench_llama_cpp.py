@@ -10,6 +10,18 @@ from rich.console import Console
 from specdec_kernels.bench import llama_cpp
 
 
+def test_what_there_is_no_time_for_is_left_out(monkeypatch, tmp_path, capsys):
+    """A kind of which a round was made counts with the rounds that it has."""
+    monkeypatch.setattr(llama_cpp.time, "monotonic", iter([0, 1, 2, 1000, *[1001] * 50]).__next__)
+    contenders = SimpleNamespace(theirs=["their loop"], ours=["plain"], encode=lambda prompt: [1])
+    contenders.run = lambda way, ids, temperature, seed: ([7], 30.0)
+    monkeypatch.setattr(llama_cpp, "Contenders", lambda: contenders)
+    llama_cpp.main(tmp_path, Console(width=200))
+    results = json.loads((tmp_path / "llama_cpp.json").read_text())["results"]
+    assert [(each["way"], each["rounds"]) for each in results] == [("their loop", 2), ("plain", 2)]
+    assert "has 2 of 3 rounds" in capsys.readouterr().err
+
+
 def test_ratios_are_of_the_same_round(monkeypatch, tmp_path, capsys):
     """A round that is slow for all changes no ratio."""
     slow = {0: 1.0, 1: 10.0, 2: 3.0}
