@@ -20,8 +20,7 @@ with brought_by("decode"):
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec_kernels.decode import Drafter, SourcePrompt, Statistics, TransformersTarget, stream
-from specdec_kernels.decode.drafters import AdaptiveDrafter, ModelDrafter, NGramDrafter
-from specdec_kernels.decode.drafters.adaptive import RowCosts
+from specdec_kernels.decode.drafters import AdaptiveDrafter, ModelDrafter, NGramDrafter, RowCosts
 from specdec_kernels.decode.model_facts import is_encoder_decoder
 from specdec_kernels.decode.requests import packed_mask
 from specdec_kernels.integrations.recording import RecordingTarget

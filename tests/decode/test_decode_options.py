@@ -334,14 +334,24 @@ def test_assumed_costs_choose_by_the_text_alone(monkeypatch):
 
 
 def test_requests_that_have_no_drafts_gain_by_none():
-    """Of four histories one repeats itself: as many drafts are made as pay for it alone."""
-    histories = [[1, 2, 3, 1, 2], [1], [2], [3]]
-    drafter = AdaptiveDrafter(NGramDrafter(), RowCosts(0.05))
+    """A batch that ends with its slowest request is drafted for where all of them gain; one whose requests are replaced
+    as soon as a row pays by what it brings one of them."""
+    histories, limits = [[1, 2, 3, 1, 2], [1], [2], [3]], [8] * 4
     assert NGramDrafter().begin(histories, None).available([8, 8, 0, 8]) == [8, 0, 0, 0]
-    alone = drafter.begin(histories, None).propose(step_of([8] * 4)).tokens
-    every = drafter.begin([histories[0]] * 4, None).propose(step_of([8] * 4)).tokens
-    assert (alone[1:] == -1).all()
-    assert 0 < alone.shape[1] < every.shape[1]
+
+    def drafted(drafter, prompts):
+        return drafter.begin(prompts, None).propose(step_of(limits[: len(prompts)])).counts
+
+    ends = AdaptiveDrafter(NGramDrafter(), RowCosts(0.05))
+    assert drafted(ends, histories) == [0, 0, 0, 0]
+    every, alone = drafted(ends, [histories[0]] * 4), drafted(ends, histories[:1])
+    assert 0 < every[0] == every[3] < alone[0]
+    goes_on = AdaptiveDrafter(NGramDrafter())
+    goes_on.drafting.add(1, 1e-6)
+    goes_on.costs._steps = {4: 0}
+    for rows in (1, 2, 4, 8):
+        goes_on.costs.step(4).add(rows, 0.03 + 0.002 * rows)
+    assert drafted(goes_on, histories)[0] > 0
 
 
 def test_a_drafter_that_is_not_asked_learns_nothing():

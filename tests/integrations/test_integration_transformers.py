@@ -91,7 +91,7 @@ def test_texts_of_architectures(name, assistant):
     for inputs in (ONE, BATCH):
         want, texts = run(model, inputs, custom=False), []
         drawn["seeds"] = drawn["seeds"][: len(inputs["input_ids"])]
-        for way in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant, "num_draft": 3}):
+        for way in ({"drafter": NGramDrafter(), "num_draft": 3}, {"assistant_model": assistant, "num_draft": 3}):
             statistics = Statistics()
             assert run(model, inputs, statistics=statistics, **way).tolist() == want.tolist()
             assert statistics.proposed > 0
@@ -172,7 +172,7 @@ OPTIONS = {
 def test_options_as_in_plain_generate(model, assistant, name, way):
     options = OPTIONS[name]
     want = run(model, custom=False, **options)
-    drafts = {"prompt_lookup_num_tokens": 4} if way == "lookup" else {"assistant_model": assistant}
+    drafts = {"drafter": NGramDrafter()} if way == "lookup" else {"assistant_model": assistant}
     assert run(model, **options, **drafts).tolist() == want.tolist()
 
 
@@ -215,7 +215,7 @@ def test_scores_and_logits(model, assistant, way):
         "output_scores": True, "output_logits": True, "return_dict_in_generate": True, "repetition_penalty": 1.3,
         "suppress_tokens": [1], "eos_token_id": [3, 7],
     }  # fmt: skip
-    drafts = {"prompt_lookup_num_tokens": 4} if way == "lookup" else {"assistant_model": assistant}
+    drafts = {"drafter": NGramDrafter()} if way == "lookup" else {"assistant_model": assistant}
     got, want = run(model, **options, **drafts), run(model, custom=False, **options)
     assert got.sequences.tolist() == want.sequences.tolist()
     assert len(got.scores) == len(got.logits) == len(want.scores) == got.sequences.shape[1] - IDS.shape[1]
@@ -309,6 +309,25 @@ def test_stop_strings(model):
     assert run(model, ONE, **options).shape[1] <= 5 + 5
     with pytest.raises(ValueError, match="tokenizer"):
         run(model, ONE, stop_strings=[string], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_lookups_that_nobody_named_are_as_many_as_pay(model, sampled):
+    """All of them for one sequence that repeats itself, none where another one of the batch has nothing to look up; the
+    greedy text is plain generate's, and a seed fixes the others."""
+    again, nothing = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    drawn = {"do_sample": True, "top_k": 0, "seeds": [3, 4]} if sampled else {}
+    proposed = []
+    for rows in ([again], [again, nothing]):
+        inputs, statistics = {"input_ids": torch.tensor(rows)}, Statistics()
+        options = drawn | ({"seeds": drawn["seeds"][: len(rows)]} if sampled else {})
+        named = {"prompt_lookup_num_tokens": 4, "max_new_tokens": 6, **options}
+        texts = run(model, inputs, statistics=statistics, **named).tolist()
+        assert texts == run(model, inputs, **named).tolist()
+        if not sampled:
+            assert texts == run(model, inputs, custom=False, max_new_tokens=6).tolist()
+        proposed.append(statistics.proposed_at)
+    assert sum(proposed[1]) < sum(proposed[0])
 
 
 def test_drafters_and_their_number(model, assistant):

@@ -1,6 +1,6 @@
 """Drafters. Each proposes tokens and says from which distribution; none can change the distribution of the text."""
 
-from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter, Costs
+from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter, Costs, RowCosts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.callable import CallableDrafter
 from specdec_kernels.decode.drafters.dynamic_tree import Growth, TreeDrafter
@@ -31,6 +31,7 @@ __all__ = [
     "MedusaModel",
     "ModelDrafter",
     "NGramDrafter",
+    "RowCosts",
     "StaticDrafter",
     "TranslatedDrafter",
     "Translation",

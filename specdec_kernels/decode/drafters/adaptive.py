@@ -121,6 +121,10 @@ class Costs:
         """Of drafting, by drafts; for a drafter of its own."""
         return LinearCost(slope=0.5, origin=1.0)
 
+    def gained(self, tokens: Sequence[float]) -> float:
+        """What is gained in all by tokens that each request gains."""
+        return sum(tokens)
+
     def step(self, batch: int) -> LinearCost:
         """Of steps of so many requests, by rows of each."""
         return self._of_batches.setdefault(batch, BentCost(slope=0.02, origin=1.0))
@@ -143,8 +147,8 @@ class Costs:
 
 
 class RowCosts(Costs):
-    """Costs that are assumed, of drafts that cost nothing: so what is drafted is a function of the text and of no
-    clock, and the same seed gives the same text.
+    """Costs that are assumed, of drafts that cost nothing, in a batch of which no request is replaced when it ends: so
+    what is drafted is a function of the text and of no clock, and the same seed gives the same text.
 
     Args:
         row: what another row takes of the time that a pass over one row takes.
@@ -156,6 +160,11 @@ class RowCosts(Costs):
 
     def drafting(self) -> LinearCost:
         return KnownCost(0.0, 0.0)
+
+    def gained(self, tokens: Sequence[float]) -> float:
+        """For each as much as the least gains: the batch ends with its slowest request, and what others gain before
+        saves no pass."""
+        return len(tokens) * min(tokens)
 
     def step(self, batch: int) -> LinearCost:
         return KnownCost(1.0 - self.row, self.row * batch)  # a pass of one request over one row is 1
@@ -278,7 +287,7 @@ class AdaptiveDrafter:
         for width in range(1, max(most) + 1):
             each = [own[min(width, len(own) - 1)] for own in filled]
             shapes = [shape for shape, _ in each]
-            tokens = len(most) + sum(gain for _, gain in each)
+            tokens = len(most) + self.costs.gained([gain for _, gain in each])
             seconds = self.drafting.at(max(length for length, _ in shapes)) + step.at(1 + width)
             if tokens / seconds > rate:
                 rate, best = tokens / seconds, shapes
