@@ -42,6 +42,7 @@ class Contenders:
         self.ours["n-grams, adaptive"] = load_drafter("lookup", self.target, adaptive=True), 16
         self.ours["trained drafter, 2"] = load_drafter("model", self.target), 2
         self.ours["trained drafter, adaptive"] = load_drafter("model", self.target, adaptive=True), 16
+        self.ours["EAGLE-3, adaptive"] = load_drafter("eagle3", self.target, adaptive=True), 16
         self.ours["both, adaptive"] = load_drafter("auto", self.target, adaptive=True), 16
 
         def theirs(lookup: int | None) -> Any:

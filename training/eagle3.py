@@ -29,6 +29,8 @@ from training.train import Conversation, Training, batches, fit, read_by, report
 LAYERS = FEATURE_LAYERS[:3]
 #: Share of the time in which the chance of a rejection is no part of the loss.
 CROSS_ENTROPY_ONLY = 0.6
+#: Of the target, for other readers of the files.
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Conversations that are not trained on.
 HELD_OUT = 24
 #: Fewer than where there is more to learn from: what is scarce here is steps.
@@ -108,7 +110,7 @@ def main(
     report(training, shown)
 
     def save() -> None:
-        model.save(out, drafter.shortlist, target, LAYERS, torch.float8_e4m3fn)
+        model.save(out, drafter.shortlist, target, LAYERS, torch.float8_e4m3fn, NAME)
 
     fit(training, conversations, rng, minutes, peak, 0.0, CROSS_ENTROPY_ONLY, save, TOKENS_A_BATCH)
     report(training, shown)

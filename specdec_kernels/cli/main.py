@@ -72,7 +72,8 @@ def generate(
         DrafterName,
         typer.Option(
             help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees that "
-            "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree."
+            "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree. "
+            "eagle3: a model in the layout of published EAGLE-3 drafters."
         ),
     ] = "auto",
     temperature: Annotated[

@@ -19,6 +19,7 @@ from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
     DraftConfig,
+    Eagle3Drafter,
     FallbackDrafter,
     FeatureDrafter,
     FeatureModel,
@@ -37,10 +38,13 @@ from specdec_kernels.decode.llama_cpp import LlamaCppTarget
 from specdec_kernels.extras import brought_by
 
 SMOLLM2 = "smollm2"
-DrafterName = Literal["auto", "model", "lookup", "tree", "static-tree", "medusa", "none"]
+DrafterName = Literal["auto", "model", "eagle3", "lookup", "tree", "static-tree", "medusa", "none"]
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Files of the distribution specdec-demo-weights, which is the folder demo_weights.
+#: Files and a folder of the distribution specdec-demo-weights, which is the folder demo_weights.
 DRAFTER_WEIGHTS, MEDUSA_WEIGHTS = "smollm2-drafter.safetensors", "smollm2-medusa.safetensors"
+EAGLE3_WEIGHTS = "smollm2-eagle3"
+#: Drafters that were trained for SmolLM2, and for which no other model can be named.
+_OWN_WEIGHTS = {"medusa": MEDUSA_WEIGHTS, "eagle3": EAGLE3_WEIGHTS}
 
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
@@ -207,17 +211,17 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
         raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
     if is_gguf(target) and kind in ("tree", "static-tree", "medusa"):
         raise ValueError(
-            f"drafter must be auto, model, lookup or none for a GGUF target, which takes no trees, got {kind}"
+            f"drafter must be auto, model, eagle3, lookup or none for a GGUF target, which takes no trees, got {kind}"
         )
-    if kind in ("none", "lookup", "medusa"):
+    if kind in ("none", "lookup", *_OWN_WEIGHTS):
         if draft is not None:
             raise ValueError(
                 f"draft must not be given with drafter={kind!r}, which has no drafting model, got {draft!r}"
             )
-        if kind == "medusa" and not _is_smollm2(target):
-            raise ValueError(f"drafter='medusa' has heads for {SMOLLM2} alone, got {target}")
-        if kind == "medusa":
-            weights(MEDUSA_WEIGHTS)
+        if kind in _OWN_WEIGHTS:
+            if not _is_smollm2(target):
+                raise ValueError(f"drafter={kind!r} has weights for {SMOLLM2} alone, got {target}")
+            weights(_OWN_WEIGHTS[kind])
     elif draft is not None:
         model_path(draft)
     elif not _is_smollm2(target):
@@ -253,9 +257,9 @@ def load_drafter(
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
-        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``lookup``, ``tree`` (the
-            model, drafting dynamic trees), ``static-tree`` (the model, drafting the same tree every step), ``medusa``
-            (heads, drafting a static tree) or ``none``.
+        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``eagle3`` (a model in the
+            layout of published ones), ``lookup``, ``tree`` (the model, drafting dynamic trees), ``static-tree`` (the
+            model, drafting the same tree every step), ``medusa`` (heads, drafting a static tree) or ``none``.
         target: the target's transformers model, or llama.cpp's target.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone. One with another
             tokenizer beside it drafts the tokens that both have.
@@ -288,6 +292,8 @@ def load_drafter(
         model = _named_drafter(draft, tokenizer, vocab_size, config, dtype, target.device)
     else:
         host = load_model(SMOLLM2, dtype) if hosted else target  # whose embeddings and head it shares
+        if kind == "eagle3":
+            return chosen(Eagle3Drafter(weights(EAGLE3_WEIGHTS), host, config))
         features = FeatureModel.load(weights(DRAFTER_WEIGHTS), host.config, dtype).to(host.device)
         model = FeatureDrafter(features, host, config, eight_bits_run(host.device))
     if kind in ("tree", "static-tree"):

@@ -111,13 +111,15 @@ def test_eight_bits_are_what_is_written(target, conversations, tmp_path):
     torch.manual_seed(5)
     drafter = FeatureModel(target.config, torch.tensor(SHORTLIST))
     model = started(target, drafter, conversations)
-    model.save(tmp_path, drafter.shortlist, target, LAYERS, torch.float8_e4m3fn)
+    model.save(tmp_path, drafter.shortlist, target, LAYERS, torch.float8_e4m3fn, "some/target")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert {kinds.pop(name) for name in ("d2t", "t2d")} == {"I64", "BOOL"}
     assert {name.endswith("norm.weight"): kind for name, kind in kinds.items()} == {True: "BF16", False: "F8_E4M3"}
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["norm_before_residual"], written["draft_vocab_size"]) == (True, len(SHORTLIST))
+    verifier = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
+    assert written["speculators_config"]["verifier"] == verifier
     read = Eagle3Drafter(tmp_path, target).network.state_dict()
     for name, weight in model.state_dict().items():
         narrow = torch.float8_e4m3fn if weight.dim() == 2 else torch.bfloat16

@@ -83,14 +83,15 @@ def test_coupled_text_depends_on_no_drafter(session, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "eagle3"])
 @pytest.mark.parametrize("session", ["bfloat16"], indirect=True)
-def test_the_trained_drafter_drafts(session):
+def test_a_trained_drafter_drafts(session, kind):
     """It gets more than one token in three right on code, at temperature 0.8."""
     model, tokenizer, stop = session
     statistics = Statistics()
     prompts = [encode(tokenizer, prompt) for prompt in PROMPTS["code"]]
     options = {"num_draft": 3, "max_new_tokens": 64, "temperature": 0.8, "seed": 1, "stop_tokens": stop}
-    generate(TransformersTarget(model), prompts, drafter=load_drafter("model", model), statistics=statistics, **options)
+    generate(TransformersTarget(model), prompts, drafter=load_drafter(kind, model), statistics=statistics, **options)
     assert statistics.accepted_at[0] / statistics.proposed_at[0] > 1 / 3
     assert statistics.invalid == 0
 

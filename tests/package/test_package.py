@@ -91,7 +91,7 @@ def test_other_errors_of_an_import_stay_what_they_are():
 def test_weights_that_are_not_installed_are_named_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     target = models.target_path(models.SMOLLM2)
-    for kind in ("auto", "model", "tree", "medusa"):
+    for kind in ("auto", "model", "tree", "medusa", "eagle3"):
         with pytest.raises(FileNotFoundError, match=r"specdec-demo-weights, .*: pip install ./demo_weights"):
             models.check_drafter(kind, target, None)
     for kind in ("lookup", "none"):

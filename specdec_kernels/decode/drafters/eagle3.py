@@ -138,6 +138,7 @@ class Eagle3Model(FeatureNetwork):
         target: Any,
         feature_layers: Sequence[int],
         dtype: torch.dtype = torch.bfloat16,
+        name: str | None = None,
     ) -> None:
         """Write ``config.json`` and ``model.safetensors``, without the embeddings, which are the target's.
 
@@ -148,6 +149,7 @@ class Eagle3Model(FeatureNetwork):
             feature_layers: of it, as of :class:`Eagle3Drafter`.
             dtype: of the matrices; of eight bits, ``torch.float8_e4m3fn``, weights should be of an ordinary size, since
                 its numbers are no closer than 2^-9. Norms are in bfloat16 then.
+            name: of the target, where others look for it; ``None`` is the path that it came from.
         """
         narrow = dtype if dtype.itemsize > 1 else torch.bfloat16
         state = self.state_dict()
@@ -165,6 +167,15 @@ class Eagle3Model(FeatureNetwork):
             "target_hidden_size": model_facts.text_config(target).hidden_size,
             "eagle_aux_hidden_state_layer_ids": list(feature_layers),
             "tie_word_embeddings": False,
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+                "verifier": {
+                    "name_or_path": target.name_or_path if name is None else name,
+                    "architectures": [type(target).__name__],
+                },
+            },
             "transformer_layer_config": {name: value for name, value in layer.items() if value is not None},
         }
         folder.mkdir(parents=True, exist_ok=True)
