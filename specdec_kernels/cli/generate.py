@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from specdec_kernels.cli.models import (
     DrafterName,
     check_device,
     check_drafter,
+    check_history,
     gguf_path,
     is_gguf,
     load_drafter,
     load_gguf,
+    load_history,
     load_target,
     model_path,
     target_path,
@@ -33,8 +36,8 @@ from specdec_kernels.decode.requests import make_requests
 from specdec_kernels.decode.text_stream import TextStream
 from specdec_kernels.ops import RuleName
 
-#: Drafts a step at most where their number is chosen step by step, and of a tree.
-MOST_DRAFTS, TREE_DRAFTS = 16, 15
+#: Drafts a step at most where their number is chosen step by step, of a tree, and of lookup and a model in one.
+MOST_DRAFTS, TREE_DRAFTS, MERGED_DRAFTS = 16, 15, 6
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Settings:
     top_p: float = 1.0
     min_p: float = 0.0
     device: str = "cpu"
+    history: Path | None = None
 
     def sampling(self, temperature: float) -> dict[str, Any]:
         """As the loop takes it."""
@@ -77,6 +81,8 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
     else:
         gguf_path(settings.target)
     check_device(settings.device)
+    if settings.history is not None:
+        check_history(settings.drafter, settings.history)
 
 
 class Session:
@@ -97,8 +103,9 @@ class Session:
             # Windows of fixed rows, and llama.cpp, take chains alone.
             chains = settings.fixed_rows is not None or is_gguf(settings.target)
             config = WITH_SIBLINGS if adaptive and not chains else DRAFTING
+            self.shared = None if settings.history is None else load_history(settings.history, self.tokenizer)
             drafting = settings.drafter, self.model, settings.draft, adaptive, config, dtype
-            self.drafter = load_drafter(*drafting, self.tokenizer)
+            self.drafter = load_drafter(*drafting, self.tokenizer, self.shared)
         self.stop_tokens = self._stop_tokens()
 
     def _stop_tokens(self) -> set[int]:
@@ -121,6 +128,8 @@ class Session:
     def _most_drafts(self) -> int:
         if self.settings.num_draft is not None:
             return self.settings.num_draft
+        if self.settings.drafter == "merged":
+            return MERGED_DRAFTS
         return TREE_DRAFTS if self.settings.drafter in ("tree", "static-tree", "medusa") else MOST_DRAFTS
 
     def decode(
@@ -196,6 +205,8 @@ def write(session: Session, prompt: str, temperature: float, show_tree: bool = F
         watched = Watched(session.drafter)
         session.drafter = watched
     print_stream(session, session.decode(prompt, temperature, True, statistics))
+    if session.shared is not None and session.settings.history is not None:
+        session.shared.save(session.settings.history)
     notes.print(summary(statistics), style="dim", highlight=False, soft_wrap=True)
     if watched is not None and watched.best is not None:
         draft, emitted = watched.best

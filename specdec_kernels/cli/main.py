@@ -73,7 +73,8 @@ def generate(
         typer.Option(
             help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees that "
             "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree. "
-            "eagle3: a model in the layout of published EAGLE-3 drafters."
+            "eagle3: a model in the layout of published EAGLE-3 drafters. "
+            "merged: lookup and the model in one tree."
         ),
     ] = "auto",
     temperature: Annotated[
@@ -109,6 +110,14 @@ def generate(
     seconds: Annotated[
         float, typer.Option(min=1, help="Of comparing, at most: what does not fit is left out, and told.")
     ] = 120.0,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of earlier texts, which lookups look at too; the prompt and the answer are added to it. At a "
+            "temperature those of the same seed are left out, unless --rule is coupled.",
+            show_default="none",
+        ),
+    ] = None,
     show_tree: Annotated[
         bool, typer.Option("--show-tree", help="After the answer, picture its most accepted tree of drafts.")
     ] = False,
@@ -119,7 +128,7 @@ def generate(
 
     settings = commands.Settings(
         target, draft, drafter, num_draft, max_new_tokens, seed, fixed_rows, precision, rule, top_k, top_p, min_p,
-        device,
+        device, history,
     )  # fmt: skip
     temperatures = (temperature,) if temperature is not None else (0.0,) if prompt else (0.0, 0.8)
     with _errors_in_a_line():
@@ -127,6 +136,8 @@ def generate(
             raise ValueError("prompt must not be empty: leave it out to measure the built-in prompts")
         if show_tree and (compare or prompt is None or drafter == "none"):
             raise ValueError("show_tree needs a prompt, a drafter, and no --compare")
+        if history is not None and (compare or prompt is None):
+            raise ValueError("history needs a prompt, and no --compare")
         commands.check(settings, temperatures)
         session = commands.Session(settings)
         if prompt is None:

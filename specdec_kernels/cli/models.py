@@ -3,8 +3,10 @@ file is run by llama.cpp."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import tempfile
@@ -27,8 +29,10 @@ from specdec_kernels.decode.drafters import (
     IntersectionDrafter,
     MedusaDrafter,
     MedusaModel,
+    MergedDrafter,
     ModelDrafter,
     NGramDrafter,
+    SharedHistory,
     Translation,
     TreeDrafter,
 )
@@ -38,7 +42,7 @@ from specdec_kernels.decode.llama_cpp import LlamaCppTarget
 from specdec_kernels.extras import brought_by
 
 SMOLLM2 = "smollm2"
-DrafterName = Literal["auto", "model", "eagle3", "lookup", "tree", "static-tree", "medusa", "none"]
+DrafterName = Literal["auto", "model", "eagle3", "lookup", "tree", "static-tree", "medusa", "merged", "none"]
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: Files and a folder of the distribution specdec-demo-weights, which is the folder demo_weights.
 DRAFTER_WEIGHTS, MEDUSA_WEIGHTS = "smollm2-drafter.safetensors", "smollm2-medusa.safetensors"
@@ -209,7 +213,7 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
     """
     if kind not in get_args(DrafterName):
         raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
-    if is_gguf(target) and kind in ("tree", "static-tree", "medusa"):
+    if is_gguf(target) and kind in ("tree", "static-tree", "medusa", "merged"):
         raise ValueError(
             f"drafter must be auto, model, eagle3, lookup or none for a GGUF target, which takes no trees, got {kind}"
         )
@@ -245,6 +249,30 @@ def _named_drafter(
     return IntersectionDrafter(model, Translation(tokenizer, own), vocab_size, config)
 
 
+def check_history(kind: str, path: Path) -> None:
+    """Whether a drafter looks at earlier texts, and there can be a file of them.
+
+    Raises:
+        ValueError: it does not.
+        FileNotFoundError: there is no such folder.
+    """
+    if kind not in ("auto", "lookup", "merged"):
+        raise ValueError(f"history needs a drafter that looks texts up (auto, lookup, merged), got {kind!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"history must be a file in a folder that there is, got {path}")
+
+
+def load_history(path: Path, tokenizer: Any) -> SharedHistory:
+    """The texts of a file; none if there is no such file yet.
+
+    Raises:
+        ValueError: it is of another tokenizer, or no such file.
+    """
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    name = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+    return SharedHistory.load(path, tokenizer=name) if path.exists() else SharedHistory(tokenizer=name)
+
+
 def load_drafter(
     kind: str,
     target: Any,
@@ -253,13 +281,15 @@ def load_drafter(
     config: DraftConfig = DRAFTING,
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: Any = None,
+    shared: SharedHistory | None = None,
 ) -> Drafter | None:
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
         kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``eagle3`` (a model in the
             layout of published ones), ``lookup``, ``tree`` (the model, drafting dynamic trees), ``static-tree`` (the
-            model, drafting the same tree every step), ``medusa`` (heads, drafting a static tree) or ``none``.
+            model, drafting the same tree every step), ``medusa`` (heads, drafting a static tree), ``merged`` (lookup
+            and the model in one tree) or ``none``.
         target: the target's transformers model, or llama.cpp's target.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone. One with another
             tokenizer beside it drafts the tokens that both have.
@@ -267,6 +297,7 @@ def load_drafter(
         config: how a model drafts.
         dtype: of a model that drafts for llama.cpp; for another target it is the target's.
         tokenizer: the target's; ``None`` if any drafting model has the same.
+        shared: earlier texts, where lookups look too.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`check_drafter`.
@@ -281,10 +312,13 @@ def load_drafter(
     if kind == "none":
         return None
     if kind == "lookup":
-        return chosen(NGramDrafter())
+        return chosen(NGramDrafter(shared=shared))
     if kind == "medusa":
         heads = MedusaModel.load(weights(MEDUSA_WEIGHTS), target.config, target.dtype).to(target.device)
         return MedusaDrafter(heads, target)
+    lookup = NGramDrafter(SURE_MATCH, shared=shared)
+    if kind == "merged":
+        config = replace(config, siblings=0)
     model: AutoregressiveDrafter
     dtype = dtype if hosted else target.dtype
     if draft is not None:
@@ -298,4 +332,6 @@ def load_drafter(
         model = FeatureDrafter(features, host, config, eight_bits_run(host.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))
-    return chosen(model) if kind == "model" else FallbackDrafter(chosen(NGramDrafter(SURE_MATCH)), chosen(model))
+    if kind == "merged":
+        return MergedDrafter(lookup, model)
+    return chosen(model) if kind == "model" else FallbackDrafter(chosen(lookup), chosen(model))

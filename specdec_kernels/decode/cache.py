@@ -13,7 +13,8 @@ taking rows back changes nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,8 @@ class Columns:
         """Tokens of each request in them."""
         self.dropped = [0] * batch
         """Tokens before those, which nothing attends to any more."""
+        self.pinned = False
+        """Whether columns stay where they are, since they may be gone back to."""
         self.live: Tensor | None = None
         """bool [B, columns]: which hold a token; None where all do."""
 
@@ -153,6 +156,8 @@ class Columns:
         holes = any(length < used for length in lengths)
         if not holes:
             self.live = None
+        if self.pinned:
+            return
         window = self.kind.window
         if window is not None and used >= 2 * window:
             self._squeeze([min(length, window - 1) for length in lengths])
@@ -434,6 +439,19 @@ class RaggedCache:
         for layer, state in zip(self._states, mark.states, strict=True):
             layer.put(state)
             layer.forget_rows()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Take back at the end whatever is read within, and taken back."""
+        mark = self.mark()
+        for columns in self._columns:
+            columns.pinned = True
+        try:
+            yield
+        finally:
+            self.restore(mark)
+            for columns in self._columns:
+                columns.pinned = False
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests in these slots only."""

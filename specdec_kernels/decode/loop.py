@@ -379,9 +379,10 @@ class Loop:
 
     @torch.inference_mode()
     def select(self, slots: list[int]) -> None:
-        """Go on with the requests in these slots only."""
+        """Go on with the requests in these slots only; with none, nothing is kept of the streams."""
         if not slots:
             self._batch.requests = []
+            del self._target, self._drafter, self._stepping
             return
         self._batch.select(slots)
         self._target.select(slots)

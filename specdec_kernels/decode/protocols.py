@@ -9,6 +9,7 @@ one read of the verification's results, so that none of them waits for a device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeGuard, TypeVar, overload, runtime_checkable
 
@@ -131,6 +132,16 @@ class Draft:
             own = to_device(counts, torch.int64, tokens.device)[:, None]
             tokens = tokens.masked_fill(torch.arange(longest, device=tokens.device) >= own, -1)
         return replace(self, tokens=tokens, logits=logits, stats=stats, counts=counts)
+
+    def select(self, slots: Sequence[int]) -> Draft:
+        """A copy, of the requests in these slots only."""
+        index = to_device(slots, torch.int64, self.tokens.device)
+        own = {name: x[index.to(x.device)] for name in _COLUMNS if isinstance(x := getattr(self, name), Tensor)}
+        return replace(self, **own, counts=None if self.counts is None else [self.counts[slot] for slot in slots])
+
+
+#: Of a draft, what has a row for each request.
+_COLUMNS = ("tokens", "logits", "stats", "temperature")
 
 
 def counted(draft: Draft) -> Sequence[int]:
@@ -289,6 +300,28 @@ def joinable(session: Any) -> JoinableSession:
     """
     if not isinstance(session, JoinableSession):
         raise TypeError(f"sessions must have a method `join` for later requests, got {type(session).__name__}")
+    return session
+
+
+@runtime_checkable
+class RevertibleSession(Protocol):
+    """A drafter's session that can take back what it was told, as drafting ahead does."""
+
+    def trial(self) -> AbstractContextManager[None]:
+        """What the session is told and asked within this context is taken back at its end; no requests are selected or
+        joined in it."""
+
+
+def revertible(session: Any) -> RevertibleSession:
+    """A session that can take back what it was told.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not isinstance(session, RevertibleSession):
+        raise TypeError(
+            f"a drafter that drafts ahead must have sessions with a method `trial`, got {type(session).__name__}"
+        )
     return session
 
 

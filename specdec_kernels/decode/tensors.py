@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,11 @@ def padded(
     longest = max(map(len, rows), default=0)
     filled = [[*row, *[value] * (longest - len(row))] for row in rows]
     return to_device(filled, dtype, device).reshape(len(rows), longest)
+
+
+def longer(x: Tensor, length: int, value: float) -> Tensor:
+    """``x [B, K, ...]`` with ``value`` behind its K."""
+    return functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, length - x.shape[1]), value=value)
 
 
 def ids_of(name: str, value: Any, end: int = 1 << 63) -> list[int]:

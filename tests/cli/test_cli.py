@@ -23,6 +23,7 @@ from specdec_kernels.cli import compare, main
 from specdec_kernels.cli import generate as commands
 from specdec_kernels.cli import models as loading
 from specdec_kernels.decode import Token, text_stream
+from specdec_kernels.decode.drafters import SharedHistory
 from specdec_kernels.decode.text_stream import TextStream
 from specdec_kernels.version import __version__
 
@@ -184,6 +185,24 @@ def test_the_text_alone_goes_to_the_standard_output(checkpoint, options):
     assert "tokens/s" in result.stderr
 
 
+@pytest.mark.parametrize("drafter", ["lookup", "merged", "auto"])
+def test_a_history_is_looked_up_the_next_time(checkpoint, tmp_path, drafter):
+    """The text is the same, in fewer steps, and the file is of this tokenizer."""
+    path, rates = tmp_path / "history", []
+    model = () if drafter == "lookup" else ("--draft", checkpoint)
+    for _ in range(2):
+        result = generate(checkpoint, "--history", path, "--num-draft", 8, "--drafter", drafter, *model)
+        assert result.stdout == TEXT + "\n", result.output
+        rates.append(float(re.search(r"([0-9.]+) tokens a step", result.stderr)[1]))
+    assert rates[1] > 3
+    assert rates[0] == 1 or drafter != "lookup"
+    assert [file.name for file in tmp_path.iterdir()] == ["history"]
+    SharedHistory(tokenizer="another").save(path)
+    result = generate(checkpoint, "--history", path)
+    assert result.exit_code == 2
+    assert "must be of the tokenizer" in result.stderr
+
+
 @pytest.mark.parametrize("length", range(1, len(TEXT.encode()) + 1))
 def test_characters_cut_in_half_are_those_of_the_tokenizer(checkpoint, length):
     tokenizer = TOKENIZERS["byte_level"]
@@ -243,6 +262,12 @@ def test_comparing_and_measuring_keep_text_and_notes_apart(checkpoint, monkeypat
         (("--target", "/no/[red]where"), "got '/no/[red]where'"),
         (("--show-tree", "--compare"), "show_tree needs a prompt, a drafter, and no --compare"),
         (("--show-tree", "--drafter", "none"), "show_tree needs a prompt, a drafter, and no --compare"),
+        (("--history", "/tmp/h", "--compare"), "history needs a prompt, and no --compare"),
+        (
+            ("--history", "/tmp/h", "--drafter", "none"),
+            "history needs a drafter that looks texts up (auto, lookup, merged)",
+        ),
+        (("--history", "/no/folder/h"), "history must be a file in a folder that there is, got /no/folder/h"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_a_model_is_loaded(checkpoint, monkeypatch, options, message):

@@ -32,6 +32,7 @@ from specdec_kernels.decode.drafters import (
     FeatureDrafter,
     FeatureModel,
     Growth,
+    MergedDrafter,
     ModelDrafter,
     NGramDrafter,
     TreeDrafter,
@@ -98,7 +99,7 @@ def test_a_request_is_the_same_alone_and_in_a_batch(target_model, name):
 BRIEF = {
     ("model", "token"), ("model", "block"), ("model", "coupled"), ("confident", "block"), ("lookup", "token"),
     ("feature", "token"), ("adaptive", "token"), ("tree", "token"), ("tree", "block"), ("siblings", "token"),
-    ("adaptive siblings", "block"), ("medusa", "token"),
+    ("adaptive siblings", "block"), ("medusa", "token"), ("merged tree", "token"),
 }  # fmt: skip
 
 
@@ -114,6 +115,7 @@ BRIEF = {
         *(("siblings", rule) for rule in ("token", "block", "coupled")),
         *(("adaptive siblings", rule) for rule in ("token", "block")),
         ("medusa", "token"),
+        *(("merged tree", rule) for rule in ("token", "coupled")),
     ],
 )
 def test_joint_law_over_three_steps(kind, rule, monkeypatch):
@@ -136,12 +138,15 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         "siblings": lambda: ModelDrafter(small, config=replace(drafting, siblings=1)),
         "adaptive siblings": lambda: AdaptiveDrafter(ModelDrafter(small, config=DraftConfig(siblings=1))),
         "medusa": lambda: medusa_drafter(model, (0, 2)),
+        "merged tree": lambda: MergedDrafter(NGramDrafter(1), ModelDrafter(small)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
     law = exact_law(model, [1, 2], 0.8, length)
     seen = Counter()
     steps = Statistics()
-    num_draft = {"tree": 3, "siblings": 4, "adaptive siblings": 4}.get(kind, 2 if rule == "block" else 1)
+    num_draft = {"tree": 3, "merged tree": 3, "siblings": 4, "adaptive siblings": 4}.get(
+        kind, 2 if rule == "block" else 1
+    )
     for start in range(0, count, batch):
         results = generate(
             TransformersTarget(model), [[1, 2]] * batch, drafter=drafter, num_draft=num_draft, max_new_tokens=length,

@@ -106,6 +106,7 @@ READS_MORE = {
     "siblings of features": "which nodes there are is decided on the host",
     "first of siblings": "likewise",
     "adaptive siblings": "likewise",
+    "merged tree": "likewise",
 }
 
 

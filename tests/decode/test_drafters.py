@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding import NAMES, PROMPTS, SHORTLIST, drafters, feature_drafter
+from decoding import NAMES, PROMPTS, SHORTLIST, drafted, drafters, feature_drafter
 from tiny import VOCAB, Altered, steady, tiny
 
 from specdec_kernels import verify_chain
-from specdec_kernels.decode import Statistics, TransformersTarget, TreeDraft, generate
+from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, DraftConfig
 from specdec_kernels.decode.protocols import Step
 
@@ -16,13 +16,6 @@ from specdec_kernels.decode.protocols import Step
 @pytest.fixture(scope="module")
 def model():
     return steady(tiny(1, layers=2))
-
-
-def drafted(draft):
-    """Of each request its drafts, each with the node that it hangs from; a chain is a tree too."""
-    tree = draft if isinstance(draft, TreeDraft) else TreeDraft.of(draft)
-    nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
-    return [[(token, up) for token, up in zip(*row, strict=True) if up >= 0] for row in nodes]
 
 
 # Others take part in how many children a node has, and what is adaptive depends on the clock.

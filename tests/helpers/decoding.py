@@ -7,8 +7,10 @@ from itertools import product
 import torch
 from tiny import VOCAB, tiny
 
+from specdec_kernels.decode import TreeDraft
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
+    AsyncDrafter,
     CallableDrafter,
     Costs,
     DraftConfig,
@@ -18,6 +20,7 @@ from specdec_kernels.decode.drafters import (
     Growth,
     MedusaDrafter,
     MedusaModel,
+    MergedDrafter,
     ModelDrafter,
     NGramDrafter,
     StaticDrafter,
@@ -28,6 +31,13 @@ from specdec_kernels.decode.drafters.feature_model import REPEATS
 #: Two of a request's drafts lie beside each other; where it is unsure, drafting stops.
 SIBLINGS = DraftConfig(min_confidence=0.3, temperature_scale=0.7, siblings=1)
 SHORTLIST = [0, 2, 3, 5, 8]
+
+
+def drafted(draft):
+    """Of each request its drafts, each with the node that it hangs from; a chain is a tree too."""
+    tree = draft if isinstance(draft, TreeDraft) else TreeDraft.of(draft)
+    nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
+    return [[(token, up) for token, up in zip(*row, strict=True) if up >= 0] for row in nodes]
 
 
 def feature_drafter(model, middle=(), repeats=0.0, config=DraftConfig()):
@@ -86,9 +96,12 @@ def drafters(model, tiny=tiny):
             ),
             "medusa": lambda: medusa_drafter(model),
             "first of trees": lambda: FallbackDrafter(NGramDrafter(2), medusa_drafter(model)),
+            "merged tree": lambda: MergedDrafter(NGramDrafter(1), ModelDrafter(tiny(2))),
             "siblings": lambda: ModelDrafter(tiny(2), config=SIBLINGS),
             "siblings of features": lambda: feature_drafter(model, repeats=0.5, config=DraftConfig(siblings=2)),
             "first of siblings": lambda: FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2), config=SIBLINGS)),
+            "ahead": lambda: AsyncDrafter(FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2))), outcomes=2),
+            "ahead of self": lambda: AsyncDrafter(ModelDrafter(model)),
             "adaptive": lambda: FallbackDrafter(
                 AdaptiveDrafter(NGramDrafter(2), costs), AdaptiveDrafter(ModelDrafter(tiny(2)), costs)
             ),

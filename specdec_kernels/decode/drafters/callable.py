@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -49,6 +50,15 @@ class CallableSession:
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         for history, new in zip(self._histories, tokens, strict=True):
             history.extend(new)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """See :class:`~specdec_kernels.decode.protocols.RevertibleSession`."""
+        before, self._histories = self._histories, [list(history) for history in self._histories]
+        try:
+            yield
+        finally:
+            self._histories = before
 
     def select(self, slots: Sequence[int]) -> None:
         self._histories = [self._histories[slot] for slot in slots]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, joinable
-from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.tensors import longer, to_device
 from specdec_kernels.ops import sample
 
 
@@ -31,20 +31,17 @@ class FallbackDrafter:
         self.first, self.second = first, second
         self.walked: bool = getattr(second, "walked", False)
         self.siblings: int = getattr(second, "siblings", 0)
-        if first.feature_layers and second.feature_layers and first.feature_layers != second.feature_layers:
-            raise ValueError(
-                f"second must read the layers that first reads, {first.feature_layers}, got {second.feature_layers}"
-            )
-        self.feature_layers = first.feature_layers or second.feature_layers
+        self.feature_layers = common_layers([first, second])
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FallbackSession:
         return FallbackSession(self.first.begin(prompts, features), self.second.begin(prompts, features), self.walked)
 
 
-class FallbackSession:
+class FallbackSession(SessionGroup):
     """One stream of a :class:`FallbackDrafter`."""
 
     def __init__(self, first: DrafterSession, second: DrafterSession, walked: bool) -> None:
+        super().__init__([first, second])
         self._first, self._second, self._walked = first, second, walked
 
     def propose(self, step: Step) -> Draft | TreeDraft:
@@ -65,45 +62,28 @@ class FallbackSession:
         counts = None if rest.counts is None else [a or b for a, b in zip(sure_counts, rest.counts, strict=True)]
         return replace(_merged(sure, rest, has_draft), counts=counts)
 
-    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        self._first.commit(tokens, features)
-        self._second.commit(tokens, features)
-
-    def select(self, slots: Sequence[int]) -> None:
-        self._first.select(slots)
-        self._second.select(slots)
-
-    def join(self, other: FallbackSession) -> None:
-        joinable(self._first).join(other._first)
-        joinable(self._second).join(other._second)
-
-
-def _longer(x: Tensor, length: int, value: float) -> Tensor:
-    """``x [B, K, ...]`` with ``value`` behind its K."""
-    return functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, length - x.shape[1]), value=value)
-
 
 def _merged_trees(sure: TreeDraft, rest: TreeDraft, has_draft: Tensor) -> TreeDraft:
     """One tree a request; among drafts that were drawn, a point mass has scale inf."""
     nodes = max(sure.tokens.shape[1], rest.tokens.shape[1])
     pairs = ((sure.tokens, rest.tokens), (sure.parents, rest.parents))
-    tokens, parents = (torch.where(has_draft[:, None], _longer(a, nodes, -1), _longer(b, nodes, -1)) for a, b in pairs)
+    tokens, parents = (torch.where(has_draft[:, None], longer(a, nodes, -1), longer(b, nodes, -1)) for a, b in pairs)
     tokens = tokens.clamp(min=0)
     if rest.logits is None:
         return TreeDraft(tokens, parents)
-    stats = _marked(_longer(_stats(rest), nodes, 0.0), has_draft)
-    rows = _longer(rest.logits, nodes, 0.0)
+    stats = _marked(longer(_stats(rest), nodes, 0.0), has_draft)
+    rows = longer(rest.logits, nodes, 0.0)
     return TreeDraft(tokens, parents, rows, stats, siblings=rest.siblings, vocabulary=rest.vocabulary)
 
 
 def _merged(sure: Draft, rest: Draft, has_draft: Tensor) -> Draft:
     """One draft of both: among drafts that were drawn, a point mass has scale inf."""
     length = max(sure.tokens.shape[1], rest.tokens.shape[1])
-    tokens = torch.where(has_draft[:, None], _longer(sure.tokens, length, -1), _longer(rest.tokens, length, -1))
+    tokens = torch.where(has_draft[:, None], longer(sure.tokens, length, -1), longer(rest.tokens, length, -1))
     if rest.logits is None:
         return Draft(tokens)
-    stats = _marked(_longer(_stats(rest), length, 0.0), has_draft)
-    return Draft(tokens, _longer(rest.logits, length, 0.0), stats, vocabulary=rest.vocabulary)
+    stats = _marked(longer(_stats(rest), length, 0.0), has_draft)
+    return Draft(tokens, longer(rest.logits, length, 0.0), stats, vocabulary=rest.vocabulary)
 
 
 def _stats(draft: Draft | TreeDraft) -> Tensor:

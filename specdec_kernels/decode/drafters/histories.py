@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 
 from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 
@@ -22,6 +24,15 @@ class Histories:
         """Add tokens to each request's history."""
         for index, new in zip(self.indices, tokens, strict=True):
             index.extend(new)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Take back at the end what is added within; an index cannot be cropped, so copies grow."""
+        before, self.indices = self.indices, [copy(index) for index in self.indices]
+        try:
+            yield
+        finally:
+            self.indices = before
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests in these slots only."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -91,6 +92,17 @@ class ModelSession(AutoregressiveSession):
         if self._sources is not None and other._sources is not None:
             self._sources.join(other._sources)
         super().join(other)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """See :class:`~specdec_kernels.decode.protocols.RevertibleSession`."""
+        self._read_ahead()  # or it would be read again in every trial
+        pending, exhausted = [list(tokens) for tokens in self._pending], list(self._exhausted)
+        try:
+            with self._cache.trial():
+                yield
+        finally:
+            self._pending, self._exhausted = pending, exhausted
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids that the model has: any will do for a token that it does not."""

@@ -55,6 +55,8 @@ class StaticDraftSession(ModelSession):
     """One stream of a :class:`StaticDrafter`."""
 
     _cache: StaticCache  # type: ignore[assignment]
+    #: Graphs are captured and replayed by one thread, into results that are the same tensors every time.
+    trial = None  # type: ignore[assignment]
 
     def __init__(self, drafter: StaticDrafter, prompts: Sequence[Sequence[int]]) -> None:
         columns = max(map(len, prompts)) + 4 * GRANULARITY

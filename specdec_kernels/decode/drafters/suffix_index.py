@@ -88,5 +88,13 @@ class SuffixIndex:
             length = self._length[state]
         return list(lengths), list(lengths.values())
 
+    def __copy__(self) -> SuffixIndex:
+        """Another one of the same text."""
+        other = SuffixIndex()
+        other._tokens, other._last = list(self._tokens), self._last
+        other._length, other._link, other._end = list(self._length), list(self._link), list(self._end)
+        other._next = [dict(following) for following in self._next]
+        return other
+
     def __len__(self) -> int:
         return len(self._tokens)
