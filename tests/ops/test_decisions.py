@@ -281,6 +281,16 @@ def test_nothing_is_read_behind_a_draft_that_the_target_excludes(verify_chain, r
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_the_row_of_a_bonus_token_is_read_where_it_is_drawn_alone(verify_chain, rule):
+    target = torch.zeros(32, 3, 300)
+    target[:, :2, 5] = math.log(299)  # as likely as all others
+    target[:, 2] = NAN
+    made = verify_chain(target, torch.full((32, 2), 5), seed=torch.arange(32), position=torch.full((32,), 1), rule=rule)
+    assert sorted(set(made.num_accepted.tolist())) == [0, 1, 2]
+    assert torch.equal(made.valid, made.num_accepted < 2)
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("drafted", [0, 2])
 def test_a_row_of_nan_accepts_nothing(verify_chain, rule, drafted):
     """Not even id 0, nor its largest finite logit, which is what it emits."""
