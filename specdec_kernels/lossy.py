@@ -37,8 +37,8 @@ def typical_acceptance(
 
     A node is accepted iff its parent is and ``target(token) > min(epsilon, delta * exp(-entropy(target)))``; the text
     goes on along the longest accepted path, the first of equals, and with a draw from the target. **The distribution of
-    the text is not the target's**: how far from it, :func:`specdec_kernels.oracle.typical_law` says exactly for small
-    vocabularies.
+    the text is not the target's**: how far from it, :func:`specdec_kernels.oracle.typical_distribution` says exactly
+    for small vocabularies.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, N, V]; row n is the target's after the path to node n.

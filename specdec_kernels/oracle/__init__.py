@@ -15,10 +15,16 @@ from specdec_kernels.oracle.distributions import (
     race,
     two_level_race,
 )
-from specdec_kernels.oracle.laws import block_law, chain_law, target_law, total_variation, typical_law
+from specdec_kernels.oracle.exact import (
+    block_distribution,
+    chain_distribution,
+    target_distribution,
+    total_variation,
+    typical_distribution,
+)
+from specdec_kernels.oracle.exact_trees import tree_distribution
 from specdec_kernels.oracle.noise import Noise, noise_words, philox
 from specdec_kernels.oracle.step import Verified
-from specdec_kernels.oracle.tree_laws import tree_law
 from specdec_kernels.oracle.trees import Drawn, sample_children, verify_tree
 from specdec_kernels.oracle.verify import Sampled, sample, verify_chain
 
@@ -30,8 +36,8 @@ __all__ = [
     "Sampled",
     "Sampling",
     "Verified",
-    "block_law",
-    "chain_law",
+    "block_distribution",
+    "chain_distribution",
     "distribution",
     "filter_cutoff",
     "flat_race",
@@ -40,11 +46,11 @@ __all__ = [
     "race",
     "sample",
     "sample_children",
-    "target_law",
+    "target_distribution",
     "total_variation",
-    "tree_law",
+    "tree_distribution",
     "two_level_race",
-    "typical_law",
+    "typical_distribution",
     "verify_chain",
     "verify_tree",
 ]

@@ -98,7 +98,7 @@ def point_mass(vocab: int, token: int) -> Floats:
 
 
 def probs_from_stats(logits: Floats, stats: Sequence[float]) -> Floats:
-    """The law of a draft that came with its scalars: ``[logit >= cutoff] * exp(scale * logit - logsumexp)``."""
+    """The distribution of a draft that comes with scalars: ``[logit >= cutoff] * exp(scale * logit - logsumexp)``."""
     scale, cutoff, logsumexp = (float(s) for s in stats)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         probs: Floats = np.where(logits < cutoff, 0.0, np.exp(scale * logits - logsumexp))
@@ -160,8 +160,8 @@ def race(weights: Floats, slack: Floats, exponentials: Floats) -> tuple[int, flo
         arrivals = np.where(weights > 0, exponentials / weights, np.inf)
         winner = int(np.argmin(arrivals))
         gap = exponentials * weights[winner] - exponentials[winner] * weights
-        reach = exponentials[winner] * slack + exponentials * slack[winner]
-        margins = np.where(reach > 0, gap / reach, np.inf)
+        moved = exponentials[winner] * slack + exponentials * slack[winner]
+        margins = np.where(moved > 0, gap / moved, np.inf)
     margins[winner] = np.inf
     return winner, float(margins.min()) if len(margins) else np.inf
 

@@ -43,12 +43,12 @@ def noise_words(seed: int, position: int, tag: int, first: int, counters: int) -
 
 @dataclass
 class Noise:
-    """The noise of one step of one request; tests subclass it to inject coins and exponentials."""
+    """The noise of one step of one request; tests subclass it to inject uniforms and exponentials."""
 
     seed: int
     position: int
 
-    def coin(self, row: int) -> float:
+    def uniform(self, row: int) -> float:
         """A uniform in [0, 1): 64 bits, of which a double keeps the first 53."""
         words = noise_words(self.seed, self.position, counter_tag(Purpose.ACCEPT, 0, row), 0, 1)
         return float((int(words[0]) << 32 | int(words[1])) >> 11) * 2.0**-53

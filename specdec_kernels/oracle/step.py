@@ -60,7 +60,7 @@ class Step:
 
     @property
     def greedy(self) -> bool:
-        """A greedy target accepts its argmax and emits its argmax: no law of the draft matters."""
+        """A greedy target accepts its argmax and draws its argmax: no distribution of the draft matters."""
         return is_greedy(self.sampling.temperature)
 
     def drafted(self, row: int) -> Sequence[int]:
@@ -72,7 +72,7 @@ class Step:
         return self.processing.apply(self.target_logits[row], row, self.drafted(row))
 
     def target(self, row: int) -> Distribution | None:
-        """The law of a target row, None where it is not usable."""
+        """The distribution of a target row, None where it is not usable."""
         logits = self.logits(row)
         return distribution(logits, self.sampling) if row_is_valid(logits) else None
 
@@ -85,7 +85,7 @@ class Step:
         return bool(np.isinf(self.draft_stats[row][0]))
 
     def draft(self, row: int, token: int) -> Floats | None:
-        """The law that ``token`` was drawn from in a draft row, None where the row or its scalars are not usable."""
+        """What ``token`` was drawn from in a draft row, None where the row or its scalars are not usable."""
         if self.certain(row):
             return point_mass(self.target_logits.shape[1], token)
         assert self.draft_logits is not None
@@ -97,31 +97,31 @@ class Step:
 
     def read(self, row: int) -> Distribution | None:
         """:meth:`target`, where the filters' margin counts."""
-        law = self.target(row)
-        if law is not None and np.isfinite(law.margin):
-            self.margins.append(law.margin)
-        return law
+        dist = self.target(row)
+        if dist is not None and np.isfinite(dist.margin):
+            self.margins.append(dist.margin)
+        return dist
 
     def draw(self, weights: Floats, slack: Floats, row: int) -> int:
-        """The emitted token."""
+        """The recovered or bonus token."""
         token, margin = two_level_race(weights, slack, self.noise, Purpose.TARGET, row)
         self.margins.append(margin)
         return token
 
     def passes(self, row: int, probability: float, error: float) -> bool:
-        """Whether the coin of a row is below ``probability``; ``error`` is how far that moves under a relative error of
-        one in all probabilities."""
-        coin = self.noise.coin(row)
-        self.margins.append(abs(probability - coin) / error if error > 0 else np.inf)
-        return coin < probability
+        """Whether the uniform of a row is below ``probability``; ``error`` is how far that moves under a relative error
+        of one in all probabilities."""
+        uniform = self.noise.uniform(row)
+        self.margins.append(abs(probability - uniform) / error if error > 0 else np.inf)
+        return uniform < probability
 
     def scored(self, tokens: Sequence[int], rows: Sequence[int], accepted: int, valid: bool) -> Verified:
         """The result, with the log-probabilities of ``tokens``, each by its own row."""
         result = Verified(list(tokens), accepted, valid, min(self.margins, default=np.inf), self.margins)
         for row, token in zip(rows, tokens, strict=True):
-            law, raw = self.target(row), np.asarray(self.target_logits[row], np.float64)
+            dist, raw = self.target(row), np.asarray(self.target_logits[row], np.float64)
             plain = distribution(raw, PLAIN).probs if row_is_valid(raw) else np.full(len(raw), np.nan)
             with np.errstate(divide="ignore"):
-                result.logprobs.append(np.nan if law is None else float(np.log(law.probs[token])))
+                result.logprobs.append(np.nan if dist is None else float(np.log(dist.probs[token])))
                 result.raw_logprobs.append(float(np.log(plain[token])))
         return result

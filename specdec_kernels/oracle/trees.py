@@ -45,11 +45,11 @@ def sample_children(
     logits = processing.apply(logits, 0, ())
     if not row_is_valid(logits):
         return Drawn([largest_finite(logits)], [np.nan], (np.nan,) * 3)
-    law = distribution(logits, sampling)
-    drawn = Drawn([], [], law.stats, law.margin)
-    scale, cutoff, logsumexp = law.stats
+    dist = distribution(logits, sampling)
+    drawn = Drawn([], [], dist.stats, dist.margin)
+    scale, cutoff, logsumexp = dist.stats
     greedy = np.isinf(scale)
-    weights = law.probs.copy()
+    weights = dist.probs.copy()
     if how == Children.RACE:
         weights[weights < NOTHING_LEFT] = 0.0
     kept = weights > 0 if greedy else np.isfinite(logits) & (logits >= cutoff)
@@ -90,21 +90,21 @@ class Tree(Step):
         """The drafts on the path to a node."""
         return [int(self.tokens[node]) for node in self.path(row)[1:]]
 
-    def child_laws(self, node: int) -> list[Floats] | None:
-        """The law each child of a node was drawn from, given its earlier siblings; None where one is not usable."""
-        laws: list[Floats] = []
+    def child_distributions(self, node: int) -> list[Floats] | None:
+        """What each child of a node was drawn from, given its earlier siblings; None where one is not usable."""
+        dists: list[Floats] = []
         taken = np.zeros(self.target_logits.shape[1], bool)
         for child in self.children[node]:
             token = int(self.tokens[child])
-            law = self.draft(node, token)
-            if law is None:
+            dist = self.draft(node, token)
+            if dist is None:
                 return None
             if not self.replacement and taken.any() and not self.certain(node):
-                law = np.where(taken, 0.0, law)
-                law = law / law.sum() if law.sum() >= NOTHING_LEFT else np.zeros_like(law)
-            laws.append(law)
+                dist = np.where(taken, 0.0, dist)
+                dist = dist / dist.sum() if dist.sum() >= NOTHING_LEFT else np.zeros_like(dist)
+            dists.append(dist)
             taken[token] = True
-        return laws
+        return dists
 
     def stop(self, node: int, emitted: int) -> Verified:
         """The text goes on to ``node`` and with ``emitted``."""
@@ -121,39 +121,39 @@ class Tree(Step):
 
 @dataclass
 class Residual:
-    """What a node's emitted token is drawn from once some of its children were rejected.
+    """What a node's recovered or bonus token is drawn from once some of its children were rejected.
 
-    ``law`` is normalised, ``weights`` is in proportion to it and better known; ``reach`` is the chance that the node is
-    accepted, 1 under the recursive rule. ``*_error`` is how far each moves under a relative error of one in all
-    probabilities, to first order.
+    ``probs`` are normalised, ``weights`` are in proportion to them and better known; ``path_prob`` is the chance that
+    the node is accepted, 1 under the recursive rule. ``*_error`` is how far each moves under a relative error of one in
+    all probabilities, to first order.
     """
 
-    law: Floats
-    law_error: Floats
+    probs: Floats
+    probs_error: Floats
     weights: Floats
     weights_error: Floats
-    reach: float
-    reach_error: float
+    path_prob: float
+    path_prob_error: float
 
     @classmethod
-    def of(cls, target: Floats, reach: float, reach_error: float) -> Residual:
+    def of(cls, target: Floats, path_prob: float, path_prob_error: float) -> Residual:
         """Nothing was rejected yet."""
-        return cls(target, target, target, target, reach, reach_error)
+        return cls(target, target, target, target, path_prob, path_prob_error)
 
     def without(self, draft: Floats, draft_error: Floats) -> Residual:
-        """``(reach * law - draft)+``, normalised, and the chance of the node without this child."""
-        weights = np.fmax(self.reach * self.law - draft, 0.0)
-        error = self.reach * self.law_error + self.reach_error * self.law + draft_error
+        """``(path_prob * probs - draft)+``, normalised, and the chance of the node without this child."""
+        weights = np.fmax(self.path_prob * self.probs - draft, 0.0)
+        error = self.path_prob * self.probs_error + self.path_prob_error * self.probs + draft_error
         total = float(weights.sum())
-        if total == 0:  # a reach of 1 stays: then it is rounding alone that brought us here
-            reach = self.reach if self.reach == 1 else 0.0
-            return Residual(weights, weights, weights, weights, reach, 0.0)
+        if total == 0:  # a path probability of 1 stays: then it is rounding alone that brought us here
+            path_prob = self.path_prob if self.path_prob == 1 else 0.0
+            return Residual(weights, weights, weights, weights, path_prob, 0.0)
         total_error = float(error[weights > 0].sum())
-        denominator = total + 1 - self.reach
-        moved = ((1 - self.reach) * total_error + total * self.reach_error) / denominator**2
-        law = weights / total
-        law_error = np.where(weights > 0, error / total + law * total_error / total, 0.0)
-        return Residual(law, law_error, weights, error, total / denominator, moved)
+        denominator = total + 1 - self.path_prob
+        moved = ((1 - self.path_prob) * total_error + total * self.path_prob_error) / denominator**2
+        dist = weights / total
+        probs_error = np.where(weights > 0, error / total + dist * total_error / total, 0.0)
+        return Residual(dist, probs_error, weights, error, total / denominator, moved)
 
 
 def verify_tree(
@@ -196,14 +196,14 @@ def _walk(tree: Tree, rule: TreeRule) -> Verified:
     """What the target draws, as far as it is among the children."""
     node = 0
     while True:
-        law = tree.read(node)
-        if law is None:
+        dist = tree.read(node)
+        if dist is None:
             return tree.stop_unusable(node)
         if rule == TreeRule.COUPLED:
-            drawn, margin = flat_race(law.probs, law.probs, tree.noise, len(tree.path(node)) - 1)
+            drawn, margin = flat_race(dist.probs, dist.probs, tree.noise, len(tree.path(node)) - 1)
             tree.margins.append(margin)
         else:
-            drawn = tree.draw(law.probs, law.probs, node)
+            drawn = tree.draw(dist.probs, dist.probs, node)
         following = [child for child in tree.children[node] if tree.tokens[child] == drawn]
         if not following:
             return tree.stop(node, drawn)
@@ -211,34 +211,34 @@ def _walk(tree: Tree, rule: TreeRule) -> Verified:
 
 
 def _siblings(tree: Tree, node: int) -> list[tuple[int, Floats, Floats]]:
-    """(child, its law, the error of that); nothing, and not valid, where a law is not usable."""
-    laws = tree.child_laws(node)
-    if laws is None:
+    """(child, its distribution, the error of that); nothing, and not valid, where a distribution is not usable."""
+    dists = tree.child_distributions(node)
+    if dists is None:
         tree.valid = False
         return []
     # What earlier siblings leave may be known as one minus what they took, down to LEAST_DIFFERENCE.
-    errors = [1.0, *[1.0 if tree.replacement else 1 + 1 / LEAST_DIFFERENCE] * len(laws)]
-    return [(child, law, law * error) for child, law, error in zip(tree.children[node], laws, errors, strict=False)]
+    errors = [1.0, *[1.0 if tree.replacement else 1 + 1 / LEAST_DIFFERENCE] * len(dists)]
+    return [(child, dist, dist * error) for child, dist, error in zip(tree.children[node], dists, errors, strict=False)]
 
 
 def _recursive(tree: Tree) -> Verified:
     """Top-down: each child by what its rejected siblings left."""
     node = 0
     while True:
-        law = tree.read(node)
-        if law is None:
+        dist = tree.read(node)
+        if dist is None:
             return tree.stop_unusable(node)
-        left, accepted = Residual.of(law.probs, 1.0, 0.0), None
+        left, accepted = Residual.of(dist.probs, 1.0, 0.0), None
         for child, draft, error in _siblings(tree, node):
-            token, coin = tree.tokens[child], tree.noise.coin(child - 1)
-            gap, moved = left.law[token] - coin * draft[token], left.law_error[token] + coin * error[token]
+            token, uniform = tree.tokens[child], tree.noise.uniform(child - 1)
+            gap, moved = left.probs[token] - uniform * draft[token], left.probs_error[token] + uniform * error[token]
             tree.margins.append(abs(gap) / moved if moved > 0 else np.inf)
             if gap > 0:
                 accepted = child
                 break
             left = left.without(draft, error)
         if accepted is None:
-            return tree.stop(node, _emit(tree, node, law.probs, left))
+            return tree.stop(node, _emit(tree, node, dist.probs, left))
         node = accepted
 
 
@@ -249,34 +249,36 @@ def _emit(tree: Tree, node: int, target: Floats, left: Residual) -> int:
     return tree.draw(left.weights, left.weights_error, node)
 
 
-def _traverse(tree: Tree, node: int, reach: float, reach_error: float) -> Verified | None:
+def _traverse(tree: Tree, node: int, path_prob: float, path_prob_error: float) -> Verified | None:
     """Bottom-up (arXiv:2505.12398): the children one after the other, then the node itself; None rejects it."""
-    if reach == 0:  # nothing below it can be accepted, and nothing is read
+    if path_prob == 0:  # nothing below it can be accepted, and nothing is read
         return None
-    law = tree.read(node)
+    dist = tree.read(node)
     left = None
-    if law is None:
+    if dist is None:
         tree.valid = False
     else:
-        left = Residual.of(law.probs, reach, reach_error)
+        left = Residual.of(dist.probs, path_prob, path_prob_error)
         for child, draft, error in _siblings(tree, node):
             token = tree.tokens[child]
             # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
             below, below_error = 0.0, 0.0
-            if left.law[token] > 0:
+            if left.probs[token] > 0:
                 with np.errstate(divide="ignore"):
-                    below = left.reach * left.law[token] / draft[token]
+                    below = left.path_prob * left.probs[token] / draft[token]
                 if below < 1:
-                    below_error = below * (left.reach_error / left.reach + left.law_error[token] / left.law[token])
+                    below_error = below * (
+                        left.path_prob_error / left.path_prob + left.probs_error[token] / left.probs[token]
+                    )
                     below_error += below * error[token] / draft[token]
                 below = min(1.0, below)
             found = _traverse(tree, child, below, below_error)
             if found is not None:
                 return found
             left = left.without(draft, error)
-        reach, reach_error = left.reach, left.reach_error
-    if node > 0 and not tree.passes(node - 1, reach, reach_error):
+        path_prob, path_prob_error = left.path_prob, left.path_prob_error
+    if node > 0 and not tree.passes(node - 1, path_prob, path_prob_error):
         return None
-    if law is None or left is None:
+    if dist is None or left is None:
         return tree.stop_unusable(node)
-    return tree.stop(node, _emit(tree, node, law.probs, left))
+    return tree.stop(node, _emit(tree, node, dist.probs, left))

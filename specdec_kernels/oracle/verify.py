@@ -45,13 +45,13 @@ def sample(
     logits = processing.apply(logits, 0, ())
     if not row_is_valid(logits):
         return Sampled(largest_finite(logits), np.nan, (np.nan,) * 3, np.inf)
-    law = distribution(logits, sampling)
+    dist = distribution(logits, sampling)
     if coupled:
-        token, margin = flat_race(law.probs, law.probs, noise, row)
+        token, margin = flat_race(dist.probs, dist.probs, noise, row)
     else:
-        token, margin = two_level_race(law.probs, law.probs, noise, Purpose.DRAFT, row)
+        token, margin = two_level_race(dist.probs, dist.probs, noise, Purpose.DRAFT, row)
     with np.errstate(divide="ignore"):
-        return Sampled(token, float(np.log(law.probs[token])), law.stats, min(margin, law.margin))
+        return Sampled(token, float(np.log(dist.probs[token])), dist.stats, min(margin, dist.margin))
 
 
 @dataclass
@@ -69,10 +69,10 @@ class Chain(Step):
 
     def accepts(self, target: Floats, draft: Floats, row: int) -> bool:
         """The token rule's test of one draft; strict, so that what the target excludes is never accepted."""
-        token, coin = int(self.tokens[row]), self.noise.coin(row)
-        scale = target[token] + coin * draft[token]
-        self.margins.append(abs(target[token] - coin * draft[token]) / scale if scale > 0 else np.inf)
-        return bool(coin * draft[token] < target[token])
+        token, uniform = int(self.tokens[row]), self.noise.uniform(row)
+        scale = target[token] + uniform * draft[token]
+        self.margins.append(abs(target[token] - uniform * draft[token]) / scale if scale > 0 else np.inf)
+        return bool(uniform * draft[token] < target[token])
 
 
 def verify_chain(
@@ -105,10 +105,10 @@ def verify_chain(
 
 def _token_rule(chain: Chain) -> Verified:
     for row, token in enumerate([*chain.tokens, None]):
-        law = chain.read(row)
-        if law is None:
+        dist = chain.read(row)
+        if dist is None:
             return chain.stop(row, largest_finite(chain.logits(row)), False)
-        target = law.probs
+        target = dist.probs
         if token is None:
             return chain.stop(row, chain.draw(target, target, row), True)
         draft = chain.draft(row, int(chain.tokens[row]))
@@ -129,60 +129,62 @@ def _residual_draw(chain: Chain, target: Floats, draft: Floats, factor: float, e
 
 def _block_rule(chain: Chain) -> Verified:
     """Sun et al., arXiv:2403.10444: every draft is looked at, the longest acceptable prefix is kept."""
-    laws: list[tuple[Distribution | None, Floats | None]] = []
-    reach = [1.0]  # a_i of docs/algorithms.md, 2
+    dists: list[tuple[Distribution | None, Floats | None]] = []
+    path_prob = [1.0]  # a_i of docs/algorithms.md, 2
     for row, token in enumerate(chain.tokens):
-        if reach[-1] == 0:  # and so will be all that follow
+        if path_prob[-1] == 0:  # and so will be all that follow
             break
-        law = chain.read(row)
-        draft = None if law is None else chain.draft(row, int(chain.tokens[row]))
-        laws.append((law, draft))
-        if law is None or draft is None:
+        dist = chain.read(row)
+        draft = None if dist is None else chain.draft(row, int(chain.tokens[row]))
+        dists.append((dist, draft))
+        if dist is None or draft is None:
             break
         # What the target excludes is never accepted, whatever the draft was declared to be: 0 / 0 is 0.
         with np.errstate(divide="ignore"):
-            reach.append(min(1.0, reach[-1] * law.probs[token] / draft[token]) if law.probs[token] > 0 else 0.0)
-    looked_at = len(reach) - 1
-    valid = all(draft is not None for _, draft in laws)
+            path_prob.append(
+                min(1.0, path_prob[-1] * dist.probs[token] / draft[token]) if dist.probs[token] > 0 else 0.0
+            )
+    looked_at = len(path_prob) - 1
+    valid = all(draft is not None for _, draft in dists)
     accepted = 0
     for row in range(looked_at, 0, -1):
-        probability, error = reach[row], 2.0 * row * reach[row]
+        probability, error = path_prob[row], 2.0 * row * path_prob[row]
         if row < looked_at:
-            law, draft = laws[row]
-            assert law is not None
+            dist, draft = dists[row]
+            assert dist is not None
             assert draft is not None
-            probability, error = _block_acceptance(law.probs, draft, reach[row], row)
+            probability, error = _block_acceptance(dist.probs, draft, path_prob[row], row)
         if chain.passes(row - 1, probability, error):
             accepted = row
             break
-    law, draft = laws[accepted] if accepted < len(laws) else (chain.read(accepted), None)
-    if law is None:
+    dist, draft = dists[accepted] if accepted < len(dists) else (chain.read(accepted), None)
+    if dist is None:
         return chain.stop(accepted, largest_finite(chain.logits(accepted)), False)
     if draft is None:
-        return chain.stop(accepted, chain.draw(law.probs, law.probs, accepted), valid)
-    emitted = _residual_draw(chain, law.probs, draft, reach[accepted], 2.0 * accepted, accepted)
+        return chain.stop(accepted, chain.draw(dist.probs, dist.probs, accepted), valid)
+    emitted = _residual_draw(chain, dist.probs, draft, path_prob[accepted], 2.0 * accepted, accepted)
     return chain.stop(accepted, emitted, valid)
 
 
-def _block_acceptance(target: Floats, draft: Floats, reach: float, row: int) -> tuple[float, float]:
+def _block_acceptance(target: Floats, draft: Floats, path_prob: float, row: int) -> tuple[float, float]:
     """h_i, and how far a relative error of one in every probability moves it, to first order."""
-    residual = np.fmax(reach * target - draft, 0.0)
+    residual = np.fmax(path_prob * target - draft, 0.0)
     z = residual.sum()
-    if z + 1 - reach == 0:
+    if z + 1 - path_prob == 0:
         return 1.0, 0.0
-    moved_reach = 2.0 * row * reach if reach < 1 else 0.0
-    moved_z = ((reach * target + draft)[residual > 0]).sum() + moved_reach * target[residual > 0].sum()
-    error = ((1 - reach) * moved_z + z * moved_reach) / (z + 1 - reach) ** 2
-    return float(z / (z + 1 - reach)), float(error)
+    moved_path_prob = 2.0 * row * path_prob if path_prob < 1 else 0.0
+    moved_z = ((path_prob * target + draft)[residual > 0]).sum() + moved_path_prob * target[residual > 0].sum()
+    error = ((1 - path_prob) * moved_z + z * moved_path_prob) / (z + 1 - path_prob) ** 2
+    return float(z / (z + 1 - path_prob)), float(error)
 
 
 def _coupled_rule(chain: Chain) -> Verified:
     """Daliri et al., arXiv:2408.07978: the text is a function of seed and target alone."""
     for row, token in enumerate([*chain.tokens, None]):
-        law = chain.read(row)
-        if law is None:
+        dist = chain.read(row)
+        if dist is None:
             return chain.stop(row, largest_finite(chain.logits(row)), False)
-        drawn, margin = flat_race(law.probs, law.probs, chain.noise, row)
+        drawn, margin = flat_race(dist.probs, dist.probs, chain.noise, row)
         chain.margins.append(margin)
         if drawn != token:
             return chain.stop(row, drawn, True)
@@ -193,13 +195,13 @@ def _independent(chain: Chain, rule: Rule) -> int:
     """How many drafts would be accepted each by itself, whatever became of the ones before it."""
     accepted = 0
     for row, token in enumerate(chain.tokens):
-        law, draft = chain.read(row), chain.draft(row, int(chain.tokens[row]))
-        if law is None:
+        dist, draft = chain.read(row), chain.draft(row, int(chain.tokens[row]))
+        if dist is None:
             continue
         if rule == Rule.COUPLED:
-            drawn, margin = flat_race(law.probs, law.probs, chain.noise, row)
+            drawn, margin = flat_race(dist.probs, dist.probs, chain.noise, row)
             chain.margins.append(margin)
             accepted += drawn == token
         elif draft is not None:
-            accepted += chain.accepts(law.probs, draft, row)
+            accepted += chain.accepts(dist.probs, draft, row)
     return accepted

@@ -254,7 +254,7 @@ SEED_OF_A_SMALL_UNIFORM = 3_635_371_279
 
 def test_all_of_a_uniform_counts(backend):
     """Less than 2^-32, and more than what the target gives the draft."""
-    uniform = oracle.Noise(SEED_OF_A_SMALL_UNIFORM, 5).coin(0)
+    uniform = oracle.Noise(SEED_OF_A_SMALL_UNIFORM, 5).uniform(0)
     assert 1e-11 < uniform < 2.0**-32
     target = torch.zeros(1, 2, 2)
     for times, accepted in ((0.1, 0), (10.0, 1)):

@@ -212,7 +212,7 @@ def all_cells(nodes: int) -> list[int]:
 
 def two_tokens(verified: Any, masses: list[Any]) -> Any:
     """The law of the first two tokens: continued by the target where there is but one."""
-    law: oracle.Law = {}
+    law: oracle.TextDistribution = {}
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         first, second = row[:2]
         others = {second: F(1)} if second >= 0 else dict(enumerate(law_of(LEAF.get(first, ROOT))))
@@ -222,7 +222,7 @@ def two_tokens(verified: Any, masses: list[Any]) -> Any:
 
 
 def exact() -> Any:
-    return oracle.target_law(lambda prefix: law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT), 1)
+    return oracle.target_distribution(lambda prefix: law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT), 1)
 
 
 @pytest.mark.parametrize("stats", [True, False])
@@ -282,9 +282,10 @@ def test_a_rule_that_forgets_the_tail_is_wrong():
     def target(prefix: tuple[int, ...]) -> Any:
         return law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT)
 
-    law = oracle.chain_law(target, lambda prefix: draft, 1)
+    law = oracle.chain_distribution(target, lambda prefix: draft, 1)
     assert oracle.total_variation(law, exact()) == 0
-    wrong = oracle.chain_law(target, lambda prefix: draft, 1, residual=lambda p, q: max(F(0), p - q) if q else F(0))
+    residual = lambda p, q: max(F(0), p - q) if q else F(0)  # noqa: E731
+    wrong = oracle.chain_distribution(target, lambda prefix: draft, 1, residual=residual)
     assert oracle.total_variation(wrong, exact()) > F(1, 5)
 
 

@@ -81,7 +81,7 @@ def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", 
         rule=rule,
         **FILTERS[filters],
     )
-    law: oracle.Law = {}
+    law: oracle.TextDistribution = {}
 
     def add(prefix, mass):
         if mass and len(prefix) == length + 1:
@@ -92,7 +92,7 @@ def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", 
 
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(rows[prefix]), length))
+    return oracle.total_variation(law, oracle.target_distribution(lambda prefix: law_of(rows[prefix]), length))
 
 
 #: The rule coupled does not read what drafts were drawn from.

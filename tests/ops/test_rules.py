@@ -73,8 +73,8 @@ def test_block_accepts_no_less_in_the_mean(verify_chain):
 class AbsoluteCoins(oracle.Noise):
     """A wrong contract: coins keyed on the absolute position, so that a step meets the last one's again."""
 
-    def coin(self, row):
-        return oracle.Noise(self.seed, self.position + row).coin(0)
+    def uniform(self, row):
+        return oracle.Noise(self.seed, self.position + row).uniform(0)
 
 
 def text_statistic(noise_kind, count):

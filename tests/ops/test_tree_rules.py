@@ -39,19 +39,20 @@ def children(backend):
 def test_every_rule_is_exact(pair, kind, rule):
     target, draft, _ = (table(3, 1), table(3, 2), 3) if pair == "deep" else PAIRS[pair]()
     for widths in ((3, 3, 3),) if pair == "deep" else ((3, 2), (1, 1, 1), (2,)):
-        law, _ = oracle.tree_law(target, draft, widths, kind, rule)
-        assert oracle.total_variation(law, oracle.target_law(target, len(widths))) == 0
+        law, _ = oracle.tree_distribution(target, draft, widths, kind, rule)
+        assert oracle.total_variation(law, oracle.target_distribution(target, len(widths))) == 0
 
 
 def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules():
     target, draft, _ = PAIRS["random"]()
     for widths in ((3, 2), (2, 2, 2), (1, 1, 1)):
         for kind in KINDS:
-            accepted = {rule: oracle.tree_law(target, draft, widths, kind, rule)[1] for rule in RULES}
+            accepted = {rule: oracle.tree_distribution(target, draft, widths, kind, rule)[1] for rule in RULES}
             assert accepted["traversal"] >= accepted["recursive"] >= accepted["walk"]
-    law, accepted = oracle.tree_law(target, draft, (1, 1, 1), "iid", "traversal")
-    assert (law, accepted) == oracle.block_law(target, draft, 3)
-    assert oracle.tree_law(target, draft, (1, 1, 1), "iid", "recursive")[0] == oracle.chain_law(target, draft, 3)
+    law, accepted = oracle.tree_distribution(target, draft, (1, 1, 1), "iid", "traversal")
+    assert (law, accepted) == oracle.block_distribution(target, draft, 3)
+    chain = oracle.chain_distribution(target, draft, 3)
+    assert oracle.tree_distribution(target, draft, (1, 1, 1), "iid", "recursive")[0] == chain
 
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
@@ -62,8 +63,8 @@ def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules(
 def test_wrong_rules_have_a_wrong_law(rule, mutant, kind):
     """Case 12: siblings against the target as it was; equal siblings tested once."""
     target, draft, _ = PAIRS["random"]()
-    law, _ = oracle.tree_law(target, draft, (3, 2), kind, rule, **mutant)
-    assert oracle.total_variation(law, oracle.target_law(target, 2)) > F(1, 200)
+    law, _ = oracle.tree_distribution(target, draft, (3, 2), kind, rule, **mutant)
+    assert oracle.total_variation(law, oracle.target_distribution(target, 2)) > F(1, 200)
 
 
 # --- the law of the backends ------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2,
         masses.append(mass / len(seeds))
     count, batch, nodes = len(seeds), len(masses), len(parents)
     length = 1 + len(path(parents, parents, nodes - 1))
-    law: oracle.Law = {}
+    law: oracle.TextDistribution = {}
 
     def add(prefix, mass):
         if len(prefix) == length:
@@ -157,7 +158,7 @@ def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2,
     )
     for row, mass in zip(verified.tokens.tolist(), [m for m in masses for _ in range(count)], strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(law, oracle.target_law(lambda prefix: law_of(weights[prefix]), length - 1))
+    return oracle.total_variation(law, oracle.target_distribution(lambda prefix: law_of(weights[prefix]), length - 1))
 
 
 @pytest.fixture

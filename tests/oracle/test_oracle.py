@@ -20,8 +20,8 @@ F = Fraction
 @pytest.mark.parametrize("pair", PAIRS)
 def test_token_rule_is_exact(pair):
     target, draft, length = PAIRS[pair]()
-    law = oracle.chain_law(target, draft, length)
-    assert oracle.total_variation(law, oracle.target_law(target, length)) == 0
+    law = oracle.chain_distribution(target, draft, length)
+    assert oracle.total_variation(law, oracle.target_distribution(target, length)) == 0
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ def test_token_rule_is_exact(pair):
 )
 def test_wrong_rules_have_a_wrong_law(mutant):
     target, draft, length = PAIRS["random"]()
-    law = oracle.chain_law(target, draft, length, **mutant)
-    assert oracle.total_variation(law, oracle.target_law(target, length)) > F(1, 100)
+    law = oracle.chain_distribution(target, draft, length, **mutant)
+    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
 
 
 def test_wrong_bonus_row_has_a_wrong_law():
     target, draft, length = PAIRS["random"]()
-    law = oracle.chain_law(target, draft, length, bonus_row=1)
-    assert oracle.total_variation(law, oracle.target_law(target, length)) > F(1, 100)
+    law = oracle.chain_distribution(target, draft, length, bonus_row=1)
+    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
 
 
 def test_accepted_tokens_of_the_known_example():
@@ -51,14 +51,14 @@ def test_accepted_tokens_of_the_known_example():
     target, draft = [F(1, 3), F(2, 3)], [F(2, 3), F(1, 3)]
     alpha = sum(min(p, q) for p, q in zip(target, draft, strict=True))
     assert alpha + alpha**2 == F(10, 9)
-    assert oracle.block_law(lambda _: target, lambda _: draft, 2)[1] == F(11, 9)
+    assert oracle.block_distribution(lambda _: target, lambda _: draft, 2)[1] == F(11, 9)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_block_rule_is_exact_and_accepts_no_less(pair):
     target, draft, length = PAIRS[pair]()
-    law, accepted = oracle.block_law(target, draft, length)
-    assert oracle.total_variation(law, oracle.target_law(target, length)) == 0
+    law, accepted = oracle.block_distribution(target, draft, length)
+    assert oracle.total_variation(law, oracle.target_distribution(target, length)) == 0
     assert accepted >= token_rule_accepts(target, draft, length)
 
 
@@ -79,8 +79,8 @@ def token_rule_accepts(target, draft, length, prefix=()):
 )
 def test_wrong_block_rules_have_a_wrong_law(mutant):
     target, draft, length = PAIRS["zeros"]()
-    law, _ = oracle.block_law(target, draft, length, **mutant)
-    assert oracle.total_variation(law, oracle.target_law(target, length)) > F(1, 100)
+    law, _ = oracle.block_distribution(target, draft, length, **mutant)
+    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
 
 
 class Injected(oracle.Noise):
@@ -90,7 +90,7 @@ class Injected(oracle.Noise):
         super().__init__(1, 2)
         self.coins, self.given = coins, exponentials
 
-    def coin(self, row):
+    def uniform(self, row):
         return self.coins[row]
 
     def exponentials(self, purpose, level, row, count):

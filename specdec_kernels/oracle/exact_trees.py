@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from specdec_kernels.oracle.laws import Law, Probs, continued, ratio
+from specdec_kernels.oracle.exact import Probs, TextDistribution, continued, ratio
 
 Prefix = tuple[int, ...]
 
 
 @dataclass
 class _Tree:
-    """What :func:`tree_law` is given, and what it finds."""
+    """What :func:`tree_distribution` is given, and what it finds."""
 
     target: Callable[[Prefix], Probs]
     draft: Callable[[Prefix], Probs]
@@ -22,7 +22,7 @@ class _Tree:
     rule: str
     updated: bool
     merged: bool
-    law: Law = field(default_factory=dict)
+    distribution: TextDistribution = field(default_factory=dict)
     expected: Fraction = Fraction(0)
 
     def accept(self, prefix: Prefix, weights: Probs, mass: Fraction) -> None:
@@ -30,10 +30,10 @@ class _Tree:
         self.expected += mass * len(prefix)
         total = sum(weights, Fraction(0))
         for token, weight in enumerate(weights):
-            continued(self.law, self.target, (*prefix, token), mass * weight / total, len(self.widths))
+            continued(self.distribution, self.target, (*prefix, token), mass * weight / total, len(self.widths))
 
-    def child_law(self, prefix: Prefix, earlier: Prefix) -> Probs:
-        """The law of a node's next child; nothing where there is none."""
+    def child_distribution(self, prefix: Prefix, earlier: Prefix) -> Probs:
+        """The distribution of a node's next child; nothing where there is none."""
         q = self.draft(prefix)
         nothing = [Fraction(0)] * len(q)
         if len(prefix) == len(self.widths) or len(earlier) == self.widths[len(prefix)]:
@@ -48,27 +48,27 @@ class _Tree:
             return _certain(best, len(q))
         return [x / sum(left) for x in left]
 
-    def visit(self, prefix: Prefix, earlier: Prefix, left: Probs, reach: Fraction, mass: Fraction) -> Fraction:
+    def visit(self, prefix: Prefix, earlier: Prefix, left: Probs, path_prob: Fraction, mass: Fraction) -> Fraction:
         """A node whose children ``earlier`` were rejected; the mass with which it is rejected itself. Under the
         recursive rule a node that was come to is never rejected; under traversal a child is tested by what is below."""
-        law = self.child_law(prefix, earlier)
-        if not any(law):
-            if reach:
-                self.accept(prefix, left if any(left) else self.target(prefix), mass * reach)
-            return mass * (1 - reach)
+        distribution = self.child_distribution(prefix, earlier)
+        if not any(distribution):
+            if path_prob:
+                self.accept(prefix, left if any(left) else self.target(prefix), mass * path_prob)
+            return mass * (1 - path_prob)
         rejected = Fraction(0)
-        for token, drafted in enumerate(law):
+        for token, drafted in enumerate(distribution):
             if not drafted:
                 continue
             if self.merged and token in earlier:
-                rejected += self.visit(prefix, (*earlier, token), left, reach, mass * drafted)
+                rejected += self.visit(prefix, (*earlier, token), left, path_prob, mass * drafted)
                 continue
             # Walking accepts the child that the target draws, whatever it was drawn from.
-            tested = _certain(token, len(left)) if self.rule == "walk" else law
-            below = min(Fraction(1), reach * left[token] / tested[token])
+            tested = _certain(token, len(left)) if self.rule == "walk" else distribution
+            below = min(Fraction(1), path_prob * left[token] / tested[token])
             failed = self.failed((*prefix, token), below, mass * drafted)
             if failed:
-                new, after = self.without(left, reach, tested)
+                new, after = self.without(left, path_prob, tested)
                 rejected += self.visit(prefix, (*earlier, token), new, after, failed)
         return rejected
 
@@ -79,11 +79,11 @@ class _Tree:
         self.visit(child, (), self.target(child), Fraction(1), mass * below)
         return mass * (1 - below)
 
-    def without(self, left: Probs, reach: Fraction, tested: Probs) -> tuple[Probs, Fraction]:
+    def without(self, left: Probs, path_prob: Fraction, tested: Probs) -> tuple[Probs, Fraction]:
         """What a rejected child leaves, and the node's chance without it."""
-        rest = [max(Fraction(0), reach * r - q) for r, q in zip(left, tested, strict=True)]
+        rest = [max(Fraction(0), path_prob * r - q) for r, q in zip(left, tested, strict=True)]
         total = sum(rest, Fraction(0))
-        after = ratio(total, total + 1 - reach)
+        after = ratio(total, total + 1 - path_prob)
         if not self.updated:
             return left, after
         return [r / total for r in rest] if total else rest, after
@@ -93,7 +93,7 @@ def _certain(token: int, vocab: int) -> Probs:
     return [Fraction(int(v == token)) for v in range(vocab)]
 
 
-def tree_law(
+def tree_distribution(
     target: Callable[[Prefix], Probs],
     draft: Callable[[Prefix], Probs],
     widths: Sequence[int],
@@ -102,8 +102,8 @@ def tree_law(
     *,
     updated: bool = True,
     merged: bool = False,
-) -> tuple[Law, Fraction]:
-    """The exact law of ``len(widths) + 1`` tokens when one step of a tree rule (docs/algorithms.md, 3 to 5) is
+) -> tuple[TextDistribution, Fraction]:
+    """The exact distribution of ``len(widths) + 1`` tokens when one step of a tree rule (docs/algorithms.md, 3 to 5) is
     continued by target sampling, and the expected number of accepted drafts. ``widths[d]``: children of every node of
     depth d.
 
@@ -115,4 +115,4 @@ def tree_law(
     """
     tree = _Tree(target, draft, widths, kind, rule, updated, merged)
     tree.visit((), (), target(()), Fraction(1), Fraction(1))
-    return tree.law, tree.expected
+    return tree.distribution, tree.expected

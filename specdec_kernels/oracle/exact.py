@@ -8,10 +8,10 @@ from fractions import Fraction
 from itertools import product
 
 Probs = Sequence[Fraction]
-Law = dict[tuple[int, ...], Fraction]
+TextDistribution = dict[tuple[int, ...], Fraction]
 
 
-def chain_law(
+def chain_distribution(
     target: Callable[[tuple[int, ...]], Probs],
     draft: Callable[[tuple[int, ...]], Probs],
     length: int,
@@ -19,18 +19,18 @@ def chain_law(
     accept: Callable[[Fraction, Fraction], Fraction] = lambda p, q: min(Fraction(1), p / q),
     residual: Callable[[Fraction, Fraction], Fraction] = lambda p, q: max(Fraction(0), p - q),
     bonus_row: int = 0,
-) -> Law:
-    """The exact law of ``length + 1`` tokens when one step of the token rule is continued by target sampling.
+) -> TextDistribution:
+    """The exact distribution of ``length + 1`` tokens when one step of the token rule is continued by target sampling.
 
     ``target`` and ``draft`` map a prefix to probabilities. The keywords exist to build wrong rules: a mutant changes
-    one of them, and its law must differ from the target's.
+    one of them, and its distribution must differ from the target's.
     """
-    law: Law = {}
+    distribution: TextDistribution = {}
 
     def step(prefix: tuple[int, ...], mass: Fraction) -> None:
         if len(prefix) == length:
             for token, prob in enumerate(target(prefix[: len(prefix) - bonus_row])):
-                continued(law, target, (*prefix, token), mass * prob, length)
+                continued(distribution, target, (*prefix, token), mass * prob, length)
             return
         p, q = target(prefix), draft(prefix)
         rest = [residual(a, b) for a, b in zip(p, q, strict=True)]
@@ -42,13 +42,13 @@ def chain_law(
             step((*prefix, token), mass * drafted * accepted)
             for emitted, weight in enumerate(rest if total else p):
                 emitting = mass * drafted * (1 - accepted) * weight / (total or 1)
-                continued(law, target, (*prefix, emitted), emitting, length)
+                continued(distribution, target, (*prefix, emitted), emitting, length)
 
     step((), Fraction(1))
-    return law
+    return distribution
 
 
-def block_law(
+def block_distribution(
     target: Callable[[tuple[int, ...]], Probs],
     draft: Callable[[tuple[int, ...]], Probs],
     length: int,
@@ -56,9 +56,9 @@ def block_law(
     cap: Callable[[Fraction], Fraction] = lambda a: min(Fraction(1), a),
     scaled_residual: bool = True,
     early_stop: bool = False,
-) -> tuple[Law, Fraction]:
-    """As :func:`chain_law` for the block rule (docs/algorithms.md, 2), and the expected number of accepted drafts."""
-    law: Law = {}
+) -> tuple[TextDistribution, Fraction]:
+    """As :func:`chain_distribution` for the block rule (docs/algorithms.md, 2), and how many drafts it accepts."""
+    distribution: TextDistribution = {}
     expected = Fraction(0)
     for drafted in product(range(len(target(()))), repeat=length):
         p = [target(drafted[:i]) for i in range(length + 1)]
@@ -68,11 +68,15 @@ def block_law(
             mass *= q[i][token]
         if not mass:
             continue
-        reach = [Fraction(1)]
+        path_prob = [Fraction(1)]
         for i, token in enumerate(drafted):
-            reach.append(cap(reach[-1] * p[i][token] / q[i][token]))
-        rests = [[max(Fraction(0), reach[i] * a - b) for a, b in zip(p[i], q[i], strict=True)] for i in range(length)]
-        keep = [ratio(left, left + 1 - a) for a, left in zip(reach, map(_total, rests), strict=False)] + [reach[length]]
+            path_prob.append(cap(path_prob[-1] * p[i][token] / q[i][token]))
+        rests = [
+            [max(Fraction(0), path_prob[i] * a - b) for a, b in zip(p[i], q[i], strict=True)] for i in range(length)
+        ]
+        keep = [ratio(left, left + 1 - a) for a, left in zip(path_prob, map(_total, rests), strict=False)] + [
+            path_prob[length]
+        ]
         for tau in range(length + 1):
             if early_stop:  # a wrong rule: the first failure ends the look
                 stays = _product(keep[1 : tau + 1]) * (1 - keep[tau + 1] if tau < length else 1)
@@ -84,21 +88,25 @@ def block_law(
                 weights = [max(Fraction(0), a - b) for a, b in zip(p[tau], q[tau], strict=True)]
             total = sum(weights)
             for emitted, weight in enumerate(weights if total else p[tau]):
-                continued(law, target, (*drafted[:tau], emitted), mass * stays * weight / (total or 1), length)
-    return law, expected
+                continued(distribution, target, (*drafted[:tau], emitted), mass * stays * weight / (total or 1), length)
+    return distribution, expected
 
 
 def continued(
-    law: Law, target: Callable[[tuple[int, ...]], Probs], prefix: tuple[int, ...], mass: Fraction, length: int
+    distribution: TextDistribution,
+    target: Callable[[tuple[int, ...]], Probs],
+    prefix: tuple[int, ...],
+    mass: Fraction,
+    length: int,
 ) -> None:
     """Add the mass of a prefix that target sampling extends to ``length + 1`` tokens."""
     if mass == 0:
         return
     if len(prefix) == length + 1:
-        law[prefix] = law.get(prefix, Fraction(0)) + mass
+        distribution[prefix] = distribution.get(prefix, Fraction(0)) + mass
         return
     for token, prob in enumerate(target(prefix)):
-        continued(law, target, (*prefix, token), mass * prob, length)
+        continued(distribution, target, (*prefix, token), mass * prob, length)
 
 
 def ratio(numerator: Fraction, denominator: Fraction) -> Fraction:
@@ -117,30 +125,35 @@ def _product(factors: Iterable[Fraction]) -> Fraction:
     return result
 
 
-def target_law(target: Callable[[tuple[int, ...]], Probs], length: int) -> Law:
-    """The law of ``length + 1`` tokens sampled from the target alone."""
-    law: Law = {(): Fraction(1)}
+def target_distribution(target: Callable[[tuple[int, ...]], Probs], length: int) -> TextDistribution:
+    """The distribution of ``length + 1`` tokens sampled from the target alone."""
+    distribution: TextDistribution = {(): Fraction(1)}
     for _ in range(length + 1):
-        law = {(*prefix, t): mass * p for prefix, mass in law.items() for t, p in enumerate(target(prefix)) if mass * p}
-    return law
+        distribution = {
+            (*prefix, t): mass * p
+            for prefix, mass in distribution.items()
+            for t, p in enumerate(target(prefix))
+            if mass * p
+        }
+    return distribution
 
 
-def total_variation(one: Law, other: Law) -> Fraction:
+def total_variation(one: TextDistribution, other: TextDistribution) -> Fraction:
     """Half the sum of absolute differences."""
     keys = one.keys() | other.keys()
     return sum((abs(one.get(k, Fraction(0)) - other.get(k, Fraction(0))) for k in keys), Fraction(0)) / 2
 
 
-def typical_law(
+def typical_distribution(
     target: Callable[[tuple[int, ...]], Sequence[float]],
     draft: Callable[[tuple[int, ...]], Sequence[float]],
     length: int,
     epsilon: float = 0.09,
     delta: float = 0.3,
 ) -> dict[tuple[int, ...], float]:
-    """The law of ``length + 1`` tokens under Medusa's typical acceptance of a chain, which is not the target's: in
-    floats, since its threshold is an exponential of an entropy."""
-    law: dict[tuple[int, ...], float] = {}
+    """The distribution of ``length + 1`` tokens under Medusa's typical acceptance of a chain, not the target's:
+    in floats, since its threshold is an exponential of an entropy."""
+    distribution: dict[tuple[int, ...], float] = {}
 
     def step(prefix: tuple[int, ...], mass: float) -> None:
         p = target(prefix)
@@ -158,9 +171,9 @@ def typical_law(
             if mass * prob == 0:
                 continue
             if len(prefix) == length:
-                law[(*prefix, token)] = law.get((*prefix, token), 0.0) + mass * prob
+                distribution[(*prefix, token)] = distribution.get((*prefix, token), 0.0) + mass * prob
             else:
                 emit((*prefix, token), mass * prob)
 
     step((), 1.0)
-    return law
+    return distribution
