@@ -136,7 +136,9 @@ class Draft:
     def select(self, slots: Sequence[int]) -> Draft:
         """A copy, of the requests in these slots only."""
         index = to_device(slots, torch.int64, self.tokens.device)
-        own = {name: x[index.to(x.device)] for name in _COLUMNS if isinstance(x := getattr(self, name), Tensor)}
+        own: dict[str, Any] = {
+            name: x[index.to(x.device)] for name in _COLUMNS if isinstance(x := getattr(self, name), Tensor)
+        }
         return replace(self, **own, counts=None if self.counts is None else [self.counts[slot] for slot in slots])
 
 
