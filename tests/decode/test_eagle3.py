@@ -197,6 +197,15 @@ def test_layers_that_are_read(tmp_path):
         Eagle3Drafter(folder, model, feature_layers=(0, 1))
 
 
+def test_hidden_states_of_another_dtype_are_read(tmp_path):
+    """A target of llama.cpp has them in float32, whatever the drafter's weights are."""
+    model = target_model()
+    drafter, history = drafter_of(write(tmp_path / "drafter"), model), [1, 2, 3, 4]
+    features = hidden_states(model, history[:-1], LAYERS)[None]
+    own, single = (drafter.begin([history], x).propose(step([3])) for x in (features, features.float()))
+    torch.testing.assert_close(single.logits, own.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_whole_vocabulary_needs_no_map(tmp_path):
     def change(config, weights):
         del weights["d2t"], weights["t2d"]

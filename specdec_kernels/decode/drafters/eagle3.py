@@ -97,6 +97,7 @@ class Eagle3Model(FeatureNetwork):
     def inputs(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer adds to, [..., H], and what it attends by, [..., 2 * H]."""
         layer: Any = self.layers[0]
+        features = features.to(embeddings.dtype)  # llama.cpp's are float32
         if features.shape[-1] == self.fc.in_features:
             features = self.fc(self.input_norm(features) if self._norm_before_fc else features)
         normed = layer["hidden_norm"](features)
