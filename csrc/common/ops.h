@@ -16,6 +16,16 @@
 
 namespace specdec {
 
+// What an operation only reads. On a GPU it lies in global memory, which the compiler cannot tell of every pointer.
+template <class T>
+SPECDEC_SHARED static inline T given(const T* p) {
+#ifdef __CUDA_ARCH__
+  return __ldg(p);
+#else
+  return *p;
+#endif
+}
+
 enum class DType { f32, bf16, f16 };
 SPECDEC_SHARED static inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -61,7 +71,7 @@ struct Ids {
   bool wide = true;
 
   SPECDEC_SHARED int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    return wide ? given(static_cast<const int64_t*>(data) + i) : given(static_cast<const int32_t*>(data) + i);
   }
 };
 
@@ -80,7 +90,7 @@ SPECDEC_SHARED static inline int64_t first_adjustment(const Adjustments& adjustm
   int64_t low = 0, high = adjustments.count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (adjustments.ids[middle] < id)
+    if (given(adjustments.ids + middle) < id)
       low = middle + 1;
     else
       high = middle;
@@ -91,9 +101,9 @@ SPECDEC_SHARED static inline int64_t first_adjustment(const Adjustments& adjustm
 // A logit after bias and penalties, its id `drafted` times among the drafts before it.
 SPECDEC_SHARED static inline float adjusted(const Adjustments& adjustments, int64_t adjustment, int64_t drafted,
                                             float x) {
-  const int64_t output = adjustments.counts[2 * adjustment + 1] + drafted;
-  x += adjustments.bias[adjustment];
-  if (output > 0 || adjustments.counts[2 * adjustment] > 0)
+  const int64_t output = given(adjustments.counts + 2 * adjustment + 1) + drafted;
+  x += given(adjustments.bias + adjustment);
+  if (output > 0 || given(adjustments.counts + 2 * adjustment) > 0)
     x = x > 0.0f ? x / adjustments.repetition : x * adjustments.repetition;
   if (output > 0) x -= adjustments.frequency * float(output) + adjustments.presence;
   return x;

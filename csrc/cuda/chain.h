@@ -1,11 +1,9 @@
 // `verify_chain`.
 //
-// Rules token and coupled: rows come in the order of the drafts, so where blocks start in that order, those of rows
-// behind a draft that was not accepted find that out and read nothing. The last block of a row judges it, and whoever
-// completes the path decides. Rule block: a crew, which reads all rows.
+// Rules token and coupled: by rows, in the order of the drafts. Rule block: a crew, which reads all rows.
 #pragma once
 
-#include "crew.h"
+#include "residual.h"
 
 namespace specdec::cuda {
 
@@ -21,16 +19,16 @@ struct alignas(16) Judged {
 
 // One request of `verify_chain`.
 template <class T, Rule kRule>
-class ChainProgram : RequestProgram<T> {
-  using Base = RequestProgram<T>;
+class ChainProgram : ResidualProgram<T> {
+  using Base = ResidualProgram<T>;
   using Base::all_, Base::b_, Base::rows_, Base::team_, Base::vocab_, Base::work_;
   using Base::any_token, Base::counters, Base::coupled_noise, Base::dense, Base::draft, Base::draft_distribution,
-      Base::draft_logit, Base::draft_measure, Base::is_settled, Base::is_token, Base::leave, Base::noise,
-      Base::position, Base::raw_logprob, Base::sampling, Base::seed, Base::settle, Base::target, Base::token;
+      Base::draft_logit, Base::draft_measure, Base::draw_after, Base::is_token, Base::position, Base::request,
+      Base::sampling, Base::seed, Base::target, Base::token, Base::write_logprobs;
 
  public:
   SPECDEC_DEVICE ChainProgram(const Team& team, const VerifyChain& op, const Workspace& work, const Part& part)
-      : Base(team, op.common, work, part.request, op.cu_rows),
+      : Base(team, op.common, work, part.request, op.cu_rows, nullptr),
         op_(op),
         row_(part.row),
         slice_(part.slice),
@@ -46,23 +44,17 @@ class ChainProgram : RequestProgram<T> {
  private:
   SPECDEC_DEVICE void run_by_rows() {
     if (row_ > room_) return;
-    bool needed = true;
     if (work_.in_waves) {
       drafted_ = count_drafts();
       if (row_ > drafted_) return;
-      needed = !team_.any(is_settled(row_));  // asked once for all threads: it may change meanwhile
     }
-    if (needed) measure_slices();
-    if (row_ > drafted_) return;
-    const int code = when_all_came(team_, counters() + row_, work_.slices, [&] { return is_settled(row_) ? 2 : 1; });
-    if (code == 0) return;
-    bool decides = false;
-    if (code == 1) {
-      const bool ends = !judge(row_) && !op_.independent;
-      decides = settle(drafted_ + 1, [&](int row) { return row == row_ || (ends && row > row_); });
-    }
-    leave(drafted_ + 1);
-    if (decides) decide(end_of_path(), drafted_);
+    this->run_row(
+        row_, [&] { return drafted_ + 1; }, [&] { measure_slices(); },
+        [&] {
+          const int end = judge(row_) || op_.independent ? rows_ : row_;
+          return [end](int row) { return row > end; };
+        },
+        [&] { decide(end_of_path(), drafted_); });
   }
 
   // All rows are measured, then judged, each by a block of the crew; then the residuals are, and one block decides.
@@ -72,11 +64,10 @@ class ChainProgram : RequestProgram<T> {
     const int stride = crew.stride(), rest = work_.spans % stride;
     int first = crew.first_span();
     for (int i = 0; i <= drafted_; ++i) {
-      measure<false>(team_, target(), i, first, work_.spans, stride, sampling().measure(vocab_), {}, target_table(i),
-                     [] {});
+      measure_row<T>(team_, target(), i, first, work_.spans, stride, sampling().measure(vocab_), target_table(i));
       first = (first + stride - rest) % stride;  // who had less of this row has more of the next
       if (!measures_draft() || i == drafted_) continue;
-      measure<false>(team_, draft(), i, first, work_.spans, stride, draft_measure(), {}, draft_table(i), [] {});
+      measure_row<T>(team_, draft(), i, first, work_.spans, stride, draft_measure(), draft_table(i));
       first = (first + stride - rest) % stride;
     }
     crew.meet();
@@ -86,9 +77,9 @@ class ChainProgram : RequestProgram<T> {
     crew.leave();
   }
 
-  SPECDEC_DEVICE Table target_table(int i) const { return work_.table(2 * (int64_t(b_) * rows_ + i)); }
-  SPECDEC_DEVICE Table draft_table(int i) const { return work_.table(2 * (int64_t(b_) * rows_ + i) + 1); }
-  SPECDEC_DEVICE Judged* place(int i) const { return static_cast<Judged*>(work_.places) + int64_t(b_) * rows_ + i; }
+  SPECDEC_DEVICE Table target_table(int i) const { return work_.table(2 * (request() * rows_ + i)); }
+  SPECDEC_DEVICE Table draft_table(int i) const { return work_.table(2 * (request() * rows_ + i) + 1); }
+  SPECDEC_DEVICE Judged* place(int i) const { return static_cast<Judged*>(work_.places) + request() * rows_ + i; }
 
   // Whether the row of the draft has to be measured.
   SPECDEC_DEVICE bool measures_draft() const {
@@ -107,6 +98,7 @@ class ChainProgram : RequestProgram<T> {
 
   // -1, or an id that is none, ends the drafts.
   SPECDEC_DEVICE int count_drafts() const {
+    SPECDEC_ROLLED
     for (int first = 0; first < room_; first += 32) {
       const uint32_t ends =
           team_.bits([&](int bit) { return first + bit >= room_ || !is_token(any_token(first + bit)); });
@@ -146,28 +138,40 @@ class ChainProgram : RequestProgram<T> {
 
   // `kept` drafts are accepted, of `usable` that could be.
   SPECDEC_DEVICE void decide(int kept, int usable, double path_prob = 1.0) const {
-    const Judged last = fresh(place(kept));
-    const bool rejected = kept < usable && last.tested;
-    int emitted = last.drawn;
-    if constexpr (kRule != Rule::coupled)
-      if (last.target.argmax < 0) emitted = draw_after(kept, last, path_prob, rejected);
     int independent = 0;
+    SPECDEC_ROLLED
     for (int i = team_.rank(); op_.independent && i < drafted_; i += kThreads) independent += fresh(place(i)).passed;
     if (op_.independent) independent = team_.reduce(independent, Plus());
+    const Judged last = fresh(place(kept));
     if (team_.rank() == 0) {
       all_.out_accepted[b_] = kept;
       all_.out_valid[b_] = last.valid && (kept == drafted_ || last.tested);
       op_.out_counters[2 * b_] = drafted_;
       op_.out_counters[2 * b_ + 1] = op_.independent ? independent : -1;
     }
+    int emitted = last.drawn;
+    if constexpr (kRule != Rule::coupled) {
+      const Residual residual = residual_of(last, path_prob);
+      if (last.target.argmax < 0)
+        emitted = draw_after(kept, last.target.filtered(), target_table(kept), residual, kept < usable && last.tested,
+                             [&](int first, float* w) {
+                               SPECDEC_UNROLL
+                               for (int k = 0; k < 4; ++k)
+                                 if (residual.certain && first + k == last.draft.argmax) w[k] = 0.0f;
+                             });
+    }
+    SPECDEC_ROLLED
     for (int i = team_.rank(); i < rows_; i += kThreads)
       all_.out_tokens[int64_t(b_) * rows_ + i] = i < kept ? token(i) : i == kept ? emitted : -1;
-    if (all_.out_logprobs) write_logprobs(kept, emitted);
+    SPECDEC_ROLLED
+    for (int i = 0; i < rows_ && all_.out_logprobs != nullptr; ++i)
+      write_logprobs(i, i <= kept ? i : -1, i < kept ? token(i) : emitted, place(i));
   }
 
   // Rules token and coupled: the first row whose draft did not pass, or that has none.
   SPECDEC_DEVICE int end_of_path() const {
     int end = drafted_;
+    SPECDEC_ROLLED
     for (int i = team_.rank(); i < end; i += kThreads)
       if (!fresh(place(i)).passed) end = i;
     return team_.reduce(end, Smaller());
@@ -181,7 +185,7 @@ class ChainProgram : RequestProgram<T> {
     for (; usable < drafted_ && path_prob > 0.0; ++usable) {  // once 0, it stays 0
       const Judged row = fresh(place(usable));
       if (!row.tested) break;
-      if (usable > 0 && path_prob < 1.0) sum_residual(crew, usable, Residual(row, path_prob));
+      if (usable > 0 && path_prob < 1.0) sum_residual(crew, usable, row, path_prob);
       path_prob = after(path_prob, row);
     }
     crew.meet();
@@ -206,79 +210,41 @@ class ChainProgram : RequestProgram<T> {
     return row.prob > 0.0 ? fmin(1.0, path_prob * row.prob / row.draft_prob) : 0.0;
   }
 
-  // What is left of the target's probability of an id, (target - draft / path_prob)+.
-  struct Residual {
-    Probabilities target, draft;
-    int certain;  // the draft's token where it is a point mass, else -1
-
-    SPECDEC_DEVICE Residual(const Judged& row, double path_prob)
-        : target(row.target), draft(row.draft, path_prob), certain(row.draft.argmax) {}
-    SPECDEC_DEVICE float operator()(float target_logit, float draft_logit, int id) const {
-      const float prob = target(target_logit);
-      if (certain >= 0) return id == certain ? 0.0f : prob;
-      const float left = prob - draft(draft_logit);
-      return left > 0.0f ? left : 0.0f;  // nothing where the draft is not a number
-    }
-  };
+  // (target - draft / path_prob)+, and nothing of a draft that is a point mass.
+  SPECDEC_DEVICE static Residual residual_of(const Judged& row, double path_prob) {
+    return {Probabilities(row.target), Probabilities(row.draft, path_prob), row.draft.argmax >= 0};
+  }
 
   // The masses of what is left of row i, of this warp's spans.
-  SPECDEC_DEVICE void sum_residual(const Crew& crew, int i, const Residual& residual) const {
-    for (int span = crew.first_span(); span < work_.spans; span += crew.stride()) {
-      Span<T> x, y;
-      x.load(team_, target(), i, span);
-      if (residual.certain < 0) y.load(team_, draft(), i, span);
-      float mass = 0.0f;
-      SPECDEC_UNROLL
-      for (int u = 0; u < kLoads; ++u) {
-        const int id = span * kSpan + load_offset(team_, u);
-        SPECDEC_UNROLL
-        for (int e = 0; e < kElements; ++e)
-          mass += residual(x.v[u].at(e), residual.certain < 0 ? y.v[u].at(e) : 0.0f, id + e);
-      }
-      mass = team_.in_warp(mass, Plus());
-      if (team_.lane() == 0) put(span_sums(target_table(i), 0) + span, mass);
-    }
-  }
-
-  // The token that ends the step in row i, by the two-level race: of what a rejection left, and of the target's own
-  // probabilities where that is nothing, or nothing was rejected.
-  SPECDEC_DEVICE int draw_after(int i, const Judged& row, double path_prob, bool rejected) const {
-    const Residual residual(row, path_prob);
-    for (;;) {
-      const int drawn = draw(team_, row.target, target_table(i), noise(i), [&](int first, float* w) {
-        SPECDEC_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const int id = first + k;
-          if (id >= vocab_)
-            w[k] = 0.0f;
-          else if (!rejected)
-            w[k] = residual.target(target().logit(i, id));
-          else
-            w[k] = residual(target().logit(i, id), residual.certain >= 0 ? 0.0f : draft_logit(i, id), id);
-        }
-      });
-      if (drawn != kNobody || !rejected) return drawn;
-      rejected = false;
-    }
-  }
-
-  SPECDEC_DEVICE void write_logprobs(int kept, int emitted) const {
-    for (int i = 0; i < rows_; ++i) {
-      float score = NAN, raw_score = NAN;
-      if (i <= kept) {
-        const Judged row = fresh(place(i));
-        const int id = i < kept ? token(i) : emitted;
-        if (row.valid) score = float(row.target.log_prob(target().logit(i, id), id));
-        raw_score = raw_logprob(i, id);
-      }
-      const int64_t at = int64_t(b_) * rows_ + i;
-      if (team_.rank() == 0) all_.out_logprobs[at] = score, all_.out_raw_logprobs[at] = raw_score;
-    }
+  SPECDEC_DEVICE void sum_residual(const Crew& crew, int i, const Judged& row, double path_prob) const {
+    const Residual residual = residual_of(row, path_prob);
+    Base::template sum_spans<true>(
+        crew, i, !residual.certain, span_sums(target_table(i), 0), [&](float x, float y) { return residual(x, y); },
+        [&](int span, LaneBits& apart) {
+          const int bit = residual.certain ? LaneBits::bit_of(team_, span, row.draft.argmax) : -1;
+          if (bit >= 0) apart.add(bit);
+          return 0.0f;
+        });
   }
 
   const VerifyChain& op_;
   const int row_, slice_, room_;
   int drafted_ = 0;
 };
+
+static_assert(sizeof(Judged) <= kPlaceBytes);
+
+// Calls f with the type of the program of an operation, as with_dtype does with that of its logits.
+template <class F>
+auto with_program(const VerifyChain& op, const F& f) {
+  return with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (op.rule) {
+      case Rule::token: return f(TypeOf<ChainProgram<T, Rule::token>>());
+      case Rule::block: return f(TypeOf<ChainProgram<T, Rule::block>>());
+      default: return f(TypeOf<ChainProgram<T, Rule::coupled>>());
+    }
+  });
+}
 
 }  // namespace specdec::cuda

@@ -51,12 +51,13 @@ class Crew {
 // Where the sums of a pass over a row are left, one of each span. Two places in turn: a block that is ahead begins the
 // next pass while others still read the sums of this one.
 SPECDEC_DEVICE float* span_sums(const Table& table, int pass) {
-  return pass % 2 == 0 ? table.times() : table.winners();
+  return pass % 2 == 0 ? table.time(0) : table.winner(0);
 }
 
 // Their total, in an order that does not depend on who went over which span.
 SPECDEC_DEVICE float total_of(const Team& team, const Table& table, int pass) {
   float sum = 0.0f;
+  SPECDEC_ROLLED
   for (int span = team.rank(); span < table.spans; span += kThreads) sum += fresh(span_sums(table, pass) + span);
   return team.reduce(sum, Plus());
 }

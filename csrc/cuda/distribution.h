@@ -7,7 +7,7 @@ namespace specdec::cuda {
 
 struct Sampling {
   float scale;  // inf: greedy
-  int64_t top_k;
+  int top_k;
   float top_p, min_p;
 
   SPECDEC_DEVICE bool greedy() const { return scale == INFINITY; }
@@ -20,7 +20,8 @@ struct Sampling {
 
 SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& all, int request) {
   const SamplingParameters own = all.of(request);
-  return {scale_of(own.temperature), own.top_k, own.top_p, own.min_p};
+  const int top_k = int(Smaller()(own.top_k, int64_t(std::numeric_limits<int>::max())));
+  return {scale_of(own.temperature), top_k, own.top_p, own.min_p};
 }
 
 // What tokens are drawn from: [x >= cutoff] * exp(scale * (x - base) - log_total), or the point mass on `argmax` where
@@ -50,6 +51,7 @@ class Probabilities {
     else
       a_ = 0.5f, b_ = -0.5f * d.base, c_ = 2.0f * d.scale * kLog2E, d_ = -total * kLog2E;
   }
+  SPECDEC_DEVICE float cutoff() const { return cutoff_; }
   SPECDEC_DEVICE float operator()(float x) const { return x < cutoff_ ? 0.0f : ex2(fmaf(fmaf(x, a_, b_), c_, d_)); }
 
  private:
@@ -57,7 +59,7 @@ class Probabilities {
 };
 
 // Of one token. Where that is hardly anything to a float32, or too much, float64 says how much.
-SPECDEC_DEVICE double prob_of(const Distribution& d, float x, int id) {
+SPECDEC_SELDOM double prob_of(const Distribution d, float x, int id) {
   if (d.argmax >= 0) return id == d.argmax ? 1.0 : 0.0;
   const float prob = Probabilities(d)(x);
   return prob > 1e-30f && prob < INFINITY ? double(prob) : exp(d.log_prob(x, id));
@@ -85,8 +87,9 @@ class Together {
 // Of a row whose table is made. A warp's lanes read whole tables of spans: eight neighbouring sums and their base.
 SPECDEC_DEVICE Mass mass_of(const Team& team, const Table& table, float scale2) {
   Mass all;
+  SPECDEC_ROLLED
   for (int span = team.rank(); span < table.spans; span += kThreads) {
-    Mass mass{fresh(table.bases() + span), 0.0f};
+    Mass mass{fresh(table.base(span)), 0.0f};
     const Four low = fresh(table.four_sums(2 * span)), high = fresh(table.four_sums(2 * span + 1));
     SPECDEC_UNROLL
     for (int k = 0; k < 4; ++k) mass.sum += low.x[k] + high.x[k];
@@ -95,43 +98,38 @@ SPECDEC_DEVICE Mass mass_of(const Team& team, const Table& table, float scale2) 
   return team.reduce(all, Together(scale2));
 }
 
-// A largest logit, and the first span or id that has it.
-struct Peak {
-  float value = -INFINITY;
-  int at = kNobody;
-};
-struct Higher {
-  SPECDEC_DEVICE Peak operator()(const Peak& a, const Peak& b) const {
-    if (a.value != a.value || b.value != b.value) return {NAN, 0};
-    return b.value > a.value || (b.value == a.value && b.at < a.at) ? b : a;
-  }
-};
-SPECDEC_DEVICE Peak peak_of(const Team& team, const Table& table) {
-  Peak peak;
-  for (int span = team.rank(); span < table.spans; span += kThreads)
-    peak = Higher()(peak, {fresh(table.bases() + span), span});
-  return team.reduce(peak, Higher());
+// The largest logit of a row whose table is made; nan if one is.
+SPECDEC_DEVICE float top_of(const Team& team, const Table& table) {
+  float top = -INFINITY;
+  SPECDEC_ROLLED
+  for (int span = team.rank(); span < table.spans; span += kThreads) top = LargerOrNan()(top, fresh(table.base(span)));
+  return team.reduce(top, LargerOrNan());
 }
 
-// The first id of a span whose logit is `top`.
+// The first id that has it, which is in the first span that does.
 template <class T>
-SPECDEC_DEVICE int first_in_span(const Team& team, const Rows<T>& rows, int i, const Peak& peak) {
+SPECDEC_DEVICE int first_of(const Team& team, const Rows<T>& rows, int i, const Table& table, float top) {
   int found = kNobody;
-  const int begin = peak.at * kSpan, end = begin + kSpan < rows.vocab ? begin + kSpan : rows.vocab;
-  for (int id = begin + team.rank(); id < end; id += kThreads)
-    if (rows.logit(i, id) == peak.value && id < found) found = id;
+  SPECDEC_ROLLED
+  for (int span = team.rank(); span < table.spans && found == kNobody; span += kThreads)
+    if (fresh(table.base(span)) == top) found = span;
+  const int begin = team.reduce(found, Smaller()) * kSpan, end = Smaller()(begin + kSpan, rows.vocab);
+  found = kNobody;
+  SPECDEC_ROLLED
+  for (int id = begin + team.rank(); id < end && found == kNobody; id += kThreads)
+    if (rows.logit(i, id) == top) found = id;
   return team.reduce(found, Smaller());
 }
 
 // What a row that is not valid emits: the first of its largest finite logits, 0 where none is finite.
 template <class T>
 SPECDEC_SELDOM int largest_finite(const Team team, const Rows<T> rows, int i) {
-  Peak peak;
+  Arrived largest;
   for_ids(team, rows, i, [&](int id, float x) {
-    if (x > -INFINITY && x < INFINITY) peak = Higher()(peak, {x, id});
+    if (x > -INFINITY && x < INFINITY) largest = Earlier()(largest, {-x, id});
   });
-  peak = team.reduce(peak, Higher());
-  return peak.at == kNobody ? 0 : peak.at;
+  largest = team.reduce(largest, Earlier());
+  return largest.id == kNobody ? 0 : largest.id;
 }
 
 }  // namespace specdec::cuda
@@ -147,10 +145,10 @@ SPECDEC_DEVICE bool distribution_of(const Team& team, const Rows<T>& rows, int i
                                     const Table& table, Distribution& d) {
   d = {};
   if (sampling.greedy()) {
-    const Peak peak = peak_of(team, table);
-    const bool valid = peak.value > -INFINITY && peak.value < INFINITY;
-    d.scale = INFINITY, d.cutoff = peak.value;
-    d.argmax = valid ? first_in_span(team, rows, i, peak) : largest_finite(team, rows, i);
+    const float top = top_of(team, table);
+    const bool valid = top > -INFINITY && top < INFINITY;
+    d.scale = INFINITY, d.cutoff = top;
+    d.argmax = valid ? first_of(team, rows, i, table, top) : largest_finite(team, rows, i);
     return valid;
   }
   Mass mass = mass_of(team, table, sampling.scale * kLog2E);
@@ -174,47 +172,48 @@ SPECDEC_DEVICE bool distribution_of(const Team& team, const Rows<T>& rows, int i
 // at its tiles in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of the
 // probability) of them. `weigh(first, w)` gives the weights of four ids. kNobody where there is no weight.
 template <class F>
-SPECDEC_DEVICE int draw(const Team& team, const Distribution& d, const Table& table, const Noise& noise,
-                        const F& weigh) {
-  constexpr int kSegment = 2048, kGroups = kSegment / (4 * kThreads), kQuads = kTileIds / (4 * kLanes);
-  const Probabilities probability(d);
+SPECDEC_DEVICE int draw(const Team& team, const Probabilities& probability, bool filtered, const Table& table,
+                        const Noise& noise, const F& weigh) {
+  constexpr int kQuads = kTileIds / (4 * kLanes);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
   const int tiles = table.spans * kTilesOfSpan;
+  Four* const bounds = team.memory().bounds;  // each is read by the thread that writes it
   Arrived best;
-  for (int begin = 0; begin < tiles; begin += kSegment) {  // what the registers of a block hold the bounds of
-    float bound[4 * kGroups];
-    const auto tile_of = [&](int k) { return begin + 4 * (k / 4 * kThreads + team.rank()) + k % 4; };
-    SPECDEC_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      const int first = tile_of(4 * g);
+  for (int begin = 0; begin < tiles; begin += 4 * kBounds) {
+    SPECDEC_ROLLED
+    for (int quad = team.rank(); quad < kBounds; quad += kThreads) {
+      const int first = begin + 4 * quad;
       const bool there = first < tiles;
       const Words words = philox(noise, uint32_t(first / 4));
-      const float share = there ? probability(fresh(table.bases() + first / kTilesOfSpan)) : 0.0f;
+      const float share = there ? probability(fresh(table.base(first / kTilesOfSpan))) : 0.0f;
       const Four sums = there ? fresh(table.four_sums(first / 4)) : Four{};
-      const Four tops = there && d.filtered() ? fresh(table.four_tops(first / 4)) : Four{};
+      const Four tops = there && filtered ? fresh(table.four_tops(first / 4)) : Four{};
+      Four bound;
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) {
-        const float weight = d.filtered() && tops.x[k] < d.cutoff ? 0.0f : sums.x[k] * share;
-        bound[4 * g + k] = weight > 0.0f ? quotient(exponential(words.w[k]), weight) : INFINITY;
+        const float weight = filtered && tops.x[k] < probability.cutoff() ? 0.0f : sums.x[k] * share;
+        bound.x[k] = weight > 0.0f ? quotient(exponential(words.w[k]), weight) : INFINITY;
       }
+      bounds[quad] = bound;
     }
     for (;;) {
       Arrived next;
-      int own = 0;
-      SPECDEC_UNROLL
-      for (int k = 0; k < 4 * kGroups; ++k)
-        if (bound[k] < next.time) next = {bound[k], tile_of(k)}, own = k;
-      const Arrived mine = next;
+      SPECDEC_ROLLED
+      for (int quad = team.rank(); quad < kBounds; quad += kThreads) {
+        const Four bound = bounds[quad];
+        SPECDEC_UNROLL
+        for (int k = 0; k < 4; ++k)
+          if (bound.x[k] < next.time) next = {bound.x[k], begin + 4 * quad + k};
+      }
+      const int mine = next.id;
       next = team.first_in_warp(next);
-      Arrived here;
       // The bounds and the weights are rounded apart: leave room for that.
-      if (next.time * 0.9999f < best.time) {
-        if (next.id == mine.id) {
-          SPECDEC_UNROLL
-          for (int k = 0; k < 4 * kGroups; ++k)
-            if (k == own) bound[k] = INFINITY;
-        }
-        const float weight = fresh(table.sums() + next.id) * probability(fresh(table.bases() + next.id / kTilesOfSpan));
+      const bool may_win = next.time * 0.9999f < best.time;
+      if (!team.any(may_win)) break;
+      Arrived here;
+      if (may_win) {
+        if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
+        const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
         float w[4 * kQuads], sum = 0.0f;
         SPECDEC_UNROLL
         for (int q = 0; q < kQuads; ++q) {
@@ -237,10 +236,6 @@ SPECDEC_DEVICE int draw(const Team& team, const Distribution& d, const Table& ta
         }
       }
       best = Earlier()(best, team.reduce(here, Earlier()));
-      bool more = false;
-      SPECDEC_UNROLL
-      for (const float time : bound) more = more || time * 0.9999f < best.time;
-      if (!team.any(more)) break;
     }
   }
   return best.id;
@@ -251,7 +246,7 @@ template <class T>
 SPECDEC_DEVICE int draw_from_row(const Team& team, const Rows<T>& rows, int i, const Distribution& d,
                                  const Table& table, const Noise& noise) {
   const Probabilities probability(d);
-  return draw(team, d, table, noise, [&](int first, float* w) {
+  return draw(team, probability, d.filtered(), table, noise, [&](int first, float* w) {
     SPECDEC_UNROLL
     for (int k = 0; k < 4; ++k) w[k] = first + k < rows.vocab ? probability(rows.logit(i, first + k)) : 0.0f;
   });
@@ -263,22 +258,18 @@ SPECDEC_DEVICE int flat_race(const Team& team, const Rows<T>& rows, int i, const
                              const Noise& noise) {
   const Probabilities probability(d);
   Arrived first;
+  SPECDEC_ROLLED
   for (int span = team.rank(); !d.filtered() && span < table.spans; span += kThreads) {
-    const float share = probability(fresh(table.bases() + span));
-    const float time = quotient(fresh(table.times() + span), share);
-    if (share > 0.0f && time < INFINITY) first = Earlier()(first, {time, bits_of(fresh(table.winners() + span))});
+    const float share = probability(fresh(table.base(span)));
+    const float time = quotient(fresh(table.time(span)), share);
+    if (share > 0.0f && time < INFINITY) first = Earlier()(first, {time, bits_of(fresh(table.winner(span)))});
   }
   for (int span = team.warp(); d.filtered() && span < table.spans; span += kWarps) {
-    if (fresh(table.bases() + span) < d.cutoff) continue;
-    Span<T> here;
-    here.load(team, rows, i, span);
-    SPECDEC_UNROLL
+    if (fresh(table.base(span)) < d.cutoff) continue;
+    SPECDEC_ROLLED
     for (int u = 0; u < kLoads; ++u) {
       const int id = span * kSpan + load_offset(team, u);
-      for (int e = 0; e < kElements; ++e) {
-        const float w = probability(here.v[u].at(e));
-        if (w > 0.0f) take_part(first, exponential(philox(noise, uint32_t((id + e) / 4)).w[e % 4]), w, id + e);
-      }
+      race(team, rows.load(i, id), id, probability, noise, first);
     }
   }
   return team.reduce(first, Earlier()).id;

@@ -45,37 +45,9 @@ void on_teams(int64_t blocks, const F& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-void run_as(const VerifyChain& op, const Team& team, const Workspace& work, const Part& part) {
-  with_dtype(op, [&](auto type) {
-    using T = typename decltype(type)::type;
-    switch (op.rule) {
-      case Rule::token: return ChainProgram<T, Rule::token>(team, op, work, part).run();
-      case Rule::block: return ChainProgram<T, Rule::block>(team, op, work, part).run();
-      case Rule::coupled: return ChainProgram<T, Rule::coupled>(team, op, work, part).run();
-    }
-  });
-}
-
-void run_as(const VerifyTree& op, const Team& team, const Workspace& work, const Part& part) {
-  with_dtype(op, [&](auto type) {
-    using T = typename decltype(type)::type;
-    switch (op.rule) {
-      case TreeRule::walk: return WalkProgram<T, false>(team, op, work, part).run();
-      case TreeRule::coupled: return WalkProgram<T, true>(team, op, work, part).run();
-      default: return DescendProgram<T>(team, op, work, part).run();
-    }
-  });
-}
-
-void run_as(const Sample& op, const Team& team, const Workspace& work, const Part& part) {
-  with_dtype(op, [&](auto type) {
-    RowProgram<typename decltype(type)::type> program(team, op, work, part);
-    op.coupled ? program.template sample<true>() : program.template sample<false>();
-  });
-}
-
-void run_as(const SampleChildren& op, const Team& team, const Workspace& work, const Part& part) {
-  RowProgram<Mixed>(team, op.common, work, part).sample_children(int(op.count), op.how);
+template <class Op>
+void run_as(const Op& op, const Team& team, const Workspace& work, const Part& part) {
+  with_program(op, [&](auto type) { typename decltype(type)::type(team, op, work, part).run(); });
 }
 
 template <class Op>
@@ -94,7 +66,7 @@ void run(const Op& op, const Tensor&) {
   }
   const Workspace work = workspace_of(shape, scratch);
   if (by_crews(op)) {
-    for (int64_t request = 0; request < requests_of(op); ++request)
+    for (int64_t request = 0; request < requests_of(common_of(op)); ++request)
       on_teams(shape.slices,
                [&](const Team& team, int64_t block) { run_as(op, team, work, {int(request), 0, int(block)}); });
   } else {
@@ -117,19 +89,12 @@ void run(const NoiseWords& op, const Tensor&) {
   for (int64_t index = 0; index < op.rows * op.counters; ++index) noise_program(op, index);
 }
 
-template <int kBytes>
-void run_mask(const TreeMask& op, const Team& team) {
-  const int64_t programs = programs_a_request(op, team.size());
-  for (int64_t p = 0; p < op.batch * programs; ++p) MaskProgram<kBytes>(team, op, p, programs).run();
-}
-
 void run(const TreeMask& op, const Tensor&) {
-  on_teams(1, [&](const Team& team, int64_t) {
-    switch (element_bytes(op.element)) {
-      case 4: return run_mask<4>(op, team);
-      case 2: return run_mask<2>(op, team);
-      default: return run_mask<1>(op, team);
-    }
+  with_program(op, [&](auto type) {
+    on_teams(1, [&](const Team& team, int64_t) {
+      const int64_t programs = programs_a_request(op, team.size());
+      for (int64_t p = 0; p < op.batch * programs; ++p) typename decltype(type)::type(team, op, p, programs).run();
+    });
   });
 }
 

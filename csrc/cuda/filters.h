@@ -40,7 +40,7 @@ SPECDEC_SELDOM Above all_above(const Team team, const Rows<T> rows, int i, const
                                float pivot) {
   Above own;
   for (int span = team.warp(); span < table.spans; span += kWarps) {
-    const float top = fresh(table.bases() + span);
+    const float top = fresh(table.base(span));
     if (top < pivot) {  // nothing to look at
       own.below = fmaxf(own.below, top);
       continue;
@@ -67,7 +67,7 @@ class Filter {
   SPECDEC_DEVICE Filter(const Team& team, const Rows<T>& rows, int i, const Sampling& sampling, const Table& table,
                         const Mass& all)
       : team_(team),
-        memory_(team.memory()),
+        memory_(team.memory().found),
         rows_(rows),
         i_(i),
         sampling_(sampling),
@@ -79,18 +79,14 @@ class Filter {
 
   SPECDEC_DEVICE Kept kept() const {
     const bool limited = sampling_.limits(rows_.vocab), by_mass = sampling_.top_p < 1.0f;
-    float pivot = -INFINITY;
-    if (limited && sampling_.top_k <= tiles_) {
-      pivot = some_tops(int(sampling_.top_k));
-      const int count = pivot > -INFINITY ? gather(pivot) : kKept + 1;
-      if (count <= kKept) return ranked(count, true, 0.0f);
-    } else if (!limited && by_mass) {
-      const float goal = sampling_.top_p * all_.sum;
-      for (float gap = 4.0f; gap < 80.0f; gap *= 2.0f) {
-        const int count = gather(fmaxf(all_.top - gap / sampling_.scale, -std::numeric_limits<float>::max()));
-        if (count > kKept) break;
-        if (gathered_mass(count) >= goal) return ranked(count, false, goal);
-      }
+    float pivot = limited && sampling_.top_k <= tiles_ ? some_tops(sampling_.top_k) : -INFINITY;
+    const float goal = limited ? 0.0f : sampling_.top_p * all_.sum;
+    SPECDEC_ROLLED
+    for (float gap = 4.0f; limited ? pivot > -INFINITY : by_mass && gap < 80.0f; gap *= 2.0f) {
+      const float lowest = -std::numeric_limits<float>::max();
+      const int count = gather(limited ? pivot : fmaxf(all_.top - gap / sampling_.scale, lowest));
+      if (count > kKept) break;
+      if (limited || gathered_mass(count) >= goal) return ranked(count, limited, goal);
     }
     // By going over the row: min-p alone, or what keeps more than a block has memory for.
     if (limited) pivot = largest_reaching(false, float(sampling_.top_k), pivot);
@@ -109,7 +105,7 @@ class Filter {
     SPECDEC_UNROLL
     for (int c = 0; c < kCached; ++c) {
       const int tile = c * kThreads + team_.rank();
-      own[c] = tile < tiles_ ? fresh(table_.tops() + tile) : -INFINITY;
+      own[c] = tile < tiles_ ? fresh(table_.top(tile)) : -INFINITY;
     }
     int low = order_of(-INFINITY), high = order_of(all_.top);
     while (low < high) {
@@ -118,8 +114,9 @@ class Filter {
       int count = 0;
       SPECDEC_UNROLL
       for (const float top : own) count += top >= value;
+      SPECDEC_ROLLED
       for (int tile = kCached * kThreads + team_.rank(); tile < tiles_; tile += kThreads)
-        count += fresh(table_.tops() + tile) >= value;
+        count += fresh(table_.top(tile)) >= value;
       count = team_.reduce(count, Plus());
       if (count >= k)
         low = middle;
@@ -135,9 +132,10 @@ class Filter {
   // on the launch. How many; more than kKept where they are too many.
   SPECDEC_DEVICE int gather(float pivot) const {
     int listed = 0;
+    SPECDEC_ROLLED
     for (int first = 0; first < tiles_; first += kThreads) {
       const int tile = first + team_.rank();
-      const bool may = tile < tiles_ && fresh(table_.tops() + tile) >= pivot;
+      const bool may = tile < tiles_ && fresh(table_.top(tile)) >= pivot;
       int more;
       const int at = listed + team_.before(may, more);
       if (may && at < kListed) memory_.list[at] = tile;
@@ -147,28 +145,35 @@ class Filter {
     if (listed > kListed) return kKept + 1;
     int count = 0;
     for (int first = 0; first < listed; first += kWarps * kTilesOfSpan) {
-      typename Rows<T>::Loaded v[kLoads];
+      // Where the u-th load of this lane begins.
+      const auto id_of = [&](int u) {
+        const int offset = load_offset(team_, u), entry = first + team_.warp() * kTilesOfSpan + offset / kTileIds;
+        return entry < listed ? memory_.list[entry] * kTileIds + offset % kTileIds : rows_.vocab;
+      };
+      constexpr int kWords = kLoads * kElements / 32;
+      uint32_t found[kWords] = {};  // a bit for each logit
       int own = 0, more;
       SPECDEC_UNROLL
       for (int u = 0; u < kLoads; ++u) {
-        const int offset = load_offset(team_, u), entry = first + team_.warp() * kTilesOfSpan + offset / kTileIds;
-        v[u] = rows_.load(i_, entry < listed ? memory_.list[entry] * kTileIds + offset % kTileIds : rows_.vocab);
+        const auto v = rows_.load(i_, id_of(u));
         SPECDEC_UNROLL
-        for (int e = 0; e < kElements; ++e) own += v[u].at(e) >= pivot;
+        for (int e = 0; e < kElements; ++e) found[u / 4] |= uint32_t(v.at(e) >= pivot) << (u % 4 * kElements + e);
       }
+      SPECDEC_UNROLL
+      for (const uint32_t word : found) own += count_bits(word);
       int at = count + team_.before(own, more);
       SPECDEC_UNROLL
-      for (int u = 0; u < kLoads; ++u) {
-        SPECDEC_UNROLL
-        for (int e = 0; e < kElements; ++e) {
-          const float x = v[u].at(e);
-          if (x >= pivot && at < kKept) memory_.values[at] = x;
-          at += x >= pivot;
+      for (int word = 0; word < kWords; ++word) {
+        SPECDEC_ROLLED
+        for (uint32_t bits = found[word]; bits != 0; bits &= bits - 1, ++at) {
+          const int bit = first_bit(bits);  // few are found: they are loaded again, and not all kept meanwhile
+          if (at < kKept) memory_.values[at] = rows_.logit(i_, id_of(4 * word + bit / kElements) + bit % kElements);
         }
       }
       count += more;
     }
     team_.sync();
+    SPECDEC_ROLLED
     for (int j = team_.rank(); j < count && j < kKept; j += kThreads) memory_.weights[j] = weight_(memory_.values[j]);
     team_.sync();
     return count;
@@ -176,6 +181,7 @@ class Filter {
 
   SPECDEC_DEVICE float gathered_mass(int count) const {
     float mass = 0.0f;
+    SPECDEC_ROLLED
     for (int j = team_.rank(); j < count; j += kThreads) mass += memory_.weights[j];
     return team_.reduce(mass, Plus());
   }
@@ -223,7 +229,7 @@ class Filter {
   }
 
   const Team& team_;
-  BlockMemory& memory_;
+  decltype(BlockMemory::found)& memory_;
   const Rows<T>& rows_;
   const int i_;
   const Sampling& sampling_;

@@ -7,11 +7,11 @@
 namespace specdec::cuda {
 namespace {
 
-template <int kBytes>
+template <class Program>
 __global__ void __launch_bounds__(kThreads, 1)
     tree_mask_kernel(const __grid_constant__ TreeMask op, int64_t programs_a_request) {
   const Team team;
-  MaskProgram<kBytes>(team, op, blockIdx.x, programs_a_request).run();
+  Program(team, op, blockIdx.x, programs_a_request).run();
 }
 
 template <class T>
@@ -32,15 +32,11 @@ int move(const CompactKv& op, const Caches& caches, int64_t count, void* stream)
 
 int launch(const TreeMask& op, void* stream) {
   const int64_t programs = programs_a_request(op, kThreads);
-  const auto start = [&](void (*kernel)(TreeMask, int64_t)) {
+  return with_program(op, [&](auto type) {
+    const auto kernel = tree_mask_kernel<typename decltype(type)::type>;
     kernel<<<unsigned(op.batch * programs), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, programs);
     return int(cudaGetLastError());
-  };
-  switch (element_bytes(op.element)) {
-    case 4: return start(tree_mask_kernel<4>);
-    case 2: return start(tree_mask_kernel<2>);
-    default: return start(tree_mask_kernel<1>);
-  }
+  });
 }
 
 int launch(const CompactKv& op, char* const* data, int64_t count, void* stream) {

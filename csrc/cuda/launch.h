@@ -40,28 +40,35 @@ constexpr int64_t kPlaceBytes = 128;
 // the blocks that share a request go through its rows together, and wait for each other after each pass (crew.h).
 inline bool by_crews(const VerifyChain& op) { return op.rule == Rule::block; }
 inline bool by_crews(const VerifyTree& op) { return op.rule == TreeRule::recursive || op.rule == TreeRule::traversal; }
-inline bool by_crews(const Sample&) { return false; }
-inline bool by_crews(const SampleChildren&) { return false; }
+template <class Op>
+bool by_crews(const Op&) {
+  return false;
+}
 
-SPECDEC_SHARED inline int64_t requests_of(const VerifyChain& op) { return op.common.batch; }
-SPECDEC_SHARED inline int64_t requests_of(const VerifyTree& op) { return op.common.batch; }
-SPECDEC_SHARED inline int64_t requests_of(const Sample& op) { return op.rows; }
-SPECDEC_SHARED inline int64_t requests_of(const SampleChildren& op) { return op.common.rows; }
-inline int64_t rows_of_request(const VerifyChain& op) { return op.common.rows; }
-inline int64_t rows_of_request(const VerifyTree& op) { return op.common.rows; }
-inline int64_t rows_of_request(const Sample&) { return 1; }
-inline int64_t rows_of_request(const SampleChildren&) { return 1; }
-inline int64_t vocab_of(const VerifyChain& op) { return op.common.vocab; }
-inline int64_t vocab_of(const VerifyTree& op) { return op.common.vocab; }
-inline int64_t vocab_of(const Sample& op) { return op.vocab; }
-inline int64_t vocab_of(const SampleChildren& op) { return op.common.vocab; }
+// What every operation on rows of logits says of them.
+template <class Op>
+SPECDEC_SHARED const auto& common_of(const Op& op) {
+  if constexpr (requires { op.common; })
+    return op.common;
+  else
+    return op;
+}
+SPECDEC_SHARED inline int64_t requests_of(const Verification& all) { return all.batch; }
+SPECDEC_SHARED inline int64_t requests_of(const Sample& all) { return all.rows; }
+inline const Logits& logits_of(const Verification& all) { return all.target; }
+inline const Logits& logits_of(const Sample& all) { return all.logits; }
+inline bool drafts_differ(const Verification& all) {
+  return all.draft.data != nullptr && (all.draft.dtype != all.target.dtype || all.target_to_draft != nullptr);
+}
+inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullptr; }
 
 // Blocks that share a request: all that the GPU has at a time, as long as each has a span of a row and a multiprocessor
 // to itself.
 template <class Op>
 int64_t crew_of(const Op& op, const Device& device) {
-  const int64_t most = std::max<int64_t>(std::min((vocab_of(op) + kSpanIds - 1) / kSpanIds, device.processors), 1);
-  return std::clamp<int64_t>(device.blocks() / std::max<int64_t>(requests_of(op), 1), 1, most);
+  const int64_t most =
+      std::max<int64_t>(std::min((common_of(op).vocab + kSpanIds - 1) / kSpanIds, device.processors), 1);
+  return std::clamp<int64_t>(device.blocks() / std::max<int64_t>(requests_of(common_of(op)), 1), 1, most);
 }
 
 // What an operation needs of scratch: of each row two tables, of target and draft; of each request counters (request.h,
@@ -102,10 +109,10 @@ struct Shape {
 template <class Op>
 Shape shape_of(const Op& op, const Device& device) {
   const Needs needs = needs_of(op, device);
-  const int64_t spans = (vocab_of(op) + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
+  const int64_t spans = (common_of(op).vocab + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
   if (by_crews(op)) {
     const int64_t crew = crew_of(op, device);
-    return {requests_of(op) * crew, crew, spans, entries, false, needs.ahead};
+    return {requests_of(common_of(op)) * crew, crew, spans, entries, false, needs.ahead};
   }
   // Some waves of blocks, so that few wait for the last ones.
   constexpr int64_t kWaves = 2;
@@ -147,20 +154,7 @@ std::pair<void*, int64_t> handed(const Op&) {
 }
 
 // Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, whose drafts
-// have another dtype, or that are drawn from in a vocabulary of their own: f(Mixed), with what stands for it.
-inline const Processing& processing_of(const VerifyChain& op) { return op.common.processing; }
-inline const Processing& processing_of(const VerifyTree& op) { return op.common.processing; }
-inline const Processing& processing_of(const Sample& op) { return op.processing; }
-inline const Logits& logits_of(const VerifyChain& op) { return op.common.target; }
-inline const Logits& logits_of(const VerifyTree& op) { return op.common.target; }
-inline const Logits& logits_of(const Sample& op) { return op.logits; }
-inline bool drafts_differ(const Verification& all) {
-  return all.draft.data != nullptr && all.draft.dtype != all.target.dtype;
-}
-inline bool drafts_differ(const VerifyChain& op) { return drafts_differ(op.common); }
-inline bool drafts_differ(const VerifyTree& op) { return drafts_differ(op.common); }
-inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullptr; }
-
+// have another dtype, or a vocabulary of their own: f(Mixed), with what stands for it.
 template <class T>
 struct TypeOf {
   using type = T;
@@ -168,9 +162,10 @@ struct TypeOf {
 struct Mixed;
 template <class Op, class F>
 auto with_dtype(const Op& op, const F& f) {
-  const Processing& processing = processing_of(op);
-  if (processing.bitmask != nullptr || processing.ids != nullptr || drafts_differ(op)) return f(TypeOf<Mixed>());
-  switch (logits_of(op).dtype) {
+  const auto& all = common_of(op);
+  const Processing& processing = all.processing;
+  if (processing.bitmask != nullptr || processing.ids != nullptr || drafts_differ(all)) return f(TypeOf<Mixed>());
+  switch (logits_of(all).dtype) {
     case DType::bf16: return f(TypeOf<BFloat16>());
     case DType::f16: return f(TypeOf<Half>());
     default: return f(TypeOf<float>());

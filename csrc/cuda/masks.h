@@ -67,7 +67,7 @@ class MaskProgram {
   }
 
   SPECDEC_DEVICE void run() {
-    live_ = count_live();
+    live_ = live_nodes(team_, parents_, int(op_.nodes));
     const MaskSpan span = own_span();
     write(span.begin, span.begin + span.count, [&](int64_t first, auto& out) { fill(first - span.begin, out); });
     if (!is_flat(op_)) return;
@@ -82,16 +82,6 @@ class MaskProgram {
 
  private:
   static constexpr int kElementsAUnit = kUnit / kBytes;
-
-  // Nodes before the first one without a parent among the earlier.
-  SPECDEC_DEVICE int64_t count_live() const {
-    int64_t live = op_.nodes;
-    for (int64_t i = team_.rank(); i < op_.nodes; i += team_.size()) {
-      const bool fits = i == 0 ? parents_[0] == -1 : parents_[i] >= 0 && parents_[i] < i;
-      if (!fits && i < live) live = i;
-    }
-    return team_.reduce(live, Smaller());
-  }
 
   SPECDEC_DEVICE MaskSpan own_span() const {
     int64_t begin = 0;
@@ -193,6 +183,16 @@ class MaskProgram {
   const int64_t length_;
   int64_t width_ = 0, live_ = 0;
 };
+
+// Calls f with the type of the program of a mask, by the size of its elements.
+template <class F>
+auto with_program(const TreeMask& op, const F& f) {
+  switch (element_bytes(op.element)) {
+    case 4: return f(TypeOf<MaskProgram<4>>());
+    case 2: return f(TypeOf<MaskProgram<2>>());
+    default: return f(TypeOf<MaskProgram<1>>());
+  }
+}
 
 // --- keys and values ------------------------------------------------------------------------------------------------
 

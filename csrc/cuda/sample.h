@@ -29,10 +29,15 @@ class RowProgram {
         seed_(uint64_t(given(op.seed + r_))),
         position_(uint64_t(given(op.position + r_))),
         row_(uint64_t(given(op.row + r_))),
-        rows_(rows_of<T>(op.logits, r_ * op.logits.row_stride, op.vocab)) {
+        rows_(rows_of<T>(team, kTargetRows, op.logits, r_ * op.logits.row_stride, op.vocab)) {
     if constexpr (std::is_same_v<T, Mixed>) {
-      rows_.mask = mask_of(op.processing, op.vocab, r_), rows_.adjustments = adjustments_of(op.processing, r_);
-      rows_.columns = {op.target_to_draft, int(op.logits.width)};
+      if (team_.rank() == 0) {
+        ProcessedRows& rows = team_.memory().rows[kTargetRows] =
+            plain_rows(op.logits, r_ * op.logits.row_stride, op.vocab);
+        rows.columns = {op.target_to_draft, int(op.logits.width)};
+        rows.mask = mask_of(op.processing, op.vocab, r_), rows.adjustments = adjustments_of(op.processing, r_);
+      }
+      team_.sync();
     }
   }
 
@@ -119,7 +124,7 @@ class RowProgram {
   SPECDEC_DEVICE int draw_without(const int64_t* tokens, int taken, const Noise& noise) const {
     const Probabilities probability(d_);
     const auto left = [&](int id, float x) { return is_taken(tokens, taken, id) ? 0.0f : probability(x); };
-    const int drawn = draw(team_, d_, table_, noise, [&](int first, float* w) {
+    const int drawn = draw(team_, probability, d_.filtered(), table_, noise, [&](int first, float* w) {
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) w[k] = first + k < vocab_ ? left(first + k, rows_.logit(0, first + k)) : 0.0f;
     });
@@ -136,9 +141,37 @@ class RowProgram {
   const Sampling sampling_;
   const Table table_;
   const uint64_t seed_, position_, row_;
-  Rows<T> rows_;
+  const Rows<T> rows_;
   Distribution d_;
   bool valid_ = false;
 };
+
+template <class T, bool kWithRace>
+struct SampleProgram : RowProgram<T> {
+  using RowProgram<T>::RowProgram;
+  SPECDEC_DEVICE void run() { this->template sample<kWithRace>(); }
+};
+
+// Siblings come out of few rows, so one kernel does for any dtype.
+struct ChildrenProgram : RowProgram<Mixed> {
+  SPECDEC_DEVICE ChildrenProgram(const Team& team, const SampleChildren& op, const Workspace& work, const Part& part)
+      : RowProgram<Mixed>(team, op.common, work, part), op_(op) {}
+  SPECDEC_DEVICE void run() { sample_children(int(op_.count), op_.how); }
+
+ private:
+  const SampleChildren& op_;
+};
+
+template <class F>
+auto with_program(const Sample& op, const F& f) {
+  return with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return op.coupled ? f(TypeOf<SampleProgram<T, true>>()) : f(TypeOf<SampleProgram<T, false>>());
+  });
+}
+template <class F>
+auto with_program(const SampleChildren&, const F& f) {
+  return f(TypeOf<ChildrenProgram>());
+}
 
 }  // namespace specdec::cuda

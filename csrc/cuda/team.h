@@ -11,18 +11,27 @@
 #include <type_traits>
 
 #include "launch.h"
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
-// SPECDEC_SELDOM is for what is called seldom, or goes over a whole row: a call costs nothing there, its registers are
-// not those of what calls it, and one copy compiles faster. Arguments come by value, so that nothing of the caller has
-// an address.
+// SPECDEC_ROLLED is for loops of few turns, which the compiler would unroll. SPECDEC_SELDOM is for what is called
+// seldom, or goes over a whole row: a call costs nothing there, its registers are not those of what calls it, and one
+// copy compiles faster. Arguments come by value, so that nothing of the caller has an address.
 #ifdef __CUDACC__
 #define SPECDEC_DEVICE __device__ __forceinline__
-#define SPECDEC_SELDOM __device__ __noinline__
+#define SPECDEC_SELDOM inline __device__ __noinline__
 #define SPECDEC_UNROLL _Pragma("unroll")
+#define SPECDEC_ROLLED _Pragma("unroll 1")
+#define SPECDEC_PRAGMA(text) _Pragma(#text)
+#define SPECDEC_UNROLL_BY(count) SPECDEC_PRAGMA(unroll(count))
 #else
 #define SPECDEC_DEVICE inline
 #define SPECDEC_SELDOM inline
 #define SPECDEC_UNROLL
+#define SPECDEC_ROLLED
+#define SPECDEC_UNROLL_BY(count)
 #endif
 
 namespace specdec::cuda {
@@ -74,11 +83,48 @@ struct Earlier {
   }
 };
 
-// What a block has in its shared memory while it looks for what filters keep (filters.h), or for the end of a path.
-constexpr int kListed = 1024, kKept = 1024;
+// Where rows that have some ids of the vocabulary only, `width` of them, have each. No table: rows have all, in order.
+struct Columns {
+  const int32_t* table = nullptr;
+  int width = 0;
+
+  SPECDEC_DEVICE bool all() const { return table == nullptr; }
+  // Negative where there is none.
+  SPECDEC_DEVICE int of(int id) const {
+    if (all()) return id;
+    const int column = given(table + id);
+    return column < width ? column : -1;
+  }
+};
+
+// Rows whose logits are processed as they are loaded (rows.h).
+struct ProcessedRows {
+  Logits logits;  // of the request's first row
+  Columns columns;
+  const uint32_t* mask = nullptr;  // of the first row
+  Adjustments adjustments;
+  Ids drafts;  // row i counts the i first of them as output
+  int64_t first_draft = 0, draft_stride = 0;
+  const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
+  int vocab = 0;
+};
+
+// What a block has in its shared memory: while it looks for what filters keep (filters.h); and of a request what is
+// done to the logits of its rows, which would take half the registers of every thread.
+constexpr int kListed = 1024, kKept = 1024, kBounds = 512;
+struct alignas(16) Four {
+  float x[4];
+};
+enum Which { kTargetRows, kDraftRows, kRawRows };
 struct BlockMemory {
-  int list[kListed];
-  float values[kKept], weights[kKept];
+  union {
+    struct {
+      int list[kListed];
+      float values[kKept], weights[kKept];
+    } found;
+    Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
+  };
+  ProcessedRows rows[3];
 };
 
 }  // namespace specdec::cuda
@@ -92,12 +138,7 @@ constexpr int kLoads = kSpan / (kElements * kLanes);
 // Tiles of a span whose results a lane has, after those of its warp were combined.
 constexpr int kOwnTiles = 1;
 
-// What the launch only reads, what blocks of this launch wrote, and writing it: always in global memory, which the
-// compiler cannot tell of every pointer. What was written is not read from this multiprocessor's own cache.
-template <class T>
-__device__ __forceinline__ T given(const T* p) {
-  return __ldg(p);
-}
+// What blocks of this launch wrote, and writing it. It is not read from this multiprocessor's own cache.
 template <class T>
 __device__ __forceinline__ T fresh(const T* p) {
   static_assert(sizeof(T) <= 8 || sizeof(T) % 16 == 0);
@@ -161,6 +202,8 @@ __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
   return x;
 }
 
+// What follows from a number is computed where it is used, though the compiler could do it earlier and keep it.
+__device__ __forceinline__ void compute_here(uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
 
 template <class T>
@@ -188,6 +231,17 @@ class Team {
     return own;
   }
 
+  // Place k of as many floats as a thread has of a span: registers that can be told apart by a number.
+  __device__ __forceinline__ static float& kept(int k) {
+    __shared__ float all[kLoads * kElements][kThreads];
+    return all[k][rank()];
+  }
+  // x[u] = value, where the compiler does not know u: an index would put all of them into memory.
+  __device__ __forceinline__ static void set(float (&x)[kLoads], int u, float value) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) x[k] = k == u ? value : x[k];
+  }
+
   // Over the lanes of a warp, known to all of them. The order does not depend on the lane, nor does the result.
   template <class T, class F>
   __device__ __forceinline__ T in_warp(T x, const F& combine) const {
@@ -205,7 +259,7 @@ class Team {
   }
 
   // Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
-  // together, so that it takes five shuffles and not sixteen. Tile own_tile(0) is left to this lane and three more.
+  // together, so that it takes five shuffles and not sixteen. Tile own_tile() is left to this lane and three more.
   template <class F>
   __device__ __forceinline__ void per_tile(const float (&x)[kLoads], const F& combine, float (&own)[kOwnTiles]) const {
     const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not places in memory
@@ -216,7 +270,7 @@ class Team {
     mine = combine(mine, shuffled(mine, 2));
     own[0] = combine(mine, shuffled(mine, 1));
   }
-  __device__ __forceinline__ static int own_tile(int) { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
+  __device__ __forceinline__ static int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
   __device__ __forceinline__ static bool leads_tile() { return lane() % 4 == 0; }
 
   // The word of the bits f(0), ..., f(31), known to the warp.
@@ -238,10 +292,14 @@ class Team {
     x = shared[0];
 #pragma unroll
     for (int other = 1; other < kWarps; ++other) x = combine(x, shared[other]);
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &x, sizeof(T));
+#pragma unroll
+    for (uint32_t& word : words) compute_here(word);  // or what each warp has would be kept in its place
+    memcpy(&x, words, sizeof(T));
     return x;
   }
   __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
-  __device__ __forceinline__ int count(bool x) const { return __syncthreads_count(x); }
   // The sum of `x` over the threads before this one; and over all.
   __device__ __forceinline__ int before(int x, int& all) const {
     __shared__ int shared[kWarps];
@@ -292,6 +350,21 @@ SPECDEC_DEVICE int when_all_came(const Team& team, uint32_t* counter, int blocks
     code = last();
   }
   return team.of_first(code);
+}
+
+// Nodes of a tree before the first one without a parent among the earlier.
+SPECDEC_DEVICE int live_nodes(const Team& team, const int64_t* parents, int nodes) {
+  SPECDEC_ROLLED
+  for (int first = 0; first < nodes; first += 32) {
+    const uint32_t ends = team.bits([&](int bit) {
+      const int node = first + bit;
+      if (node >= nodes) return true;
+      const int64_t up = given(parents + node);
+      return node == 0 ? up != -1 : up < 0 || up >= node;
+    });
+    if (ends != 0) return first + first_bit(ends);
+  }
+  return nodes;
 }
 
 // Where the u-th load of a lane begins in a span.

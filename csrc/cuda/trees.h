@@ -1,45 +1,31 @@
 // `verify_tree`. Semantics: specdec_kernels/ops/tree_rules.py.
 #pragma once
 
-#include "crew.h"
+#include "residual.h"
 
 namespace specdec::cuda {
 
 // What the rules of trees have in common.
 template <class T>
-class TreeProgram : protected RequestProgram<T> {
-  using Base = RequestProgram<T>;
+class TreeProgram : protected ResidualProgram<T> {
+  using Base = ResidualProgram<T>;
 
  protected:
   using Base::all_, Base::b_, Base::parents_, Base::rows_, Base::team_, Base::vocab_, Base::work_;
   using Base::any_token, Base::counters, Base::coupled_noise, Base::dense, Base::draft, Base::draft_distribution,
-      Base::draft_logit, Base::draft_measure, Base::is_settled, Base::is_token, Base::leave, Base::noise,
-      Base::position, Base::raw_logprob, Base::sampling, Base::seed, Base::settle, Base::target, Base::token;
+      Base::draft_logit, Base::draft_measure, Base::is_token, Base::noise, Base::position, Base::raw_logprob,
+      Base::request, Base::sampling, Base::seed, Base::target, Base::token;
 
   SPECDEC_DEVICE TreeProgram(const Team& team, const VerifyTree& op, const Workspace& work, const Part& part)
-      : Base(team, op.common, work, part.request, nullptr), op_(op) {
-    parents_ = op.parents + int64_t(part.request) * op.common.rows;
-    live_ = live_nodes();
-  }
+      : Base(team, op.common, work, part.request, nullptr, op.parents + int64_t(part.request) * op.common.rows),
+        op_(op),
+        live_(live_nodes(team, parents_, rows_)) {}
 
   SPECDEC_DEVICE int parent(int node) const { return int(given(parents_ + node)); }
 
-  // Nodes before the first one without a parent among the earlier.
-  SPECDEC_DEVICE int live_nodes() const {
-    for (int first = 0; first < rows_; first += 32) {
-      const uint32_t ends = team_.bits([&](int bit) {
-        const int node = first + bit;
-        if (node >= rows_) return true;
-        const int64_t up = given(parents_ + node);
-        return node == 0 ? up != -1 : up < 0 || up >= node;
-      });
-      if (ends != 0) return first + first_bit(ends);
-    }
-    return rows_;
-  }
-
   SPECDEC_DEVICE int depth_of(int node) const {
     int depth = 0;
+    SPECDEC_ROLLED
     for (; node > 0; node = parent(node)) ++depth;
     return depth;
   }
@@ -49,21 +35,21 @@ class TreeProgram : protected RequestProgram<T> {
     return child > node && child < live_ && parent(child) == node && is_token(any_token(child));
   }
 
-  // What the path has in row i of the results: the token that follows node `node`, and whether its row is valid.
-  SPECDEC_DEVICE void write(int i, int node, int id, float score) const {
-    const int64_t at = int64_t(b_) * rows_ + i;
-    const float raw = all_.out_logprobs && node >= 0 ? raw_logprob(node, id) : NAN;
-    if (team_.rank() != 0) return;
-    all_.out_tokens[at] = id, op_.out_nodes[at] = node;
-    if (all_.out_logprobs) all_.out_logprobs[at] = score, all_.out_raw_logprobs[at] = raw;
+  template <class State>
+  SPECDEC_DEVICE void write(int i, int node, int id, const State* state) const {
+    const int64_t at = request() * rows_ + i;
+    if (team_.rank() == 0) all_.out_tokens[at] = id, op_.out_nodes[at] = node;
+    this->write_logprobs(i, node, id, state);
   }
-  SPECDEC_DEVICE void write_end(int depth, bool valid) const {
+  template <class State>
+  SPECDEC_DEVICE void write_end(int depth, bool valid, const State* none) const {
     if (team_.rank() == 0) all_.out_accepted[b_] = depth, all_.out_valid[b_] = valid;
-    for (int i = depth + 1; i < rows_; ++i) write(i, -1, -1, NAN);
+    SPECDEC_ROLLED
+    for (int i = depth + 1; i < rows_; ++i) write(i, -1, -1, none);
   }
 
   const VerifyTree& op_;
-  int live_;
+  const int live_;
 };
 
 // What is drawn at a node, and the child that has it; -1 where the path ends.
@@ -73,15 +59,13 @@ struct alignas(16) Visited {
   bool valid;
 };
 
-// Rules walk and coupled, by rows like a chain: nodes come after their parents, so where blocks start in that order,
-// those of nodes that the path is known to pass by find that out and read nothing.
+// Rules walk and coupled, by rows like a chain: nodes come after their parents.
 template <class T, bool kIsCoupled>
 class WalkProgram : TreeProgram<T> {
   using Base = TreeProgram<T>;
   using Base::all_, Base::b_, Base::live_, Base::rows_, Base::team_, Base::vocab_, Base::work_;
-  using Base::any_token, Base::counters, Base::coupled_noise, Base::depth_of, Base::is_child, Base::is_settled,
-      Base::leave, Base::noise, Base::parent, Base::sampling, Base::settle, Base::target, Base::token, Base::write,
-      Base::write_end;
+  using Base::any_token, Base::counters, Base::coupled_noise, Base::depth_of, Base::is_child, Base::noise, Base::parent,
+      Base::request, Base::sampling, Base::target, Base::token, Base::write, Base::write_end;
 
  public:
   SPECDEC_DEVICE WalkProgram(const Team& team, const VerifyTree& op, const Workspace& work, const Part& part)
@@ -91,25 +75,24 @@ class WalkProgram : TreeProgram<T> {
     const int there = live_ > 0 ? live_ : 1;  // the first row is asked for even where there is no tree
     if (node_ >= there) return;
     const Table table = this->table(node_);
-    const bool needed = !work_.in_waves || !team_.any(is_settled(node_));
-    if (needed)
-      measure_slice<kIsCoupled>(team_, target(), node_, sampling().measure(vocab_),
-                                kIsCoupled ? coupled_noise(depth_of(node_)) : Noise{}, work_, slice_, table, [] {});
-    const int code = when_all_came(team_, counters() + node_, work_.slices, [&] { return is_settled(node_) ? 2 : 1; });
-    if (code == 0) return;
-    bool decides = false;
-    if (code == 1) {
-      const int next = visit(table);
-      decides = settle(there, [&](int node) { return node == node_ || passed_by(node, next); });
-    }
-    leave(there);
-    if (decides) write_path();
+    this->run_row(
+        node_, [&] { return there; },
+        [&] {
+          const Noise noise = kIsCoupled ? coupled_noise(depth_of(node_)) : Noise{};
+          measure_slice<kIsCoupled>(team_, target(), node_, sampling().measure(vocab_), noise, work_, slice_, table,
+                                    [] {});
+        },
+        [&] {
+          const int next = visit(table);
+          return [this, next](int node) { return passed_by(node, next); };
+        },
+        [&] { write_path(); });
   }
 
  private:
-  SPECDEC_DEVICE Table table(int node) const { return work_.table(2 * (int64_t(b_) * rows_ + node)); }
+  SPECDEC_DEVICE Table table(int node) const { return work_.table(2 * (request() * rows_ + node)); }
   SPECDEC_DEVICE Visited* place(int node) const {
-    return static_cast<Visited*>(work_.places) + int64_t(b_) * rows_ + node;
+    return static_cast<Visited*>(work_.places) + request() * rows_ + node;
   }
 
   SPECDEC_DEVICE int visit(const Table& table) const {
@@ -120,6 +103,7 @@ class WalkProgram : TreeProgram<T> {
       here.drawn = kIsCoupled ? flat_race(team_, target(), node_, here.target, table, coupled_noise(depth_of(node_)))
                               : draw_from_row(team_, target(), node_, here.target, table, noise(node_));
     int next = kNobody;
+    SPECDEC_ROLLED
     for (int child = node_ + 1 + team_.rank(); here.valid && child < live_ && next == kNobody; child += kThreads)
       if (is_child(child, node_) && token(child) == here.drawn) next = child;
     next = team_.reduce(next, Smaller());
@@ -140,13 +124,11 @@ class WalkProgram : TreeProgram<T> {
     int depth = 0;
     for (int node = 0;; ++depth) {
       here = fresh(place(node));
-      const bool scored = all_.out_logprobs && here.valid;
-      write(depth, node, here.drawn,
-            scored ? float(here.target.log_prob(target().logit(node, here.drawn), here.drawn)) : NAN);
+      write(depth, node, here.drawn, place(node));
       if (here.next < 0) break;
       node = here.next;
     }
-    write_end(depth, here.valid);
+    write_end(depth, here.valid, place(0));
   }
 
   const int node_, slice_;
@@ -164,6 +146,7 @@ struct alignas(16) Node {
   double drafted = 0.0;    // the draft's probability of them
   double factor = INFINITY;
   double own_factor = INFINITY;  // as a rejected child
+  float share = 0.0f;            // its parent's factor by that
   int last = 0;                  // the last child that was tested
 };
 
@@ -173,8 +156,9 @@ class DescendProgram : TreeProgram<T> {
   using Base = TreeProgram<T>;
   using Base::all_, Base::b_, Base::live_, Base::op_, Base::rows_, Base::team_, Base::vocab_, Base::work_;
   using Base::any_token, Base::counters, Base::dense, Base::depth_of, Base::draft, Base::draft_distribution,
-      Base::draft_logit, Base::draft_measure, Base::is_child, Base::noise, Base::parent, Base::position, Base::sampling,
-      Base::seed, Base::target, Base::token, Base::write, Base::write_end;
+      Base::draft_logit, Base::draft_measure, Base::draw_after, Base::is_child, Base::noise, Base::parent,
+      Base::position, Base::request, Base::sampling, Base::seed, Base::target, Base::token, Base::write,
+      Base::write_end;
 
  public:
   SPECDEC_DEVICE DescendProgram(const Team& team, const VerifyTree& op, const Workspace& work, const Part& part)
@@ -198,7 +182,7 @@ class DescendProgram : TreeProgram<T> {
   }
 
  private:
-  SPECDEC_DEVICE int64_t place(int node) const { return 2 * (work_.ahead ? int64_t(b_) * rows_ + node : b_); }
+  SPECDEC_DEVICE int64_t place(int node) const { return 2 * (work_.ahead ? request() * rows_ + node : request()); }
   SPECDEC_DEVICE Table target_table(int node) const { return work_.table(place(node)); }
   SPECDEC_DEVICE Table draft_table(int node) const { return work_.table(place(node) + 1); }
   SPECDEC_DEVICE Node state_of(int node) const { return fresh(nodes_ + node); }
@@ -210,6 +194,7 @@ class DescendProgram : TreeProgram<T> {
 
   // The first child of a node behind `after`; the number of nodes if there is none.
   SPECDEC_DEVICE int next_child(int node, int after) const {
+    SPECDEC_ROLLED
     for (int first = after + 1; first < live_; first += 32) {
       const uint32_t hits = team_.bits([&](int bit) { return is_child(first + bit, node); });
       if (hits != 0) return first + first_bit(hits);
@@ -217,12 +202,11 @@ class DescendProgram : TreeProgram<T> {
     return live_;
   }
 
-  SPECDEC_DEVICE void measure_node(int node) {
-    measure<false>(team_, target(), node, crew_.first_span(), work_.spans, crew_.stride(), sampling().measure(vocab_),
-                   {}, target_table(node), [] {});
+  SPECDEC_DEVICE void measure_node(int node) const {
+    const int first = crew_.first_span(), stride = crew_.stride();
+    measure_row<T>(team_, target(), node, first, work_.spans, stride, sampling().measure(vocab_), target_table(node));
     if (!dense() || all_.draft_stats != nullptr || sampling().greedy() || next_child(node, node) == live_) return;
-    measure<false>(team_, draft(), node, crew_.first_span(), work_.spans, crew_.stride(), draft_measure(), {},
-                   draft_table(node), [] {});
+    measure_row<T>(team_, draft(), node, first, work_.spans, stride, draft_measure(), draft_table(node));
   }
 
   // The draft's probability of a child, whatever its siblings.
@@ -253,28 +237,24 @@ class DescendProgram : TreeProgram<T> {
     return usable;
   }
 
-  // What the rejected children leave of one id of a node.
-  struct Residual {
-    Probabilities target, draft;
-    bool certain;
-
-    SPECDEC_DEVICE float operator()(float target_logit, float draft_logit, float share) const {
-      const float prob = target(target_logit);
-      if (certain) return prob;
-      const float left = prob - draft(draft_logit) * share;
-      return left > 0.0f ? left : 0.0f;  // nothing where the draft is no number
-    }
-  };
   SPECDEC_DEVICE bool is_certain(const Node& state) const { return !dense() || state.draft.argmax >= 0; }
+  // What the rejected children leave of a node.
   SPECDEC_DEVICE Residual residual_of(const Node& state) const {
     return {Probabilities(state.target), Probabilities(state.draft, state.factor), is_certain(state)};
   }
   // Of a rejected child: nothing of a point mass; else `draft` is what the last rejection took of it, and of this child
   // its own took another part.
-  SPECDEC_DEVICE float residual_of_child(int node, const Node& state, const Residual& residual, int child) const {
+  SPECDEC_DEVICE float residual_of_child(int node, const Residual& residual, int child) const {
     if (residual.certain) return 0.0f;
     const int id = token(child);
-    return residual(target().logit(node, id), draft_logit(node, id), float(state.factor / state_of(child).own_factor));
+    return residual(target().logit(node, id), draft_logit(node, id), fresh(&nodes_[child].share));
+  }
+  // Writes down those parts, once for all ids.
+  SPECDEC_DEVICE void set_shares(int node, const Node& state) const {
+    for_tested(node, state.last, 0, vocab_, [&](int child) {
+      if (team_.rank() == 0) put(&nodes_[child].share, float(state.factor / fresh(&nodes_[child].own_factor)));
+    });
+    team_.sync();
   }
   // Whether rejected children have a part of their own in what is left.
   SPECDEC_DEVICE bool sets_apart(const Node& state) const { return !op_.replacement || is_certain(state); }
@@ -282,51 +262,32 @@ class DescendProgram : TreeProgram<T> {
   // f(child) for the children tested so far whose tokens lie in [begin, begin + count).
   template <class F>
   SPECDEC_DEVICE void for_tested(int node, int last, int begin, int count, const F& f) const {
+    SPECDEC_ROLLED
     for (int first = node + 1; first <= last && first < live_; first += 32) {
       uint32_t hits = team_.bits([&](int bit) {
         const int child = first + bit;
         return child <= last && is_child(child, node) && token(child) >= begin && token(child) - begin < count;
       });
+      SPECDEC_ROLLED
       for (; hits != 0; hits &= hits - 1) f(first + first_bit(hits));
     }
   }
 
-  // The sum of f over the ids of this warp's spans, each lane's part of a span at a time: f(x, y), and for tokens of
-  // tested children, where those are set apart, `apart(child)`. Left where total_of finds it.
-  template <class F, class G>
-  SPECDEC_DEVICE float pass(int node, const Node& state, bool with_target, bool with_draft, bool set_apart, const F& f,
-                            const G& apart) {
+  // The sum of f over the ids of a node, and for tokens of tested children, where those are set apart, `apart(child)`.
+  template <bool kTarget, class F, class G>
+  SPECDEC_DEVICE float pass(int node, const Node& state, bool with_draft, bool set_apart, const F& f, const G& apart) {
     const Table table = target_table(node);
-    for (int span = crew_.first_span(); span < work_.spans; span += crew_.stride()) {
-      Span<T> x, y;
-      if (with_target) x.load(team_, target(), node, span);
-      if (with_draft) y.load(team_, draft(), node, span);
-      uint32_t skip[kLoads] = {};
-      float mass = 0.0f;
-      if (set_apart)
-        for_tested(node, state.last, span * kSpan, kSpan, [&](int child) {
-          const int offset = token(child) - span * kSpan, load = offset / (kElements * kLanes);
-          if (offset / kElements % kLanes != team_.lane()) return;
-          bool twin = false;  // the same token again
-          SPECDEC_UNROLL
-          for (int u = 0; u < kLoads; ++u) {
-            if (u != load) continue;
-            twin = (skip[u] >> offset % kElements & 1) != 0;
-            skip[u] |= 1u << offset % kElements;
-          }
-          if (!twin) mass += apart(child);
-        });
-      SPECDEC_UNROLL
-      for (int u = 0; u < kLoads; ++u) {
-        SPECDEC_UNROLL
-        for (int e = 0; e < kElements; ++e) {
-          const float left = f(with_target ? x.v[u].at(e) : 0.0f, with_draft ? y.v[u].at(e) : 0.0f);
-          mass += (skip[u] >> e & 1) != 0 ? 0.0f : left;
-        }
-      }
-      mass = team_.in_warp(mass, Plus());
-      if (team_.lane() == 0) put(span_sums(table, passes_) + span, mass);
-    }
+    Base::template sum_spans<kTarget>(crew_, node, with_draft, span_sums(table, passes_), f,
+                                      [&](int span, LaneBits& bits) {
+                                        float mass = 0.0f;
+                                        if (set_apart)
+                                          for_tested(node, state.last, span * kSpan, kSpan, [&](int child) {
+                                            const int bit = LaneBits::bit_of(team_, span, token(child));
+                                            if (bit >= 0 && !bits.add(bit))
+                                              mass += apart(child);  // once where the same token is there again
+                                          });
+                                        return mass;
+                                      });
     crew_.meet();
     return total_of(team_, table, passes_++);
   }
@@ -338,7 +299,7 @@ class DescendProgram : TreeProgram<T> {
     if (left >= kLeastDifference) return left;
     const Probabilities drafted(state.draft);
     const double sum =
-        pass(node, state, false, true, true, [&](float, float y) { return drafted(y); }, [](int) { return 0.0f; });
+        pass<false>(node, state, true, true, [&](float, float y) { return drafted(y); }, [](int) { return 0.0f; });
     return sum < kNothingLeft ? 0.0 : sum;
   }
 
@@ -349,10 +310,10 @@ class DescendProgram : TreeProgram<T> {
     double mass = state.mass;
     if (state.target.argmax < 0) {  // a point mass is accepted where it is a child, and not touched by other children
       const Residual residual = residual_of(state);
-      mass = pass(
-          node, state, true, !residual.certain, sets_apart(state),
-          [&](float x, float y) { return residual(x, y, 1.0f); },
-          [&](int child) { return residual_of_child(node, state, residual, child); });
+      set_shares(node, state);
+      mass = pass<true>(
+          node, state, !residual.certain, sets_apart(state), [&](float x, float y) { return residual(x, y); },
+          [&](int child) { return residual_of_child(node, residual, child); });
     }
     const double left = state.path_prob * mass / state.mass;
     state.mass = mass;
@@ -365,23 +326,20 @@ class DescendProgram : TreeProgram<T> {
   // again where a node fails. The node where the path ends.
   SPECDEC_DEVICE int descend() {
     int node = 0;
-    valid_ = init_node(node, 1.0, INFINITY);
+    double below = 1.0, own_factor = INFINITY;
     for (;;) {
+      if (below > 0.0) valid_ = init_node(node, below, own_factor) && valid_;
       const int child = next_child(node, state_of(node).last);
       const bool bottom_up = !recursive_ && node > 0;
       if (child < live_ || bottom_up) update_residual(node);
       const Node state = state_of(node);
       if (child == live_) {
         if (!bottom_up || uniform(seed(), position(), node - 1) < state.path_prob) return node;
-        node = parent(node);
+        node = parent(node), below = 0.0;
         continue;
       }
-      double own_factor;
-      const double below = test(node, child, state, own_factor);
-      if (below > 0.0) {
-        node = child;
-        valid_ = init_node(node, below, own_factor) && valid_;
-      }
+      below = test(node, child, state, own_factor);
+      if (below > 0.0) node = child;
     }
   }
 
@@ -425,60 +383,54 @@ class DescendProgram : TreeProgram<T> {
     return below;
   }
 
-  // The token that ends the step at a node: of what its rejected children left, or of the target's own probabilities
-  // where that is nothing, or none was rejected.
-  SPECDEC_DEVICE int draw_after(int node, const Node& state) const {
+  // The token that ends the step at a node.
+  SPECDEC_DEVICE int draw_at(int node, const Node& state) const {
     if (state.target.argmax >= 0) return state.target.argmax;
     const Residual residual = residual_of(state);
-    bool rejected = state.last > node && state.last < live_;
-    for (;;) {
-      const int drawn = draw(team_, state.target, target_table(node), noise(node), [&](int first, float* w) {
+    const bool rejected = state.last > node && state.last < live_;
+    if (rejected) set_shares(node, state);
+    return draw_after(node, state.target.filtered(), target_table(node), residual, rejected, [&](int first, float* w) {
+      if (!sets_apart(state)) return;
+      for_tested(node, state.last, first / kTileIds * kTileIds, kTileIds, [&](int child) {
+        const int at = token(child) - first;
+        if (at < 0 || at >= 4) return;
+        const float left = residual_of_child(node, residual, child);
         SPECDEC_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const int id = first + k;
-          if (id >= vocab_)
-            w[k] = 0.0f;
-          else if (!rejected)
-            w[k] = residual.target(target().logit(node, id));
-          else
-            w[k] = residual(target().logit(node, id), residual.certain ? 0.0f : draft_logit(node, id), 1.0f);
-        }
-        if (!rejected || !sets_apart(state)) return;
-        const int tile = first / kTileIds * kTileIds;
-        for_tested(node, state.last, tile, kTileIds, [&](int child) {
-          const int at = token(child) - first;
-          if (at < 0 || at >= 4) return;
-          const float left = residual_of_child(node, state, residual, child);
-          SPECDEC_UNROLL
-          for (int k = 0; k < 4; ++k)
-            if (k == at) w[k] = left;
-        });
+        for (int k = 0; k < 4; ++k)
+          if (k == at) w[k] = left;
       });
-      if (drawn != kNobody || !rejected) return drawn;
-      rejected = false;
-    }
+    });
   }
 
   SPECDEC_DEVICE void write_path(int end) const {
     const int depth = depth_of(end);
-    int node = end, id = draw_after(end, state_of(end));
+    int node = end, id = draw_at(end, state_of(end));
     for (int i = depth; i >= 0; --i) {
-      float score = NAN;
-      if (all_.out_logprobs) {
-        const Node state = state_of(node);
-        if (state.valid) score = float(state.target.log_prob(target().logit(node, id), id));
-      }
-      write(i, node, id, score);
+      write(i, node, id, nodes_ + node);
       id = token(node), node = node > 0 ? parent(node) : 0;
     }
-    write_end(depth, valid_);
+    write_end(depth, valid_, nodes_);
   }
 
   Crew crew_;
   Node* const nodes_;
   const bool recursive_;
-  bool valid_ = false;
+  bool valid_ = true;
   int passes_ = 0;
 };
+
+static_assert(sizeof(Visited) <= kPlaceBytes && sizeof(Node) <= kPlaceBytes);
+
+template <class F>
+auto with_program(const VerifyTree& op, const F& f) {
+  return with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (op.rule) {
+      case TreeRule::walk: return f(TypeOf<WalkProgram<T, false>>());
+      case TreeRule::coupled: return f(TypeOf<WalkProgram<T, true>>());
+      default: return f(TypeOf<DescendProgram<T>>());
+    }
+  });
+}
 
 }  // namespace specdec::cuda

@@ -33,7 +33,7 @@ struct Part {
 };
 template <class Op>
 SPECDEC_DEVICE Part part_of(const Op& op, unsigned program, unsigned slices) {
-  const unsigned requests = unsigned(requests_of(op)), rest = program / requests;
+  const unsigned requests = unsigned(requests_of(common_of(op))), rest = program / requests;
   return {int(program % requests), int(rest / slices), int(rest % slices)};
 }
 

@@ -36,15 +36,11 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
 
 
 def test_machine_code():
-    """Registers, instructions and what should go are as the table says: ``python tests/helpers/budget.py --write``
-    makes it anew. Rule token of 16 bits, which most calls have, has nothing that should go."""
+    """Registers and instructions are as the table says: ``python tests/helpers/budget.py --write`` makes it anew. There
+    is nothing that should go, and what is spilled is spilled outside of the loops that measure."""
     found = budget.kernels(LIBRARY)
-    table = budget.TABLE.read_text().splitlines()
-    assert set(table) <= set(budget.lines(found))
-    for dtype in ("bf16", "f16"):
-        assert [kernel.wrong() for kernel in found if budget.short(kernel.name) == f"verify_chain {dtype} token"] == [
-            []
-        ]
+    assert budget.TABLE.read_text().splitlines() == budget.lines(found)
+    assert {budget.short(kernel.name): kernel.wrong() for kernel in found if kernel.wrong()} == {}
 
 
 def test_what_is_wrong_with_machine_code_is_seen():
@@ -53,7 +49,7 @@ def test_what_is_wrong_with_machine_code_is_seen():
     kernel = budget.Kernel("verify_chain_kernelINS_8BFloat16E", 65, code)
     assert kernel.eight_ids() == [5.0]
     assert kernel.wrong() == [
-        "65 registers", "LD.E anywhere", "STL in a measuring loop", "DADD in a loop over logits",
+        "65 registers", "LD.E anywhere", "STL in a measuring loop", "DADD in a loop with exponentials",
     ]  # fmt: skip
 
 

@@ -23,6 +23,11 @@ REGISTERS = 64
 ELEMENT_BYTES = {"BFloat16": 2, "Half": 2, "If": 4}
 #: The measuring loops are those that load 16 bytes at a time and let them leave the cache first.
 ROW_LOAD = "LDG.E.EF.128"
+#: An instruction may jump or call; what only a warp that diverged takes is left aside. LEAVES: nothing follows it.
+#: ENDS: something else may begin behind it.
+JUMP = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|CALL)(?!\.DIV)\S* (?:.*, )?(0x[0-9a-f]+)")
+LEAVES = re.compile(r"BRA 0x|EXIT|RET|BRX")
+ENDS = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|EXIT|RET|BRX)")
 
 
 @dataclass
@@ -33,21 +38,56 @@ class Kernel:
     registers: int = 0
     code: list[tuple[int, str]] = field(default_factory=list)
 
-    def loops(self) -> Iterator[list[str]]:
-        """The instructions of each innermost loop, by their names."""
-        ends = []
+    def flow(self) -> list[tuple[list[str], set[int]]]:
+        """The blocks that can be reached: the names of their instructions, and what leads there."""
+        jumps = {address: int(found[1], 16) for address, text in self.code if (found := JUMP.match(text))}
+        begins = {self.code[0][0], *jumps.values()} | {address + 16 for address, text in self.code if ENDS.match(text)}
+        names: list[list[str]] = []
+        after: list[set[int]] = []
+        number = {address: n for n, address in enumerate(sorted(begins & {address for address, _ in self.code}))}
         for address, text in self.code:
-            target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-            if target is not None and int(target[1], 16) <= address:
-                ends.append((int(target[1], 16), address))
-        for begin, end in ends:
-            if not any(begin <= a and b <= end for a, b in ends if (a, b) != (begin, end)):
-                yield [operation(text) for address, text in self.code if begin <= address <= end]
+            if address in number:
+                names.append([])
+                after.append(set())
+            names[-1].append(operation(text))
+            after[-1] |= {number[jumps[address]]} if address in jumps else set()
+            after[-1] |= {number[address + 16]} if address + 16 in number and not LEAVES.match(text) else set()
+        # A table of jumps says nothing of where they lead: to all that nothing else leads to, but for what only a warp
+        # that diverged takes.
+        led = set().union(*after)
+        table = {n for n, own in enumerate(names) if n not in led and not any(op.startswith("WARPSYNC") for op in own)}
+        reached: set[int] = set()
+        found = [0]
+        while found:
+            if (block := found.pop()) not in reached:
+                reached.add(block)
+                after[block] |= table if "BRX" in names[block] else set()
+                found += after[block]
+        return [(own, {m for m in reached if n in after[m]}) for n, own in enumerate(names)]
+
+    def loops(self, having: str) -> Iterator[list[str]]:
+        """The instructions of the innermost loops that have one, by their names. A loop is what leads back to where
+        all that leads into it begins."""
+        flow = self.flow()
+        bodies: dict[int, set[int]] = {}
+        for begin, (_, before) in enumerate(flow):
+            for end in before:
+                body, found = {begin}, [end]
+                while found:
+                    if (block := found.pop()) not in body:
+                        body.add(block)
+                        found += flow[block][1]
+                if 0 not in body - {begin}:
+                    bodies[begin] = bodies.get(begin, set()) | body
+        those = [body for body in bodies.values() if any(having in flow[block][0] for block in body)]
+        for body in those:
+            if not any(other < body for other in those):
+                yield [name for block in sorted(body) for name in flow[block][0]]
 
     def measuring(self) -> Iterator[list[str]]:
         """The loops that measure rows, but for the ends of rows and what has to be processed."""
-        for body in self.loops():
-            if ROW_LOAD in body and {name for name in body if name.startswith("LDG")} == {ROW_LOAD}:
+        for body in self.loops(ROW_LOAD):
+            if {name for name in body if name.startswith("LDG")} == {ROW_LOAD}:
                 yield body
 
     def eight_ids(self) -> list[float]:
@@ -56,6 +96,10 @@ class Kernel:
         if not size:
             return []
         return sorted(round(8 * len(body) / (16 // size * body.count(ROW_LOAD)), 1) for body in self.measuring())
+
+    def spilled(self) -> int:
+        """Loads and stores of local memory, wherever they are."""
+        return sum(operation(text)[:3] in ("LDL", "STL") for _, text in self.code)
 
     def wrong(self) -> list[str]:
         """What should not be there."""
@@ -66,13 +110,7 @@ class Kernel:
         )
         float64 = re.compile(r"D(ADD|MUL|FMA|SETP)")
         said += sorted(
-            {
-                f"{op} in a loop over logits"
-                for body in self.loops()
-                if "MUFU.EX2" in body
-                for op in body
-                if float64.match(op)
-            }
+            {f"{op} in a loop with exponentials" for body in self.loops("MUFU.EX2") for op in body if float64.match(op)}
         )
         return said
 
@@ -87,18 +125,23 @@ def tool() -> Path:
     return Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+#: What the programs are for, by the names of their classes.
+PROGRAMS = {
+    "Chain": "verify_chain", "Walk": "walk_tree", "Descend": "descend_tree",
+    "Sample": "sample", "Children": "sample_children",
+}  # fmt: skip
+
+
 def short(name: str) -> str:
     """A mangled name without its namespaces and arguments."""
-    match = re.search(r"\d+((?:verify|walk|descend|sample)\w*?_kernel)(I\w*?E)?Ev|\d+(sample_children_kernel)", name)
+    match = re.search(r"program_kernelI\w*?\d+([A-Z][a-z]+)Program(I?)(\w*)", name)
     if match is None:
         return ""
-    kernel, types = match[1] or match[3], match[2] or ""
+    program, types = match[1], match[3] if match[2] else ""
     dtype = next((d for key, d in (("BFloat16", "bf16"), ("Half", "f16"), ("Mixed", "mixed")) if key in types), "f32")
     which = {"0": "token", "1": "block", "2": "coupled"} if "Rule" in types else {"0": "plain", "1": "coupled"}
     number = re.search(r"(?:Rule|Lb)E?(\d)E", types)
-    return " ".join(
-        [kernel.removesuffix("_kernel"), *([dtype] if types else []), *([which[number[1]]] if number else [])]
-    )
+    return " ".join([PROGRAMS[program], *([dtype] if types else []), *([which[number[1]]] if number else [])])
 
 
 def kernels(path: Path) -> list[Kernel]:
@@ -119,11 +162,11 @@ def kernels(path: Path) -> list[Kernel]:
 
 
 def lines(found: list[Kernel]) -> list[str]:
-    """The table; behind the numbers what should not be there."""
-    head = f"{'kernel':32} {'registers':>9} {'code':>7}  {'instructions for eight ids':26}  what should go"
+    """The table; behind the numbers what should not be there. Spilled: loads and stores of registers that were."""
+    head = f"{'kernel':26} {'registers':>9} {'code':>6} {'spilled':>7}  {'for eight ids':26}  what should go"
     return [head] + [
-        f"{short(k.name):32} {k.registers:9} {len(k.code):7}  {' '.join(map(str, k.eight_ids())):26}  "
-        f"{', '.join(k.wrong())}".rstrip()
+        f"{short(k.name):26} {k.registers:9} {len(k.code):6} {k.spilled():7}  "
+        f"{' '.join(map(str, k.eight_ids())):26}  {', '.join(k.wrong())}".rstrip()
         for k in found
     ]
 
