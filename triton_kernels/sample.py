@@ -87,7 +87,7 @@ def draw(
         out = empty(logits, (torch.int64, drawn), (torch.float32, drawn), (torch.float32, (rows, 3)))
     tokens, logprobs, stats = out
     if rows:
-        config = config_for(vocab, logits.device, bitmask, edit_ids)
+        config = config_for(vocab, logits.device, bitmask, edit_ids, large=target_to_draft is not None)
         counters, _, tables = scratch(logits.device, rows, 0, rows * 2 * config.entries)
         slices = slices_of(rows, config, logits.device)
         launch(

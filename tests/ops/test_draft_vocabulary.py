@@ -136,6 +136,7 @@ def test_the_oracle_reads_reduced_rows_as_scattered_ones():
         assert got == oracle.verify_tree(*tree, pair[1].numpy(), None, noise, rule=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["dtype"] == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_drawn_is_what_scattered_rows_give(backend, few, dtype):
     """The noise is that of the target's ids, filters and masks and penalties are of them: all of it bit for bit."""
@@ -225,6 +226,7 @@ def exact() -> Any:
     return oracle.target_distribution(lambda prefix: law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT), 1)
 
 
+@pytest.mark.interpreted(kept=lambda parameters: parameters["rule"] == "block" and not parameters["stats"])
 @pytest.mark.parametrize("stats", [True, False])
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_the_law_of_a_chain_is_exact(backend, rule, stats):
@@ -247,6 +249,8 @@ def test_the_law_of_a_chain_is_exact(backend, rule, stats):
     assert oracle.total_variation(two_tokens(verified, masses), exact()) == 0
 
 
+# 2,304 trees take the interpreter minutes; there the bits of scattered rows have to do.
+@pytest.mark.interpreted(None)
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 def test_the_law_of_a_tree_is_exact(backend, rule, siblings):
