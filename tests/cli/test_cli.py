@@ -293,7 +293,10 @@ def test_a_gguf_file_is_run_by_llama_cpp(checkpoint, monkeypatch, tmp_path):
     assert max(library.reads) > 1, "drafts"
     for options, message in (
         (("--fixed-rows", 8), "fixed_rows must be left out for a GGUF target, got 8"),
-        (("--drafter", "tree"), "drafter must be auto, model, lookup or none for a GGUF target, which takes no trees"),
+        (
+            ("--drafter", "tree"),
+            "drafter must be auto, model, eagle3, lookup or none for a GGUF target, which takes no trees",
+        ),
         (("--drafter", "auto"), f"drafter='auto' needs a drafting model for {path}"),
         (
             ("--target", "/nowhere.gguf"),

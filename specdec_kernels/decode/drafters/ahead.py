@@ -23,6 +23,7 @@ from specdec_kernels.decode.protocols import (
     revertible,
 )
 from specdec_kernels.decode.tensors import longer, to_device
+from specdec_kernels.ops.validate import whole
 
 Result = TypeVar("Result")
 #: What each request may be continued with; None where nothing is guessed.
@@ -71,10 +72,7 @@ class AsyncDrafter:
             )
         if siblings := getattr(drafter, "siblings", 0):
             raise ValueError(f"drafter must draft chains to draft ahead of the target, got siblings={siblings}")
-        if isinstance(outcomes, bool) or not isinstance(outcomes, int):
-            raise TypeError(f"outcomes must be an int, got {outcomes!r}")
-        if outcomes < 1:
-            raise ValueError(f"outcomes must be at least 1, got {outcomes}")
+        whole("outcomes", outcomes, 1)
         self.drafter, self.outcomes = drafter, outcomes
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AsyncSession:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from specdec_kernels.decode.tensors import ids_of
+from specdec_kernels.ops.validate import whole
 
 #: Runs of so many tokens are looked for, longer ones first. Two tokens are found everywhere in many texts.
 RUNS = (8, 4)
@@ -59,10 +60,7 @@ class SharedHistory:
     """
 
     def __init__(self, max_tokens: int = 200_000, tokenizer: str = "") -> None:
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
-            raise TypeError(f"max_tokens must be an int, got {max_tokens!r}")
-        if max_tokens < BLOCK:
-            raise ValueError(f"max_tokens must be at least {BLOCK}, got {max_tokens}")
+        whole("max_tokens", max_tokens, BLOCK)
         self.max_tokens, self.tokenizer = max_tokens, tokenizer
         self._lock = threading.Lock()
         self._blocks: deque[_Block] = deque()
