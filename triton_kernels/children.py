@@ -153,7 +153,7 @@ def sample_children_kernel(
             there = drawn < NO_ID
             score = tl.full([], float("nan"), tl.float32)
             if there & valid:
-                score = log_prob(load_logits(rows, here, drawn, True), distribution, drawn).to(tl.float32)
+                score = log_prob(load_logits(rows, here, drawn), distribution, drawn).to(tl.float32)
             tl.store(tokens + child, tl.where(there, drawn, -1))
             tl.store(logprobs_ptr + r * count + child, score)
         store_stats(stats_ptr + 3 * r, distribution, valid)

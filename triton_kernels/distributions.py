@@ -52,10 +52,10 @@ def sampling_of(sampling_ptr, given, temperature, top_k, top_p, min_p, index):
 
 
 @triton.jit
-def first_arrival(times, ids):
-    """The id of the smallest time, the lowest one on ties; ``NO_ID`` if none is finite."""
+def first_arrival(times, ids, none=NO_ID):
+    """The id of the smallest time, the lowest one on ties; ``none`` if none is finite."""
     earliest = tl.min(times)
-    return tl.min(tl.where((times == earliest) & (times < float("inf")), ids, NO_ID))
+    return tl.min(tl.where((times == earliest) & (times < float("inf")), ids, none))
 
 
 @triton.jit
@@ -104,9 +104,9 @@ def compare_logits(rows, i, scale, top, pivot, table, ENTRIES: tl.constexpr, TIL
     least = tl.full([], float("inf"), tl.float32)
     below = tl.max(tl.max(tl.where(some, float("-inf"), maxima), axis=1))
     while tl.min(waiting) < float("inf"):
-        first, own = first_of_groups(waiting, tiles, ENTRIES)
+        _first, own = first_of_groups(waiting, tiles, ENTRIES)
         waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
-        logits = load_logits(rows, i, ids_of(own), (first < float("inf"))[:, None])
+        logits = load_logits(rows, i, ids_of(own))
         more, weight, smallest, largest = compare(logits, tl.exp(gap(scale, logits, top)), pivot)
         count += more
         mass += weight
@@ -180,7 +180,7 @@ def drop_below(rows, i, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.co
         first, own = first_of_groups(waiting, tiles, ENTRIES)
         waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
         there = first < float("inf")
-        logits = load_logits(rows, i, ids_of(own), there[:, None])
+        logits = load_logits(rows, i, ids_of(own))
         kept = logits >= pivot
         least = tl.minimum(least, tl.min(tl.where(kept, logits, float("inf"))))
         weights = tl.exp(gap(scale, tl.where(kept, logits, float("-inf")), tl.where(there, -first, 0.0)[:, None]))

@@ -112,13 +112,9 @@ def next_child(tree, node, after):
 
 
 @triton.jit
-def load_draft_logits(drafts, i, ids, there):
+def load_draft_logits(drafts, i, ids):
     """float32 logits of draft i for the target's ``ids``."""
-    if drafts.given & REDUCED != 0:
-        x = load_logits(drafts.reduced, i, ids, there)
-    else:
-        x = load_logits(drafts.rows, i, ids, there)
-    return x
+    return load_logits(drafts.reduced, i, ids) if drafts.given & REDUCED != 0 else load_logits(drafts.rows, i, ids)
 
 
 @triton.jit
@@ -138,7 +134,7 @@ def drafted_prob(drafts, i, distribution, token):
     """The draft's probability of a token: float64. A point mass is on whatever was drafted."""
     prob = tl.full([], 1.0, tl.float64)
     if distribution.argmax < 0:
-        prob = tl.exp(log_prob(load_draft_logits(drafts, i, token, True), distribution, token))
+        prob = tl.exp(log_prob(load_draft_logits(drafts, i, token), distribution, token))
     return prob
 
 
@@ -196,9 +192,9 @@ def load_state(place, factor):
 
 
 @triton.jit
-def residuals(rows, drafts, i, target, draft, rejected, ids, there):
+def residuals(rows, drafts, i, target, draft, rejected, ids):
     """What is left of ``ids`` in row i: (target - draft)+, but for rejected siblings."""
-    weights = probs(load_logits(rows, i, ids, there), target)
+    weights = probs(load_logits(rows, i, ids), target)
     if draft.argmax >= 0:
         if rejected is None:
             weights = tl.where(ids == draft.argmax, 0.0, weights)
@@ -209,7 +205,7 @@ def residuals(rows, drafts, i, target, draft, rejected, ids, there):
                 child = next_child(rejected.tree, i, child)
     else:
         whole = weights
-        drafted = probs(load_draft_logits(drafts, i, ids, there), draft)
+        drafted = probs(load_draft_logits(drafts, i, ids), draft)
         difference = whole - drafted
         weights = tl.where(difference > 0, difference, 0.0)  # nothing where the draft is not a number
         if rejected is not None:
@@ -235,7 +231,7 @@ def measure_residual(
     size = tl.cdiv(tl.cdiv(tiles, TILES), slices) * TILES
     last = tl.minimum((part + 1) * size, tiles)
     for start in tl.range(part * size, last, TILES, num_stages=STAGES):
-        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(start, TILES), True)
+        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(start, TILES))
         own = start + tl.arange(0, TILES)
         tl.store(sums + own, tl.sum(weights, axis=1), mask=own < last)
 
@@ -276,24 +272,24 @@ def draw_residual(
     bounds = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
     bounds = tl.where(weights > 0, bounds, float("inf"))
     best = tl.full([], float("inf"), tl.float32)
-    winner = tl.full([], NO_ID, tl.int64)
+    winner = tl.full([], ENTRIES, tl.int32)  # in 32 bits: registers are scarce here
     # The bounds and the weights are rounded apart: leave room for that.
     while tl.min(bounds) * 0.9999 < best:
-        first, own = first_of_groups(bounds, tiles, ENTRIES)
+        _first, own = first_of_groups(bounds, tiles, ENTRIES)
         bounds = tl.where(tiles == own[:, None], float("inf"), bounds)
-        there = (first < float("inf"))[:, None]
-        left = tl.sum(residuals(rows, drafts, i, target, draft, rejected, ids_of(own), there), axis=1)
+        left = tl.sum(residuals(rows, drafts, i, target, draft, rejected, ids_of(own)), axis=1)
         times = exponentials(key.seed, key.position, tag, own.to(tl.int64)) / left
         times = tl.where(left > 0, times, float("inf"))
         earliest = tl.min(times)
-        tile = first_arrival(times, own.to(tl.int64))
+        tile = first_arrival(times, own, ENTRIES)
         sooner = (earliest < best) | ((earliest == best) & (tile < winner))
         best = tl.where(sooner, earliest, best)
         winner = tl.where(sooner, tile, winner)
-    drawn = winner
-    if winner < NO_ID:
-        ids = winner * TILE + tl.arange(0, TILE)
-        drawn = draw_inside(residuals(rows, drafts, i, target, draft, rejected, ids, True), winner, key, tag)
+    drawn = tl.full([], NO_ID, tl.int64)
+    if winner < ENTRIES:
+        tile = winner.to(tl.int64)
+        ids = tile * TILE + tl.arange(0, TILE)
+        drawn = draw_inside(residuals(rows, drafts, i, target, draft, rejected, ids), tile, key, tag)
     return drawn
 
 

@@ -132,13 +132,13 @@ def adjusted(x, processing, i, ids):
 
 
 @triton.jit
-def load_logits(rows, i, ids, there):
-    """float32 logits of ``ids`` in row i; -inf past its end, and where they are not ``there``."""
-    inside = (ids < rows.vocab) & there
+def load_logits(rows, i, ids):
+    """float32 logits of ``ids`` in row i; -inf past its end."""
+    inside = ids < rows.vocab
     columns = ids
     if rows.reduced is not None:
         columns = tl.load(rows.reduced.columns + ids, mask=inside, other=-1)
-        inside = (columns >= 0) & (columns < rows.reduced.width)
+        inside = columns.to(tl.uint32) < rows.reduced.width.to(tl.uint32)
     x = tl.load(rows.logits + i * rows.stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if rows.processing is not None:
         if rows.processing.count > 0:
@@ -165,13 +165,13 @@ def block_ids(start, TILES: tl.constexpr):
 @triton.jit
 def load_block(rows, i, start, TILES: tl.constexpr):
     """The block of row i that starts at tile ``start``: [TILES, TILE]."""
-    return load_logits(rows, i, block_ids(start, TILES), True)
+    return load_logits(rows, i, block_ids(start, TILES))
 
 
 @triton.jit
 def load_tile(rows, i, tile):
     """One tile of row i: [TILE]."""
-    return load_logits(rows, i, tile * TILE + tl.arange(0, TILE), True)
+    return load_logits(rows, i, tile * TILE + tl.arange(0, TILE))
 
 
 @triton.jit
@@ -220,9 +220,11 @@ def grouped_tiles(ENTRIES: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def first_of_groups(keys, tiles, ENTRIES: tl.constexpr):
-    """Of each group its smallest key, and the tile that has it: [TILES]."""
+    """Of each group its smallest key, and the tile that has it: [TILES]. Where that is inf, ENTRIES: a tile without
+    ids."""
     smallest = tl.min(keys, axis=1)
-    return smallest, tl.min(tl.where(keys == smallest[:, None], tiles, ENTRIES), axis=1)
+    found = (keys == smallest[:, None]) & (keys < float("inf"))
+    return smallest, tl.min(tl.where(found, tiles, ENTRIES), axis=1)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def judge_draft(
         tested = tested & usable
         prob = tl.full([], 0.0, tl.float64)
         if tested:
-            prob = tl.exp(log_prob(load_logits(rows, i, token, True), target, token))
+            prob = tl.exp(log_prob(load_logits(rows, i, token), target, token))
         # Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
         passed = tested & (uniform(key.seed, key.position, i) * draft_prob < prob)
         store_state(place, target, draft, one)
@@ -193,7 +193,7 @@ def logprobs_of(rows, plain, i, token, key, table, place, valid, ENTRIES: tl.con
     """(logprob, raw logprob) of a token of a judged row; its table is overwritten."""
     nan = float("nan")
     target, _draft, _divided = load_state(place, tl.full([], 1.0, tl.float64))
-    score = log_prob(load_logits(rows, i, token, True), target, token).to(tl.float32)
+    score = log_prob(load_logits(rows, i, token), target, token).to(tl.float32)
     raw, raw_valid = raw_distribution(plain, i, key, table, ENTRIES, TILES)
-    raw_score = log_prob(load_logits(plain, i, token, True), raw, token).to(tl.float32)
+    raw_score = log_prob(load_logits(plain, i, token), raw, token).to(tl.float32)
     return tl.where(valid, score, nan), tl.where(raw_valid, raw_score, nan)

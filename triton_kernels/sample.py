@@ -66,7 +66,7 @@ def sample_kernel(
                 token = flat_race(rows, here, distribution, Key(key.seed, key.position + row), TILES)
             else:
                 token = draw_from_row(rows, here, distribution, key, tag)
-        logprob = log_prob(load_logits(rows, here, token, True), distribution, token).to(tl.float32)
+        logprob = log_prob(load_logits(rows, here, token), distribution, token).to(tl.float32)
         tl.store(tokens_ptr + r, token)
         tl.store(logprobs_ptr + r, tl.where(valid, logprob, float("nan")))
         store_stats(stats_ptr + 3 * r, distribution, valid)

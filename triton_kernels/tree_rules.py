@@ -133,7 +133,7 @@ def draft_left(drafts, tree, node, draft, last, drafted, TILES: tl.constexpr):
         sums = tl.zeros([TILES], tl.float32)
         for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=STAGES):
             ids = block_ids(start, TILES)
-            weights = probs(load_draft_logits(drafts, node, ids, True), draft)
+            weights = probs(load_draft_logits(drafts, node, ids), draft)
             child = next_child(tree, node, node)
             while child <= last:
                 weights = tl.where(ids == tl.load(tree.tokens + child), 0.0, weights)
@@ -209,7 +209,7 @@ def visit(rows, drafts, tree, key, states, visited, RULE: tl.constexpr, TILES: t
                         conditional = tl.where(known, prob / tl.where(left_of_draft > 0, left_of_draft, 1.0), 0.0)
                     if new == 0:
                         own = tl.load(states + twin * STATE + OWN_FACTOR)
-                weight = tl.exp(log_prob(load_logits(rows, node, token, True), target, token))
+                weight = tl.exp(log_prob(load_logits(rows, node, token), target, token))
                 weight = tl.where(certain, tl.where(new, weight, 0.0), tl.maximum(weight - prob / own, 0.0))
                 # Strict: what the target excludes is never accepted, whatever the draft was declared to be.
                 if RULE == RECURSIVE:
