@@ -328,6 +328,7 @@ def main() -> int:
                 failed[part.key] = str(error)
             how = "FAILS" if part.key in failed else "done"
             print(f"{count} of {len(running)}: {part.version}: {part.name}: {how}", file=sys.stderr, flush=True)
+    print(run(["git", "log", "-1", "--format=Of revision %h, %cs:"]).strip())
     for version, own in wanted.items():
         own = [part for part in own if part in parts]
         wrong = [f"FAILS: {part.name}: {failed[part.key]}" for part in own if part.key in failed]
