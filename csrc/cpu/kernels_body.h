@@ -81,6 +81,16 @@ class Tile {
   T copy_[kTile];
 };
 
+// Fetches what the next group reads where this one reads two vectors: the hardware's own prefetch stops at every 4 KiB
+// page. Line by line: float32 took a fifth longer when a tile's lines were asked for at once.
+template <class T>
+void prefetch_next(const T* here) {
+  constexpr uintptr_t kAhead = V::width * kTile * sizeof(T);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(here) + kAhead;  // may lie past the row: an address, no pointer
+  for (uintptr_t at = begin; at < begin + 2 * V::width * sizeof(T); at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
+}
+
 template <class T>
 V::F max_of_tile(const T* logits) {
   V::F a = V::load(logits), b = V::load(logits + V::width);
@@ -104,6 +114,7 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
         V::F a = V::set(-INFINITY), b = a, x, y;
         V::M nan = V::is_nan(a);
         for (int64_t i = 0; i < kTile; i += 2 * V::width) {
+          prefetch_next(group[g] + i);
           V::load_two(group[g] + i, x, y);
           nan = V::either(nan, V::either(V::is_nan(x), V::is_nan(y)));
           a = V::max(a, x);
@@ -124,6 +135,7 @@ V::F group_sums(const Group<T>& group, const F& term) {
     const T* logits = group[g];
     V::F a = V::set(0.0f), b = V::set(0.0f), x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
+      prefetch_next(logits + i);
       V::load_two(logits + i, x, y);
       a = V::add(a, V::exp2(term(g, x)));
       b = V::add(b, V::exp2(term(g, y)));

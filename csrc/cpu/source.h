@@ -20,6 +20,13 @@ inline float logit_of(const Row& row, int64_t token) {
   }
 }
 
+// Fetches logits that will be asked for, where they lie together.
+inline void prefetch(const Row& row, int64_t first, int64_t count) {
+  if (row.columns != nullptr) return;
+  const auto* const begin = static_cast<const char*>(address({.data = row.logits, .dtype = row.dtype}, first));
+  for (int64_t at = 0; at < count * bytes_of(row.dtype); at += 64) __builtin_prefetch(begin + at);
+}
+
 // The drafts before a row, which its penalties count as output.
 struct Prefix {
   const int64_t* tokens = nullptr;
