@@ -74,6 +74,25 @@ def test_a_drafter_that_is_its_target_is_always_right(model, name):
             assert own.request_steps == -(-length // 4)
 
 
+def test_nodes_of_a_tree_are_drafted_from_their_own_path(model):
+    """The children that a node keeps are the likeliest tokens behind the path to it, whatever else is in the tree."""
+    session = drafters(model)["tree of self"].begin(PROMPTS, None)
+    keys = torch.ones(len(PROMPTS), dtype=torch.int64)
+    draft = session.propose(Step([12] * len(PROMPTS), keys, keys, 0.0, greedy=True))
+    deeper = 0
+    for prompt, tokens, parents in zip(PROMPTS, draft.tokens.tolist(), draft.parents.tolist(), strict=True):
+        for node in {up for up in parents if up > 0}:
+            path, at = [], node
+            while at > 0:
+                path, at = [tokens[at], *path], parents[at]
+            with torch.inference_mode():
+                row = model(torch.tensor([[*prompt, *path]])).logits[0, -1]
+            children = {token for token, up in zip(tokens, parents, strict=True) if up == node}
+            assert children == set(row.topk(len(children)).indices.tolist())
+            deeper += 1
+    assert deeper > len(PROMPTS)
+
+
 def test_positions_count_the_whole_text(model):
     """Without drafts a token is what ``verify_chain`` draws at the position that it has in the text."""
     for prompt, seed in zip(PROMPTS, (3, -4, 1 << 40, 6), strict=True):
