@@ -35,6 +35,15 @@ if not torch.cuda.is_available():
     skip_repeated_patching()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def is_interpreted(backend: object) -> bool:
     return backend == "triton" and ops.BACKENDS["triton"].device == "cpu"
 

@@ -36,13 +36,7 @@ from specdec_kernels.decode.drafters import Growth, ModelDrafter, NGramDrafter, 
 logging.set_verbosity_error()  # of configurations that are unlike any real one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain(*kinds: str, **named: Any) -> dict[str, Architecture]:

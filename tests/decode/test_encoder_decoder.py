@@ -67,13 +67,7 @@ CASES = [(name, attention) for name in RIGHT for attention in ("eager", "sdpa")]
 BRIEF = {"t5", "umt5", "bart", "whisper"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(architecture: Architecture, seed: int, attention: str = "sdpa") -> Any:

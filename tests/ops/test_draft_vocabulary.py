@@ -3,7 +3,7 @@ distributions, and what is refused."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -61,6 +61,15 @@ def reduced(case: Any, index: int) -> tuple[DraftVocabulary, torch.Tensor, torch
     return vocabulary, logits, drawn.tokens.unflatten(0, (BATCH, rows)), stats
 
 
+def compare_with_the_oracle(report: selftest.Report, index: int, tokens: torch.Tensor, expected: Any) -> None:
+    """Each request's tokens with what the oracle says of it."""
+    for request, row in enumerate(tokens.tolist()):
+        said = expected(request)
+        report.compare(
+            f"case {index} request {request}", row, said.tokens + [-1] * (len(row) - len(said.tokens)), said.margin
+        )
+
+
 def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
     """And as the oracle says. Every third batch has drafts outside of the drafter's vocabulary."""
     verify, report = on_device(verify_chain, backend), selftest.Report()
@@ -75,10 +84,7 @@ def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
         by_ids = vocabulary.draft_to_target.int()
         assert_equal(got, verify(case.target, tokens, logits, stats, **case.options, draft_to_target=by_ids))
         full = selftest.chains.Case(case.target, tokens, scattered(logits, vocabulary), stats, case.options)
-        for request in range(BATCH):
-            said = selftest.chains.expected(full, request)
-            text = said.tokens + [-1] * (got.tokens.shape[1] - len(said.tokens))
-            report.compare(f"case {index} request {request}", got.tokens[request].tolist(), text, said.margin)
+        compare_with_the_oracle(report, index, got.tokens, partial(selftest.chains.expected, full))
     assert not report.wrong
     assert report.requests > 8 * report.too_close
 
@@ -112,10 +118,7 @@ def test_a_tree_is_verified_as_with_scattered_rows(backend, few):
         got = verify(*given, logits, stats, **case.options, draft_to_target=vocabulary)
         assert_equal(got, verify(*given, scattered(logits, vocabulary), stats, **case.options))
         full = selftest.trees.Case(*given, scattered(logits, vocabulary), stats, case.options)
-        for request in range(BATCH):
-            said = selftest.trees.expected(full, request)
-            text = said.tokens + [-1] * (got.tokens.shape[1] - len(said.tokens))
-            report.compare(f"case {index} request {request}", got.tokens[request].tolist(), text, said.margin)
+        compare_with_the_oracle(report, index, got.tokens, partial(selftest.trees.expected, full))
     assert not report.wrong
     assert report.requests > 8 * report.too_close
 
