@@ -146,6 +146,17 @@ class Draft:
 _COLUMNS = ("tokens", "logits", "stats", "temperature")
 
 
+def require_chain(draft: Draft | TreeDraft, name: str = "drafter", chains: str = "chains") -> Draft:
+    """What a drafter of chains proposed; ``name`` is the argument it was passed as, ``chains`` what it must draft.
+
+    Raises:
+        TypeError: it is a tree.
+    """
+    if isinstance(draft, TreeDraft):
+        raise TypeError(f"{name} must draft {chains}, got a drafter of trees")
+    return draft
+
+
 def counted(draft: Draft) -> Sequence[int]:
     """Drafts of each request, counted if they are not known."""
     if draft.counts is not None:

@@ -19,6 +19,7 @@ from specdec_kernels.decode.protocols import (
     TreeDraft,
     counted,
     joinable,
+    require_chain,
 )
 
 
@@ -339,9 +340,9 @@ class AdaptiveSession:
             nodes = [length + self._drafter.siblings * beside for length, beside in self._shapes]
             wanted = [min(pair) for pair in zip(nodes, step.num_draft, strict=True)]
             draft = self._session.propose(replace(step, num_draft=wanted, length=lengths))
+        if not self._drafter.siblings:
+            draft = require_chain(draft)
         if isinstance(draft, TreeDraft):
-            if not self._drafter.siblings:
-                raise TypeError("drafter must draft chains, got a drafter of trees")
             self._chains = draft.chains()
             rows, self._drafted = draft.parents.shape[1], [len(chain) for chain in self._chains]
         else:

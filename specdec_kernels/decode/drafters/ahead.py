@@ -17,9 +17,9 @@ from specdec_kernels.decode.protocols import (
     Drafter,
     DrafterSession,
     Step,
-    TreeDraft,
     counted,
     joinable,
+    require_chain,
     revertible,
 )
 from specdec_kernels.decode.tensors import longer, to_device
@@ -201,9 +201,7 @@ def _begun(drafter: Drafter, prompts: Sequence[Sequence[int]]) -> DrafterSession
 
 def _proposed(session: DrafterSession, step: Step) -> Draft:
     """A copy of what is proposed: sessions may propose the same tensors again."""
-    draft = session.propose(step)
-    if isinstance(draft, TreeDraft):
-        raise TypeError("drafter must draft chains to draft ahead of the target, got a drafter of trees")
+    draft = require_chain(session.propose(step), chains="chains to draft ahead of the target")
     return draft.select(range(len(step.num_draft)))
 
 

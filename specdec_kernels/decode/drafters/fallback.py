@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
 from specdec_kernels.decode.tensors import longer, to_device
 from specdec_kernels.ops import sample
 
@@ -45,9 +45,7 @@ class FallbackSession(SessionGroup):
         self._first, self._second, self._walked = first, second, walked
 
     def propose(self, step: Step) -> Draft | TreeDraft:
-        sure = self._first.propose(step)
-        if isinstance(sure, TreeDraft):
-            raise TypeError("first must draft chains of point masses, got a drafter of trees")
+        sure = require_chain(self._first.propose(step), "first", "chains of point masses")
         sure_counts = counted(sure)
         if all(sure_counts):
             return TreeDraft.of(sure) if self._walked else sure

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
 from specdec_kernels.decode.tensors import padded
 
 
@@ -60,9 +60,8 @@ class MergedSession(SessionGroup):
 
 
 def _chains(name: str, draft: Draft | TreeDraft) -> list[list[int]]:
-    if isinstance(draft, TreeDraft):
-        raise TypeError(f"{name} must draft chains, got a drafter of trees")
-    return [chain[:count] for chain, count in zip(draft.tokens.tolist(), counted(draft), strict=True)]
+    chain = require_chain(draft, name)
+    return [tokens[:count] for tokens, count in zip(chain.tokens.tolist(), counted(chain), strict=True)]
 
 
 def merged(chains: Sequence[Sequence[int]], most: int) -> tuple[list[int], list[int]]:

@@ -18,9 +18,16 @@ from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
 from specdec_kernels.decode.drafters.translation import Translation
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, joinable
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, joinable, require_chain
 from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import DraftVocabulary
+
+
+def _check_translation(translation: object) -> None:
+    if not isinstance(translation, Translation):
+        raise TypeError(
+            f"translation must be a Translation(target_tokenizer, draft_tokenizer), got {type(translation).__name__}"
+        )
 
 
 class IntersectionDrafter(ModelDrafter):
@@ -45,11 +52,7 @@ class IntersectionDrafter(ModelDrafter):
     ) -> None:
         super().__init__(model, None, config)
         model_facts.check_decoder_alone(model, "to draft with another tokenizer", "draft with a decoder")
-        if not isinstance(translation, Translation):
-            raise TypeError(
-                "translation must be a Translation(target_tokenizer, draft_tokenizer), got "
-                f"{type(translation).__name__}"
-            )
+        _check_translation(translation)
         self.translation, self.vocab_size = translation, vocab_size
         self.shared = translation.shared(vocab_size, self.own_vocab)
         """By the target's ids the model's own, of all tokens that both have."""
@@ -112,11 +115,7 @@ class TranslatedDrafter:
     feature_layers: Sequence[int] = ()
 
     def __init__(self, drafter: Drafter, translation: Translation) -> None:
-        if not isinstance(translation, Translation):
-            raise TypeError(
-                "translation must be a Translation(target_tokenizer, draft_tokenizer), got "
-                f"{type(translation).__name__}"
-            )
+        _check_translation(translation)
         siblings: int = getattr(drafter, "siblings", 0)
         if drafter.feature_layers or siblings:
             raise ValueError(f"drafter must draft chains and read no features, got {type(drafter).__name__}")
@@ -137,11 +136,8 @@ class TranslatedSession:
     def propose(self, step: Step) -> Draft:
         off: dict[str, Any] = {"top_k": TOP_K_OFF, "top_p": TOP_P_OFF, "min_p": MIN_P_OFF}
         wanted = [count if begun else 0 for count, begun in zip(step.num_draft, self._begun, strict=True)]
-        draft = self._session.propose(
-            replace(step, num_draft=wanted, temperature=0.0, greedy=True, coupled=False, length=None, **off)
-        )
-        if isinstance(draft, TreeDraft):
-            raise TypeError("drafter must draft chains, got a drafter of trees")
+        likeliest = replace(step, num_draft=wanted, temperature=0.0, greedy=True, coupled=False, length=None, **off)
+        draft = require_chain(self._session.propose(likeliest))
         return Draft.point_masses(
             [self._translated(own)[:count] for own, count in zip(draft.tokens.tolist(), step.num_draft, strict=True)]
         )
