@@ -84,8 +84,10 @@ def test_how_far_apart_is_exact(models):
     other = [torch.zeros(VOCAB) for _ in history.rows]
     uniform = methods.History(history.tokens, history.unscored, other)
     for temperature in (0.5, 1.0):
-        laws = [(row.double() / temperature).softmax(-1) for row in history.rows]
-        expected = sum(0.5 * float((law - 1 / VOCAB).abs().sum()) for law in laws) / len(laws)
+        distributions = [(row.double() / temperature).softmax(-1) for row in history.rows]
+        expected = sum(0.5 * float((distribution - 1 / VOCAB).abs().sum()) for distribution in distributions) / len(
+            distributions
+        )
         assert disagreement(models.exact, [uniform], temperature) == pytest.approx(expected, abs=1e-5)
 
 

@@ -107,7 +107,7 @@ def test_text_and_drafts_are_those_of_the_drafter_alone(model, name, rule, outco
 
 def test_joint_law_of_what_is_drafted_ahead(used):
     """Three tokens of requests that are each alone, so that drafts ahead are used: the texts are those of the drafter
-    alone, and their joint law is the target's."""
+    alone, and their joint distribution is the target's."""
     model, small = tiny(7, vocab=3, sharp=0.8), tiny(8, vocab=3, sharp=0.8)
     target, count = TransformersTarget(model), 600
     options = {"num_draft": 1, "max_new_tokens": 3, "temperature": 0.8}
@@ -119,8 +119,10 @@ def test_joint_law_of_what_is_drafted_ahead(used):
     plain = generate(target, [[1, 2]] * count, drafter=ModelDrafter(small), seed=list(range(count)), **options)
     assert seen == Counter(tuple(result.tokens) for result in plain)
     assert sum(used) > 100
-    law = exact_law(model, [1, 2], 0.8, 3)
-    statistic, freedom = g_test(np.array([float(seen[text]) for text in law]), np.array(list(law.values())))
+    distribution = exact_law(model, [1, 2], 0.8, 3)
+    statistic, freedom = g_test(
+        np.array([float(seen[text]) for text in distribution]), np.array(list(distribution.values()))
+    )
     assert statistic < limit(freedom)
 
 

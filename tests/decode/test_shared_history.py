@@ -162,21 +162,21 @@ def test_what_is_no_history():
         NGramDrafter(shared=[])
 
 
-# --- the law ----------------------------------------------------------------------------------------------------------
+# --- the distribution -------------------------------------------------------------------------------------------------
 
 
 def test_a_text_drafted_for_its_own_seed_is_a_wrong_law():
     """Why texts of the same seed are left out: what was drawn with the same noise depends on the uniforms that verify
     it. With another seed, and by the rule "coupled", it may be drafted."""
-    count, law = 20_000, [0.5, 0.3, 0.2]
-    logits = torch.tensor(law).log().expand(count, 2, 3).contiguous()
+    count, distribution = 20_000, [0.5, 0.3, 0.2]
+    logits = torch.tensor(distribution).log().expand(count, 2, 3).contiguous()
 
     def third(rule, seeds):
         """A text drafted from one that was drafted from one."""
         written = torch.zeros(count, dtype=torch.int64)
         for seed in seeds:
             written = verify_chain(logits, written[:, None], seed=seed, position=7, rule=rule).tokens[:, 0].long()
-        return g_test(written.bincount(minlength=3).double().numpy(), np.array(law))
+        return g_test(written.bincount(minlength=3).double().numpy(), np.array(distribution))
 
     same = torch.arange(count)
     for rule, seeds, right in (
@@ -216,7 +216,7 @@ def test_texts_of_the_same_seed_are_left_out_at_a_temperature():
 def test_joint_law_with_the_others_texts(ahead):
     """Four tokens of requests that are drafted what others write and wrote, whose seeds are all others."""
     model, count, batch, length, prompt = tiny(7, vocab=3, sharp=0.8), 8_000, 2_000, 3, [1, 2, 0, 1]
-    law = exact_law(model, prompt, 0.8, length)
+    distribution = exact_law(model, prompt, 0.8, length)
     drafter = NGramDrafter(shared=SharedHistory(max_tokens=8 * batch))
     seen, statistics = Counter(), Statistics()
     for start in range(0, count, batch):
@@ -227,8 +227,8 @@ def test_joint_law_with_the_others_texts(ahead):
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert statistics.accepted > 1000
-    texts = list(law)
-    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([law[t] for t in texts]))
+    texts = list(distribution)
+    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([distribution[t] for t in texts]))
     assert statistic < limit(freedom)
 
 

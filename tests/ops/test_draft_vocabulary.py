@@ -209,20 +209,20 @@ LEAF = {0: (1, 3, 0), 1: (3, 1, 0)}
 def all_cells(nodes: int) -> list[int]:
     """Seeds for each combination of the numbers that nodes are accepted and bonus tokens drawn by."""
     seeds = torch.arange(1 << 20)
-    coins = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 12) for node in range(nodes)]
+    acceptances = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 12) for node in range(nodes)]
     races = [uniforms(seeds, Purpose.TARGET, POSITION, row) for row in range(1, nodes + 1)]
-    return seeds_by_cell([*coins, (races, RACE_CELLS)])
+    return seeds_by_cell([*acceptances, (races, RACE_CELLS)])
 
 
 def two_tokens(verified: Any, masses: list[Any]) -> Any:
-    """The law of the first two tokens: continued by the target where there is but one."""
-    law: oracle.TextDistribution = {}
+    """The distribution of the first two tokens: continued by the target where there is but one."""
+    distribution: oracle.TextDistribution = {}
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         first, second = row[:2]
         others = {second: F(1)} if second >= 0 else dict(enumerate(law_of(LEAF.get(first, ROOT))))
         for token, chance in others.items():
-            law[first, token] = law.get((first, token), F(0)) + mass * chance
-    return law
+            distribution[first, token] = distribution.get((first, token), F(0)) + mass * chance
+    return distribution
 
 
 def exact() -> Any:
@@ -259,16 +259,21 @@ def test_the_law_of_a_chain_is_exact(backend, rule, stats):
 def test_the_law_of_a_tree_is_exact(backend, rule, siblings):
     """Two children of the root."""
     verify, cells = on_device(verify_tree, backend), all_cells(2)
-    law = law_of(DRAFT)
+    distribution = law_of(DRAFT)
     pairs = {
-        pair: law[pair[0]] * (law[pair[1]] if siblings == "iid" else int(pair[0] != pair[1]))
+        pair: distribution[pair[0]] * (distribution[pair[1]] if siblings == "iid" else int(pair[0] != pair[1]))
         for pair in product((0, 1), repeat=2)
     }
     nodes = [(pair, seed) for pair, mass in pairs.items() if mass for seed in cells]
     masses = [pairs[pair] / len(cells) for pair, _ in nodes]
     logits = logits_of(DRAFT, False)[KNOWN.draft_to_target].expand(len(nodes), 3, 2)
     verified = verify(
-        torch.stack([torch.stack([logits_of(law, False) for law in (ROOT, *(LEAF[t] for t in p))]) for p, _ in nodes]),
+        torch.stack(
+            [
+                torch.stack([logits_of(distribution, False) for distribution in (ROOT, *(LEAF[t] for t in p))])
+                for p, _ in nodes
+            ]
+        ),
         torch.tensor([(0, *pair) for pair, _ in nodes]),
         torch.tensor([[-1, 0, 0]]).expand(len(nodes), 3),
         logits,
@@ -289,8 +294,8 @@ def test_a_rule_that_forgets_the_tail_is_wrong():
     def target(prefix: tuple[int, ...]) -> Any:
         return law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT)
 
-    law = oracle.chain_distribution(target, lambda prefix: draft, 1)
-    assert oracle.total_variation(law, exact()) == 0
+    distribution = oracle.chain_distribution(target, lambda prefix: draft, 1)
+    assert oracle.total_variation(distribution, exact()) == 0
     residual = lambda p, q: max(F(0), p - q) if q else F(0)  # noqa: E731
     wrong = oracle.chain_distribution(target, lambda prefix: draft, 1, residual=residual)
     assert oracle.total_variation(wrong, exact()) > F(1, 5)

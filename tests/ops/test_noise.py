@@ -71,6 +71,6 @@ def test_coin_and_exponential_laws_of_the_oracle():
     """Coarse: 2^16 draws, mean within five standard errors."""
     noise = exponentials(torch.tensor([5]), torch.tensor([6]), Purpose.TARGET, Level.TILE, torch.tensor([0]), 2**16)
     assert abs(float(noise.mean()) - 1) < 5 / 256
-    coins = [oracle.Noise(seed, 3).uniform(0) for seed in range(2**12)]
-    assert abs(np.mean(coins) - 0.5) < 5 * 12**-0.5 / 64
-    assert max(coins) < 1
+    drawn = [oracle.Noise(seed, 3).uniform(0) for seed in range(2**12)]
+    assert abs(np.mean(drawn) - 0.5) < 5 * 12**-0.5 / 64
+    assert max(drawn) < 1
