@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from specdec_kernels.decode import Drafter, Sampling, Scheduler, Statistics, Target, stream
+from specdec_kernels.decode import Drafter, Sampling, Scheduler, Statistics, Target, Token, stream
 from specdec_kernels.decode.scheduler import Submission
 from specdec_kernels.ops import RuleName
 
@@ -42,6 +42,13 @@ class Served:
     def first(self) -> float:
         """Seconds from its arrival to its first token."""
         return self.times[0] - self.request.arrives
+
+    def note(self, token: Token, at: float) -> None:
+        """A token of it that came now."""
+        self.tokens.append(token.token)
+        self.drafted.append(token.drafted)
+        self.times.append(at)
+        self.finished = bool(token.finished)
 
     def latencies(self) -> list[float]:
         """Of every token behind those of the first step: its share of the time since the step before, as tokens that
@@ -93,11 +100,7 @@ class Service:
             due = [own for own in waiting[: self.most] if own.request.arrives <= clock.now]
             waiting = waiting[len(due) :]
             for token in self._stream([own.request for own in due], statistics):
-                own = due[token.request]
-                own.tokens.append(token.token)
-                own.times.append(clock.now)
-                own.drafted.append(token.drafted)
-                own.finished = bool(token.finished)
+                due[token.request].note(token, clock.now)
                 if clock.over:
                     return
 
@@ -125,26 +128,18 @@ class Service:
             if not busy:
                 clock.wait_for(waiting[0].request.arrives)
             while waiting and waiting[0].request.arrives <= clock.now:
-                running.append((waiting[0], self._submitted(scheduler, waiting.pop(0), clock)))
+                running.append((waiting[0], self._submitted(scheduler, waiting.pop(0).request)))
             busy = scheduler.step()
+            now = clock.now
             for own, submission in running:
-                if submission.done:
-                    text = submission.result()
-                    own.tokens, own.drafted, own.finished = text.tokens, text.drafted, True
+                while (token := submission.take()) is not None:
+                    own.note(token, now)
             running = [(own, submission) for own, submission in running if not own.finished]
 
-    def _submitted(self, scheduler: Scheduler, own: Served, clock: Clock) -> Submission:
-        """Of which the time of every token is noted."""
-        request = own.request
-
-        def noted(index: int, tokens: Sequence[int]) -> bool:
-            own.times.append(clock.now)
-            return False
-
+    def _submitted(self, scheduler: Scheduler, request: Request) -> Submission:
         return scheduler.submit(
-            request.prompt, sampling=self.sampling, max_new_tokens=request.max_new_tokens, seed=request.seed,
-            stop_when=noted,
-        )  # fmt: skip
+            request.prompt, sampling=self.sampling, max_new_tokens=request.max_new_tokens, seed=request.seed
+        )
 
 
 class Clock:

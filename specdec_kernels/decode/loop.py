@@ -145,8 +145,8 @@ def stream(
         seed: in [-2^63, 2^63), likewise; ``None`` draws one.
         stop_tokens: ids that end a request; the id itself is the last token yielded. ``None``: the model's own end
             tokens; ``()``: none.
-        stop_when: asked after every token, with the index of its prompt and the tokens generated so far; where it
-            answers True the request ends, as with a stop token.
+        stop_when: asked after every token but a stop token, with the index of its prompt and the tokens generated so
+            far; where it answers True the request ends, as with a stop token.
         temperature, top_k, top_p, min_p: see :func:`specdec_kernels.sample`; one for all, or a list with one each.
         repetition_penalty, presence_penalty, frequency_penalty: see :class:`specdec_kernels.Penalties`; likewise.
         logit_bias: by token id, what is added to the logits; likewise.

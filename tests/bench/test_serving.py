@@ -16,6 +16,8 @@ REQUESTS = [
     Request([1, 2, 3, 1, 2], 9, 0.0, 1), Request([4], 3, 0.0, 2), Request([5, 6], 12, 0.01, 3),
     Request([7, 3], 1, 0.02, 4),
 ]  # fmt: skip
+#: A likely id of the model's.
+STOP = 7
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,10 @@ def model():
 
 @pytest.mark.parametrize("drafter", [None, NGramDrafter(1)])
 @pytest.mark.parametrize(("most", "dynamic"), [(1, False), (3, False), (3, True)])
-def test_every_request_is_served_as_it_is_alone(model, drafter, most, dynamic):
+def test_every_request_is_served_as_it_is_alone(model, drafter, most, dynamic, monkeypatch):
+    """Some of them to a stop token, which is the last of theirs."""
     sampling = Sampling(temperature=0.8)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", STOP)
     target = TransformersTarget(model)
     served = Service(target, drafter, rule="coupled", sampling=sampling, most=most, dynamic=dynamic).serve(REQUESTS)
     for own, request in zip(served, REQUESTS, strict=True):
@@ -39,6 +43,7 @@ def test_every_request_is_served_as_it_is_alone(model, drafter, most, dynamic):
         assert len(own.times) == len(own.drafted) == len(own.tokens)
         assert own.first > 0
         assert own.times == sorted(own.times)
+    assert 0 < sum(own.tokens[-1] == STOP for own in served) < len(served)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -51,6 +56,9 @@ def test_what_takes_too_long_is_cut_off(model, dynamic, monkeypatch):
     served = Service(TransformersTarget(model), most=2, dynamic=dynamic).serve(many, seconds=60)
     assert sum(own.finished for own in served) < 5
     assert not served[-1].finished
+    assert any(own.tokens and not own.finished for own in served)
+    for own in served:
+        assert len(own.times) == len(own.tokens) == len(own.drafted) >= len(own.latencies())
 
 
 def test_tokens_that_come_together_have_waited_together():
