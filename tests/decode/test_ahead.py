@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import CONV, MIXED, WINDOW, Architecture, build
-from decoding import PROMPTS, drafted, drafters, exact_law
+from decoding import PROMPTS, drafted, drafters, exact_distribution
 from distributions import g_test, limit
 from tiny import VOCAB, Altered, steady, tiny
 
@@ -105,7 +105,7 @@ def test_text_and_drafts_are_those_of_the_drafter_alone(model, name, rule, outco
     assert not all(used) or name == "self"
 
 
-def test_joint_law_of_what_is_drafted_ahead(used):
+def test_joint_distribution_of_what_is_drafted_ahead(used):
     """Three tokens of requests that are each alone, so that drafts ahead are used: the texts are those of the drafter
     alone, and their joint distribution is the target's."""
     model, small = tiny(7, vocab=3, sharp=0.8), tiny(8, vocab=3, sharp=0.8)
@@ -119,7 +119,7 @@ def test_joint_law_of_what_is_drafted_ahead(used):
     plain = generate(target, [[1, 2]] * count, drafter=ModelDrafter(small), seed=list(range(count)), **options)
     assert seen == Counter(tuple(result.tokens) for result in plain)
     assert sum(used) > 100
-    distribution = exact_law(model, [1, 2], 0.8, 3)
+    distribution = exact_distribution(model, [1, 2], 0.8, 3)
     statistic, freedom = g_test(
         np.array([float(seen[text]) for text in distribution]), np.array(list(distribution.values()))
     )

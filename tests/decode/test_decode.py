@@ -1,4 +1,4 @@
-"""The loop on small random models: its text, its law, its bookkeeping."""
+"""The loop on small random models: its text, its distribution, its bookkeeping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from decoding import (
     SHORTLIST,
     TREES,
     drafters,
-    exact_law,
+    exact_distribution,
     feature_drafter,
     medusa_drafter,
     with_repeats,
@@ -118,13 +118,13 @@ BRIEF = {
         *(("merged tree", rule) for rule in ("token", "coupled")),
     ],
 )
-def test_joint_law_over_three_steps(kind, rule, monkeypatch):
+def test_joint_distribution_over_three_steps(kind, rule, monkeypatch):
     """Four tokens, at least three steps with one draft each (two drafts under the block rule, which with one would be
-    the token rule): the joint law of the text is the target's."""
+    the token rule): the joint distribution of the text is the target's."""
     model = tiny(7, vocab=3, sharp=0.8)
     small, drafting = tiny(8, vocab=3, sharp=0.8), DraftConfig(min_confidence=0.4, temperature_scale=0.6)
     network = FeatureModel(model.config, torch.tensor([0, 2]))
-    # What drafts and steps take is all the same to the law; here it lets the adaptive drafter change its mind.
+    # What drafts and steps take is all the same to the distribution; here it lets the adaptive drafter change its mind.
     spans = random.Random(0)
     ticks = accumulate(iter(lambda: 10 ** spans.uniform(-2, 1), None))
     monkeypatch.setattr(adaptive, "time", SimpleNamespace(perf_counter=ticks.__next__))
@@ -141,7 +141,7 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         "merged tree": lambda: MergedDrafter(NGramDrafter(1), ModelDrafter(small)),
     }[kind]()
     count, batch, length = 12_000, 2_000, 4
-    law = exact_law(model, [1, 2], 0.8, length)
+    distribution = exact_distribution(model, [1, 2], 0.8, length)
     seen = Counter()
     steps = Statistics()
     num_draft = {"tree": 3, "merged tree": 3, "siblings": 4, "adaptive siblings": 4}.get(
@@ -154,14 +154,14 @@ def test_joint_law_over_three_steps(kind, rule, monkeypatch):
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500
-    texts = list(law)
+    texts = list(distribution)
     statistic, freedom = g_test(
-        np.array([float(seen[text]) for text in texts]), np.array([law[text] for text in texts])
+        np.array([float(seen[text]) for text in texts]), np.array([distribution[text] for text in texts])
     )
     assert statistic < limit(freedom)
 
 
-def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
+def test_a_tree_that_drops_an_unlikely_draw_gives_a_wrong_distribution():
     """The control for trees: children drawn at a temperature, and only the likelier ones proposed."""
 
     def dropping(draft, step):
@@ -172,7 +172,7 @@ def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
         )
 
     model, count = tiny(7, vocab=3, sharp=0.8), 16_000
-    law = exact_law(model, [1, 2], 0.8, 1)
+    distribution = exact_distribution(model, [1, 2], 0.8, 1)
     seen = {}
     drafter = TreeDrafter(ModelDrafter(tiny(8, vocab=3, sharp=0.8)))
     for kind in (drafter, Altered(drafter, dropping)):
@@ -181,7 +181,9 @@ def test_a_tree_that_drops_an_unlikely_draw_is_a_wrong_law():
             seed=list(range(count)),
         )  # fmt: skip
         counts = Counter(result.tokens[0] for result in results)
-        seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+        seen[kind] = g_test(
+            np.array([float(counts[t]) for t in range(3)]), np.array([distribution[(t,)] for t in range(3)])
+        )
     exact, altered = seen.values()
     assert exact[0] < limit(exact[1])
     assert altered[0] > limit(altered[1])
@@ -192,11 +194,11 @@ def test_trees_have_branches_and_are_accepted(target_model):
     statistics = Statistics()
     options = {"num_draft": 6, "max_new_tokens": 24, "temperature": 0.8, "seed": 1, "statistics": statistics}
     generate(TransformersTarget(target_model), PROMPTS, drafter=drafters(target_model)["tree of self"], **options)
-    assert statistics.accepted_at[0] == statistics.proposed_at[0]  # a draft of the target's own law
+    assert statistics.accepted_at[0] == statistics.proposed_at[0]  # a draft of the target's own distribution
     assert statistics.proposed > 2 * sum(statistics.proposed_at)
 
 
-def test_a_sibling_that_is_withheld_is_a_wrong_law():
+def test_a_sibling_that_is_withheld_gives_a_wrong_distribution():
     """The control for siblings: one that was drawn and is not to somebody's liking is proposed all the same."""
 
     def withholding(draft, step):
@@ -207,7 +209,7 @@ def test_a_sibling_that_is_withheld_is_a_wrong_law():
         return replace(draft, parents=parents)
 
     model, count, seen = tiny(5, vocab=3, sharp=1.2), 8_000, {}
-    law = exact_law(model, [1, 2], 0.8, 1)
+    distribution = exact_distribution(model, [1, 2], 0.8, 1)
     drafter = ModelDrafter(tiny(9, vocab=3, sharp=1.2), config=DraftConfig(siblings=1))
     for kind in (drafter, Altered(drafter, withholding)):
         results = generate(
@@ -215,7 +217,9 @@ def test_a_sibling_that_is_withheld_is_a_wrong_law():
             temperature=0.8, seed=list(range(count)),
         )  # fmt: skip
         counts = Counter(result.tokens[0] for result in results)
-        seen[kind] = g_test(np.array([float(counts[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+        seen[kind] = g_test(
+            np.array([float(counts[t]) for t in range(3)]), np.array([distribution[(t,)] for t in range(3)])
+        )
     exact, altered = seen.values()
     assert exact[0] < limit(exact[1])
     assert altered[0] > limit(altered[1])
@@ -252,20 +256,22 @@ def test_windows_take_chains_alone(target_model):
         )
 
 
-def test_a_stop_that_looks_at_a_withheld_token_is_a_wrong_law():
-    """The control of the test above: a drafter that hides a drawn token it does not like changes the law."""
+def test_a_stop_that_looks_at_a_withheld_token_gives_a_wrong_distribution():
+    """The control of the test above: a drafter that hides a drawn token it does not like changes the distribution."""
 
     def hiding(draft, step):
         return Draft(draft.tokens.masked_fill(draft.tokens == 0, -1), draft.logits, draft.stats)
 
     model, count = tiny(7, vocab=3, sharp=0.8), 16_000
-    law = exact_law(model, [1, 2], 0.8, 1)
+    distribution = exact_distribution(model, [1, 2], 0.8, 1)
     results = generate(
         TransformersTarget(model), [[1, 2]] * count, drafter=Altered(ModelDrafter(tiny(8, vocab=3, sharp=0.8)), hiding),
         num_draft=1, max_new_tokens=2, temperature=0.8, seed=list(range(count)),
     )  # fmt: skip
     seen = Counter(result.tokens[0] for result in results)
-    statistic, freedom = g_test(np.array([float(seen[t]) for t in range(3)]), np.array([law[(t,)] for t in range(3)]))
+    statistic, freedom = g_test(
+        np.array([float(seen[t]) for t in range(3)]), np.array([distribution[(t,)] for t in range(3)])
+    )
     assert statistic > limit(freedom)
 
 

@@ -220,7 +220,7 @@ def gpt2(positions, seed=3):
 
 
 @pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "siblings"])
-def test_requests_of_a_batch_reach_the_end_of_the_context(name):
+def test_requests_of_a_batch_go_to_the_end_of_the_context(name):
     """Case 43: learned positions, of which there is none behind the last."""
     model = gpt2(32)
     prompts, limits = [[i % VOCAB for i in range(28)], [4]], [5, 20]
@@ -329,7 +329,7 @@ def test_a_grammar_is_not_asked_what_follows_a_stop_token(model):
 
 
 def test_masks_of_padded_vocabularies(model):
-    """Logits that are wider than the tokenizer: what a mask does not reach is not allowed."""
+    """Logits that are wider than the tokenizer: what a mask does not cover is not allowed."""
     wide = tiny(1, vocab=70, layers=2)
     results = generate(TransformersTarget(wide), [[1]] * 20, seed=list(range(20)), max_new_tokens=4, temperature=3.0,
                        grammar=lambda history: mask_of(*range(0, 32)))  # fmt: skip

@@ -37,7 +37,8 @@ def decode(model, name=None, prompts=PROMPTS, **options):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_coupled_text_is_the_same_with_any_drafter(target_model, name, options):
-    """Case 25, with everything that can be done to a law; and each request alone gives what it gave in the batch."""
+    """Case 25, with everything that can be done to a distribution; and each request alone gives what it gave in the
+    batch."""
     named = {"rule": "coupled", **OPTIONS[options]}
     plain = decode(target_model, **named)
     assert decode(target_model, name, **named) == plain

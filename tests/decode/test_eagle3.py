@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from decoding import exact_law
+from decoding import exact_distribution
 from distributions import g_test, limit
 from eagle3_layout import Reference, hidden_states
 from safetensors.torch import save_file
@@ -169,10 +169,10 @@ def test_the_distribution_is_the_targets(tmp_path):
     model = tiny(4, vocab=4, layers=5)
     folder = write(tmp_path / "drafter", vocab=4, targets=[3, 1])
     drafter, length, texts = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.8)), 3, 1600
-    law = exact_law(model, [1, 2], 0.8, length)
+    distribution = exact_distribution(model, [1, 2], 0.8, length)
     target = TransformersTarget(model)
     for rule in ("token", "block", "coupled"):
-        counts, statistics = dict.fromkeys(law, 0), Statistics()
+        counts, statistics = dict.fromkeys(distribution, 0), Statistics()
         for first in range(0, texts, 200):
             for each in generate(
                 target, [[1, 2]] * 200, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8,
@@ -180,7 +180,7 @@ def test_the_distribution_is_the_targets(tmp_path):
             ):  # fmt: skip
                 counts[tuple(each.tokens)] += 1
         observed = torch.tensor(list(counts.values())).double()
-        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(law.values())).numpy())
+        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(distribution.values())).numpy())
         assert statistic < limit(freedom)
         assert 0 < statistics.accepted < statistics.proposed
 

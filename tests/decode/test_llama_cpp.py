@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from decoding import NAMES, OPTIONS, PROMPTS, TREES, drafters, exact_law, only_even
+from decoding import NAMES, OPTIONS, PROMPTS, TREES, drafters, exact_distribution, only_even
 from distributions import g_test, limit
 from llama_cpp_stand_in import LlamaCpp
 from tiny import slow_greedy, steady, tiny
@@ -72,9 +72,9 @@ def test_the_distribution_is_exact(stand_in):
     model = tiny(4, vocab=4)
     target, texts, length = LlamaCppTarget(stand_in(model)[1]), 1500, 3
     drafter = ModelDrafter(tiny(5, vocab=4))
-    law = exact_law(model, [1, 2], 0.8, length)
+    distribution = exact_distribution(model, [1, 2], 0.8, length)
     for rule in ("token", "block"):
-        counts = dict.fromkeys(law, 0)
+        counts = dict.fromkeys(distribution, 0)
         for first in range(0, texts, 4):  # batches, whose requests end a step at different numbers of drafts
             batch = generate(
                 target, [[1, 2]] * 4, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8, rule=rule,
@@ -83,7 +83,7 @@ def test_the_distribution_is_exact(stand_in):
             for each in batch:
                 counts[tuple(each.tokens)] += 1
         observed = torch.tensor(list(counts.values())).double()
-        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(law.values())).numpy())
+        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(distribution.values())).numpy())
         assert statistic < limit(freedom)
 
 

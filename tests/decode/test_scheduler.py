@@ -345,7 +345,7 @@ def test_steps_of_static_shapes(model, drafter):
 @pytest.mark.parametrize("target", ["static", "windows"])
 @pytest.mark.parametrize("with_logprobs", [False, True])
 def test_prompts_are_read_in_pieces_that_a_target_takes(target, with_logprobs):
-    """However long the pieces may be: these would reach beyond a cache of static shapes, and beyond a window."""
+    """However long the pieces may be: these would go beyond a cache of static shapes, and beyond a window."""
     model = steady(tiny(1, max_position_embeddings=512))
     targets = {"static": StaticTarget(model, 2), "windows": TransformersTarget(model, fixed_rows=4)}
     scheduler = Scheduler(targets[target], chunk=129)

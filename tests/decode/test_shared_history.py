@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from decoding import exact_law
+from decoding import exact_distribution
 from distributions import g_test, limit
 from tiny import slow_greedy, steady, tiny
 
@@ -165,7 +165,7 @@ def test_what_is_no_history():
 # --- the distribution -------------------------------------------------------------------------------------------------
 
 
-def test_a_text_drafted_for_its_own_seed_is_a_wrong_law():
+def test_a_text_drafted_for_its_own_seed_gives_a_wrong_distribution():
     """Why texts of the same seed are left out: what was drawn with the same noise depends on the uniforms that verify
     it. With another seed, and by the rule "coupled", it may be drafted."""
     count, distribution = 20_000, [0.5, 0.3, 0.2]
@@ -213,10 +213,10 @@ def test_texts_of_the_same_seed_are_left_out_at_a_temperature():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_joint_law_with_the_others_texts(ahead):
+def test_joint_distribution_with_the_others_texts(ahead):
     """Four tokens of requests that are drafted what others write and wrote, whose seeds are all others."""
     model, count, batch, length, prompt = tiny(7, vocab=3, sharp=0.8), 8_000, 2_000, 3, [1, 2, 0, 1]
-    distribution = exact_law(model, prompt, 0.8, length)
+    distribution = exact_distribution(model, prompt, 0.8, length)
     drafter = NGramDrafter(shared=SharedHistory(max_tokens=8 * batch))
     seen, statistics = Counter(), Statistics()
     for start in range(0, count, batch):

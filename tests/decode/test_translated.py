@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from decoding import exact_law
+from decoding import exact_distribution
 from distributions import g_test, limit
 from small_tokenizers import byte_fallback, byte_level, of_tokens
 from tiny import Altered, slow_greedy, tiny
@@ -150,7 +150,7 @@ def test_text_has_the_targets_distribution(kind, rule):
 def measured(drafter, rule="token", count=6_000, length=3):
     """(accepted drafts, statistic, degrees of freedom) of all texts of three tokens."""
     model, seen, steps = tiny(7, vocab=4, sharp=0.8), Counter(), Statistics()
-    probs = exact_law(model, PROMPT, 0.8, length)
+    probs = exact_distribution(model, PROMPT, 0.8, length)
     for start in range(0, count, 2_000):
         results = generate(
             TransformersTarget(model), [PROMPT] * 2_000, drafter=drafter, num_draft=3, max_new_tokens=length,
@@ -161,7 +161,7 @@ def measured(drafter, rule="token", count=6_000, length=3):
     return steps.accepted, *g_test(observed, np.array(list(probs.values())))
 
 
-def test_a_draft_by_another_tokens_logits_is_a_wrong_distribution():
+def test_a_draft_by_another_tokens_logits_gives_a_wrong_distribution():
     """The control: what is drawn is one token, and the logits say that it was another one."""
 
     def mistranslated(draft, step):

@@ -118,13 +118,13 @@ PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
 
 
 @torch.no_grad()
-def exact_law(model, prompt, temperature, length):
-    law = {}
+def exact_distribution(model, prompt, temperature, length):
+    distribution = {}
     for text in product(range(model.config.vocab_size), repeat=length):
         logits = model(torch.tensor([[*prompt, *text]])).logits[0].double() / temperature
         probs = logits.softmax(-1)
-        law[text] = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(text)]).prod())
-    return law
+        distribution[text] = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(text)]).prod())
+    return distribution
 
 
 OPTIONS = {

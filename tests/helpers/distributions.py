@@ -13,9 +13,10 @@ from specdec_kernels.ops import noise_words
 
 F = Fraction
 RACE_CELLS = 4
-# Two tokens with probabilities in quarters, so that one race number in each cell of a grid of quarters, and one coin in
-# each cell of a grid of twelfths, are the law when counted. Rows by prefix. A third token, which every filter takes
-# away, is in the rows of filtered laws: filters are part of the law, so they must not change anything here.
+# Two tokens with probabilities in quarters, so that one race number in each cell of a grid of quarters, and one uniform
+# in each cell of a grid of twelfths, are the distribution when counted. Rows by prefix. A third token, which every
+# filter takes away, is in the rows of filtered distributions: filters are part of the distribution, so they must not
+# change anything here.
 QUARTERS = {(): (1, 3), (0,): (3, 1), (1,): (1, 3), (0, 0): (1, 3), (0, 1): (2, 2), (1, 0): (3, 1), (1, 1): (1, 3)}
 # For two point masses under the block rule, whose chances then are 1/2, 1/3 and 1/4.
 TWELFTHS = {**{k: (3 * a, 3 * b) for k, (a, b) in QUARTERS.items()}, (): (6, 6), (0,): (4, 8), (1,): (8, 4)}
@@ -23,7 +24,7 @@ TWELFTHS = {**{k: (3 * a, 3 * b) for k, (a, b) in QUARTERS.items()}, (): (6, 6),
 FILTERED = 0.4
 
 
-def law_of(weights):
+def probs_of(weights):
     total = sum(weights)
     return [F(w, total) for w in weights]
 
@@ -35,7 +36,7 @@ def logits_of(weights, filtered):
 
 
 def uniforms(seeds, purpose, position, row):
-    """Coins, or for a race between the first two tokens the number below whose probability the first one wins."""
+    """Uniforms, or for a race between the first two tokens the number below whose probability the first one wins."""
     level = Level.TILE if purpose == Purpose.ACCEPT else Level.TOKEN
     words = noise_words(seeds, torch.full_like(seeds, position), counter_tag(purpose, level, row), backend="cpu")
     words = words[:, :2].double().numpy()
@@ -77,23 +78,23 @@ def limit(freedom):
 
 
 def table(vocab: int, seed: int, zeros: bool = False):
-    """A conditional law: any prefix to probabilities, multiples of 1/12."""
+    """A conditional distribution: any prefix to probabilities, multiples of 1/12."""
 
-    def law(prefix):
+    def distribution(prefix):
         rng = np.random.default_rng([seed, *prefix])
         cuts = rng.integers(0, 13, vocab - 1) if zeros else rng.integers(1, 12, vocab - 1)
         edges = [0, *sorted(int(c) for c in cuts), 12]
         return [F(b - a, 12) for a, b in pairwise(edges)]
 
-    return law
+    return distribution
 
 
 def point_mass(vocab: int, seed: int):
-    def law(prefix):
+    def distribution(prefix):
         token = np.random.default_rng([seed, *prefix]).integers(vocab)
         return [F(int(v == token)) for v in range(vocab)]
 
-    return law
+    return distribution
 
 
 def disjoint(prefix):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import Architecture, build
-from decoding import exact_law
+from decoding import exact_distribution
 from distributions import g_test, limit
 from tiny import VOCAB, tiny
 from transformers import (
@@ -106,7 +106,7 @@ def test_texts_of_architectures(name, assistant):
 def test_the_distribution_of_drawn_texts(way):
     """Three tokens, against their exact distribution; another temperature, the control, is told from it."""
     target, count = tiny(7, vocab=3, sharp=0.8), 6_000
-    law = exact_law(target, [1, 2], 0.8, 3)
+    distribution = exact_distribution(target, [1, 2], 0.8, 3)
     drafts = {"drafter": NGramDrafter(1)} if way == "lookup" else {"assistant_model": tiny(8, vocab=3, sharp=0.8)}
     torch.manual_seed(0)
     statistics = Statistics()
@@ -117,7 +117,7 @@ def test_the_distribution_of_drawn_texts(way):
     assert statistics.accepted > 500
     seen = Counter(map(tuple, out[:, 2:].tolist()))
     texts = list(product(range(3), repeat=3))
-    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([law[t] for t in texts]))
+    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([distribution[t] for t in texts]))
     assert (statistic < limit(freedom)) == (way != "wrong")
 
 

@@ -242,7 +242,7 @@ def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
     target = target.to(dtype)
     draft = target[:, :4] + torch.randn(3, 4, 60_000, generator=generator).mul_(0.3).to(dtype)
     drawn = ops.sample(draft.flatten(0, 1), seed=3, position=1, temperature=temperature)
-    law = (None, None) if kind == "point mass" else (draft, drawn.stats.reshape(3, 4, 3))
+    drafted = (None, None) if kind == "point mass" else (draft, drawn.stats.reshape(3, 4, 3))
     options = {"temperature": temperature}
     if kind == "masked":
         words = torch.randint(-(2**31), 2**31, (3, 3, 5, 1875), generator=generator, dtype=torch.int32)
@@ -251,7 +251,7 @@ def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
         options["num_draft"] = torch.zeros(3, dtype=torch.int64)
 
     def verified(rows, seed, backend=None):
-        given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *law))
+        given = (None if x is None else x[rows] for x in (target, drawn.tokens.reshape(3, 4), *drafted))
         own = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         heat = 1.0 if kind == "dense" else None
         return ops.verify_chain(*given, draft_temperature=heat, seed=seed, position=1, backend=backend, **own)

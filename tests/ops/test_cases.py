@@ -21,7 +21,7 @@ def batch(vocab=131, count=3, drafts=2, seed=0):
 
 
 def test_a_product_of_zero_is_not_below_a_target_of_zero(verify_chain):
-    """Case 1: handed-over statistics that make coin * draft exactly 0, as coin 0 would."""
+    """Case 1: handed-over statistics that make uniform * draft exactly 0, as a uniform of 0 would."""
     target = torch.tensor([[-INF, 0.0, 0.0], [0.0, 0.0, 0.0]])[None]
     stats = torch.tensor([[[1.0, -INF, 1e5]]])
     verified = verify_chain(target, torch.tensor([[0]]), torch.zeros(1, 1, 3), stats, seed=1, position=1)
@@ -29,7 +29,7 @@ def test_a_product_of_zero_is_not_below_a_target_of_zero(verify_chain):
     assert verified.tokens[0, 0] in (1, 2)
 
 
-def test_what_the_residual_excludes_is_never_emitted(few, verify_chain):
+def test_what_the_residual_excludes_is_never_drawn(few, verify_chain):
     """Case 2, at the last id of a short tile."""
     count, vocab = few(400), 130
     target = torch.zeros(count, 2, vocab)
@@ -95,7 +95,7 @@ def test_a_one_hot_draft_is_a_point_mass(few, verify_chain):
 
 
 def test_zero_residual(few, verify_chain):
-    """Case 14: a rejection with nothing left over (declared twice too likely) emits from the target."""
+    """Case 14: a rejection with nothing left over (declared twice too likely) draws from the target."""
     count = few(300)
     row = torch.tensor([0.5, 0.5, 0.0, 0.0]).log()
     stats = torch.tensor([1.0, -INF, -float(np.log(4.0))]).expand(count, 1, 3)

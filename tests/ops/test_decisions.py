@@ -173,12 +173,12 @@ def test_launchers_take_no_id_that_is_none(name, bad):
     target, draft = torch.zeros(1, 3, 7), torch.zeros(1, 2, 7)
     target[..., 3] = 50.0
     key = torch.tensor([1])
-    law = (None, 1.0, 0, 1.0, 0.0, None, None, None, None, None)
+    processing = (None, 1.0, 0, 1.0, 0.0, None, None, None, None, None)
     for logits in (None, draft):
         for rule in range(3):
             tokens, accepted, valid, counters, *_ = BACKENDS[name].functions["verify_chain"](
-                target, torch.tensor([[3, bad]]), logits, None, None, None, 1.0, key, key, None, None, *law, rule,
-                False, False, None,
+                target, torch.tensor([[3, bad]]), logits, None, None, None, 1.0, key, key, None, None, *processing,
+                rule, False, False, None,
             )  # fmt: skip
             assert tokens.tolist() == [[3, 3, -1]]
             assert valid.all()
@@ -187,7 +187,7 @@ def test_launchers_take_no_id_that_is_none(name, bad):
         for rule in range(4 if name == "triton" else 0):  # the emulation looks, as a CPU does
             tokens, _, accepted, valid, *_ = BACKENDS[name].functions["verify_tree"](
                 target, torch.tensor([[0, bad, 3]]), torch.tensor([[-1, 0, 0]]), None if logits is None else target * 0,
-                None, None, None, 1.0, key, key, *law, rule, True, False,
+                None, None, None, 1.0, key, key, *processing, rule, True, False,
             )  # fmt: skip
             assert tokens.tolist() == [[3, 3, -1]]
             assert valid.all()
@@ -207,18 +207,18 @@ def test_launchers_read_no_column_that_is_none(name, bad):
     table[torch.tensor([3, 77, 140, 8, 149, 9])] = torch.arange(6, dtype=torch.int32)
     wrong = table.where(table >= 0, bad)
     functions, key, row = BACKENDS[name].functions, torch.tensor([1]), torch.arange(3)
-    law = (None, 1.0, 0, 1.0, 0.0, None, None, None, None, None)
+    processing = (None, 1.0, 0, 1.0, 0.0, None, None, None, None, None)
     tokens, parents = torch.tensor([[0, 3, 77]]), torch.tensor([[-1, 0, 0]])
 
     def results(columns):
         drafts = (draft, None, columns, None, 1.0, key, key)
         for rule in (Rule.TOKEN, Rule.BLOCK):
-            rest = (None, None, *law, rule, True, False, None)
+            rest = (None, None, *processing, rule, True, False, None)
             yield from functions["verify_chain"](target, tokens[:, 1:], draft[:, :2], *drafts[1:], *rest)
         for rule in (TreeRule.RECURSIVE, TreeRule.TRAVERSAL):
-            yield from functions["verify_tree"](target, tokens, parents, *drafts, *law, rule, False, True)
-        yield from functions["sample"](draft[0], columns, row, row, row, *law, False)
-        yield from functions["sample_children"](draft[0], columns, row, row, row, *law, 2, Children.TOP)
+            yield from functions["verify_tree"](target, tokens, parents, *drafts, *processing, rule, False, True)
+        yield from functions["sample"](draft[0], columns, row, row, row, *processing, False)
+        yield from functions["sample_children"](draft[0], columns, row, row, row, *processing, 2, Children.TOP)
 
     expected = list(results(table))
     assert all(result.all() for result in expected if result.dtype == torch.bool), "rows are valid"
@@ -272,9 +272,11 @@ def test_nothing_is_read_behind_a_draft_that_the_target_excludes(verify_chain, r
     target, draft = torch.zeros(1, 4, 300), torch.zeros(1, 3, 300)
     target[0, 0, 5] = -INF
     target[0, 1:], draft[0, 1:] = NAN, NAN
-    law = () if kind == "point mass" else (draft,)
+    drafts = () if kind == "point mass" else (draft,)
     heat = None if kind == "point mass" else 1.0
-    made = verify_chain(target, torch.tensor([[5, 0, 0]]), *law, seed=1, position=1, rule=rule, draft_temperature=heat)
+    made = verify_chain(
+        target, torch.tensor([[5, 0, 0]]), *drafts, seed=1, position=1, rule=rule, draft_temperature=heat
+    )
     assert made.valid.all()
     assert made.num_accepted.tolist() == [0]
     assert made.tokens[0, 0] != 5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backends import on_device
-from distributions import RACE_CELLS, F, law_of, logits_of, seeds_by_cell, uniforms
+from distributions import RACE_CELLS, F, logits_of, probs_of, seeds_by_cell, uniforms
 from processes import run_python
 
 from specdec_kernels import DraftVocabulary, oracle, sample, sample_children, selftest, verify_chain, verify_tree
@@ -219,23 +219,23 @@ def two_tokens(verified: Any, masses: list[Any]) -> Any:
     distribution: oracle.TextDistribution = {}
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         first, second = row[:2]
-        others = {second: F(1)} if second >= 0 else dict(enumerate(law_of(LEAF.get(first, ROOT))))
+        others = {second: F(1)} if second >= 0 else dict(enumerate(probs_of(LEAF.get(first, ROOT))))
         for token, chance in others.items():
             distribution[first, token] = distribution.get((first, token), F(0)) + mass * chance
     return distribution
 
 
 def exact() -> Any:
-    return oracle.target_distribution(lambda prefix: law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT), 1)
+    return oracle.target_distribution(lambda prefix: probs_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT), 1)
 
 
 @pytest.mark.interpreted(kept=lambda parameters: parameters["rule"] == "block" and not parameters["stats"])
 @pytest.mark.parametrize("stats", [True, False])
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_the_law_of_a_chain_is_exact(backend, rule, stats):
+def test_the_distribution_of_a_chain_is_exact(backend, rule, stats):
     verify, cells = on_device(verify_chain, backend), all_cells(1)
     drafts = [(token, seed) for token in (0, 1) for seed in cells]
-    masses = [law_of(DRAFT)[token] / len(cells) for token, _ in drafts]
+    masses = [probs_of(DRAFT)[token] / len(cells) for token, _ in drafts]
     target = torch.stack([torch.stack([logits_of(ROOT, False), logits_of(LEAF[token], False)]) for token, _ in drafts])
     logits = logits_of(DRAFT, False)[KNOWN.draft_to_target].expand(len(drafts), 1, 2)
     verified = verify(
@@ -256,10 +256,10 @@ def test_the_law_of_a_chain_is_exact(backend, rule, stats):
 @pytest.mark.interpreted(None)
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
-def test_the_law_of_a_tree_is_exact(backend, rule, siblings):
+def test_the_distribution_of_a_tree_is_exact(backend, rule, siblings):
     """Two children of the root."""
     verify, cells = on_device(verify_tree, backend), all_cells(2)
-    distribution = law_of(DRAFT)
+    distribution = probs_of(DRAFT)
     pairs = {
         pair: distribution[pair[0]] * (distribution[pair[1]] if siblings == "iid" else int(pair[0] != pair[1]))
         for pair in product((0, 1), repeat=2)
@@ -292,7 +292,7 @@ def test_a_rule_that_forgets_the_tail_is_wrong():
     draft = [F(1, 4), F(3, 4), F(0)]
 
     def target(prefix: tuple[int, ...]) -> Any:
-        return law_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT)
+        return probs_of(LEAF.get(prefix[0], ROOT) if prefix else ROOT)
 
     distribution = oracle.chain_distribution(target, lambda prefix: draft, 1)
     assert oracle.total_variation(distribution, exact()) == 0

@@ -1,5 +1,5 @@
-"""Whatever the logits, temperatures and filters are: an emitted id is in range, allowed, and not impossible; or the row
-is called not valid, and what is documented is emitted."""
+"""Whatever the logits, temperatures and filters are: a drawn id is in range, allowed, and not impossible; or the row is
+called not valid, and what is documented is returned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def greedy(temperature: float) -> bool:
     return bool(np.float32(temperature) < np.float32(1e-5))
 
 
-def emitted_by(row: Tensor, temperature: float) -> Tensor:
+def possible(row: Tensor, temperature: float) -> Tensor:
     """Which ids of a processed row may be drawn, in float64; none where the row is not valid."""
     x = row.double()
     if x.isnan().any() or (x == INF).any() or not x.isfinite().any():
@@ -61,10 +61,10 @@ def masked(row: Tensor, words: Tensor | None) -> Tensor:
 
 
 def check(rows: Tensor, tokens: list[int], path: list[int], valid: bool, temperature: float) -> None:
-    """``tokens`` came from rows ``path``, each as its law sees it."""
+    """``tokens`` came from rows ``path``, each as its distribution has it."""
     for index, (row, token) in enumerate(zip(path, tokens, strict=True)):
         assert 0 <= token < rows.shape[1], tokens
-        able = emitted_by(rows[row], temperature)
+        able = possible(rows[row], temperature)
         if able.any():
             assert able[token], (row, token)
         else:
@@ -138,17 +138,17 @@ def run(call: dict[str, Any], backend: str) -> None:
     """Every function and rule on one set of rows."""
     target, draft, tokens, keys = call["target"], call["draft"], call["tokens"], call["keys"]
     heat, bitmask = call["heat"], call["bitmask"]
-    law = {"temperature": call["temperature"], **call["filters"], "backend": backend}
+    options = {"temperature": call["temperature"], **call["filters"], "backend": backend}
     rows = torch.stack([masked(target[i], None if bitmask is None else bitmask[i]) for i in range(TREE)])
 
     for coupled in (False, True):
-        drawn = sample(target, **keys, **law, bitmask=bitmask, coupled=coupled)
+        drawn = sample(target, **keys, **options, bitmask=bitmask, coupled=coupled)
         for row in range(TREE):
             valid = bool(drawn.logprobs[row].isfinite())
-            assert valid == bool(drawn.stats[row, 2].isfinite()) == bool(emitted_by(rows[row], 1.0).any())
+            assert valid == bool(drawn.stats[row, 2].isfinite()) == bool(possible(rows[row], 1.0).any())
             check(rows, [int(drawn.tokens[row])], [row], valid, call["temperature"])
     for method in CHILDREN:
-        children = sample_children(target, 3, method, **keys, **law, bitmask=bitmask)
+        children = sample_children(target, 3, method, **keys, **options, bitmask=bitmask)
         for row, ids in enumerate(children.tokens.tolist()):
             assert ids[0] >= 0
             for token in ids if method != "top" else ids[:1]:
@@ -156,7 +156,7 @@ def run(call: dict[str, Any], backend: str) -> None:
                     check(rows, [token], [row], not children.stats[row].isnan().any(), call["temperature"])
             for token in (t for t in ids if t >= 0):
                 assert token < target.shape[1]
-                assert rows[row, token] > -INF or not emitted_by(rows[row], 1.0).any()
+                assert rows[row, token] > -INF or not possible(rows[row], 1.0).any()
 
     stats = sample(draft, **keys, temperature=heat, backend=backend).stats
     stats = call["odd"] if call["stats"] == "odd" else stats
@@ -168,18 +168,18 @@ def run(call: dict[str, Any], backend: str) -> None:
         mask = None if bitmask is None else bitmask[None, : CHAIN + 1]
         for rule in CHAIN_RULES:
             chain = verify_chain(
-                target[None, : CHAIN + 1], tokens[None, 1 : CHAIN + 1], *drafts, **keys, **law, rule=rule, bitmask=mask,
-                draft_temperature=drafted_at, logprobs=True,
+                target[None, : CHAIN + 1], tokens[None, 1 : CHAIN + 1], *drafts, **keys, **options, rule=rule,
+                bitmask=mask, draft_temperature=drafted_at, logprobs=True,
             )  # fmt: skip
             count = int(chain.num_accepted) + 1
             check(rows, chain.tokens[0, :count].tolist(), list(range(count)), bool(chain.valid), call["temperature"])
-            emitted = [i for i in range(count) if emitted_by(rows[i], 1.0).any()]
-            assert chain.logprobs[0, emitted].isfinite().all()
+            drawable = [i for i in range(count) if possible(rows[i], 1.0).any()]
+            assert chain.logprobs[0, drawable].isfinite().all()
         drafts = () if logits is None else (logits[None], None if scalars is None else scalars[None])
         mask = None if bitmask is None else bitmask[None]
         for rule in TREE_RULES:
             tree = verify_tree(
-                target[None], tokens[None], PARENTS, *drafts, **keys, **law, rule=rule, bitmask=mask,
+                target[None], tokens[None], PARENTS, *drafts, **keys, **options, rule=rule, bitmask=mask,
                 siblings="without_replacement", draft_temperature=drafted_at,
             )  # fmt: skip
             count = int(tree.num_accepted) + 1
@@ -237,7 +237,7 @@ def test_one_id_is_left_at_the_end_of_float32(backend, token):
 
 
 def test_a_mask_leaves_the_smallest_logit(backend):
-    """A grammar's only id is what is emitted, whatever the others are."""
+    """A grammar's only id is what is drawn, whatever the others are."""
     row = torch.full((1, 1, 300), 3.4e38)
     row[..., 40] = torch.finfo(torch.float32).min
     words = torch.zeros(1, 1, 10, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Lossy rules: what they do, and how far from the target's law they are."""
+"""Lossy rules: what they do, and how far from the target's distribution they are."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_typical_acceptance_takes_the_longest_typical_path():
 def test_it_is_not_lossless_and_says_so():
     assert lossy.typical_acceptance.lossless is False
     target, draft = ([float(x) for x in table(3, seed)(())] for seed in (1, 2))
-    law = oracle.typical_distribution(lambda _: target, lambda _: draft, 2)
-    assert sum(law.values()) == pytest.approx(1)
+    distribution = oracle.typical_distribution(lambda _: target, lambda _: draft, 2)
+    assert sum(distribution.values()) == pytest.approx(1)
     want = oracle.target_distribution(lambda _: target, 2)
-    distance = sum(abs(law.get(text, 0) - want.get(text, 0)) for text in {*law, *want}) / 2
+    distance = sum(abs(distribution.get(text, 0) - want.get(text, 0)) for text in {*distribution, *want}) / 2
     assert distance == pytest.approx(1 / 24)
-    # With a draft of the target's own law, only what is never accepted comes from elsewhere: the target again.
+    # With a draft of the target's own distribution, only what is never accepted comes from elsewhere: the target again.
     own = oracle.typical_distribution(lambda _: target, lambda _: target, 2, epsilon=1e-9)
     assert sum(abs(own[text] - float(want[text])) for text in want) == pytest.approx(0, abs=1e-12)
 

@@ -67,7 +67,7 @@ def test_exponentials_are_finite_and_positive_at_both_ends():
     assert (ends > 0).all()
 
 
-def test_coin_and_exponential_laws_of_the_oracle():
+def test_uniform_and_exponential_distributions_of_the_oracle():
     """Coarse: 2^16 draws, mean within five standard errors."""
     noise = exponentials(torch.tensor([5]), torch.tensor([6]), Purpose.TARGET, Level.TILE, torch.tensor([0]), 2**16)
     assert abs(float(noise.mean()) - 1) < 5 / 256

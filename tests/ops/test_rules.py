@@ -22,7 +22,7 @@ def rows(*probs):
 
 
 def test_a_later_token_rescues_an_earlier_one(few, verify_chain):
-    """Case 8: ratios 1/2 and 2 make the pair certain under the block rule, whatever the coins."""
+    """Case 8: ratios 1/2 and 2 make the pair certain under the block rule, whatever the uniforms."""
     count = few(96)
     target = rows([0.25, 0.75], [0.8, 0.2], [0.5, 0.5]).expand(count, 3, 2)
     draft = rows([0.5, 0.5], [0.4, 0.6]).expand(count, 2, 2)
@@ -56,7 +56,7 @@ def test_block_is_the_token_rule_for_one_draft(few, verify_chain):
     assert torch.equal(a.tokens, b.tokens)
 
 
-@pytest.mark.interpreted(None)  # 20,000 requests; the exact laws have to do
+@pytest.mark.interpreted(None)  # 20,000 requests; the exact distributions have to do
 def test_block_accepts_no_less_in_the_mean(verify_chain):
     """docs/algorithms.md, 2: 10/9 of two drafts under the token rule, 11/9 under the block rule."""
     count = 20_000
@@ -70,16 +70,16 @@ def test_block_accepts_no_less_in_the_mean(verify_chain):
         assert abs(float(accepted.double().mean()) - mean) < 5 * 0.9 / count**0.5
 
 
-class AbsoluteCoins(oracle.Noise):
-    """A wrong contract: coins keyed on the absolute position, so that a step meets the last one's again."""
+class AbsoluteUniforms(oracle.Noise):
+    """A wrong contract: uniforms keyed on the absolute position, so that a step meets the last one's again."""
 
     def uniform(self, row):
         return oracle.Noise(self.seed, self.position + row).uniform(0)
 
 
 def text_statistic(noise_kind, count):
-    """Chi-square of the first two tokens of texts that the block rule writes with two drafts a step: tokens are fair
-    coins, the first draft is nearly always 0, the second always 1."""
+    """Chi-square of the first two tokens of texts that the block rule writes with two drafts a step: the two tokens
+    are equally likely, the first draft is nearly always 0, the second always 1."""
     target, draft = np.log([[0.5, 0.5]] * 3), np.array([np.log([0.9, 0.1]), [-np.inf, 0.0]])
     counts = np.zeros((2, 2))
     for seed in range(count):
@@ -92,10 +92,11 @@ def text_statistic(noise_kind, count):
     return float(((counts - count / 4) ** 2 / (count / 4)).sum())
 
 
-def test_block_coins_are_not_met_again_in_the_next_step():
-    """Case 7: the block rule looks at coins behind the stop; a next step that meets them again has another law."""
+def test_block_uniforms_are_not_met_again_in_the_next_step():
+    """Case 7: the block rule reads uniforms behind the stop; a next step that meets them again has another
+    distribution."""
     limit = 33  # three degrees of freedom, three in ten million
-    assert text_statistic(oracle.Noise, 4000) < limit < text_statistic(AbsoluteCoins, 4000)
+    assert text_statistic(oracle.Noise, 4000) < limit < text_statistic(AbsoluteUniforms, 4000)
 
 
 # --- coupled ----------------------------------------------------------------------------------------------------------
@@ -137,7 +138,8 @@ def test_the_coupled_text_depends_on_no_drafter(few, sample, verify_chain, optio
 
 
 def test_coupled_drafts_are_accepted_more_than_independent_ones(few, sample, verify_chain):
-    """The reason for shared noise; drafts drawn without it are accepted about as often as two laws agree by chance."""
+    """The reason for shared noise; drafts drawn without it are accepted about as often as draws from two
+    distributions agree by chance."""
     count = few(200)
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(count, 2, 60, generator=generator)
@@ -205,7 +207,7 @@ def test_ragged_rows_are_the_padded_ones(verify_chain, rule):
 
 
 def test_raw_and_processed_logprobs(verify_chain):
-    """Case 34: of accepted and emitted tokens, within 1e-5, with and without what was done to the logits."""
+    """Case 34: of accepted, recovered and bonus tokens, within 1e-5, with and without what was done to the logits."""
     target, tokens, draft = chains(count=12)
     verified = verify_chain(
         target,

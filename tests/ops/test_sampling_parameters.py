@@ -39,7 +39,7 @@ def warped(logits, temperature, top_k=None, top_p=None, min_p=None):
     return warpers(None, logits.double())
 
 
-def law_of(logits, stats):
+def probs_of(logits, stats):
     """The probabilities that three scalars stand for."""
     scale, cutoff, logsumexp = (x[:, None] for x in stats.double().unbind(-1))
     return torch.where(logits.double() < cutoff, 0.0, (scale * logits.double() - logsumexp).exp())
@@ -49,13 +49,13 @@ def law_of(logits, stats):
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_filters_are_those_of_transformers(few, sample, filters, temperature):
-    """Case 34 too: log-probabilities are the filtered law's."""
+    """Case 34 too: log-probabilities are the filtered distribution's."""
     count = few(12)
     logits = torch.randn(count, 1500, generator=torch.Generator().manual_seed(1)) * 3
     logits += torch.arange(1500) * 1e-5  # no ties, which have a test of their own
     drawn = sample(logits, seed=torch.arange(count), position=3, temperature=temperature, **filters)
     want = warped(logits, temperature, **filters).softmax(-1)
-    got = law_of(logits, drawn.stats)
+    got = probs_of(logits, drawn.stats)
     assert torch.equal(got > 0, want > 0)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     chosen = want.gather(1, drawn.tokens[:, None])[:, 0].log()
@@ -75,7 +75,7 @@ def test_ties_stay_or_go_together(sample):
         ({"top_k": 6}, [0, 1, 2, 3, 4]),
     ):
         drawn = sample(row, seed=1, position=1, **filters)
-        assert (law_of(row, drawn.stats)[0] > 0).nonzero()[:, 0].tolist() == kept, filters
+        assert (probs_of(row, drawn.stats)[0] > 0).nonzero()[:, 0].tolist() == kept, filters
 
 
 def test_a_wrong_filter_is_noticed():
@@ -193,8 +193,8 @@ def test_masks_change_inside_the_window_and_hold_in_every_row(few, verify_chain,
         rule=rule,
     )
     for b in range(count):
-        emitted = [t for t in verified.tokens[b].tolist() if t >= 0]
-        assert all(allowed[b, row, token] for row, token in enumerate(emitted))
+        returned = [t for t in verified.tokens[b].tolist() if t >= 0]
+        assert all(allowed[b, row, token] for row, token in enumerate(returned))
         permitted = [bool(allowed[b, row, tokens[b, row]]) for row in range(2)]
         assert verified.num_accepted[b] == (2 if all(permitted) else permitted.index(False))
 
@@ -202,7 +202,7 @@ def test_masks_change_inside_the_window_and_hold_in_every_row(few, verify_chain,
 @pytest.mark.parametrize("filters", [{"min_p": 0.2}, {"top_k": 3}, {"top_p": 0.6}], ids=str)
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 def test_filters_hold_on_verified_and_bonus_rows_alike(few, verify_chain, rule, filters):
-    """Case 27: nothing that a filter takes away is accepted or emitted, in any row."""
+    """Case 27: nothing that a filter takes away is accepted or drawn, in any row."""
     count, vocab = few(80), 50
     generator = torch.Generator().manual_seed(5)
     target = torch.randn(count, 3, vocab, generator=generator) * 2
@@ -226,7 +226,7 @@ def test_filters_hold_on_verified_and_bonus_rows_alike(few, verify_chain, rule, 
     assert torch.equal(verified.logprobs.isnan(), ~there)
 
 
-@pytest.mark.interpreted(None)  # 4,000 requests; the exact laws have to do
+@pytest.mark.interpreted(None)  # 4,000 requests; the exact distributions have to do
 def test_a_smaller_draft_vocabulary_leaves_the_tail_its_mass(verify_chain):
     """Case 11: the drafter knows 5 of 8 tokens; the others come out as often as the target says."""
     count, vocab, known = 4000, 8, 5

@@ -1,4 +1,4 @@
-"""Verifying trees: exact laws, wrong rules that are seen, chains as trees, and what engines get wrong."""
+"""Verifying trees: exact distributions, wrong rules that are seen, chains as trees, and what engines get wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from backends import on_device
-from distributions import PAIRS, QUARTERS, RACE_CELLS, TWELFTHS, law_of, logits_of, seeds_by_cell, table, uniforms
+from distributions import PAIRS, QUARTERS, RACE_CELLS, TWELFTHS, logits_of, probs_of, seeds_by_cell, table, uniforms
 
 from specdec_kernels import oracle, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import TILE, Purpose
@@ -30,7 +30,7 @@ def children(backend):
     return on_device(sample_children, backend)
 
 
-# --- the law of the rules, in fractions -------------------------------------------------------------------------------
+# --- the distribution of the rules, in fractions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,8 +39,8 @@ def children(backend):
 def test_every_rule_is_exact(pair, kind, rule):
     target, draft, _ = (table(3, 1), table(3, 2), 3) if pair == "deep" else PAIRS[pair]()
     for widths in ((3, 3, 3),) if pair == "deep" else ((3, 2), (1, 1, 1), (2,)):
-        law, _ = oracle.tree_distribution(target, draft, widths, kind, rule)
-        assert oracle.total_variation(law, oracle.target_distribution(target, len(widths))) == 0
+        distribution, _ = oracle.tree_distribution(target, draft, widths, kind, rule)
+        assert oracle.total_variation(distribution, oracle.target_distribution(target, len(widths))) == 0
 
 
 def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules():
@@ -49,8 +49,8 @@ def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules(
         for kind in KINDS:
             accepted = {rule: oracle.tree_distribution(target, draft, widths, kind, rule)[1] for rule in RULES}
             assert accepted["traversal"] >= accepted["recursive"] >= accepted["walk"]
-    law, accepted = oracle.tree_distribution(target, draft, (1, 1, 1), "iid", "traversal")
-    assert (law, accepted) == oracle.block_distribution(target, draft, 3)
+    distribution, accepted = oracle.tree_distribution(target, draft, (1, 1, 1), "iid", "traversal")
+    assert (distribution, accepted) == oracle.block_distribution(target, draft, 3)
     chain = oracle.chain_distribution(target, draft, 3)
     assert oracle.tree_distribution(target, draft, (1, 1, 1), "iid", "recursive")[0] == chain
 
@@ -60,14 +60,14 @@ def test_traversal_accepts_no_less_than_recursive_and_both_are_the_chains_rules(
     ("mutant", "kind"),
     [({"updated": False}, "iid"), ({"updated": False}, "without_replacement"), ({"merged": True}, "iid")],
 )
-def test_wrong_rules_have_a_wrong_law(rule, mutant, kind):
+def test_wrong_rules_have_a_wrong_distribution(rule, mutant, kind):
     """Case 12: siblings against the target as it was; equal siblings tested once."""
     target, draft, _ = PAIRS["random"]()
-    law, _ = oracle.tree_distribution(target, draft, (3, 2), kind, rule, **mutant)
-    assert oracle.total_variation(law, oracle.target_distribution(target, 2)) > F(1, 200)
+    distribution, _ = oracle.tree_distribution(target, draft, (3, 2), kind, rule, **mutant)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, 2)) > F(1, 200)
 
 
-# --- the law of the backends ------------------------------------------------------------------------------------------
+# --- the distribution of the backends ---------------------------------------------------------------------------------
 
 POSITION = 11
 #: Root with two children, each with one of its own, in the order they are drawn in.
@@ -84,14 +84,14 @@ def path(parents, tokens, node):
 def drafts_of(parents, siblings, weights):
     """Every assignment of tokens to the nodes, with its probability. Of two tokens a second child is the other one, or
     drawn anew."""
-    law = law_of(weights)
+    distribution = probs_of(weights)
     for tokens in product(range(2), repeat=len(parents) - 1):
         mass = F(1)
         for node, token in enumerate(tokens, 1):
             if node == 2 and siblings == "without_replacement":
                 mass *= int(token != tokens[0])
             else:
-                mass *= law[token]
+                mass *= distribution[token]
         if mass:
             yield (0, *tokens), mass
 
@@ -106,13 +106,13 @@ def grids():
             return [uniforms(seeds, purpose, POSITION + row, 0) for row in rows], RACE_CELLS
         return [uniforms(seeds, purpose, POSITION, row) for row in rows], RACE_CELLS
 
-    coins = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 4) for node in range(4)]
-    thirds = [(coin, 3) for coin, _ in coins[2:]]
+    acceptances = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 4) for node in range(4)]
+    thirds = [(numbers, 3) for numbers, _ in acceptances[2:]]
     # Of two tokens a rejected one leaves the other: races are held at the leaves alone, and one of them at most.
-    found = {("certain", DEEP): seeds_by_cell([coins[0], *thirds, race(3, 4)])}
+    found = {("certain", DEEP): seeds_by_cell([acceptances[0], *thirds, race(3, 4)])}
     for parents, leaves in ((DEEP, (3, 4)), (FLAT, (1, 2))):
-        by_coins = seeds_by_cell([*coins[: len(parents) - 1], race(*leaves)])
-        found["recursive", parents] = found["traversal", parents] = by_coins
+        by_acceptances = seeds_by_cell([*acceptances[: len(parents) - 1], race(*leaves)])
+        found["recursive", parents] = found["traversal", parents] = by_acceptances
         found["walk", parents] = seeds_by_cell(
             [race(*nodes) for nodes in ((0,), (1, 2), (3, 4))[: len(parents) // 2 + 1]]
         )
@@ -121,9 +121,9 @@ def grids():
     return found
 
 
-def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2, 2)):
-    """The law of the text as deep as the tree and one further: every tree of drafts, every cell, continued by the
-    target."""
+def distance_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2, 2)):
+    """How far the distribution of sequences as deep as the tree and one further is from the target's: every tree of
+    drafts, every cell, continued by the target."""
     certain = (kind, rule) == ("point mass", "traversal") and parents == DEEP
     weights, seeds = (TWELFTHS, grids["certain", parents]) if certain else (QUARTERS, grids[rule, parents])
     masses, tokens, rows = [], [], []
@@ -133,13 +133,13 @@ def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2,
         masses.append(mass / len(seeds))
     count, batch, nodes = len(seeds), len(masses), len(parents)
     length = 1 + len(path(parents, parents, nodes - 1))
-    law: oracle.TextDistribution = {}
+    distribution: oracle.TextDistribution = {}
 
     def add(prefix, mass):
         if len(prefix) == length:
-            law[prefix] = law.get(prefix, F(0)) + mass
+            distribution[prefix] = distribution.get(prefix, F(0)) + mass
         else:
-            for token, prob in enumerate(law_of(weights[prefix])):
+            for token, prob in enumerate(probs_of(weights[prefix])):
                 add((*prefix, token), mass * prob)
 
     dense = torch.full((batch * count, nodes, 2), 0.5).log()
@@ -158,7 +158,9 @@ def law_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2,
     )
     for row, mass in zip(verified.tokens.tolist(), [m for m in masses for _ in range(count)], strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(law, oracle.target_distribution(lambda prefix: law_of(weights[prefix]), length - 1))
+    return oracle.total_variation(
+        distribution, oracle.target_distribution(lambda prefix: probs_of(weights[prefix]), length - 1)
+    )
 
 
 @pytest.fixture
@@ -168,7 +170,7 @@ def parents(backend):
 
 
 #: The rules walk and coupled do not read what drafts were drawn from.
-LAWS = [
+RULES_AND_DRAFTS = [
     *product(("recursive", "traversal"), ("dense", "statistics", "point mass"), ("iid", "without_replacement")),
     *product(("walk", "coupled"), ["point mass"], ("iid", "without_replacement")),
 ]
@@ -184,17 +186,17 @@ def one_of_each(parameters):
 
 
 @pytest.mark.interpreted(kept=one_of_each)
-@pytest.mark.parametrize(("rule", "kind", "siblings"), LAWS)
-def test_the_law_is_exact(verify, grids, parents, rule, kind, siblings):
-    assert law_by_counting(verify, grids, rule, siblings, kind, parents) == 0
+@pytest.mark.parametrize(("rule", "kind", "siblings"), RULES_AND_DRAFTS)
+def test_the_distribution_is_exact(verify, grids, parents, rule, kind, siblings):
+    assert distance_by_counting(verify, grids, rule, siblings, kind, parents) == 0
 
 
 @pytest.mark.interpreted(kept=lambda parameters: parameters["siblings"] != "iid" and parameters["rule"] == "recursive")
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-def test_a_wrong_draft_law_is_seen(verify, grids, parents, rule, siblings):
-    """Case 3: children from another law than the declared one change the text."""
-    assert law_by_counting(verify, grids, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
+def test_a_wrong_draft_distribution_is_seen(verify, grids, parents, rule, siblings):
+    """Case 3: children from another distribution than the declared one change the text."""
+    assert distance_by_counting(verify, grids, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
 
 
 # --- a chain is a tree ------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, r
 # --- drawing children -------------------------------------------------------------------------------------------------
 
 
-def test_without_replacement_the_children_have_the_law_of_sequential_draws(children, backend):
+def test_without_replacement_the_children_have_the_distribution_of_sequential_draws(children, backend):
     """First children over many seeds, by a test of their counts; no token twice."""
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     count = 100 if backend == "triton" else 2000
@@ -264,7 +266,7 @@ def test_without_replacement_the_children_have_the_law_of_sequential_draws(child
             assert abs(share - want) < 5 * (want / len(rows)) ** 0.5
 
 
-def test_children_end_where_their_law_does(children):
+def test_children_end_where_their_distribution_does(children):
     row = torch.tensor([[1.0, -torch.inf, 3.0, -torch.inf]])
     for how in ("top", "without_replacement", "race"):
         drawn = children(row, 4, how, seed=5, position=1)

@@ -1,4 +1,4 @@
-"""The oracle: its law in fractions, the mutants that must fail, its margins."""
+"""The oracle: its distribution in fractions, the mutants that must fail, its margins."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ F = Fraction
 @pytest.mark.parametrize("pair", PAIRS)
 def test_token_rule_is_exact(pair):
     target, draft, length = PAIRS[pair]()
-    law = oracle.chain_distribution(target, draft, length)
-    assert oracle.total_variation(law, oracle.target_distribution(target, length)) == 0
+    distribution = oracle.chain_distribution(target, draft, length)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, length)) == 0
 
 
 @pytest.mark.parametrize(
@@ -34,16 +34,16 @@ def test_token_rule_is_exact(pair):
     ],
     ids=["lenient", "residual is the target", "residual not clipped", "accept all"],
 )
-def test_wrong_rules_have_a_wrong_law(mutant):
+def test_wrong_rules_have_a_wrong_distribution(mutant):
     target, draft, length = PAIRS["random"]()
-    law = oracle.chain_distribution(target, draft, length, **mutant)
-    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
+    distribution = oracle.chain_distribution(target, draft, length, **mutant)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, length)) > F(1, 100)
 
 
-def test_wrong_bonus_row_has_a_wrong_law():
+def test_wrong_bonus_row_has_a_wrong_distribution():
     target, draft, length = PAIRS["random"]()
-    law = oracle.chain_distribution(target, draft, length, bonus_row=1)
-    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
+    distribution = oracle.chain_distribution(target, draft, length, bonus_row=1)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, length)) > F(1, 100)
 
 
 def test_accepted_tokens_of_the_known_example():
@@ -57,8 +57,8 @@ def test_accepted_tokens_of_the_known_example():
 @pytest.mark.parametrize("pair", PAIRS)
 def test_block_rule_is_exact_and_accepts_no_less(pair):
     target, draft, length = PAIRS[pair]()
-    law, accepted = oracle.block_distribution(target, draft, length)
-    assert oracle.total_variation(law, oracle.target_distribution(target, length)) == 0
+    distribution, accepted = oracle.block_distribution(target, draft, length)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, length)) == 0
     assert accepted >= token_rule_accepts(target, draft, length)
 
 
@@ -77,34 +77,34 @@ def token_rule_accepts(target, draft, length, prefix=()):
     [{"cap": lambda a: a}, {"scaled_residual": False}, {"early_stop": True}],
     ids=["uncapped", "residual without a_tau", "early stop"],
 )
-def test_wrong_block_rules_have_a_wrong_law(mutant):
+def test_wrong_block_rules_have_a_wrong_distribution(mutant):
     target, draft, length = PAIRS["zeros"]()
-    law, _ = oracle.block_distribution(target, draft, length, **mutant)
-    assert oracle.total_variation(law, oracle.target_distribution(target, length)) > F(1, 100)
+    distribution, _ = oracle.block_distribution(target, draft, length, **mutant)
+    assert oracle.total_variation(distribution, oracle.target_distribution(target, length)) > F(1, 100)
 
 
 class Injected(oracle.Noise):
-    """Chosen coins; exponentials from elsewhere."""
+    """Chosen uniforms; exponentials from elsewhere."""
 
-    def __init__(self, coins, exponentials=None):
+    def __init__(self, uniforms, exponentials=None):
         super().__init__(1, 2)
-        self.coins, self.given = coins, exponentials
+        self.uniforms, self.given = uniforms, exponentials
 
     def uniform(self, row):
-        return self.coins[row]
+        return self.uniforms[row]
 
     def exponentials(self, purpose, level, row, count):
         return super().exponentials(purpose, level, row, count) if self.given is None else self.given(count)
 
 
-def test_coin_zero_rejects_what_the_target_excludes():
+def test_uniform_zero_rejects_what_the_target_excludes():
     """Case 1; a rule with <= instead of < accepts here."""
     target = np.array([[-np.inf, 0.0], [0.0, 0.0]])
     verified = oracle.verify_chain(target, [0], np.zeros((1, 2)), None, Injected([0.0]))
     assert verified.tokens == [1]
 
 
-def test_coin_near_one_never_emits_what_the_residual_excludes():
+def test_uniform_near_one_never_draws_what_the_residual_excludes():
     """Case 2: the residual is zero at the last id."""
     target, draft = np.log([[0.5, 0.3, 0.2], [1, 1, 1]]), np.log([[0.1, 0.3, 0.6]])
     for seed in range(50):
@@ -112,7 +112,7 @@ def test_coin_near_one_never_emits_what_the_residual_excludes():
         assert oracle.verify_chain(target, [2], draft, None, noise).tokens == [0]
 
 
-def test_margin_of_a_coin_is_the_error_that_flips_it():
+def test_margin_of_a_uniform_is_the_error_that_flips_it():
     target, draft = np.log([[0.3, 0.7], [0.5, 0.5]]), np.log([[0.6, 0.4]])
     verified = oracle.verify_chain(target, [0], draft, None, Injected([0.49]))
     assert verified.num_accepted == 1
@@ -139,7 +139,7 @@ def test_margin_of_a_race_is_the_error_that_flips_it():
             assert changed == flips
 
 
-def test_reused_noise_is_a_wrong_law():
+def test_reused_noise_gives_a_wrong_distribution():
     """Case 6: residual noise that is the draft's own makes some texts impossible."""
 
     class Reused(oracle.Noise):

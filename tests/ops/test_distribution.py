@@ -1,4 +1,5 @@
-"""The law of every backend: exactly, by seeds that put each random number into a chosen cell, and by statistics."""
+"""The distribution of every backend: exactly, by seeds that put each random number into a chosen cell, and by
+statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from distributions import QUARTERS, RACE_CELLS, TWELFTHS, F, g_test, law_of, limit, logits_of, seeds_by_cell, uniforms
+from distributions import QUARTERS, RACE_CELLS, TWELFTHS, F, g_test, limit, logits_of, probs_of, seeds_by_cell, uniforms
 
 from specdec_kernels import oracle
 from specdec_kernels.contract import TILE, Purpose
@@ -23,7 +24,7 @@ FILTERS = {"none": {}, "top_k": {"top_k": 2}, "top_p": {"top_p": 0.85}, "min_p":
 
 @pytest.fixture
 def grids():
-    """rule, length -> seeds; the grid of the coins is as fine as the rule's chances."""
+    """rule, length -> seeds; the grid of the uniforms of acceptance is as fine as the rule's chances."""
     return all_grids()
 
 
@@ -31,7 +32,7 @@ def grids():
 def all_grids():
     seeds = torch.arange(1 << 21)
 
-    def coin(row):
+    def acceptance(row):
         return uniforms(seeds, Purpose.ACCEPT, POSITION, row)
 
     def race(row):
@@ -43,20 +44,21 @@ def all_grids():
     def grid(rule, length):
         if rule == "coupled":
             return seeds_by_cell([([coupled(row)], RACE_CELLS) for row in range(length + 1)])
-        coins = [([coin(row)], 12 if (rule, length) == ("block", 2) else 4) for row in range(length)]
-        return seeds_by_cell([*coins, ([race(row) for row in range(length + 1)], RACE_CELLS)])
+        acceptances = [([acceptance(row)], 12 if (rule, length) == ("block", 2) else 4) for row in range(length)]
+        return seeds_by_cell([*acceptances, ([race(row) for row in range(length + 1)], RACE_CELLS)])
 
     return {(rule, length): grid(rule, length) for rule in ("token", "block", "coupled") for length in (1, 2)}
 
 
-def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", length=2, drawn_from=None):
-    """The law of length + 1 tokens: every draft, every cell, continued by the target."""
+def distance_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", length=2, drawn_from=None):
+    """How far the distribution of length + 1 tokens is from the target's: every draft, every cell, continued by the
+    target."""
     rows, draft = (TWELFTHS if (rule, kind, length) == ("block", "point mass", 2) else QUARTERS), DRAFTS[kind]
     masses, prefixes, cells = [], [], []
     for tokens in product(range(2), repeat=length):
         mass = F(1)
         for i, token in enumerate(tokens):
-            mass *= law_of((drawn_from or draft)[tokens[:i]])[token]
+            mass *= probs_of((drawn_from or draft)[tokens[:i]])[token]
         for seed in seeds if mass else ():
             masses.append(mass / len(seeds))
             prefixes.append(tokens)
@@ -81,47 +83,49 @@ def law_by_counting(verify_chain, seeds, kind, *, rule="token", filters="none", 
         rule=rule,
         **FILTERS[filters],
     )
-    law: oracle.TextDistribution = {}
+    distribution: oracle.TextDistribution = {}
 
     def add(prefix, mass):
         if mass and len(prefix) == length + 1:
-            law[prefix] = law.get(prefix, F(0)) + mass
+            distribution[prefix] = distribution.get(prefix, F(0)) + mass
         elif mass:
-            for token, prob in enumerate(law_of(rows[prefix])):
+            for token, prob in enumerate(probs_of(rows[prefix])):
                 add((*prefix, token), mass * prob)
 
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(law, oracle.target_distribution(lambda prefix: law_of(rows[prefix]), length))
+    return oracle.total_variation(
+        distribution, oracle.target_distribution(lambda prefix: probs_of(rows[prefix]), length)
+    )
 
 
 #: The rule coupled does not read what drafts were drawn from.
-LAWS = [(rule, kind) for rule in ("token", "block") for kind in DRAFTS] + [("coupled", "point mass")]
+RULES_AND_DRAFTS = [(rule, kind) for rule in ("token", "block") for kind in DRAFTS] + [("coupled", "point mass")]
 
 
 def one_of_each(parameters):
-    """Every law, and every filter under the two rules that subtract."""
+    """Every rule with every kind of draft, and every filter under the two rules that subtract."""
     kept = {"none", *({"token": ["top_k"], "block": ["top_p", "min_p"]}.get(parameters["rule"], ()))}
     return parameters["filters"] in (kept if parameters["kind"] == "statistics" else {"none"})
 
 
 @pytest.mark.interpreted(kept=one_of_each)
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize(("rule", "kind"), LAWS)
-def test_the_law_is_exact(backend, verify_chain, grids, rule, kind, filters):
+@pytest.mark.parametrize(("rule", "kind"), RULES_AND_DRAFTS)
+def test_the_distribution_is_exact(backend, verify_chain, grids, rule, kind, filters):
     # The interpreter takes a minute for what the others do in a second: there one draft, but everything else.
     length = 1 if backend == "triton" else 2
     seeds = grids[rule, length]
-    assert law_by_counting(verify_chain, seeds, kind, rule=rule, filters=filters, length=length) == 0
+    assert distance_by_counting(verify_chain, seeds, kind, rule=rule, filters=filters, length=length) == 0
 
 
 @pytest.mark.interpreted(kept=lambda parameters: (parameters["rule"], parameters["kind"]) == ("block", "dense"))
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("kind", ["dense", "statistics"])
-def test_a_wrong_draft_law_is_seen(verify_chain, grids, rule, kind):
-    """Case 3: drafts from another law than the declared one change the text."""
+def test_a_wrong_draft_distribution_is_seen(verify_chain, grids, rule, kind):
+    """Case 3: drafts from another distribution than the declared one change the text."""
     other = dict.fromkeys(DRAFTS[kind], (1, 3))
-    assert law_by_counting(verify_chain, grids[rule, 1], kind, rule=rule, drawn_from=other, length=1) > F(1, 50)
+    assert distance_by_counting(verify_chain, grids[rule, 1], kind, rule=rule, drawn_from=other, length=1) > F(1, 50)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -153,12 +157,12 @@ def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rul
     assert apart(wrong) > 0.03
 
 
-def test_the_raw_law_of_a_filtered_draft_is_seen(verify_chain, grids):
+def test_the_raw_distribution_of_a_filtered_draft_is_seen(verify_chain, grids):
     """Case 4: drafts that were filtered, and are declared as if they were not."""
     named = {"filters": "top_k", "length": 1}
-    assert law_by_counting(verify_chain, grids["token", 1], "statistics", **named) == 0
+    assert distance_by_counting(verify_chain, grids["token", 1], "statistics", **named) == 0
     # Declared with the third token, whose mass takes some from the others: 4 / 4.4 of what they were drawn with.
-    wrong = law_by_counting(raw(verify_chain), grids["token", 1], "statistics", **named)
+    wrong = distance_by_counting(raw(verify_chain), grids["token", 1], "statistics", **named)
     assert wrong > F(1, 100)
 
 
@@ -175,8 +179,8 @@ def raw(verify_chain):
 
 @pytest.mark.parametrize("rule", ["block", "coupled"])
 def test_drafts_of_another_rule_are_seen(verify_chain, grids, rule):
-    """Shared noise is lossless with accept-iff-equal alone, and never with a coin: drafts drawn with the target's own
-    race, verified by the token rule as if they were independent."""
+    """Shared noise is lossless with accept-iff-equal alone, and never with a uniform: drafts drawn with the target's
+    own race, verified by the token rule as if they were independent."""
     seeds = torch.tensor(grids["coupled", 1])
     target = logits_of(QUARTERS[()], False).expand(len(seeds), 2, 2)
     draft = logits_of(DENSE[()], False).expand(len(seeds), 1, 2)
@@ -192,7 +196,7 @@ def test_drafts_of_another_rule_are_seen(verify_chain, grids, rule):
 # 20,000 requests take the interpreter minutes; there the exact tests above have to do.
 @pytest.mark.interpreted(None)
 def test_residual_noise_is_not_the_drafts(sample, verify_chain):
-    """Case 6: the joint law of (draft, emitted) over many requests, across tiles."""
+    """Case 6: the joint distribution of (draft, verified token) over many requests, across tiles."""
     vocab, count = TILE + 3, 20_000
     generator = torch.Generator().manual_seed(4)
     draft, target = torch.full((2, vocab), -torch.inf)
@@ -234,7 +238,7 @@ def test_noise_tail(sample):
 
 @pytest.mark.interpreted(None)
 def test_two_steps_in_a_row_are_independent(verify_chain):
-    """The noise of one step says nothing of the next: the joint law of two bonus draws."""
+    """The noise of one step says nothing of the next: the joint distribution of two bonus draws."""
     count = 20_000
     target = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(count, 1, 3)
     empty = torch.empty((count, 0), dtype=torch.int64)
