@@ -38,7 +38,7 @@ def row_is_valid(logits: Floats) -> bool:
 
 
 def largest_finite(logits: Floats) -> int:
-    """What a row that is not valid emits: its largest finite logit, lowest id on ties; 0 if there is none."""
+    """What a row that is not valid returns: its largest finite logit, lowest id on ties; 0 if there is none."""
     return int(np.argmax(np.where(np.isfinite(logits), logits, -np.inf)))
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import product
 
 Probs = Sequence[Fraction]
-TextDistribution = dict[tuple[int, ...], Fraction]
+SequenceDistribution = dict[tuple[int, ...], Fraction]
 
 
 def chain_distribution(
@@ -19,13 +19,13 @@ def chain_distribution(
     accept: Callable[[Fraction, Fraction], Fraction] = lambda p, q: min(Fraction(1), p / q),
     residual: Callable[[Fraction, Fraction], Fraction] = lambda p, q: max(Fraction(0), p - q),
     bonus_row: int = 0,
-) -> TextDistribution:
+) -> SequenceDistribution:
     """The exact distribution of ``length + 1`` tokens when one step of the token rule is continued by target sampling.
 
     ``target`` and ``draft`` map a prefix to probabilities. The keywords exist to build wrong rules: a mutant changes
     one of them, and its distribution must differ from the target's.
     """
-    distribution: TextDistribution = {}
+    distribution: SequenceDistribution = {}
 
     def step(prefix: tuple[int, ...], mass: Fraction) -> None:
         if len(prefix) == length:
@@ -40,9 +40,9 @@ def chain_distribution(
                 continue
             accepted = accept(p[token], drafted)
             step((*prefix, token), mass * drafted * accepted)
-            for emitted, weight in enumerate(rest if total else p):
-                emitting = mass * drafted * (1 - accepted) * weight / (total or 1)
-                continued(distribution, target, (*prefix, emitted), emitting, length)
+            for recovered, weight in enumerate(rest if total else p):
+                share = mass * drafted * (1 - accepted) * weight / (total or 1)
+                continued(distribution, target, (*prefix, recovered), share, length)
 
     step((), Fraction(1))
     return distribution
@@ -56,9 +56,9 @@ def block_distribution(
     cap: Callable[[Fraction], Fraction] = lambda a: min(Fraction(1), a),
     scaled_residual: bool = True,
     early_stop: bool = False,
-) -> tuple[TextDistribution, Fraction]:
+) -> tuple[SequenceDistribution, Fraction]:
     """As :func:`chain_distribution` for the block rule (docs/algorithms.md, 2), and how many drafts it accepts."""
-    distribution: TextDistribution = {}
+    distribution: SequenceDistribution = {}
     expected = Fraction(0)
     for drafted in product(range(len(target(()))), repeat=length):
         p = [target(drafted[:i]) for i in range(length + 1)]
@@ -78,7 +78,7 @@ def block_distribution(
             path_prob[length]
         ]
         for tau in range(length + 1):
-            if early_stop:  # a wrong rule: the first failure ends the look
+            if early_stop:  # a wrong rule: nothing behind the first failure is visited
                 stays = _product(keep[1 : tau + 1]) * (1 - keep[tau + 1] if tau < length else 1)
             else:
                 stays = (keep[tau] if tau else Fraction(1)) * _product(1 - h for h in keep[tau + 1 :])
@@ -87,13 +87,13 @@ def block_distribution(
             if tau < length and not scaled_residual:
                 weights = [max(Fraction(0), a - b) for a, b in zip(p[tau], q[tau], strict=True)]
             total = sum(weights)
-            for emitted, weight in enumerate(weights if total else p[tau]):
-                continued(distribution, target, (*drafted[:tau], emitted), mass * stays * weight / (total or 1), length)
+            for last, weight in enumerate(weights if total else p[tau]):
+                continued(distribution, target, (*drafted[:tau], last), mass * stays * weight / (total or 1), length)
     return distribution, expected
 
 
 def continued(
-    distribution: TextDistribution,
+    distribution: SequenceDistribution,
     target: Callable[[tuple[int, ...]], Probs],
     prefix: tuple[int, ...],
     mass: Fraction,
@@ -125,9 +125,9 @@ def _product(factors: Iterable[Fraction]) -> Fraction:
     return result
 
 
-def target_distribution(target: Callable[[tuple[int, ...]], Probs], length: int) -> TextDistribution:
+def target_distribution(target: Callable[[tuple[int, ...]], Probs], length: int) -> SequenceDistribution:
     """The distribution of ``length + 1`` tokens sampled from the target alone."""
-    distribution: TextDistribution = {(): Fraction(1)}
+    distribution: SequenceDistribution = {(): Fraction(1)}
     for _ in range(length + 1):
         distribution = {
             (*prefix, t): mass * p
@@ -138,7 +138,7 @@ def target_distribution(target: Callable[[tuple[int, ...]], Probs], length: int)
     return distribution
 
 
-def total_variation(one: TextDistribution, other: TextDistribution) -> Fraction:
+def total_variation(one: SequenceDistribution, other: SequenceDistribution) -> Fraction:
     """Half the sum of absolute differences."""
     keys = one.keys() | other.keys()
     return sum((abs(one.get(k, Fraction(0)) - other.get(k, Fraction(0))) for k in keys), Fraction(0)) / 2
@@ -164,16 +164,16 @@ def typical_distribution(
                 step((*prefix, token), mass * drafted)
             else:
                 rejected += mass * drafted
-        emit(prefix, mass if len(prefix) == length else rejected)
+        extend(prefix, mass if len(prefix) == length else rejected)
 
-    def emit(prefix: tuple[int, ...], mass: float) -> None:
+    def extend(prefix: tuple[int, ...], mass: float) -> None:
         for token, prob in enumerate(target(prefix)):
             if mass * prob == 0:
                 continue
             if len(prefix) == length:
                 distribution[(*prefix, token)] = distribution.get((*prefix, token), 0.0) + mass * prob
             else:
-                emit((*prefix, token), mass * prob)
+                extend((*prefix, token), mass * prob)
 
     step((), 1.0)
     return distribution

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from specdec_kernels.oracle.exact import Probs, TextDistribution, continued, ratio
+from specdec_kernels.oracle.exact import Probs, SequenceDistribution, continued, ratio
 
 Prefix = tuple[int, ...]
 
 
 @dataclass
 class _Tree:
-    """What :func:`tree_distribution` is given, and what it finds."""
+    """The arguments of :func:`tree_distribution`, and its results so far."""
 
     target: Callable[[Prefix], Probs]
     draft: Callable[[Prefix], Probs]
@@ -22,11 +22,11 @@ class _Tree:
     rule: str
     updated: bool
     merged: bool
-    distribution: TextDistribution = field(default_factory=dict)
+    distribution: SequenceDistribution = field(default_factory=dict)
     expected: Fraction = Fraction(0)
 
     def accept(self, prefix: Prefix, weights: Probs, mass: Fraction) -> None:
-        """A node was accepted: emit."""
+        """A node was accepted: its recovered or bonus token, and what the target continues it with."""
         self.expected += mass * len(prefix)
         total = sum(weights, Fraction(0))
         for token, weight in enumerate(weights):
@@ -50,7 +50,7 @@ class _Tree:
 
     def visit(self, prefix: Prefix, earlier: Prefix, left: Probs, path_prob: Fraction, mass: Fraction) -> Fraction:
         """A node whose children ``earlier`` were rejected; the mass with which it is rejected itself. Under the
-        recursive rule a node that was come to is never rejected; under traversal a child is tested by what is below."""
+        recursive rule a node that was visited is never rejected; under traversal a child is tested by what is below."""
         distribution = self.child_distribution(prefix, earlier)
         if not any(distribution):
             if path_prob:
@@ -102,7 +102,7 @@ def tree_distribution(
     *,
     updated: bool = True,
     merged: bool = False,
-) -> tuple[TextDistribution, Fraction]:
+) -> tuple[SequenceDistribution, Fraction]:
     """The exact distribution of ``len(widths) + 1`` tokens when one step of a tree rule (docs/algorithms.md, 3 to 5) is
     continued by target sampling, and the expected number of accepted drafts. ``widths[d]``: children of every node of
     depth d.
@@ -111,7 +111,7 @@ def tree_distribution(
     "recursive" or "traversal". The keywords build wrong rules: every sibling tested against the target as it was; equal
     siblings tested once.
 
-    The children of a node are drawn as they are come to: nothing that comes before depends on those that come after.
+    The children of a node are drawn as they are visited: nothing that comes before depends on those that come after.
     """
     tree = _Tree(target, draft, widths, kind, rule, updated, merged)
     tree.visit((), (), target(()), Fraction(1), Fraction(1))

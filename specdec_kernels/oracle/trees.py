@@ -35,7 +35,7 @@ class Drawn:
 def sample_children(
     logits: Floats,
     count: int,
-    how: Children,
+    method: Children,
     noise: Noise,
     row: int = 0,
     sampling: Sampling = PLAIN,
@@ -50,22 +50,22 @@ def sample_children(
     scale, cutoff, logsumexp = dist.stats
     greedy = np.isinf(scale)
     weights = dist.probs.copy()
-    if how == Children.RACE:
+    if method == Children.RACE:
         weights[weights < NOTHING_LEFT] = 0.0
     kept = weights > 0 if greedy else np.isfinite(logits) & (logits >= cutoff)
     for child in range(count):
-        if not kept.any() if how == Children.TOP else weights.sum() < NOTHING_LEFT:
+        if not kept.any() if method == Children.TOP else weights.sum() < NOTHING_LEFT:
             break
-        if how == Children.TOP:
+        if method == Children.TOP:
             token, margin = int(np.argmax(np.where(kept, logits, -np.inf))), np.inf
-        elif how == Children.RACE:
+        elif method == Children.RACE:
             token, margin = flat_race(weights, weights, noise, row)
         else:
             token, margin = two_level_race(weights, weights, noise, Purpose.DRAFT, row + child)
         drawn.tokens.append(token)
         drawn.logprobs.append(0.0 if greedy else float(scale * logits[token] - logsumexp))
         drawn.margin = min(drawn.margin, margin)
-        if how != Children.IID:
+        if method != Children.IID:
             weights[token], kept[token] = 0.0, False
     return drawn
 
@@ -93,23 +93,23 @@ class Tree(Step):
     def child_distributions(self, node: int) -> list[Floats] | None:
         """What each child of a node was drawn from, given its earlier siblings; None where one is not usable."""
         dists: list[Floats] = []
-        taken = np.zeros(self.target_logits.shape[1], bool)
+        used = np.zeros(self.target_logits.shape[1], bool)
         for child in self.children[node]:
             token = int(self.tokens[child])
             dist = self.draft(node, token)
             if dist is None:
                 return None
-            if not self.replacement and taken.any() and not self.certain(node):
-                dist = np.where(taken, 0.0, dist)
+            if not self.replacement and used.any() and not self.certain(node):
+                dist = np.where(used, 0.0, dist)
                 dist = dist / dist.sum() if dist.sum() >= NOTHING_LEFT else np.zeros_like(dist)
             dists.append(dist)
-            taken[token] = True
+            used[token] = True
         return dists
 
-    def stop(self, node: int, emitted: int) -> Verified:
-        """The text goes on to ``node`` and with ``emitted``."""
+    def stop(self, node: int, last: int) -> Verified:
+        """The drafts up to ``node`` are accepted; ``last`` is the recovered or bonus token."""
         rows = self.path(node)
-        result = self.scored([*self.drafted(node), emitted], rows, len(rows) - 1, self.valid)
+        result = self.scored([*self.drafted(node), last], rows, len(rows) - 1, self.valid)
         result.nodes = rows
         return result
 
@@ -238,12 +238,12 @@ def _recursive(tree: Tree) -> Verified:
                 break
             left = left.without(draft, error)
         if accepted is None:
-            return tree.stop(node, _emit(tree, node, dist.probs, left))
+            return tree.stop(node, _last_token(tree, node, dist.probs, left))
         node = accepted
 
 
-def _emit(tree: Tree, node: int, target: Floats, left: Residual) -> int:
-    """A token of what is left, of the target where nothing is."""
+def _last_token(tree: Tree, node: int, target: Floats, left: Residual) -> int:
+    """The recovered or bonus token: drawn from what is left, from the target where nothing is."""
     if tree.greedy or not left.weights.any():
         return tree.draw(target, target, node)
     return tree.draw(left.weights, left.weights_error, node)
@@ -281,4 +281,4 @@ def _traverse(tree: Tree, node: int, path_prob: float, path_prob_error: float) -
         return None
     if dist is None or left is None:
         return tree.stop_unusable(node)
-    return tree.stop(node, _emit(tree, node, dist.probs, left))
+    return tree.stop(node, _last_token(tree, node, dist.probs, left))

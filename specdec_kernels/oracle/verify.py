@@ -62,9 +62,9 @@ class Chain(Step):
         """The drafts before a row."""
         return self.tokens[:row]
 
-    def stop(self, accepted: int, emitted: int, valid: bool) -> Verified:
-        """The result."""
-        tokens = [*(int(t) for t in self.tokens[:accepted]), emitted]
+    def stop(self, accepted: int, last: int, valid: bool) -> Verified:
+        """The result; ``last`` is the recovered or bonus token."""
+        tokens = [*(int(t) for t in self.tokens[:accepted]), last]
         return self.scored(tokens, range(accepted + 1), accepted, valid)
 
     def accepts(self, target: Floats, draft: Floats, row: int) -> bool:
@@ -128,7 +128,7 @@ def _residual_draw(chain: Chain, target: Floats, draft: Floats, factor: float, e
 
 
 def _block_rule(chain: Chain) -> Verified:
-    """Sun et al., arXiv:2403.10444: every draft is looked at, the longest acceptable prefix is kept."""
+    """Sun et al., arXiv:2403.10444: every draft is visited, the longest acceptable prefix is kept."""
     dists: list[tuple[Distribution | None, Floats | None]] = []
     path_prob = [1.0]  # a_i of docs/algorithms.md, 2
     for row, token in enumerate(chain.tokens):
@@ -144,12 +144,12 @@ def _block_rule(chain: Chain) -> Verified:
             path_prob.append(
                 min(1.0, path_prob[-1] * dist.probs[token] / draft[token]) if dist.probs[token] > 0 else 0.0
             )
-    looked_at = len(path_prob) - 1
+    visited = len(path_prob) - 1
     valid = all(draft is not None for _, draft in dists)
     accepted = 0
-    for row in range(looked_at, 0, -1):
+    for row in range(visited, 0, -1):
         probability, error = path_prob[row], 2.0 * row * path_prob[row]
-        if row < looked_at:
+        if row < visited:
             dist, draft = dists[row]
             assert dist is not None
             assert draft is not None
@@ -162,8 +162,8 @@ def _block_rule(chain: Chain) -> Verified:
         return chain.stop(accepted, largest_finite(chain.logits(accepted)), False)
     if draft is None:
         return chain.stop(accepted, chain.draw(dist.probs, dist.probs, accepted), valid)
-    emitted = _residual_draw(chain, dist.probs, draft, path_prob[accepted], 2.0 * accepted, accepted)
-    return chain.stop(accepted, emitted, valid)
+    recovered = _residual_draw(chain, dist.probs, draft, path_prob[accepted], 2.0 * accepted, accepted)
+    return chain.stop(accepted, recovered, valid)
 
 
 def _block_acceptance(target: Floats, draft: Floats, path_prob: float, row: int) -> tuple[float, float]:
@@ -179,7 +179,7 @@ def _block_acceptance(target: Floats, draft: Floats, path_prob: float, row: int)
 
 
 def _coupled_rule(chain: Chain) -> Verified:
-    """Daliri et al., arXiv:2408.07978: the text is a function of seed and target alone."""
+    """Daliri et al., arXiv:2408.07978: the sequence is a function of seed and target alone."""
     for row, token in enumerate([*chain.tokens, None]):
         dist = chain.read(row)
         if dist is None:

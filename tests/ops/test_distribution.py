@@ -83,7 +83,7 @@ def distance_by_counting(verify_chain, seeds, kind, *, rule="token", filters="no
         rule=rule,
         **FILTERS[filters],
     )
-    distribution: oracle.TextDistribution = {}
+    distribution: oracle.SequenceDistribution = {}
 
     def add(prefix, mass):
         if mass and len(prefix) == length + 1:

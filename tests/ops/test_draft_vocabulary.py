@@ -216,7 +216,7 @@ def all_cells(nodes: int) -> list[int]:
 
 def two_tokens(verified: Any, masses: list[Any]) -> Any:
     """The distribution of the first two tokens: continued by the target where there is but one."""
-    distribution: oracle.TextDistribution = {}
+    distribution: oracle.SequenceDistribution = {}
     for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
         first, second = row[:2]
         others = {second: F(1)} if second >= 0 else dict(enumerate(probs_of(LEAF.get(first, ROOT))))

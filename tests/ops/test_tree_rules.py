@@ -133,7 +133,7 @@ def distance_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, draw
         masses.append(mass / len(seeds))
     count, batch, nodes = len(seeds), len(masses), len(parents)
     length = 1 + len(path(parents, parents, nodes - 1))
-    distribution: oracle.TextDistribution = {}
+    distribution: oracle.SequenceDistribution = {}
 
     def add(prefix, mass):
         if len(prefix) == length:
