@@ -50,10 +50,10 @@ def test_a_text_is_taken_apart_as_it_was_the_first_time(temperature: float, sibl
     model = tiny(1)
     target = Replayed(model)
     options = {"rule": "coupled" if temperature else "token", "temperature": temperature, "seed": 1}
-    text = generate(target, [[1, 2]], max_new_tokens=20, **options)[0].tokens
+    tokens = generate(target, [[1, 2]], max_new_tokens=20, **options)[0].tokens
     drafter = ModelDrafter(tiny(2), config=DraftConfig(siblings=siblings))
     with torch.no_grad():  # what it scores now is of no account
         model.lm_head.weight.neg_()
     for _ in range(2):
         again = generate(target, [[1, 2]], max_new_tokens=20, drafter=drafter, num_draft=4, **options)
-        assert again[0].tokens == text
+        assert again[0].tokens == tokens

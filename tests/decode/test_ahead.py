@@ -121,7 +121,7 @@ def test_joint_distribution_of_what_is_drafted_ahead(used):
     assert sum(used) > 100
     distribution = exact_distribution(model, [1, 2], 0.8, 3)
     statistic, freedom = g_test(
-        np.array([float(seen[text]) for text in distribution]), np.array(list(distribution.values()))
+        np.array([float(seen[sequence]) for sequence in distribution]), np.array(list(distribution.values()))
     )
     assert statistic < limit(freedom)
 

@@ -95,7 +95,7 @@ def models(name: str, attention: str) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=4)
-def texts(name: str, attention: str) -> list[list[int]]:
+def sequences(name: str, attention: str) -> list[list[int]]:
     return [expected(models(name, attention)[0], prompt) for prompt in PROMPTS]
 
 
@@ -130,7 +130,7 @@ def in_brief(parameters: Any) -> bool:
 @pytest.mark.brief(kept=in_brief)
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_text_is_that_of_transformers(name, attention):
-    (model, small), known = models(name, attention), texts(name, attention)
+    (model, small), known = models(name, attention), sequences(name, attention)
     architecture, lengths = RIGHT[name], [TOKENS, 3, 8]
     for kind, drafter in drafters(small).items():
         if kind == "tree" and not architecture.trees:
@@ -143,7 +143,7 @@ def test_text_is_that_of_transformers(name, attention):
                 decoded(model, drafter, PROMPTS)
             continue
         assert decoded(model, drafter, PROMPTS) == known, kind
-        shrinking = [text[:length] for text, length in zip(known, lengths, strict=True)]
+        shrinking = [sequence[:length] for sequence, length in zip(known, lengths, strict=True)]
         assert decoded(model, drafter, PROMPTS, lengths) == shrinking, kind
     depends_on_its_first_token(model, name)
 
@@ -212,7 +212,7 @@ def test_logits_of_another_width_are_refused():
 def test_a_compiled_model_writes_the_same():
     """Its own forward pass takes anything; which arguments there are, the model within knows."""
     compiled = torch.compile(models("llama", "sdpa")[0], backend="eager")
-    assert decoded(compiled, None, PROMPTS, 2) == [text[:2] for text in texts("llama", "sdpa")]
+    assert decoded(compiled, None, PROMPTS, 2) == [sequence[:2] for sequence in sequences("llama", "sdpa")]
 
 
 def longrope(**named: Any) -> Architecture:
@@ -274,7 +274,7 @@ def test_attention_without_masks_of_trees_is_refused():
 
 
 def test_a_model_can_write_between_two_tokens_of_a_stream():
-    (model, small), known = models("gemma", "sdpa"), texts("gemma", "sdpa")
+    (model, small), known = models("gemma", "sdpa"), sequences("gemma", "sdpa")
     written: list[list[int]] = [[], [], []]
     for token in stream(
         TransformersTarget(model), PROMPTS, drafter=drafters(small)["tree"], max_new_tokens=TOKENS, temperature=0.0

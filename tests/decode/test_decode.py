@@ -154,9 +154,8 @@ def test_joint_distribution_over_three_steps(kind, rule, monkeypatch):
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert steps.accepted > 500
-    texts = list(distribution)
     statistic, freedom = g_test(
-        np.array([float(seen[text]) for text in texts]), np.array([distribution[text] for text in texts])
+        np.array([float(seen[sequence]) for sequence in distribution]), np.array(list(distribution.values()))
     )
     assert statistic < limit(freedom)
 
@@ -362,44 +361,46 @@ def test_bad_constructions(target_model):
 def test_suffix_index_against_a_slow_search():
     rng = np.random.default_rng(0)
     for alphabet in (2, 3, 20):
-        index, text = SuffixIndex(), []
+        index, history = SuffixIndex(), []
         for token in rng.integers(0, alphabet, 120).tolist():
             index.append(token)
-            text.append(token)
+            history.append(token)
             lengths = [
-                n for n in range(1, len(text)) if any(text[i : i + n] == text[-n:] for i in range(len(text) - n))
+                n
+                for n in range(1, len(history))
+                if any(history[i : i + n] == history[-n:] for i in range(len(history) - n))
             ]
             longest = max(lengths, default=0)
             length, after = index.match()
             assert length == longest
             if longest:
-                assert text[after - longest : after] == text[-longest:]
-                assert after < len(text)
+                assert history[after - longest : after] == history[-longest:]
+                assert after < len(history)
 
 
-def followers(text, ahead):
-    """What followed a suffix of text and tokens ahead, with the longest such suffix: by trying all."""
-    whole, longest = [*text, *ahead], {}
+def followers(history, ahead):
+    """What followed a suffix of the history and the tokens ahead, with the longest such suffix: by trying all."""
+    whole, longest = [*history, *ahead], {}
     for n in range(1, len(whole) + 1):
-        for i in range(len(text) - n):
-            if text[i : i + n] == whole[-n:]:
-                longest[text[i + n]] = n
+        for i in range(len(history) - n):
+            if history[i : i + n] == whole[-n:]:
+                longest[history[i + n]] = n
     return longest
 
 
 def test_followers_against_a_slow_search():
     rng = np.random.default_rng(1)
     for alphabet in (2, 3, 20):
-        index, text = SuffixIndex(), []
+        index, history = SuffixIndex(), []
         for token in rng.integers(0, alphabet, 40).tolist():
             for count in range(4):
                 ahead = rng.integers(0, alphabet, count).tolist()
                 tokens, lengths = index.followers(ahead)
-                assert dict(zip(tokens, lengths, strict=True)) == followers(text, ahead)
+                assert dict(zip(tokens, lengths, strict=True)) == followers(history, ahead)
                 assert len(set(tokens)) == len(tokens)
                 assert lengths == sorted(lengths, reverse=True)
             index.append(token)
-            text.append(token)
+            history.append(token)
 
 
 @pytest.mark.parametrize("tree", [False, True])

@@ -49,44 +49,44 @@ def test_the_coupled_text_is_the_same_with_any_drafter(target_model, name, optio
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("name", ["self", "lookup", "adaptive", "tree", "medusa"])
 def test_a_grammar_holds_for_every_token(target_model, name, rule):
-    for text in decode(target_model, name, rule=rule, temperature=1.5, grammar=[only_even, None, only_even, only_even])[
-        ::2
-    ]:
-        assert all(token % 2 == 0 for token in text)
-        assert all(token != 0 for token in text[::2])
+    for tokens in decode(
+        target_model, name, rule=rule, temperature=1.5, grammar=[only_even, None, only_even, only_even]
+    )[::2]:
+        assert all(token % 2 == 0 for token in tokens)
+        assert all(token != 0 for token in tokens[::2])
 
 
 def test_a_grammar_gets_the_accepted_and_drafted_prefix(target_model):
     """Never a text that it did not allow, which could break it."""
     asked = []
 
-    def grammar(text):
-        asked.append(list(text))
-        return only_even(text)
+    def grammar(tokens):
+        asked.append(list(tokens))
+        return only_even(tokens)
 
-    drafter = CallableDrafter(lambda text, count: [2, 4, 5, 6][:count])  # the third is not allowed
+    drafter = CallableDrafter(lambda history, count: [2, 4, 5, 6][:count])  # the third is not allowed
     target = TransformersTarget(target_model)
-    text = generate(target, [[1]], drafter=drafter, num_draft=4, max_new_tokens=9, temperature=0.0, grammar=grammar)[
-        0
-    ].tokens
+    (result,) = generate(
+        target, [[1]], drafter=drafter, num_draft=4, max_new_tokens=9, temperature=0.0, grammar=grammar
+    )
     assert all(token % 2 == 0 for prefix in asked for token in prefix)
     assert [] in asked
     assert [2, 4] in asked
-    assert all(text[: len(prefix)] == prefix or prefix[-1] in (2, 4) for prefix in asked)
+    assert all(result.tokens[: len(prefix)] == prefix or prefix[-1] in (2, 4) for prefix in asked)
 
 
 def test_greedy_penalties_against_a_plain_loop(target_model):
-    prompt, text = PROMPTS[0], []
+    prompt, tokens = PROMPTS[0], []
     for _ in range(16):
-        logits = target_model(torch.tensor([[*prompt, *text]])).logits[0, -1].detach()
-        for token in {*prompt, *text}:
+        logits = target_model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].detach()
+        for token in {*prompt, *tokens}:
             logits[token] = logits[token] / 1.2 if logits[token] > 0 else logits[token] * 1.2
-        for token in set(text):
-            logits[token] -= 0.4 * text.count(token) + 0.1
-        text.append(int(logits.argmax()))
+        for token in set(tokens):
+            logits[token] -= 0.4 * tokens.count(token) + 0.1
+        tokens.append(int(logits.argmax()))
     for name in ("self", "lookup", "model", "tree", "tree of self"):
         penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.1}
-        assert decode(target_model, name, [prompt], **penalties) == [text]
+        assert decode(target_model, name, [prompt], **penalties) == [tokens]
 
 
 @torch.no_grad()

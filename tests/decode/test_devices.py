@@ -36,9 +36,9 @@ def foreign_defaults():
         torch.set_default_dtype(dtype)
 
 
-def only_even(text):
+def only_even(tokens):
     """Even tokens, and the one behind an even number of tokens is not 0."""
-    allowed = sum(1 << token for token in range(0, VOCAB, 2)) - (len(text) % 2 == 0)
+    allowed = sum(1 << token for token in range(0, VOCAB, 2)) - (len(tokens) % 2 == 0)
     return torch.tensor([allowed], dtype=torch.int32, device="cpu")
 
 

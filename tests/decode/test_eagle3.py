@@ -157,10 +157,10 @@ def test_greedy_text_is_the_targets(tmp_path, kind, tree):
     if tree:
         drafter = TreeDrafter(drafter, Growth(depth=3, width=2, children=2))
     prompts, statistics = [[1, 2, 3, 1, 2], [4], [5, 6, 7]], Statistics()
-    texts = generate(
+    results = generate(
         TransformersTarget(model), prompts, drafter=drafter, temperature=0, max_new_tokens=20, statistics=statistics
     )
-    assert [text.tokens for text in texts] == [slow_greedy(model, prompt, 20) for prompt in prompts]
+    assert [result.tokens for result in results] == [slow_greedy(model, prompt, 20) for prompt in prompts]
     assert statistics.accepted > 0
 
 
@@ -168,12 +168,12 @@ def test_the_distribution_is_the_targets(tmp_path):
     """The target's ids that cannot be drafted keep their probabilities."""
     model = tiny(4, vocab=4, layers=5)
     folder = write(tmp_path / "drafter", vocab=4, targets=[3, 1])
-    drafter, length, texts = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.8)), 3, 1600
+    drafter, length, requests = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.8)), 3, 1600
     distribution = exact_distribution(model, [1, 2], 0.8, length)
     target = TransformersTarget(model)
     for rule in ("token", "block", "coupled"):
         counts, statistics = dict.fromkeys(distribution, 0), Statistics()
-        for first in range(0, texts, 200):
+        for first in range(0, requests, 200):
             for each in generate(
                 target, [[1, 2]] * 200, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8,
                 rule=rule, seed=list(range(first, first + 200)), statistics=statistics,

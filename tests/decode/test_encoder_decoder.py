@@ -99,15 +99,15 @@ def written(model: Any, source: Any, beginning: list[int], count: int = TOKENS) 
     if not heard:
         named["attention_mask"] = torch.ones_like(read)
     begun, cached = torch.tensor([beginning]), getattr(model.config, "num_decoder_layers", 2) == 2
-    text = GenerationMixin.generate(
+    sequence = GenerationMixin.generate(
         model, **named, decoder_input_ids=begun, do_sample=False, max_new_tokens=count, use_cache=cached
     )
-    continued: list[int] = text[0, len(beginning) :].tolist()
+    continued: list[int] = sequence[0, len(beginning) :].tolist()
     return continued
 
 
 @lru_cache(maxsize=4)
-def texts(name: str, attention: str = "sdpa") -> list[list[int]]:
+def sequences(name: str, attention: str = "sdpa") -> list[list[int]]:
     model = models(name, attention)[0]
     return [written(model, *pair) for pair in zip(sources(name), BEGINNINGS, strict=True)]
 
@@ -136,9 +136,9 @@ def in_brief(parameters: Any) -> bool:
 @pytest.mark.brief(kept=in_brief)
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_text_is_that_of_transformers(name, attention):
-    (model, small), known = models(name, attention), texts(name, attention)
+    (model, small), known = models(name, attention), sequences(name, attention)
     prompts = list(zip(sources(name), BEGINNINGS, strict=True))
-    shrinking = [text[:length] for text, length in zip(known, LENGTHS, strict=True)]
+    shrinking = [sequence[:length] for sequence, length in zip(known, LENGTHS, strict=True)]
     for kind, drafter in drafters(small).items():
         assert decoded(model, drafter, prompts[:1]) == known[:1], kind
         assert decoded(model, drafter, prompts) == known, kind
@@ -163,7 +163,7 @@ def depends_on_source_and_beginning(model: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_requests_come_and_go(name):
     """In a scheduler, where the longest source leaves first and a short one comes in its place."""
-    (model, small), known = models(name), texts(name)
+    (model, small), known = models(name), sequences(name)
     target = TransformersTarget(model)
     for drafter in (None, NGramDrafter(1), ModelDrafter(small)):
         scheduler = Scheduler(target, drafter, max_requests=2, chunk=2)
@@ -254,7 +254,7 @@ def test_drawn_text_has_the_models_distribution(kind, rule):
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results[:-1])
     assert steps.accepted > 300
-    observed = np.array([float(seen[text]) for text in probs])
+    observed = np.array([float(seen[sequence]) for sequence in probs])
     statistic, freedom = g_test(observed, np.array(list(probs.values())))
     assert statistic < limit(freedom)
 
@@ -263,15 +263,18 @@ def test_drawn_text_has_the_models_distribution(kind, rule):
 def exact(model: Any, source: list[int], length: int) -> dict[tuple[int, ...], float]:
     """Of every text."""
     every = list(product(range(model.config.vocab_size), repeat=length))
-    tokens = torch.tensor([[START, *text[:-1]] for text in every])
+    tokens = torch.tensor([[START, *sequence[:-1]] for sequence in every])
     read = torch.tensor([source]).expand(len(every), -1)
     probs = (model(input_ids=read, decoder_input_ids=tokens).logits.double() / 0.8).softmax(-1)
-    return {text: float(own[torch.arange(length), list(text)].prod()) for text, own in zip(every, probs, strict=True)}
+    return {
+        sequence: float(own[torch.arange(length), list(sequence)].prod())
+        for sequence, own in zip(every, probs, strict=True)
+    }
 
 
 def test_models_do_with_others_what_they_did():
     """Passes of transformers between ours and after, and copies, which are told positions of their own."""
-    model, known = models("bart")[0], texts("bart")
+    model, known = models("bart")[0], sequences("bart")
     pairs = list(zip(SOURCES, BEGINNINGS, strict=True))
     again = copy.deepcopy(model)
     assert [written(model, *pair) for pair in pairs] == known
@@ -341,7 +344,7 @@ def test_what_has_no_encoder_refuses_encoder_decoders():
 def test_a_decoder_alone_drafts_for_an_encoder_decoder():
     """It knows nothing of the source."""
     drafter = ModelDrafter(build(Architecture("llama"), 1, "sdpa"))
-    assert decoded(models("t5")[0], drafter, [(SOURCES[0], BEGINNINGS[0])]) == texts("t5")[:1]
+    assert decoded(models("t5")[0], drafter, [(SOURCES[0], BEGINNINGS[0])]) == sequences("t5")[:1]
     assert len(expected(drafter.model, CAUSAL[0])) == TOKENS
 
 
@@ -353,7 +356,7 @@ def test_windows_of_fixed_rows():
         (result,) = generate(
             target, [target.prompt(SOURCES[2], BEGINNINGS[2])], drafter=drafter, max_new_tokens=TOKENS, temperature=0.0
         )
-        assert result.tokens == texts("t5")[2]
+        assert result.tokens == sequences("t5")[2]
 
 
 def test_a_prompt_with_a_source_is_a_sequence_of_its_tokens():
@@ -367,4 +370,4 @@ def test_a_prompt_with_a_source_is_a_sequence_of_its_tokens():
 
 @pytest.mark.parametrize("name", ["t5, deeper decoder", "bart, shallower decoder"])
 def test_depths_of_encoder_and_decoder_differ(name):
-    assert decoded(models(name)[0], NGramDrafter(1), [(SOURCES[0], BEGINNINGS[0])]) == texts(name)[:1]
+    assert decoded(models(name)[0], NGramDrafter(1), [(SOURCES[0], BEGINNINGS[0])]) == sequences(name)[:1]

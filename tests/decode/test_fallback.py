@@ -41,7 +41,7 @@ def test_what_drafts_were_drawn_from_is_told_as_the_operators_tell_it(tree, heat
     step = Step(
         num_draft=[1, 1], seed=torch.arange(2), position=torch.tensor([3, 4]), temperature=torch.tensor([0.7, heat])
     )
-    certain = CallableDrafter(lambda text, count: [5] * count if text[-1] == 1 else [])
+    certain = CallableDrafter(lambda history, count: [5] * count if history[-1] == 1 else [])
     draft = FallbackDrafter(certain, drawing(tree)).begin([[1], [2]], None).propose(step)
     assert draft.tokens[0, -1] == 5
     assert draft.stats[0, 0].tolist() == [torch.inf, -torch.inf, 0.0]
@@ -56,7 +56,7 @@ def test_greedy_drafts_count_in_a_mixed_batch(tree):
     model, accepted = tiny(1), {}
     for name, temperature in (("alone", [0.0]), ("mixed", [0.0, 0.9])):
         prompts = [[2, 3], [1, 1]][: len(temperature)]
-        certain = CallableDrafter(lambda text, count: [5] * count if text[0] == 1 else [])
+        certain = CallableDrafter(lambda history, count: [5] * count if history[0] == 1 else [])
         results = generate(
             TransformersTarget(model), prompts, drafter=FallbackDrafter(certain, drawing(tree)), num_draft=1,
             max_new_tokens=110, temperature=temperature, seed=1,

@@ -42,9 +42,9 @@ def stand_in(monkeypatch, tmp_path):
 def test_greedy_text_is_the_models(stand_in, name):
     target = LlamaCppTarget(stand_in()[1])
     lengths = [30, 9, 17, 1]
-    texts = generate(target, PROMPTS, drafter=drafters(MODEL)[name], temperature=0, max_new_tokens=lengths)
-    for prompt, text, length in zip(PROMPTS, texts, lengths, strict=True):
-        assert text.tokens == slow_greedy(MODEL, prompt, length)
+    results = generate(target, PROMPTS, drafter=drafters(MODEL)[name], temperature=0, max_new_tokens=lengths)
+    for prompt, result, length in zip(PROMPTS, results, lengths, strict=True):
+        assert result.tokens == slow_greedy(MODEL, prompt, length)
 
 
 @pytest.mark.parametrize("name", ["model", "lookup", "feature of two layers"])
@@ -56,26 +56,26 @@ def test_drawn_text_is_that_of_a_model_of_transformers(stand_in, name, options):
         if options == "grammar"
         else OPTIONS[options]
     )
-    texts = [
+    results = [
         generate(
             target, PROMPTS, drafter=drafters(MODEL, lambda *a, **n: steady(tiny(*a, **n)))[name], rule="block",
             max_new_tokens=[12, 20, 5, 9], seed=[1, 2, 3, 4], logprobs=True, **how,
         )
         for target in (LlamaCppTarget(stand_in()[1]), TransformersTarget(MODEL))
     ]  # fmt: skip
-    for ours, theirs in zip(*texts, strict=True):
+    for ours, theirs in zip(*results, strict=True):
         assert (ours.tokens, ours.drafted) == (theirs.tokens, theirs.drafted)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
 def test_the_distribution_is_exact(stand_in):
     model = tiny(4, vocab=4)
-    target, texts, length = LlamaCppTarget(stand_in(model)[1]), 1500, 3
+    target, requests, length = LlamaCppTarget(stand_in(model)[1]), 1500, 3
     drafter = ModelDrafter(tiny(5, vocab=4))
     distribution = exact_distribution(model, [1, 2], 0.8, length)
     for rule in ("token", "block"):
         counts = dict.fromkeys(distribution, 0)
-        for first in range(0, texts, 4):  # batches, whose requests end a step at different numbers of drafts
+        for first in range(0, requests, 4):  # batches, whose requests end a step at different numbers of drafts
             batch = generate(
                 target, [[1, 2]] * 4, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8, rule=rule,
                 seed=list(range(first, first + 4)),
@@ -91,9 +91,9 @@ def test_long_prompts_are_read_in_passes(stand_in, monkeypatch):
     monkeypatch.setattr(llama_cpp, "PASS", 4)
     library, path = stand_in()
     prompts = [[1, 2, 3] * 5, [4, 5]]
-    drafter = CallableDrafter(lambda text, count: [text[-1]] * count)
-    texts = generate(LlamaCppTarget(path), prompts, drafter=drafter, num_draft=5, temperature=0, max_new_tokens=8)
-    assert [text.tokens for text in texts] == [slow_greedy(MODEL, prompt, 8) for prompt in prompts]
+    drafter = CallableDrafter(lambda history, count: [history[-1]] * count)
+    results = generate(LlamaCppTarget(path), prompts, drafter=drafter, num_draft=5, temperature=0, max_new_tokens=8)
+    assert [result.tokens for result in results] == [slow_greedy(MODEL, prompt, 8) for prompt in prompts]
     assert max(library.reads) == 4
     assert library.reads[:4] == [4, 4, 4, 3]
 
@@ -145,9 +145,9 @@ def test_streams_do_not_see_each_other(stand_in):
 def test_stop_tokens_are_the_models(stand_in):
     target = LlamaCppTarget(stand_in(ends=(3, 7))[1])
     assert target.stop_tokens == {3, 7}
-    (text,) = generate(target, [[1, 2]], max_new_tokens=60, seed=1)
-    assert text.finished == "stop"
-    assert text.tokens[-1] in (3, 7)
+    (result,) = generate(target, [[1, 2]], max_new_tokens=60, seed=1)
+    assert result.finished == "stop"
+    assert result.tokens[-1] in (3, 7)
 
 
 @pytest.mark.parametrize(

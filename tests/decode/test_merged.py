@@ -43,12 +43,12 @@ def test_trees_of_chains(chains, most, tokens, parents):
 def test_both_are_right_where_the_other_is_wrong(model):
     """One drafter is right at three places, and the other at the next three: in one tree every step accepts a draft;
     alone, or one in the place of the other, they do not."""
-    text = PROMPTS[0] + slow_greedy(model, PROMPTS[0], 40)
+    sequence = PROMPTS[0] + slow_greedy(model, PROMPTS[0], 40)
 
     def right(parity):
         def propose(history, count):
             wrong = len(history) // 3 % 2 != parity
-            return [(text[len(history)] + wrong) % VOCAB][:count]
+            return [(sequence[len(history)] + wrong) % VOCAB][:count]
 
         return CallableDrafter(propose)
 
@@ -62,7 +62,7 @@ def test_both_are_right_where_the_other_is_wrong(model):
             TransformersTarget(model), PROMPTS[:1], drafter=drafter, num_draft=2, max_new_tokens=40, temperature=0.0,
             statistics=steps,
         )  # fmt: skip
-        assert result.tokens == text[5:45]
+        assert result.tokens == sequence[5:45]
         accepted[name] = steps.accepted / steps.request_steps
     assert accepted["merged"] > 0.9
     assert max(accepted["fallback"], accepted["even"], accepted["odd"]) < 0.75

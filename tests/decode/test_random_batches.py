@@ -116,7 +116,7 @@ def grammar_of(modulus):
     return grammar
 
 
-def slow_text(model, prompt, limit, stops, rule, seed, sampling):
+def slow_tokens(model, prompt, limit, stops, rule, seed, sampling):
     """Token by token by the operator itself, with no drafts."""
     history = list(prompt)
     strengths = {name: sampling[name] for name in sampling if name.endswith("_penalty")}
@@ -208,7 +208,7 @@ def test_random_batches(models, start):
             fixed = own["temperature"] == 0 or case.rule == "coupled" or drafter is None or case.num_draft == 0
             if fixed:  # the text does not depend on what is drafted
                 limit, seed = case.limits[slot], case.seeds[slot]
-                expected = slow_text(model, prompt, limit, case.stops, case.rule, seed, own)
+                expected = slow_tokens(model, prompt, limit, case.stops, case.rule, seed, own)
             else:
                 expected = generate(
                     SlowTarget(model), [prompt], drafter=drafter, max_new_tokens=case.limits[slot],

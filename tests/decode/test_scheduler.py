@@ -118,10 +118,10 @@ def test_cancelled_at_any_time(model, steps):
     scheduler.run()
     drafter = NGramDrafter(1)
     for index, submission in enumerate(submissions):
-        text, whole = submission.result(), alone(model, index, drafter)
-        assert (text.tokens == whole) == (index not in (0, 2, 5))
-        assert text.tokens == whole[: len(text.tokens)]
-        assert text.finished == ("" if index in (0, 2, 5) else "length")
+        result, whole = submission.result(), alone(model, index, drafter)
+        assert (result.tokens == whole) == (index not in (0, 2, 5))
+        assert result.tokens == whole[: len(result.tokens)]
+        assert result.finished == ("" if index in (0, 2, 5) else "length")
     assert scheduler.running == scheduler.waiting == 0
     assert submissions[1].cancel() is None
 

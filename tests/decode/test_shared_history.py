@@ -227,8 +227,9 @@ def test_joint_distribution_with_the_others_texts(ahead):
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
     assert statistics.accepted > 1000
-    texts = list(distribution)
-    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([distribution[t] for t in texts]))
+    statistic, freedom = g_test(
+        np.array([float(seen[sequence]) for sequence in distribution]), np.array(list(distribution.values()))
+    )
     assert statistic < limit(freedom)
 
 

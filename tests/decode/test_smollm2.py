@@ -42,7 +42,7 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     model, tokenizer, stop = session
     prompt = encode(tokenizer, PROMPTS[kind][0])
 
-    def text(drafter, num_draft):
+    def decoded(drafter, num_draft):
         target = TransformersTarget(model, FIXED_ROWS)
         options = {
             "drafter": drafter,
@@ -53,14 +53,14 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
         }
         return generate(target, [prompt], **options)[0].tokens
 
-    plain = text(None, 0)
-    assert text(load_drafter("lookup", model), 7) == plain
-    assert text(load_drafter("auto", model), 5) == plain
+    plain = decoded(None, 0)
+    assert decoded(load_drafter("lookup", model), 7) == plain
+    assert decoded(load_drafter("auto", model), 5) == plain
     nonsense = CallableDrafter(lambda tokens, count: [tokens[-1]] * count)
-    assert text(nonsense, 3) == plain
+    assert decoded(nonsense, 3) == plain
     # Drafts that are all right, as many as fit: every accepted row was scored at another index.
     start = len(prompt)
-    assert text(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
+    assert decoded(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
 @pytest.mark.brief(kept=lambda parameters: parameters["session"] == "bfloat16")
@@ -71,15 +71,15 @@ def test_coupled_text_depends_on_no_drafter(session, kind):
     model, tokenizer, stop = session
     prompt = encode(tokenizer, PROMPTS[kind][1])
 
-    def text(drafter):
+    def decoded(drafter):
         target = TransformersTarget(model, FIXED_ROWS)
         options = {"max_new_tokens": TOKENS, "stop_tokens": stop, "seed": 2, "temperature": 0.8, "rule": "coupled"}
         return generate(target, [prompt], drafter=drafter, num_draft=6, **options)[0].tokens
 
-    plain = text(None)
+    plain = decoded(None)
     for name in ("lookup", "model"):
-        assert text(load_drafter(name, model)) == plain
-    assert text(load_drafter("auto", model, adaptive=True)) == plain
+        assert decoded(load_drafter(name, model)) == plain
+    assert decoded(load_drafter("auto", model, adaptive=True)) == plain
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def model():
     return tiny(1, layers=2)
 
 
-def text(target, drafter=None, prompts=PROMPTS[:3], **options):
+def decoded(target, drafter=None, prompts=PROMPTS[:3], **options):
     """Of a ragged batch that shrinks, unless said otherwise."""
     options = {"num_draft": 3, "max_new_tokens": [14, 4, 9][: len(prompts)], "seed": 3, **options}
     return [
@@ -92,32 +92,32 @@ def test_the_text_is_that_of_the_dynamic_target(architectures, architecture, sam
     for name in (None, "lookup", "model"):
         for rule in RULES if name == "model" else RULES[:1]:
             own = {"rule": rule, **options}
-            assert text(fixed, drafter_of(name), **own) == text(dynamic, drafter_of(name), **own)
+            assert decoded(fixed, drafter_of(name), **own) == decoded(dynamic, drafter_of(name), **own)
     own = {**options, "top_k": 6, "prompts": PROMPTS[2:3], "logprobs": True}
-    assert text(fixed, drafter_of("model"), **own) == text(dynamic, drafter_of("model"), **own)
+    assert decoded(fixed, drafter_of("model"), **own) == decoded(dynamic, drafter_of("model"), **own)
 
 
 @pytest.mark.parametrize("name", ["tree", "siblings", "medusa", "feature of two layers", "first of"])
 def test_so_it_is_with_trees_and_features(model, name):
     for rule in RULES:
         options = {"rule": rule, "temperature": 0.9, "prompts": PROMPTS, "max_new_tokens": [14, 4, 9, 2]}
-        dynamic = text(TransformersTarget(model), drafter_of(name), **options)
-        assert text(StaticTarget(model), drafter_of(name), **options) == dynamic
+        dynamic = decoded(TransformersTarget(model), drafter_of(name), **options)
+        assert decoded(StaticTarget(model), drafter_of(name), **options) == dynamic
 
 
 @pytest.mark.parametrize("options", [*OPTIONS.values(), {"grammar": [only_even, None, only_even, only_even]}])
 def test_so_it_is_with_all_that_is_done_to_logits(model, options):
     own = {"prompts": PROMPTS, "max_new_tokens": [14, 4, 9, 2], "temperature": 0.8, **options}
-    dynamic = text(TransformersTarget(model), drafter_of("model"), **own)
-    assert text(StaticTarget(model), drafter_of("model"), **own) == dynamic
+    dynamic = decoded(TransformersTarget(model), drafter_of("model"), **own)
+    assert decoded(StaticTarget(model), drafter_of("model"), **own) == dynamic
 
 
 def test_a_history_may_fill_the_context():
     """No padding row has a position behind the last that there is."""
     model = models()["gpt2"]
     options = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": [62, 64], "num_draft": 5, "temperature": 0.9}
-    dynamic = text(TransformersTarget(model), drafter_of("lookup"), **options)
-    assert text(StaticTarget(model), drafter_of("lookup"), **options) == dynamic
+    dynamic = decoded(TransformersTarget(model), drafter_of("lookup"), **options)
+    assert decoded(StaticTarget(model), drafter_of("lookup"), **options) == dynamic
 
 
 # --- one graph --------------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def test_replayed_operations_give_the_same_text(model, name, recorded):
     """Of batches that shrink; once for each number of rows and each half of the batch, not once a step."""
     options = {"temperature": 0.9, "prompts": PROMPTS, "max_new_tokens": [24, 14, 9, 20]}
     target, statistics = StaticTarget(model, check=False), Statistics()
-    replayed = text(target, drafter_of(name), statistics=statistics, **options)
-    assert replayed == text(TransformersTarget(model), drafter_of(name), **options)
+    replayed = decoded(target, drafter_of(name), statistics=statistics, **options)
+    assert replayed == decoded(TransformersTarget(model), drafter_of(name), **options)
     assert 0 < len(recorded) < statistics.steps
     if name in (None, "model", "static"):
         assert set(recorded) == {"stepped", "drafted"} if name == "static" else {"stepped"}
@@ -167,14 +167,14 @@ def test_later_streams_replay_what_the_first_one_recorded(model, recorded):
     """In its cache, of which they see nothing: not even a nan."""
     target, drafter = StaticTarget(model, check=False), StaticDrafter(tiny(2))
     options = {"temperature": 0.9, "drafter": drafter}
-    text(target, **options)
+    decoded(target, **options)
     once = list(recorded)
     storage = target.caches._idle.layers[0].storage
     with torch.inference_mode():
         for cache in (target.caches._idle, drafter.caches._idle):
             cache.layers[0].storage[0].fill_(torch.nan)
-    other = text(TransformersTarget(model), ModelDrafter(tiny(2)), PROMPTS[1:], temperature=0.9)
-    assert text(target, prompts=PROMPTS[1:], **options) == other
+    other = decoded(TransformersTarget(model), ModelDrafter(tiny(2)), PROMPTS[1:], temperature=0.9)
+    assert decoded(target, prompts=PROMPTS[1:], **options) == other
     assert recorded == once
     assert target.caches._idle.layers[0].storage is storage
 
@@ -189,16 +189,16 @@ def test_streams_at_the_same_time_have_caches_of_their_own(model):
 
 def test_a_cache_serves_no_stream_of_another_size_nor_a_changed_model():
     target = StaticTarget(tiny(1, layers=2), check=False)
-    text(target)
+    decoded(target)
     first = target.caches._idle
-    text(target, prompts=PROMPTS[:2])
+    decoded(target, prompts=PROMPTS[:2])
     second = target.caches._idle
     assert second is not first
-    text(target, prompts=PROMPTS[:2], max_new_tokens=100)
+    decoded(target, prompts=PROMPTS[:2], max_new_tokens=100)
     third = target.caches._idle
     assert third.capacity > second.capacity
     target.model.bfloat16()
-    text(target, prompts=PROMPTS[:2], max_new_tokens=100)
+    decoded(target, prompts=PROMPTS[:2], max_new_tokens=100)
     assert target.caches._idle is not third
 
 
@@ -256,7 +256,7 @@ def test_steps_follow_each_other_without_the_host(model):
         for own, new in zip(tokens, stepped.verified.tokens.tolist(), strict=True):
             own += [token for token in new if token >= 0]
         arguments = following(arguments, stepped)
-    wanted = text(TransformersTarget(model), rule="coupled", temperature=0.9, max_new_tokens=9, stop_tokens=())
+    wanted = decoded(TransformersTarget(model), rule="coupled", temperature=0.9, max_new_tokens=9, stop_tokens=())
     assert [own[:9] for own in tokens] == [own for own, _, _ in wanted]
 
 
@@ -272,7 +272,7 @@ def test_a_step_reads_nothing(architectures, architecture):
 @pytest.mark.parametrize("name", [None, "lookup", "model", "feature"])
 def test_the_host_waits_once_a_step(model, name):
     statistics, options = Statistics(), {"num_draft": 3, "max_new_tokens": [14, 4, 9], "seed": 3}
-    text(StaticTarget(model), drafter_of(name))  # the probes of first use
+    decoded(StaticTarget(model), drafter_of(name))  # the probes of first use
     with HostReads() as reads:
         tokens = stream(StaticTarget(model), PROMPTS[:3], drafter=drafter_of(name), statistics=statistics, **options)
         reads.found.clear()  # what is read at the beginning
@@ -318,7 +318,7 @@ def test_slots_stay_until_half_of_them_are_idle(model, monkeypatch):
         return forward(cache, tokens, *rest)
 
     monkeypatch.setattr(StaticCache, "pass_over", watched)
-    text(StaticTarget(model, check=False), prompts=PROMPTS, max_new_tokens=[1, 2, 3, 4])
+    decoded(StaticTarget(model, check=False), prompts=PROMPTS, max_new_tokens=[1, 2, 3, 4])
     assert sizes == [4, 4, 2, 1]
 
 
@@ -328,7 +328,7 @@ def test_rows_are_in_powers_of_two():
 
 def test_a_step_has_no_more_rows_than_wanted(model):
     statistics = Statistics()
-    text(StaticTarget(model, max_rows=3), drafter_of("self"), num_draft=7, statistics=statistics)
+    decoded(StaticTarget(model, max_rows=3), drafter_of("self"), num_draft=7, statistics=statistics)
     assert len(statistics.proposed_at) == 2
 
 
@@ -423,7 +423,7 @@ def test_drafts_that_need_the_host_are_refused(model):
         with pytest.raises(ValueError, match="min_confidence 0 and siblings 0 for drafts of static shapes"):
             StaticDrafter(model, config=config)
     with pytest.raises(TypeError, match="got a StaticDrafter: use ModelDrafter"):
-        text(TransformersTarget(model), TreeDrafter(StaticDrafter(model)))
+        decoded(TransformersTarget(model), TreeDrafter(StaticDrafter(model)))
 
 
 def test_a_model_that_needs_other_masks_is_refused():

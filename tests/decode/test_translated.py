@@ -157,7 +157,7 @@ def measured(drafter, rule="token", count=6_000, length=3):
             temperature=0.8, rule=rule, seed=list(range(start, start + 2_000)), statistics=steps,
         )  # fmt: skip
         seen.update(tuple(result.tokens) for result in results)
-    observed = np.array([float(seen[text]) for text in probs])
+    observed = np.array([float(seen[sequence]) for sequence in probs])
     return steps.accepted, *g_test(observed, np.array(list(probs.values())))
 
 

@@ -83,10 +83,10 @@ def drafters(model, tiny=tiny):
             "feature of two layers": lambda: feature_drafter(model, (1,)),
             "feature with repeats": lambda: feature_drafter(model, repeats=0.5),
             "lookup": lambda: NGramDrafter(1),
-            "rule": lambda: CallableDrafter(lambda text, count: [(text[-1] + i) % VOCAB for i in range(count)]),
+            "rule": lambda: CallableDrafter(lambda history, count: [(history[-1] + i) % VOCAB for i in range(count)]),
             "first of": lambda: FallbackDrafter(NGramDrafter(2), ModelDrafter(tiny(2))),
             "nested": lambda: FallbackDrafter(
-                CallableDrafter(lambda text, count: [1] * (count if text[-1] == 3 else 0)), feature_drafter(model)
+                CallableDrafter(lambda history, count: [1] * (count if history[-1] == 3 else 0)), feature_drafter(model)
             ),
             "confident": lambda: ModelDrafter(tiny(2), config=DraftConfig(min_confidence=0.3, temperature_scale=0.7)),
             "tree": lambda: TreeDrafter(ModelDrafter(tiny(2)), Growth(depth=3, width=2, children=3)),
@@ -120,10 +120,12 @@ PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
 @torch.no_grad()
 def exact_distribution(model, prompt, temperature, length):
     distribution = {}
-    for text in product(range(model.config.vocab_size), repeat=length):
-        logits = model(torch.tensor([[*prompt, *text]])).logits[0].double() / temperature
+    for sequence in product(range(model.config.vocab_size), repeat=length):
+        logits = model(torch.tensor([[*prompt, *sequence]])).logits[0].double() / temperature
         probs = logits.softmax(-1)
-        distribution[text] = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(text)]).prod())
+        distribution[sequence] = float(
+            torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(sequence)]).prod()
+        )
     return distribution
 
 
@@ -140,7 +142,7 @@ OPTIONS = {
 }
 
 
-def only_even(text):
+def only_even(tokens):
     """A grammar: even tokens, and the one behind an even number of tokens is not 0."""
-    allowed = sum(1 << token for token in range(0, VOCAB, 2)) - (len(text) % 2 == 0)
+    allowed = sum(1 << token for token in range(0, VOCAB, 2)) - (len(tokens) % 2 == 0)
     return torch.tensor([allowed], dtype=torch.int32)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,14 +88,14 @@ def test_texts_of_architectures(name, assistant):
     model = architecture(name)
     drawn = {"do_sample": True, "temperature": 0.8, "rule": "coupled", "seeds": [3, 4, 5, 6]}
     for inputs in (ONE, BATCH):
-        want, texts = run(model, inputs, custom=False), []
+        want, results = run(model, inputs, custom=False), []
         drawn["seeds"] = drawn["seeds"][: len(inputs["input_ids"])]
         for way in ({"drafter": NGramDrafter(), "num_draft": 3}, {"assistant_model": assistant, "num_draft": 3}):
             statistics = Statistics()
             assert run(model, inputs, statistics=statistics, **way).tolist() == want.tolist()
             assert statistics.proposed > 0
-            texts.append(run(model, inputs, **{**drawn, "seeds": [3, 4, 5, 6][: len(inputs["input_ids"])]}, **way))
-        assert texts[0].tolist() == texts[1].tolist() != want.tolist()
+            results.append(run(model, inputs, **{**drawn, "seeds": [3, 4, 5, 6][: len(inputs["input_ids"])]}, **way))
+        assert results[0].tolist() == results[1].tolist() != want.tolist()
 
 
 # --- distribution -----------------------------------------------------------------------------------------------------
@@ -116,8 +115,9 @@ def test_the_distribution_of_drawn_texts(way):
     )  # fmt: skip
     assert statistics.accepted > 500
     seen = Counter(map(tuple, out[:, 2:].tolist()))
-    texts = list(product(range(3), repeat=3))
-    statistic, freedom = g_test(np.array([float(seen[t]) for t in texts]), np.array([distribution[t] for t in texts]))
+    statistic, freedom = g_test(
+        np.array([float(seen[sequence]) for sequence in distribution]), np.array(list(distribution.values()))
+    )
     assert (statistic < limit(freedom)) == (way != "wrong")
 
 
@@ -301,8 +301,8 @@ def test_stop_strings(model):
         _convert_id_to_token=letters.__getitem__,
         clean_up_tokenization_spaces=False,
     )
-    text = run(model, ONE)[0, 5:].tolist()
-    string = "".join(letters[token] for token in text[3:5])
+    tokens = run(model, ONE)[0, 5:].tolist()
+    string = "".join(letters[token] for token in tokens[3:5])
     criterion = hf_stops.StopStringCriteria(tokenizer, string)
     options = {"stopping_criteria": [criterion]}
     assert run(model, ONE, **options).tolist() == run(model, ONE, custom=False, **options).tolist()
@@ -322,10 +322,10 @@ def test_lookups_that_nobody_named_are_as_many_as_pay(model, sampled):
         inputs, statistics = {"input_ids": torch.tensor(rows)}, Statistics()
         options = drawn | ({"seeds": drawn["seeds"][: len(rows)]} if sampled else {})
         named = {"prompt_lookup_num_tokens": 4, "max_new_tokens": 6, **options}
-        texts = run(model, inputs, statistics=statistics, **named).tolist()
-        assert texts == run(model, inputs, **named).tolist()
+        sequences = run(model, inputs, statistics=statistics, **named).tolist()
+        assert sequences == run(model, inputs, **named).tolist()
         if not sampled:
-            assert texts == run(model, inputs, custom=False, max_new_tokens=6).tolist()
+            assert sequences == run(model, inputs, custom=False, max_new_tokens=6).tolist()
         proposed.append(statistics.proposed_at)
     assert sum(proposed[1]) < sum(proposed[0])
 

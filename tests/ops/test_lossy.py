@@ -52,11 +52,13 @@ def test_it_is_not_lossless_and_says_so():
     distribution = oracle.typical_distribution(lambda _: target, lambda _: draft, 2)
     assert sum(distribution.values()) == pytest.approx(1)
     want = oracle.target_distribution(lambda _: target, 2)
-    distance = sum(abs(distribution.get(text, 0) - want.get(text, 0)) for text in {*distribution, *want}) / 2
+    distance = (
+        sum(abs(distribution.get(sequence, 0) - want.get(sequence, 0)) for sequence in {*distribution, *want}) / 2
+    )
     assert distance == pytest.approx(1 / 24)
     # With a draft of the target's own distribution, only what is never accepted comes from elsewhere: the target again.
     own = oracle.typical_distribution(lambda _: target, lambda _: target, 2, epsilon=1e-9)
-    assert sum(abs(own[text] - float(want[text])) for text in want) == pytest.approx(0, abs=1e-12)
+    assert sum(abs(own[sequence] - float(want[sequence])) for sequence in want) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["temperature", "epsilon", "delta"])
@@ -105,11 +107,11 @@ def test_synthetic_acceptance_leaves_the_bonus_row_alone():
     always = lossy.SyntheticAcceptance(target, [1.0] * 4)
     drafts = {1: [3], 2: [4, 5, 6]}
     drafter = CallableDrafter(lambda history, count: drafts[history[0]] if len(history) == 1 else [])
-    texts = generate(always, [[1], [2]], drafter=drafter, num_draft=3, max_new_tokens=5, temperature=0.0)
-    for start, text in zip((1, 2), texts, strict=True):
+    results = generate(always, [[1], [2]], drafter=drafter, num_draft=3, max_new_tokens=5, temperature=0.0)
+    for start, result in zip((1, 2), results, strict=True):
         drafted = drafts[start]
-        assert text.tokens[: len(drafted)] == drafted
-        assert text.tokens[len(drafted) :] == slow_greedy(target.model, [start, *drafted], 5 - len(drafted))
+        assert result.tokens[: len(drafted)] == drafted
+        assert result.tokens[len(drafted) :] == slow_greedy(target.model, [start, *drafted], 5 - len(drafted))
 
 
 @pytest.mark.parametrize("rates", [[0.5, 0.6], [1.1], [-0.1], [float("nan")]])

@@ -77,18 +77,18 @@ class AbsoluteUniforms(oracle.Noise):
         return oracle.Noise(self.seed, self.position + row).uniform(0)
 
 
-def text_statistic(noise_kind, count):
-    """Chi-square of the first two tokens of texts that the block rule writes with two drafts a step: the two tokens
+def sequence_statistic(noise_kind, count):
+    """Chi-square of the first two tokens of sequences that the block rule writes with two drafts a step: the two tokens
     are equally likely, the first draft is nearly always 0, the second always 1."""
     target, draft = np.log([[0.5, 0.5]] * 3), np.array([np.log([0.9, 0.1]), [-np.inf, 0.0]])
     counts = np.zeros((2, 2))
     for seed in range(count):
-        rng, text = np.random.default_rng(seed), []
-        while len(text) < 2:
+        rng, history = np.random.default_rng(seed), []
+        while len(history) < 2:
             drafts = [int(rng.random() < 0.1), 1]
-            noise = noise_kind(seed, 10 + len(text))
-            text += oracle.verify_chain(target, drafts, draft, None, noise, rule=Rule.BLOCK).tokens
-        counts[tuple(text[:2])] += 1
+            noise = noise_kind(seed, 10 + len(history))
+            history += oracle.verify_chain(target, drafts, draft, None, noise, rule=Rule.BLOCK).tokens
+        counts[tuple(history[:2])] += 1
     return float(((counts - count / 4) ** 2 / (count / 4)).sum())
 
 
@@ -96,36 +96,36 @@ def test_block_uniforms_are_not_met_again_in_the_next_step():
     """Case 7: the block rule reads uniforms behind the stop; a next step that meets them again has another
     distribution."""
     limit = 33  # three degrees of freedom, three in ten million
-    assert text_statistic(oracle.Noise, 4000) < limit < text_statistic(AbsoluteUniforms, 4000)
+    assert sequence_statistic(oracle.Noise, 4000) < limit < sequence_statistic(AbsoluteUniforms, 4000)
 
 
 # --- coupled ----------------------------------------------------------------------------------------------------------
 
 
-def table(text, vocab=200):
+def table(history, vocab=200):
     """A target that is a function of the last two tokens."""
-    generator = torch.Generator().manual_seed(hash(tuple(text[-2:])) % 2**31)
+    generator = torch.Generator().manual_seed(hash(tuple(history[-2:])) % 2**31)
     return torch.randn(vocab, generator=generator) * 2
 
 
 def write(sample, verify_chain, num_draft, drafter, length=24, **options):
-    """Decode with drafts of ``drafter(text, row, logits)`` (None: from ``sample``)."""
-    text = [1, 2]
-    while len(text) < length:
-        drafted, start = [], len(text)
+    """Decode with drafts of ``drafter(history, row, logits)`` (None: from ``sample``)."""
+    history = [1, 2]
+    while len(history) < length:
+        drafted, start = [], len(history)
         for row in range(num_draft):
-            logits = table([*text, *drafted])
+            logits = table([*history, *drafted])
             if drafter is None:
                 noisy = logits + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(row))
                 drawn = sample(noisy[None], seed=5, position=start, row=row, coupled=True, **options)
                 drafted.append(int(drawn.tokens[0]))
             else:
-                drafted.append(drafter(text, row))
-        target = torch.stack([table([*text, *drafted[:row]]) for row in range(num_draft + 1)])[None]
+                drafted.append(drafter(history, row))
+        target = torch.stack([table([*history, *drafted[:row]]) for row in range(num_draft + 1)])[None]
         tokens = torch.tensor([drafted], dtype=torch.int64).reshape(1, num_draft)
         step = verify_chain(target, tokens, seed=5, position=start, rule="coupled", **options)
-        text += [t for t in step.tokens[0].tolist() if t >= 0]
-    return text[:length]
+        history += [t for t in step.tokens[0].tolist() if t >= 0]
+    return history[:length]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.9}], ids=str)
@@ -133,7 +133,12 @@ def test_the_coupled_text_depends_on_no_drafter(few, sample, verify_chain, optio
     """Case 25: with any drafter, any K, or none, at T > 0."""
     options = {**options, "length": 5 + few(19)}
     alone = write(sample, verify_chain, 0, None, **options)
-    for num_draft, drafter in ((1, None), (4, None), (3, lambda text, row: text[row % 2]), (2, lambda text, row: 199)):
+    for num_draft, drafter in (
+        (1, None),
+        (4, None),
+        (3, lambda history, row: history[row % 2]),
+        (2, lambda history, row: 199),
+    ):
         assert write(sample, verify_chain, num_draft, drafter, **options) == alone
 
 

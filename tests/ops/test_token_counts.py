@@ -1,4 +1,4 @@
-"""Counts that are kept from step to step give what counting the whole texts gives."""
+"""Counts that are kept from step to step give what counting the whole sequences gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specdec_kernels.ops import processing
 
 VOCAB = 12
 ids = st.integers(0, VOCAB - 1)
-texts = st.lists(ids, max_size=10)
+sequences = st.lists(ids, max_size=10)
 STRENGTHS = {"repetition_penalty": 1.4, "presence_penalty": 0.6, "frequency_penalty": 0.3}
 
 
@@ -24,12 +24,12 @@ def padded(rows):
 @st.composite
 def histories(draw):
     """Prompts and outputs of a batch after some steps, and the counts that went through them."""
-    prompts = draw(st.lists(texts, min_size=1, max_size=3))
+    prompts = draw(st.lists(sequences, min_size=1, max_size=3))
     outputs = [[] for _ in prompts]
     counts = TokenCounts(prompts, VOCAB, "cpu")
     for _ in range(draw(st.integers(0, 4))):
         if draw(st.booleans()):
-            added = [draw(texts) for _ in prompts]
+            added = [draw(sequences) for _ in prompts]
             outputs = [[*old, *new] for old, new in zip(outputs, added, strict=True)]
             counts.extend(added)
         else:
@@ -48,7 +48,7 @@ def tensors(draw, batch, low, elements):
 
 @settings(deadline=None, max_examples=200)
 @given(histories(), st.data())
-def test_adjustments_are_those_of_the_whole_texts(history, data):
+def test_adjustments_are_those_of_the_whole_sequences(history, data):
     prompts, outputs, counts = history
     batch = len(prompts)
     drafts = tensors(data.draw, batch, 0, st.integers(-1, VOCAB - 1)).long()
@@ -125,11 +125,11 @@ def test_nothing_depends_on_the_default_device_and_dtype():
         counts = TokenCounts([[1, 2, 2], []], 6, "cpu")
         counts.extend([[4], [0, 4]])
         counts.select([1, 0])
-        penalties = [Penalties(counts=counts, **STRENGTHS), Penalties(text, text[:, :1], **STRENGTHS)]
-        return [x for p in penalties for x in processing.adjustments(p, bias, text, logits, 2, "B")]
+        penalties = [Penalties(counts=counts, **STRENGTHS), Penalties(tokens, tokens[:, :1], **STRENGTHS)]
+        return [x for p in penalties for x in processing.adjustments(p, bias, tokens, logits, 2, "B")]
 
-    text, logits = torch.tensor([[1, 5], [3, -1]]), torch.zeros(2, 3, 6)
-    bias = LogitBias(text, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    tokens, logits = torch.tensor([[1, 5], [3, -1]]), torch.zeros(2, 3, 6)
+    bias = LogitBias(tokens, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
     want, dtype = everything(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
