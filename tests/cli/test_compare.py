@@ -61,12 +61,12 @@ def texts(clock, seconds, count):
 
     def decode(drafted, statistics, end):
         log.append((drafted, clock.seconds, end))
-        taken = min(seconds, max(1.0, end - clock.seconds))  # a step is a second
-        clock.seconds += taken
-        for _ in range(int(taken)):
+        spent = min(seconds, max(1.0, end - clock.seconds))  # a step is a second
+        clock.seconds += spent
+        for _ in range(int(spent)):
             statistics.count(0, 0)
-        statistics.emitted += int(taken)
-        statistics.seconds["target"] += taken
+        statistics.emitted += int(spent)
+        statistics.seconds["target"] += spent
 
     return [decode] * count, log
 

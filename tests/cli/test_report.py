@@ -161,8 +161,8 @@ def test_processes_share_the_cases_of_the_self_test():
         assert sorted(pair for share in shares for pair in share) == [
             (index, index % (forms or 21)) for index in range(21)
         ]
-        taken = [{form for _, form in share} for share in shares]
-        assert sum(map(len, taken)) == (forms or 21)
+        forms_used = [{form for _, form in share} for share in shares]
+        assert sum(map(len, forms_used)) == (forms or 21)
     whole = selftest.run("cpu", count=5)
     parts = selftest.Report()
     for process in range(2):

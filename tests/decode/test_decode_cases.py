@@ -599,7 +599,7 @@ def test_what_is_no_target_or_no_drafter(model):
 
 
 def test_errors_come_before_anything_is_read(model):
-    """When the function is called, not when its first token is asked for."""
+    """When the function is called, not when its first token is requested."""
     target = TransformersTarget(model)
     target.begin = None
     for change, error, message in BAD:

@@ -171,7 +171,7 @@ def test_steps_without_drafts_are_timed_now_and_then():
 def test_gains_follow_what_was_accepted():
     acceptance = Acceptance()
     hopes = [gain for gain, _ in acceptance.gains(3)]
-    assert hopes == pytest.approx([Acceptance.HOPE**place for place in (1, 2, 3)])
+    assert hopes == pytest.approx([Acceptance.HOPE**depth for depth in (1, 2, 3)])
     for time in range(60):
         # The first two always, the third never, what lies beside it every other time; of the fourth nothing is known.
         acceptance.add(4, 2, siblings=3, beside=time % 2 == 0)
@@ -319,7 +319,7 @@ def test_assumed_costs_choose_by_the_text_alone(monkeypatch):
     for row, batch in ((0.0, 1), (0.02, 1), (0.02, 4), (0.3, 4), (0.8, 1)):
 
         def rate(drafts, row=row, batch=batch):
-            tokens = batch * sum(Acceptance.HOPE**place for place in range(drafts + 1))
+            tokens = batch * sum(Acceptance.HOPE**depth for depth in range(drafts + 1))
             return tokens / (1 + row * (batch * (1 + drafts) - 1))
 
         wanted = max(range(9), key=rate)

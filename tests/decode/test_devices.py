@@ -90,7 +90,7 @@ def test_the_control_of_these_tests():
 
 @pytest.mark.parametrize("name", [None, "model", "feature", "lookup", "tree", "medusa", "siblings"])
 def test_under_autocast_decoding_works(model, name):
-    """With numbers of its own: nothing but a text of the length that was asked for."""
+    """With numbers of its own: nothing but a text of the requested length."""
     results = decoded(model, name, lambda: torch.autocast("cpu", torch.bfloat16))
     assert [len(tokens) for tokens, _ in results] == [9, 3, 5, 7]
 

@@ -131,7 +131,7 @@ def test_rows_of_a_reduced_vocabulary_stay_as_they_are(model, name, rule):
     """What is proposed has the drafter's own columns and says which ids they are; the tokens are the target's."""
     seen = [0]
 
-    def look(draft, step):
+    def noted(draft, step):
         if draft.logits is not None:
             assert draft.vocabulary.draft_to_target.tolist() == SHORTLIST
             assert draft.logits.shape[-1] == len(SHORTLIST)
@@ -140,7 +140,7 @@ def test_rows_of_a_reduced_vocabulary_stay_as_they_are(model, name, rule):
             assert {token for nodes in drafted(draft) for token, _ in nodes} <= set(SHORTLIST)
         return draft
 
-    drafter, statistics = Altered(drafters(model)[name], look), Statistics()
+    drafter, statistics = Altered(drafters(model)[name], noted), Statistics()
     options = {"temperature": 0.9, "seed": [1, 2, 3, 4], "max_new_tokens": 12, "rule": rule, "statistics": statistics}
     generate(TransformersTarget(model), PROMPTS, drafter=drafter, **options)
     assert statistics.accepted > 0
@@ -151,7 +151,7 @@ def test_a_reduced_vocabulary_stops_where_it_is_unsure(model):
     """By the probability of the draft's own column."""
     least, stopped = 0.2, [0, 0]
 
-    def look(draft, step):
+    def noted(draft, step):
         if draft.logits is None:  # nothing is wanted
             return draft
         columns = draft.vocabulary.target_to_draft[draft.tokens.clamp(min=0)].clamp(min=0).long()
@@ -164,6 +164,6 @@ def test_a_reduced_vocabulary_stops_where_it_is_unsure(model):
             stopped[count == most] += 1
         return draft
 
-    drafter = Altered(feature_drafter(model, config=DraftConfig(min_confidence=least)), look)
+    drafter = Altered(feature_drafter(model, config=DraftConfig(min_confidence=least)), noted)
     generate(TransformersTarget(model), PROMPTS, drafter=drafter, temperature=0.9, seed=3, max_new_tokens=20)
     assert min(stopped) > 0

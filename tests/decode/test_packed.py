@@ -271,7 +271,7 @@ def test_hooks_and_names_stay():
 
 @packs
 def test_computed_weights_are_multiplied_by():
-    """Neither pruned nor parametrized weights are parameters; they are made anew when they are asked for."""
+    """Neither pruned nor parametrized weights are parameters; they are made anew when they are requested."""
     pruned, doubled = packed(), packed()
     prune.l1_unstructured(pruned, "weight", 0.5)
     check(pruned)

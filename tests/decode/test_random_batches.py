@@ -51,10 +51,10 @@ def test_models_depend_on_their_whole_context(models):
     generator = torch.Generator().manual_seed(0)
     for model in models.values():
         distances = []
-        for place in range(10):
+        for position in range(10):
             ids = torch.randint(0, VOCAB, (1, 12), generator=generator)
             other = ids.clone()
-            other[0, place] = (ids[0, place] + 1) % VOCAB
+            other[0, position] = (ids[0, position] + 1) % VOCAB
             a, b = (model(x).logits[0, -1].detach().softmax(-1) for x in (ids, other))
             distances.append(float((a - b).abs().sum() / 2))
         assert sum(distance > 0.02 for distance in distances) >= 8, distances

@@ -196,11 +196,11 @@ def test_a_failing_target_ends_what_ran():
     ran = [scheduler.submit([1, 2], max_new_tokens=5) for _ in range(2)]
     waiting = scheduler.submit([1, 2], max_new_tokens=3)
     scheduler.step()
-    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
     scheduler.step()
     hook.remove()
     for submission in ran:
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(MemoryError, match="no memory"):
             submission.result()
     assert len(waiting.result().tokens) == 3
 
@@ -405,12 +405,12 @@ def test_nothing_is_kept_of_requests_that_the_target_failed(model, error):
     ran = [submitted(scheduler, index) for index in range(3)]
     for _ in range(3):
         scheduler.step()
-    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error("no room")))
+    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error("no memory")))
     scheduler.step()
     hook.remove()
     assert scheduler.statistics.requests == {}
     for submission in ran:
-        with pytest.raises(error, match="no room"):
+        with pytest.raises(error, match="no memory"):
             submission.result()
         assert submission.acceptance.request_steps == 3
 

@@ -108,7 +108,7 @@ def test_log_probabilities_of_a_prompt(model, chunk):
     with torch.no_grad():
         scores = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
     assert math.isnan(completion.prompt_logprobs[0])
-    want = [float(scores[place, token]) for place, token in enumerate(prompt[1:])]
+    want = [float(scores[position, token]) for position, token in enumerate(prompt[1:])]
     assert completion.prompt_logprobs[1:] == pytest.approx(want, abs=1e-5)
     without = generator(model).generate([prompt], params())[0][0]
     assert without.prompt_logprobs == []

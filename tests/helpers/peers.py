@@ -47,10 +47,10 @@ def files(package: str) -> Path:
 
 def fetch(package: str) -> None:
     """Download a release without its dependencies and keep its Python files."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         release = f"{package}=={RELEASES[package]}"
-        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, release], check=True)
-        (wheel,) = Path(place).iterdir()
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, release], check=True)
+        (wheel,) = Path(folder).iterdir()
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder(package), [name for name in archive.namelist() if name.endswith(".py")])
 
@@ -86,12 +86,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         if name not in self.as_they_are:
             return ModuleSpec(name, self, is_package=True)
-        place = self.root.joinpath(*name.split("."))
-        if place.is_dir():
+        source = self.root.joinpath(*name.split("."))
+        if source.is_dir():
             return importlib.util.spec_from_file_location(
-                name, place / "__init__.py", submodule_search_locations=[str(place)]
+                name, source / "__init__.py", submodule_search_locations=[str(source)]
             )
-        return importlib.util.spec_from_file_location(name, place.with_suffix(".py"))
+        return importlib.util.spec_from_file_location(name, source.with_suffix(".py"))
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = _Stub(spec.name)

@@ -96,8 +96,8 @@ class Engine:
         self.sampler, self.verification = custom_sampler(vllm, config, self.sampler)
         lengths = [K] * len(requests) if lengths is None else lengths
         self.draft_logits = torch.randn(slots, K, vocab).mul(4).to(dtype)
-        taken = np.array([self.states.req_id_to_index[str(number)] for number in range(len(requests))])
-        self.batch = self._batch(taken, lengths)
+        indices = np.array([self.states.req_id_to_index[str(number)] for number in range(len(requests))])
+        self.batch = self._batch(indices, lengths)
         self.logits = torch.randn(len(self.batch.input_ids), vocab) * 0.7
         for row in range(len(self.logits)):  # near what the drafts were drawn from
             local, slot = int(self.batch.expanded_local_pos[row]), int(self.batch.expanded_idx_mapping[row])
@@ -424,8 +424,8 @@ def test_min_p_and_biases_pass_where_they_are_honoured(registered, asked):
 
 def parameters(module):
     """Of vLLM's functions and methods their parameters, by qualified name, read from its file without running it."""
-    place = files("vllm").joinpath(*module.split("."))
-    tree = ast.parse((place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text())
+    path = files("vllm").joinpath(*module.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     return {
         f"{owner}.{node.name}".lstrip("."): [argument.arg for argument in node.args.args]
         for owner, nodes in [("", tree.body), *((c.name, c.body) for c in tree.body if isinstance(c, ast.ClassDef))]

@@ -1,5 +1,5 @@
 """Single decisions that a small change would get wrong, each on every backend; beside the oracle, whose random cases
-seldom come to them."""
+seldom meet them."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ CHAINS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
 def test_chains_are_those_of_the_dispatcher(monkeypatch, options, dtype):
-    directly = verify_chain(**chain(dtype), **options)
+    fast = verify_chain(**chain(dtype), **options)
     dispatched(monkeypatch)
-    assert_equal(directly, verify_chain(**chain(dtype), **options))
+    assert_equal(fast, verify_chain(**chain(dtype), **options))
 
 
 def test_ragged_and_strided_chains(monkeypatch):
@@ -99,9 +99,9 @@ def test_ragged_and_strided_chains(monkeypatch):
         rows,
         {**given, "draft_tokens": given["draft_tokens"].int().t().contiguous().t()},
     )
-    directly = [verify_chain(**case) for case in cases]
+    fast = [verify_chain(**case) for case in cases]
     dispatched(monkeypatch)
-    for mine, case in zip(directly, cases, strict=True):
+    for mine, case in zip(fast, cases, strict=True):
         assert_equal(mine, verify_chain(**case))
 
 
@@ -109,18 +109,18 @@ def test_ragged_and_strided_chains(monkeypatch):
 def test_draws_are_those_of_the_dispatcher(monkeypatch, coupled):
     given = {"seed": torch.arange(5), "position": torch.arange(5), "row": torch.arange(5), "coupled": coupled}
     logits = torch.randn(5, 200)
-    directly = sample(logits, **given, temperature=0.8, top_p=0.9)
+    fast = sample(logits, **given, temperature=0.8, top_p=0.9)
     dispatched(monkeypatch)
-    assert_equal(directly, sample(logits, **given, temperature=0.8, top_p=0.9))
+    assert_equal(fast, sample(logits, **given, temperature=0.8, top_p=0.9))
 
 
 @pytest.mark.parametrize("how", CHILDREN)
 def test_children_are_those_of_the_dispatcher(monkeypatch, how):
     given = {"seed": torch.arange(5), "position": torch.arange(5), "row": torch.arange(5), "temperature": 0.8}
     logits = torch.randn(5, 200)
-    directly = sample_children(logits, 3, how, **given)
+    fast = sample_children(logits, 3, how, **given)
     dispatched(monkeypatch)
-    assert_equal(directly, sample_children(logits, 3, how, **given))
+    assert_equal(fast, sample_children(logits, 3, how, **given))
 
 
 def test_reduced_vocabularies_are_those_of_the_dispatcher(monkeypatch):
@@ -136,9 +136,9 @@ def test_reduced_vocabularies_are_those_of_the_dispatcher(monkeypatch):
         lambda: sample(logits[:, 0], **key, row=key["seed"], draft_to_target=vocabulary, coupled=True),
         lambda: sample_children(logits[:, 0], 3, "race", **key, row=key["seed"], draft_to_target=vocabulary),
     )  # fmt: skip
-    directly = [call() for call in calls]
+    fast = [call() for call in calls]
     dispatched(monkeypatch)
-    for mine, call in zip(directly, calls, strict=True):
+    for mine, call in zip(fast, calls, strict=True):
         assert_equal(mine, call())
 
 
@@ -164,9 +164,9 @@ def test_trees_are_those_of_the_dispatcher(monkeypatch, rule, dtype):
         "logprobs": rule == "walk",
         "top_k": 50 if rule == "recursive" else None,
     }
-    directly = verify_tree(**tree(dtype), **options)
+    fast = verify_tree(**tree(dtype), **options)
     dispatched(monkeypatch)
-    assert_equal(directly, verify_tree(**tree(dtype), **options))
+    assert_equal(fast, verify_tree(**tree(dtype), **options))
 
 
 def test_trees_that_are_none_are_refused_by_the_operators():
@@ -184,8 +184,8 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         "a table without rows": (3, None),
     }
     assert len(CPU.verify_tree(*arguments)) == 6
-    for place, value in wrong.values():
-        assert CPU.verify_tree(*(value if at == place else x for at, x in enumerate(arguments))) is None
+    for index, value in wrong.values():
+        assert CPU.verify_tree(*(value if at == index else x for at, x in enumerate(arguments))) is None
     with pytest.raises(ValueError, match="parents must be -1 for the root"):
         verify_tree(**{**given, "parents": wrong["a later parent"][1]}, siblings="iid")
 
@@ -203,8 +203,8 @@ def test_children_of_what_is_no_row_are_refused_by_the_operators():
         (10, ids.int()),
     )
     assert len(CPU.sample_children(*given)) == 3
-    for place, value in wrong:
-        assert CPU.sample_children(*(value if at == place else x for at, x in enumerate(given))) is None
+    for index, value in wrong:
+        assert CPU.sample_children(*(value if at == index else x for at, x in enumerate(given))) is None
 
 
 def test_empty_batches():
@@ -254,8 +254,8 @@ def test_refusals_write_nothing_and_leave_no_error_behind():
         (24, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
         (0, given["target_logits"].to("meta")),
     )  # fmt: skip
-    for place, wrong in refused:
-        assert call(*(wrong if at == place else x for at, x in enumerate(arguments))) is None
+    for index, wrong in refused:
+        assert call(*(wrong if at == index else x for at, x in enumerate(arguments))) is None
     with pytest.raises(TypeError, match="expected 25 arguments, got 24"):
         call(*arguments[1:])
 

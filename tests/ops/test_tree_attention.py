@@ -14,9 +14,9 @@ from specdec_kernels import tree_attention, tree_mask, tree_mask_mod
 WITHOUT = ("cpu", "cuda")
 
 
-def example(nodes, heads, kv_heads, width, dtype, contexts, room=0):
+def example(nodes, heads, kv_heads, width, dtype, contexts, spare=0):
     generator = torch.Generator().manual_seed(nodes)
-    batch, tokens = len(contexts), max(contexts) + nodes + room
+    batch, tokens = len(contexts), max(contexts) + nodes + spare
     query = torch.randn(batch, heads, nodes, width, generator=generator).to(dtype)
     key, value = torch.randn(2, batch, kv_heads, tokens, width, generator=generator).to(dtype)
     return query, key, value, trees(nodes, batch), torch.tensor(contexts)
@@ -34,7 +34,7 @@ def expected(query, key, value, parents, contexts, scale=None):
 @pytest.mark.parametrize("nodes", [1, 31, 33, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_a_mask(backend, device, nodes, dtype):
-    query, key, value, parents, contexts = example(nodes, 6, 2, 24, dtype, [0, 5, 700, 64], room=3)
+    query, key, value, parents, contexts = example(nodes, 6, 2, 24, dtype, [0, 5, 700, 64], spare=3)
     packed = tree_mask(parents, "packed")
     given = [x.to(device) for x in (query, key, value, packed, contexts)]
     got = tree_attention(*given, backend=backend).cpu()
@@ -52,7 +52,7 @@ def test_views_of_a_cache_and_a_scale(backend, device):
 
 
 def test_what_is_behind_the_tree_is_not_read(backend, device):
-    query, key, value, parents, contexts = example(5, 2, 1, 16, torch.float32, [7, 2], room=10)
+    query, key, value, parents, contexts = example(5, 2, 1, 16, torch.float32, [7, 2], spare=10)
     packed = tree_mask(parents, "packed")
     results = []
     for filler in (0.0, 1e9):

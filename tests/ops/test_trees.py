@@ -170,7 +170,7 @@ TREE = torch.tensor([[-1, 0, 0, 1]])
 
 
 @pytest.mark.parametrize(
-    ("parents", "value", "place"),
+    ("parents", "value", "node"),
     [
         ([-1, 0, 3, 1], 3, 2),  # forward
         ([-1, 0, 2, 1], 2, 2),  # a cycle of one
@@ -182,9 +182,9 @@ TREE = torch.tensor([[-1, 0, 0, 1]])
     ],
 )
 @pytest.mark.parametrize("function", [tree_positions, tree_links, tree_mask, lambda p: tree_paths(p, 2)])
-def test_what_is_no_tree_is_an_error(function, parents, value, place):
+def test_what_is_no_tree_is_an_error(function, parents, value, node):
     """Case 29: never an endless walk."""
-    with pytest.raises(ValueError, match=rf"parents must be -1 for the root.*got {value} at \[1, {place}\]"):
+    with pytest.raises(ValueError, match=rf"parents must be -1 for the root.*got {value} at \[1, {node}\]"):
         function(torch.tensor([[-1, 0, 0, 1], parents]))
 
 

@@ -24,7 +24,7 @@ def call(vocab, batch, longest, rule, device, backend, workspace, seed=0):
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 def test_calls_of_different_sizes_share_one(backend, device, rule):
-    """Of exactly the size that was asked for."""
+    """Of exactly the requested size."""
     sizes = [(1025, 5, 3), (1025, 2, 3), (129, 5, 1), (1, 1, 0), (1025, 5, 3), (300, 3, 2), (1025, 5, 3)]
     workspace = torch.zeros(verify_chain_workspace(5, 3, 1025), dtype=torch.uint8, device=device)
     for index, (vocab, batch, longest) in enumerate(sizes):

@@ -179,11 +179,11 @@ def test_nodes_that_the_path_passes_by_are_not_read(launched, monkeypatch):
 def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind):
     """What its row's own tiles bound; with a look at all of them, the same tokens."""
     draws = module("draws")
-    looks = []
+    visits = []
     real = draws.residuals
 
     def counting(*given):
-        looks.append(given[6].shape)  # ids
+        visits.append(given[6].shape)  # ids
         return real(*given)
 
     launched(1, False)
@@ -192,14 +192,14 @@ def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind)
     given = {**keys, "temperature": 0.5, "rule": rule, "backend": "triton"}
     monkeypatch.setattr(draws, "residuals", counting)
     few = verify_chain(*positional, **given)
-    drawn = looks.count((128,))
+    drawn = visits.count((128,))
     assert drawn
     if rule == "token":
-        assert len(looks) - drawn < 4 * 3  # of 6 pairs of tiles a request
+        assert len(visits) - drawn < 4 * 3  # of 6 pairs of tiles a request
     launched(1, False, tiles=16)
-    looks.clear()
+    visits.clear()
     all_tiles = verify_chain(*positional, **given)
-    assert (16, 128) in looks
+    assert (16, 128) in visits
     for one, other in zip(few, all_tiles, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
