@@ -135,15 +135,7 @@ class Draft:
 
     def select(self, slots: Sequence[int]) -> Draft:
         """A copy, of the requests in these slots only."""
-        index = to_device(slots, torch.int64, self.tokens.device)
-        own: dict[str, Any] = {
-            name: x[index.to(x.device)] for name in _COLUMNS if isinstance(x := getattr(self, name), Tensor)
-        }
-        return replace(self, **own, counts=None if self.counts is None else [self.counts[slot] for slot in slots])
-
-
-#: Of a draft, what has a row for each request.
-_COLUMNS = ("tokens", "logits", "stats", "temperature")
+        return _selected(self, slots, self.tokens.device)
 
 
 def require_chain(draft: Draft | TreeDraft, name: str = "drafter", chains: str = "chains") -> Draft:
@@ -208,6 +200,18 @@ class TreeDraft:
         return (self.parents >= 0) | (torch.arange(self.parents.shape[1], device=self.parents.device) == 0)
 
 
+def spread(draft: Draft | TreeDraft, slots: Sequence[int], batch: int) -> Draft | TreeDraft:
+    """A draft of the requests in these slots as one of a whole batch, in which the others have no drafts."""
+    rows = dict(zip(slots, range(len(draft.tokens)), strict=True))
+    own = [rows.get(slot, 0) for slot in range(batch)]  # the others have any drafts, until they are taken from them
+    if isinstance(draft, Draft):
+        whole = draft.select(own)
+        return whole.first([count if slot in rows else 0 for slot, count in enumerate(counted(whole))])
+    drafted = to_device([slot in rows for slot in range(batch)], torch.bool, draft.tokens.device)
+    tree = _selected(draft, own, draft.tokens.device)
+    return replace(tree, parents=torch.where(drafted[:, None], tree.parents, -1))
+
+
 @dataclass(frozen=True)
 class Step:
     """What a drafter may depend on. The uniforms of the verification are not among it, which keeps the distribution
@@ -237,6 +241,10 @@ class Step:
         """The same on a device."""
         return _moved(self, device)
 
+    def select(self, slots: Sequence[int]) -> Step:
+        """Of the requests in these slots only."""
+        return _selected(self, slots, self.seed.device)
+
 
 def _moved(record: Record, device: torch.device) -> Record:
     """A dataclass with its tensors on a device."""
@@ -247,6 +255,19 @@ def _moved(record: Record, device: torch.device) -> Record:
         if isinstance(value, (Tensor, DraftVocabulary)) and value.device != device
     }
     return replace(record, **moved) if moved else record
+
+
+def _selected(record: Record, slots: Sequence[int], device: torch.device) -> Record:
+    """A dataclass on a device, whose tensors and lists have an entry for each request, of those in these slots."""
+    index = to_device(slots, torch.int64, device)
+    chosen: dict[str, Any] = {}
+    for name in (field.name for field in fields(record)):
+        value = getattr(record, name)
+        if isinstance(value, Tensor):
+            chosen[name] = value[index.to(value.device)]
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            chosen[name] = [value[slot] for slot in slots]
+    return replace(record, **chosen)
 
 
 class TargetSession(Protocol):

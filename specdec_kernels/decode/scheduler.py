@@ -25,6 +25,7 @@ from specdec_kernels.decode.protocols import (
     TargetSession,
     TreeDraft,
     joinable,
+    spread,
 )
 from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
 from specdec_kernels.decode.statistics import Acceptance, Statistics
@@ -128,7 +129,8 @@ class Scheduler:
         target, drafter, num_draft, rule, logprobs, statistics, backend: as of
             :func:`~specdec_kernels.decode.stream`. To have fewer drafts the more requests there are, down to none, let
             the drafter be an :class:`~specdec_kernels.decode.drafters.AdaptiveDrafter`. A drafter that raises an error
-            costs its drafts: that is warned of, and the requests that run then are decoded without.
+            costs its drafts: that is warned of, and the requests that it drafted for then go on without (of an error in
+            ``begin`` those of one prompt); all others, and those that come later, have theirs.
         max_requests: slots: requests that are decoded together at most.
         max_waiting: requests in the queue at most; ``None`` for any number.
         max_rows: rows of the target's pass at most, of all requests together, as long as each has one; ``None`` for any
@@ -454,47 +456,66 @@ class _Prompt:
 
 
 class _GuardedSession:
-    """A drafter's session whose errors cost its drafts, and nothing else: without drafts the text is the same in
-    distribution."""
+    """A drafter's session whose errors cost its requests their drafts, and nothing else: without drafts the text is the
+    same in distribution."""
 
     def __init__(self, drafter: Drafter, prompt: _Prompt) -> None:
+        self._drafted = [True] * len(prompt.submissions)  # of each request, whether it is in the drafter's session
         self._session: DrafterSession | None = None
-        self._attempt("begin", lambda: self._begin(drafter, prompt))
+        self._session = self._attempt("begin", lambda: self._begin(drafter, prompt))
         if self._session is not None:
             joinable(self._session)  # else nothing is joined by halves
 
-    def _begin(self, drafter: Drafter, prompt: _Prompt) -> None:
+    def _begin(self, drafter: Drafter, prompt: _Prompt) -> DrafterSession:
         count = len(prompt.submissions)
         features = None if prompt.features is None else prompt.features.expand(count, -1, -1)
-        self._session = drafter.begin([prompt.request.prompt] * count, features)
+        return drafter.begin([prompt.request.prompt] * count, features)
 
     def _attempt(self, what: str, call: Any) -> Any:
         try:
             return call()
         except Exception as error:
-            self._session = None
+            self._session, self._drafted = None, [False] * len(self._drafted)
             warnings.warn(
                 f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
             return None
 
+    @property
+    def _slots(self) -> list[int]:
+        """Of the requests with drafts, in the order that the drafter's session has them in."""
+        return [slot for slot, drafted in enumerate(self._drafted) if drafted]
+
     def propose(self, step: Step) -> Draft | TreeDraft:
         session = self._session
-        draft = None if session is None else self._attempt("propose", lambda: session.propose(step))
+        draft = None if session is None else self._attempt("propose", lambda: self._proposed(session, step))
         return Draft.nothing(len(step.num_draft)) if draft is None else draft
+
+    def _proposed(self, session: DrafterSession, step: Step) -> Draft | TreeDraft:
+        if all(self._drafted):
+            return session.propose(step)
+        return spread(session.propose(step.select(self._slots)), self._slots, len(self._drafted))
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         if (session := self._session) is not None:
+            if not all(self._drafted):
+                tokens = [tokens[slot] for slot in self._slots]
+                features = None if features is None else features[self._slots]
             self._attempt("commit", lambda: session.commit(tokens, features))
 
     def select(self, slots: Sequence[int]) -> None:
+        rows = {slot: row for row, slot in enumerate(self._slots)}
+        self._drafted = [slot in rows for slot in slots]
+        if not any(self._drafted):
+            self._session = None
         if (session := self._session) is not None:
-            self._attempt("select", lambda: session.select(slots))
+            self._attempt("select", lambda: session.select([rows[slot] for slot in slots if slot in rows]))
 
     def join(self, other: _GuardedSession) -> None:
-        """Where either is without drafts, both are, as long as any of the requests runs."""
-        if (session := self._session) is None or other._session is None:
-            self._session = None
-        else:
+        """Those of either that are without drafts stay without."""
+        self._drafted = self._drafted + other._drafted
+        if (session := self._session) is None:
+            self._session = other._session
+        elif other._session is not None:
             self._attempt("join", lambda: joinable(session).join(other._session))

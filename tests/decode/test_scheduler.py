@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import queue
 import threading
@@ -17,7 +18,7 @@ from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 
 from specdec_kernels.bench.soak import KINDS, Soak
 from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate, model_facts
-from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter
+from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter, adaptive
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3], [7, 1, 4, 4, 2, 9], [10, 0]]
@@ -25,6 +26,12 @@ SAMPLINGS = [
     GREEDY, Sampling(temperature=0.8), Sampling(top_k=4), Sampling(repetition_penalty=1.3),
     Sampling(logit_bias={3: 2.0}), Sampling(temperature=0.7, frequency_penalty=0.3),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """What an adaptive drafter drafts depends on one: here every look at it takes a second."""
+    monkeypatch.setattr(adaptive, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,17 @@ def submitted(scheduler, index, **named):
     return scheduler.submit(PROMPTS[index], **options)
 
 
+def one_after_the_other(scheduler):
+    """All requests, decoded to the end; two steps are made between any two that come."""
+    submissions = []
+    for index in range(len(PROMPTS)):
+        submissions.append(submitted(scheduler, index))
+        for _ in range(2):
+            scheduler.step()
+    scheduler.run()
+    return submissions
+
+
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_texts_are_those_of_requests_alone(model, name):
     """Under the rule whose text does not depend on the drafts; they come one after the other, into freed slots too."""
@@ -52,11 +70,7 @@ def test_texts_are_those_of_requests_alone(model, name):
 
     drafter = None if name is None else drafters(model, made)[name]
     scheduler = Scheduler(TransformersTarget(model), drafter, max_requests=3, rule="coupled", chunk=3)
-    submissions = []
-    for index in range(len(PROMPTS)):
-        submissions.append(submitted(scheduler, index))
-        for _ in range(2):
-            scheduler.step()
+    submissions = one_after_the_other(scheduler)
     for index, submission in enumerate(submissions):
         assert submission.result().tokens == alone(model, index, rule="coupled")
     if name is not None and name != "rule":
@@ -154,40 +168,130 @@ def test_what_is_wrong_with_one_request_ends_that_one(model):
     assert dead.result().finished == "dead_end"
 
 
-def test_a_failing_drafter_costs_its_drafts(model):
-    calls = []
+class Faulty:
+    """A drafter with an error of its own wherever ``fails`` says so of a method and the prompts of a session, known by
+    their first tokens."""
 
-    def failing(draft, step):
-        calls.append(step)
-        if len(calls) == 3:
+    def __init__(self, drafter, fails):
+        self.drafter, self.fails, self.feature_layers = drafter, fails, drafter.feature_layers
+
+    def begin(self, prompts, features):
+        return FaultySession(self, prompts, features)
+
+
+class FaultySession:
+    def __init__(self, drafter, prompts, features):
+        self.fails, self.firsts = drafter.fails, [prompt[0] for prompt in prompts]
+        self.ask("begin")
+        self.session = drafter.drafter.begin(prompts, features)
+
+    def ask(self, method):
+        if self.fails(method, self.firsts):
             raise OSError("the drafter's own")
-        return draft
 
-    drafter = Altered(ModelDrafter(steady(tiny(2))), failing)
-    drafter_begin = drafter.begin
+    def propose(self, step):
+        self.ask("propose")
+        return self.session.propose(step)
 
-    def begin(prompts, features):
-        session, inner = drafter_begin(prompts, features), drafter.drafter
-        return Joined(session, inner)
+    def commit(self, tokens, features):
+        self.ask("commit")
+        self.session.commit(tokens, features)
 
-    class Joined:
-        def __init__(self, session, inner):
-            self.propose, self.commit, self.select = session.propose, session.commit, session.select
-            self.session = session
+    def select(self, slots):
+        self.ask("select")
+        self.session.select(slots)
+        self.firsts = [self.firsts[slot] for slot in slots]
 
-        def join(self, other):
-            raise RuntimeError("nor can it be joined")
+    def join(self, other):
+        self.ask("join")
+        self.session.join(other.session)
+        self.firsts += other.firsts
 
-    drafter.begin = begin
-    scheduler = Scheduler(TransformersTarget(model), drafter)
-    first = submitted(scheduler, 0, sampling=GREEDY)
-    with pytest.warns(RuntimeWarning, match=r"failed in propose, .* without drafts: OSError: the drafter's own"):
-        assert first.result().tokens == alone(model, 0, sampling=GREEDY)
-    submissions = [submitted(scheduler, index, sampling=GREEDY) for index in range(2)]
-    with pytest.warns(RuntimeWarning, match="failed in join"):
-        scheduler.run()
+
+#: Prompts that a drafter cannot begin with: the first, one between others, and the last.
+WITHOUT = (0, 2, 5)
+
+
+def drafter_of(model, name, fails=lambda method, firsts: False):
+    return Faulty(drafters(model, lambda seed, vocab=VOCAB: steady(tiny(seed, vocab=vocab)))[name], fails)
+
+
+def cannot_begin(method, firsts):
+    return method == "begin" and firsts[0] in [PROMPTS[index][0] for index in WITHOUT]
+
+
+def outcome(submission):
+    """A text, and what became of its drafts."""
+    tokens = submission.result().tokens
+    return tokens, submission.acceptance.proposed, submission.acceptance.accepted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_a_drafter_cannot_begin_with_costs_its_own_drafts(model, name):
+    """All others have theirs, whoever runs beside them, under the rule whose text does not depend on the drafts."""
+    scheduler = Scheduler(
+        TransformersTarget(model), drafter_of(model, name, cannot_begin), max_requests=3, rule="coupled"
+    )
+    with pytest.warns(RuntimeWarning) as warned:
+        submissions = one_after_the_other(scheduler)
+    assert {str(each.message) for each in warned} == {
+        "the drafter failed in begin, and requests go on without drafts: OSError: the drafter's own"
+    }
+    assert len(warned) == len(WITHOUT)
     for index, submission in enumerate(submissions):
-        assert submission.result().tokens == alone(model, index, sampling=GREEDY)
+        assert submission.result().tokens == alone(model, index, rule="coupled")
+    drafts = [submission.acceptance.proposed for submission in submissions]
+    assert [drafts[index] for index in WITHOUT] == [0, 0, 0]
+    assert sum(drafts) > 0
+
+
+@pytest.mark.parametrize("name", ["model", "feature", "small vocabulary", "first of", "tree", "feature tree", "medusa"])
+def test_drafts_are_those_of_requests_alone_beside_some_without(model, name):
+    """Chains and trees, greedy and drawn: texts, drafts and what was accepted; a greedy text without drafts too."""
+    found = []
+    for most, fails in ((1, lambda *_: False), (6, cannot_begin), (2, cannot_begin)):
+        scheduler = Scheduler(TransformersTarget(model), drafter_of(model, name, fails), max_requests=most)
+        submissions = [submitted(scheduler, index) for index in range(len(PROMPTS))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            scheduler.run()
+        assert outcome(submissions[0])[0] == alone(model, 0)
+        found.append([outcome(submissions[index]) for index in range(len(PROMPTS)) if index not in WITHOUT])
+    assert found[0] == found[1] == found[2]
+    assert sum(accepted for _, _, accepted in found[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["model", "tree"])
+@pytest.mark.parametrize("where", ["propose", "commit", "select", "join"])
+def test_a_failing_drafter_costs_its_drafts(model, where, name):
+    """Of those that it drafted for, from then on; who comes while they run has drafts, as alone."""
+    fail_next = set()
+    drafter = drafter_of(model, name, lambda method, firsts: method in fail_next and not fail_next.discard(method))
+    scheduler = Scheduler(TransformersTarget(model), drafter)
+    first, _ = submitted(scheduler, 0, max_new_tokens=70), submitted(scheduler, 1, max_new_tokens=9)
+    scheduler.step()
+    fail_next.add(where)
+    if where == "join":
+        joining = submitted(scheduler, 2, sampling=GREEDY)
+
+    def until_it_failed():
+        while fail_next:
+            scheduler.step()
+
+    with pytest.warns(RuntimeWarning, match=rf"failed in {where}, .* without drafts: OSError: the drafter's own"):
+        until_it_failed()
+    proposed = scheduler.statistics.requests[first.request.index].proposed
+    assert proposed > 0
+    later = [submitted(scheduler, index) for index in (3, 4)]
+    scheduler.run()
+    assert first.result().tokens == alone(model, 0, max_new_tokens=70)
+    assert first.acceptance.proposed == proposed
+    if where == "join":
+        assert outcome(joining)[:2] == (alone(model, 2, sampling=GREEDY), 0)
+    for index, submission in zip((3, 4), later, strict=True):
+        by_itself = Scheduler(TransformersTarget(model), drafter)
+        assert outcome(submission) == outcome(submitted(by_itself, index))
+        assert submission.acceptance.proposed > 0
 
 
 def test_a_failing_target_ends_what_ran():
