@@ -45,7 +45,8 @@ def test_every_way_is_measured_on_the_same_prompts(contenders, tmp_path, capsys)
 
 
 def test_what_there_is_no_time_for_is_left_out(contenders, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(integrations.time, "perf_counter", iter([0, 1, 2, *[1000] * 50]).__next__)
+    clock = SimpleNamespace(perf_counter=iter([0, 1, 2, *[1000] * 50]).__next__)
+    monkeypatch.setattr(integrations, "time", clock)
     results = measured(tmp_path)
     assert [(each["way"], each["texts"]) for each in results] == [(way, 2) for way in SPEEDS]
     assert "temperature 0.0, batch 1 has 2 of 4" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from specdec_kernels.bench import llama_cpp
 
 def test_what_there_is_no_time_for_is_left_out(monkeypatch, tmp_path, capsys):
     """A kind of which a round was made counts with the rounds that it has."""
-    monkeypatch.setattr(llama_cpp.time, "monotonic", iter([0, 1, 2, 1000, *[1001] * 50]).__next__)
+    clock = SimpleNamespace(monotonic=iter([0, 1, 2, 1000, *[1001] * 50]).__next__)
+    monkeypatch.setattr(llama_cpp, "time", clock)
     contenders = SimpleNamespace(theirs=["their loop"], ours=["plain"], encode=lambda prompt: [1])
     contenders.run = lambda way, ids, temperature, seed: ([7], 30.0)
     monkeypatch.setattr(llama_cpp, "Contenders", lambda: contenders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from tiny import steady, tiny
@@ -50,8 +51,8 @@ def test_every_request_is_served_as_it_is_alone(model, drafter, most, dynamic, m
 def test_what_takes_too_long_is_cut_off(model, dynamic, monkeypatch):
     """A clock on which every look takes a second."""
     ticks = itertools.count()
-    monkeypatch.setattr(serving.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)), sleep=lambda seconds: None)
+    monkeypatch.setattr(serving, "time", clock)
     many = [Request([1, 2], 20) for _ in range(5)]
     served = Service(TransformersTarget(model), most=2, dynamic=dynamic).serve(many, seconds=60)
     assert sum(own.finished for own in served) < 5

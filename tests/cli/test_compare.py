@@ -29,7 +29,7 @@ def comparison(*pairs):
 def clock(monkeypatch):
     """Seconds that pass only where a test says so."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 

@@ -80,7 +80,7 @@ def test_threads_of_a_cpu_wait_for_each_other():
     build = sanitized("thread", "specdec_threads_check")
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run(
-        [build / "specdec_threads_check"], env=environment, capture_output=True, text=True, timeout=300
+        [build / "specdec_threads_check"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout) == (0, "the same\n"), result.stderr[-3000:]
 

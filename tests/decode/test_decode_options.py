@@ -155,8 +155,9 @@ def test_a_bent_cost_learns_what_is_no_line():
     assert cost.at(1) == pytest.approx(2 * seconds[1], rel=0.25)
 
 
-def test_steps_without_drafts_are_timed_now_and_then():
+def test_steps_without_drafts_are_timed_now_and_then(monkeypatch):
     """Else nothing tells whether drafting pays."""
+    monkeypatch.setattr(adaptive_module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     drafter = AdaptiveDrafter(CallableDrafter(lambda history, count: [1] * count))
     session = drafter.begin([[1]], None)
     asked = []

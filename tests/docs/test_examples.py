@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -20,8 +19,6 @@ def test_there_are_examples():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path):
     found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    run = subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": found}
-    )
+    run = run_python(path, PYTHONPATH=found)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()

@@ -4,12 +4,11 @@ seldom meet them."""
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import run_python
 
 from specdec_kernels import LogitBias, compact_kv, oracle, sample, verify_chain, verify_tree
 from specdec_kernels.contract import Children, Purpose, Rule, TreeRule
@@ -420,4 +419,4 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
 def test_a_forked_child_of_one_thread_does_not_wait_for_threads_that_are_gone():
-    assert subprocess.run([sys.executable, "-c", FORKED], timeout=120, check=False).returncode == 0
+    assert run_python("-c", FORKED).returncode == 0
