@@ -1,4 +1,4 @@
-"""What a call gives and what it leaves out: a kernel is compiled once for both. A pointer to what is missing is not
+"""What a call passes and what it leaves out: a kernel is compiled once for both. A pointer to what is missing is not
 followed; one number of the launch says which those are."""
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from torch import Tensor
 
 _NAMES = (
     "sampling", "bitmask", "draft_logits", "draft_stats", "draft_temperatures", "num_draft", "cu_rows", "logprobs",
-    "independent", "replacement", "reduced",
+    "count_independent", "replacement", "reduced",
 )  # fmt: skip
 _BITS = {name: 1 << index for index, name in enumerate(_NAMES)}
-SAMPLING, BITMASK, DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, NUM_DRAFT, CU_ROWS, LOGPROBS, INDEPENDENT, \
+SAMPLING, BITMASK, DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, NUM_DRAFT, CU_ROWS, LOGPROBS, COUNT_INDEPENDENT, \
     REPLACEMENT, REDUCED = (tl.constexpr(bit) for bit in _BITS.values())  # fmt: skip
 
 
-def given(**named: object) -> int:
-    """The number that says which of ``named`` a call gives or wants."""
+def flags_of(**named: object) -> int:
+    """The number that says which of ``named`` a call passes or wants."""
     bits = 0
     for name, value in named.items():
         if value is not None and value is not False:

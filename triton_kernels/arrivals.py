@@ -8,15 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec_kernels.triton_kernels.draws import STATE
+from specdec_kernels.triton_kernels.request import NEXT, STATE
+from specdec_kernels.triton_kernels.rows import parent_of
 
 # In the counter of a row, above the programs that arrived: it was judged; the path goes through it.
 ARRIVALS = tl.constexpr(1 << 20)
 JUDGED, REACHED = tl.constexpr(1 << 20), tl.constexpr(1 << 21)
 # Further than any row: the path has ended.
 ENDED = tl.constexpr(1 << 20)
-# Where the state of a row says which row follows it on the path, -1 if none does.
-NEXT = tl.constexpr(12)
 
 
 @triton.jit
@@ -58,14 +57,14 @@ def ticket(counter, programs):
 
 
 @triton.jit
-def passed_by(frontier, parents, row, TREE: tl.constexpr):
+def passed_by(frontier, tree, row):
     """Whether the path is known not to come through ``row``. Rows follow the rows they depend on, so those on the path
     ascend, and ``frontier`` holds the last one that is known."""
     known = seen(frontier)
     at = row.to(tl.int32)
-    if TREE:
+    if tree.parents is not None:
         while (at > known) & (known < ENDED):
-            at = tl.load(parents + at).to(tl.int32)
+            at = parent_of(tree, at).to(tl.int32)
     return (known == ENDED) | (at < known)
 
 

@@ -70,9 +70,9 @@ def tree_attention_kernel(
         for first in tl.range(0, nodes, KEYS, num_stages=1):
             other = first + tl.arange(0, KEYS)
             inner = other < nodes
-            place = length + other
-            key = tl.load(keys + place[None, :] * k_token, mask=inside[:, None] & inner[None, :], other=0.0)
-            value = tl.load(values + place[:, None] * v_token, mask=inner[:, None] & inside[None, :], other=0.0)
+            slot = length + other
+            key = tl.load(keys + slot[None, :] * k_token, mask=inside[:, None] & inner[None, :], other=0.0)
+            value = tl.load(values + slot[:, None] * v_token, mask=inner[:, None] & inside[None, :], other=0.0)
             bits = packed_ptr + (b * nodes + node[:, None]) * words + other[None, :] // 32
             seen = live[:, None] & inner[None, :]
             seen = seen & ((tl.load(bits, mask=seen, other=0) >> (other[None, :] % 32)) & 1 != 0)
@@ -101,13 +101,13 @@ def combine_kernel(
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, WIDE], tl.float32)
     for part in range(0, splits):
-        place = (tl.program_id(0).to(tl.int64) * splits + part) * rows + row
-        its_best = tl.load(sums_ptr + 2 * place, mask=live, other=float("-inf"))
+        slot = (tl.program_id(0).to(tl.int64) * splits + part) * rows + row
+        its_best = tl.load(sums_ptr + 2 * slot, mask=live, other=float("-inf"))
         now = tl.maximum(best, its_best)
         base = tl.where(now == float("-inf"), 0.0, now)
         fade, share = tl.exp2(best - base), tl.exp2(its_best - base)
-        total = total * fade + tl.load(sums_ptr + 2 * place + 1, mask=live, other=0.0) * share
-        more = tl.load(mixed_ptr + place[:, None] * WIDTH + entry[None, :], mask=own, other=0.0)
+        total = total * fade + tl.load(sums_ptr + 2 * slot + 1, mask=live, other=0.0) * share
+        more = tl.load(mixed_ptr + slot[:, None] * WIDTH + entry[None, :], mask=own, other=0.0)
         mixed = mixed * fade[:, None] + more * share[:, None]
         best = now
     out = out_ptr + b * o_batch + (head * group + row // nodes)[:, None] * o_head

@@ -99,8 +99,8 @@ def _sample(dtype: torch.dtype, full: bool, size: int = VOCAB) -> None:
     kernels.sample(*_rows(dtype, size), *_sampling(full, BATCH, BATCH), full)
 
 
-def _sample_children(how: Children, size: int = VOCAB) -> None:
-    kernels.sample_children(*_rows(BF16, size), *_sampling(True, BATCH, BATCH), DRAFTS, int(how))
+def _sample_children(method: Children, size: int = VOCAB) -> None:
+    kernels.sample_children(*_rows(BF16, size), *_sampling(True, BATCH, BATCH), DRAFTS, int(method))
 
 
 def _verify_chain(dtype: torch.dtype, rule: Rule, known: Draft, full: bool) -> None:
@@ -110,7 +110,7 @@ def _verify_chain(dtype: torch.dtype, rule: Rule, known: Draft, full: bool) -> N
     ragged = (_tensor(I32, BATCH), _tensor(I64, BATCH + 1)) if full else (None, None)
     kernels.verify_chain(
         target, _tensor(I64, BATCH, DRAFTS), *_drafts(known, dtype, BATCH, DRAFTS), *_keys(BATCH), *ragged,
-        *_sampling(full, BATCH, rows), int(rule), full, full and rule != Rule.BLOCK,
+        *_sampling(full, BATCH, rows), int(rule), full, full and rule != Rule.BLOCK, None,
     )  # fmt: skip
 
 

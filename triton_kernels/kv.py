@@ -23,20 +23,20 @@ def compact_kv_kernel(
     entry = tl.arange(0, BLOCK)
     i = tl.full([], 0, tl.int64)
     node = tl.load(path_ptr + b * nodes)
-    # A node never moves back past its place, so in ascending order nothing is overwritten before it has moved.
+    # A node never moves back past its slot, so in ascending order nothing is overwritten before it has moved.
     while node >= 0:
-        source, place = start + node, start + i
-        if (node != i) & (start >= 0) & (source < tokens) & (place < tokens):
-            outer_source, outer_place = b, b
+        source, slot = start + node, start + i
+        if (node != i) & (start >= 0) & (source < tokens) & (slot < tokens):
+            outer_source, outer_slot = b, b
             if page_table_ptr is not None:
                 outer_source = tl.load(page_table_ptr + b * pages + source // page_size)
-                outer_place = tl.load(page_table_ptr + b * pages + place // page_size)
-                source, place = source % page_size, place % page_size
-            there = (outer_source >= 0) & (outer_source < outer) & (outer_place >= 0) & (outer_place < outer)
+                outer_slot = tl.load(page_table_ptr + b * pages + slot // page_size)
+                source, slot = source % page_size, slot % page_size
+            there = (outer_source >= 0) & (outer_source < outer) & (outer_slot >= 0) & (outer_slot < outer)
             inside = there & (entry < width)
             own = cache + head * head_stride + entry
             moved = tl.load(own + outer_source * outer_stride + source * token_stride, mask=inside)
-            tl.store(own + outer_place * outer_stride + place * token_stride, moved, mask=inside)
+            tl.store(own + outer_slot * outer_stride + slot * token_stride, moved, mask=inside)
             tl.debug_barrier()  # the next node may come to lie where this one was
         i += 1
         node = tl.load(path_ptr + b * nodes + i, mask=i < nodes, other=-1)

@@ -99,9 +99,7 @@ def slices(rows: int, blocks: int, processors: int) -> int:
 
 
 def slices_of(rows: int, config: LaunchConfig, device: torch.device) -> int:
-    """The same on a device; the interpreter runs one program after the other."""
-    if _platform_of(device) == "interpreter":
-        return 1
+    """The same on a device."""
     return slices(rows, -(-config.entries // config.tiles), processors_of(device))
 
 
@@ -132,12 +130,12 @@ def scratch(device: torch.device, counters: int, memory: int, tables: int) -> tu
     kind = device.type  # which makes a string
     if INTERPRETED or kind == "meta" or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
         return _new_scratch(device, counters, memory, tables)
-    place = device.index, driver.active.get_current_stream(device.index)
-    (some, more, most), cached = _SCRATCH.get(place, ((-1, -1, -1), None))
+    slot = device.index, driver.active.get_current_stream(device.index)
+    (some, more, most), cached = _SCRATCH.get(slot, ((-1, -1, -1), None))
     if cached is None or counters > some or memory > more or tables > most:
         sizes = max(counters, some), max(memory, more), max(tables, most)
         cached = _new_scratch(device, *sizes)
-        _SCRATCH[place] = sizes, cached
+        _SCRATCH[slot] = sizes, cached
     return cached
 
 
@@ -165,11 +163,11 @@ def launch(kernel: JITFunction[Any], programs: int, *arguments: Any, **constants
         kernel[(programs,)](*arguments, **constants)
         return
     of_kernel = _COMPILED.setdefault(id(kernel), {})
-    place = driver.active.get_current_device(), key, *constants.values()
-    found = of_kernel.get(place)
+    slot = driver.active.get_current_device(), key, *constants.values()
+    found = of_kernel.get(slot)
     if found is None:
         names = kernel.arg_names[len(arguments) :]
-        of_kernel[place] = kernel[(programs,)](*arguments, **constants), tuple(constants[name] for name in names)
+        of_kernel[slot] = kernel[(programs,)](*arguments, **constants), tuple(constants[name] for name in names)
         return
     compiled, last = found
     compiled[(programs, 1, 1)](*arguments, *last)

@@ -24,6 +24,19 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NO_ID = tl.constexpr(1 << 40)
 
 
+class Tree(NamedTuple):
+    """The rows of one request, each by the node of its tree; those of a chain are a tree with one branch."""
+
+    parents: Any
+    """Pointer to int64 [nodes]; None where each follows the one before."""
+    tokens: Any
+    """Pointer to the token of the first node, which is none, and how far apart they are."""
+    stride: Any
+    nodes: Any
+    """How many there are; what is behind them has no parent."""
+    vocab: Any
+
+
 class Processing(NamedTuple):
     """What :mod:`specdec_kernels.ops.processing` does to logits: it is done as they are loaded, and never written."""
 
@@ -38,12 +51,6 @@ class Processing(NamedTuple):
     count: Any
     penalties: Any
     """(repetition, presence, frequency)."""
-    tokens: Any
-    """Pointer to the token of each row; row i counts those on its path as output, but for row 0's."""
-    stride: Any
-    parents: Any
-    """Pointer to the row that each row follows; not read where ``chained``: there it is the one before."""
-    chained: Any
 
 
 class Reduced(NamedTuple):
@@ -56,15 +63,18 @@ class Reduced(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of one request as its distribution sees them. ``processing`` and ``reduced``: or None. A kernel builds
-    them where it stands, since a function of Triton cannot return None."""
+    """The rows of one request as its distribution sees them. A kernel builds them where it stands, since a function of
+    Triton cannot return None."""
 
     logits: Any
     """Pointer to the first row."""
     stride: Any
     vocab: Any
+    tree: Any
+    """A row counts the tokens on the path to it as output, but for row 0's; None where there is no ``processing``."""
     processing: Any
     reduced: Any
+    """Each or None."""
 
 
 class Distribution(NamedTuple):
@@ -77,7 +87,7 @@ class Distribution(NamedTuple):
     argmax: Any
     """-1, or the token of the point mass."""
     tile: Any
-    """The winner of the tile race, where one was held."""
+    """The winner of the tile race, if there was one."""
 
 
 class Key(NamedTuple):
@@ -88,43 +98,52 @@ class Key(NamedTuple):
 
 
 @triton.jit
+def token_of(tree, node):
+    return tl.load(tree.tokens + node * tree.stride).to(tl.int64)
+
+
+@triton.jit
+def parent_of(tree, node):
+    return node - 1 if tree.parents is None else tl.load(tree.parents + node)
+
+
+@triton.jit
 def processing_of(
-    mask_ptr, masked, ids_ptr, counts_ptr, bias_ptr, penalties_ptr, count, first_row, request, vocab, tokens, stride,
-    parents, chained,
+    mask_ptr, masked, ids_ptr, counts_ptr, bias_ptr, penalties_ptr, count, first_row, request, vocab
 ):  # fmt: skip
     """Of one request, whose rows begin at ``first_row`` of the mask."""
     own, some = penalties_ptr + 3 * request, count > 0
     penalties = tl.load(own, mask=some), tl.load(own + 1, mask=some), tl.load(own + 2, mask=some)
     first = request * count
     return Processing(
-        mask_ptr + first_row * ((vocab + 31) // 32), masked, ids_ptr + first, counts_ptr + 2 * first, bias_ptr + first,
-        count, penalties, tokens, stride, parents, chained,
+        mask_ptr + first_row * ((vocab + 31) // 32), masked, ids_ptr + first, counts_ptr + 2 * first,
+        bias_ptr + first, count, penalties,
     )  # fmt: skip
 
 
 @triton.jit
-def adjusted(x, processing, i, ids):
+def adjusted(x, tree, processing, i, ids):
     """Logits of row i after bias and penalties."""
     step = tl.full([], 1, tl.int32)
     while step < processing.count:
         step *= 2
-    place = tl.zeros_like(ids).to(tl.int32)  # how many adjusted ids are below
+    below = tl.zeros_like(ids).to(tl.int32)  # how many adjusted ids are
     while step > 0:
-        ahead = place + step
+        ahead = below + step
         fits = ahead <= processing.count
-        below = tl.load(processing.ids + ahead - 1, mask=fits, other=0).to(tl.int64) < ids
-        place = tl.where(fits & below, ahead, place)
+        fits = fits & (tl.load(processing.ids + ahead - 1, mask=fits, other=0).to(tl.int64) < ids)
+        below = tl.where(fits, ahead, below)
         step //= 2
-    fits = place < processing.count
-    found = fits & (tl.load(processing.ids + place, mask=fits, other=0).to(tl.int64) == ids)
+    fits = below < processing.count
+    found = fits & (tl.load(processing.ids + below, mask=fits, other=0).to(tl.int64) == ids)
     repetition, presence, frequency = processing.penalties
-    prompt = tl.load(processing.counts + 2 * place, mask=found, other=0)
-    output = tl.load(processing.counts + 2 * place + 1, mask=found, other=0)
+    prompt = tl.load(processing.counts + 2 * below, mask=found, other=0)
+    output = tl.load(processing.counts + 2 * below + 1, mask=found, other=0)
     node = i
     while node > 0:
-        output += (tl.load(processing.tokens + node * processing.stride).to(tl.int64) == ids).to(tl.int32)
-        node = tl.where(processing.chained, node - 1, tl.load(processing.parents + node, mask=processing.chained == 0))
-    new = x + tl.load(processing.bias + place, mask=found, other=0.0)
+        output += (token_of(tree, node) == ids).to(tl.int32)
+        node = parent_of(tree, node)
+    new = x + tl.load(processing.bias + below, mask=found, other=0.0)
     repeated = tl.where(new > 0, new / repetition, new * repetition)
     new = tl.where((output > 0) | (prompt > 0), repeated, new)
     new = tl.where(output > 0, new - (frequency * output.to(tl.float32) + presence), new)
@@ -142,7 +161,7 @@ def load_logits(rows, i, ids):
     x = tl.load(rows.logits + i * rows.stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if rows.processing is not None:
         if rows.processing.count > 0:
-            x = adjusted(x, rows.processing, i, ids)
+            x = adjusted(x, rows.tree, rows.processing, i, ids)
         if rows.processing.masked:
             words = rows.processing.mask + i * ((rows.vocab + 31) // 32)
             bits = tl.load(words + ids // 32, mask=inside, other=0) >> (ids % 32).to(tl.int32)
@@ -163,15 +182,9 @@ def block_ids(start, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_block(rows, i, start, TILES: tl.constexpr):
-    """The block of row i that starts at tile ``start``: [TILES, TILE]."""
-    return load_logits(rows, i, block_ids(start, TILES))
-
-
-@triton.jit
-def load_tile(rows, i, tile):
-    """One tile of row i: [TILE]."""
-    return load_logits(rows, i, tile * TILE + tl.arange(0, TILE))
+def ids_in(tile):
+    """Ids of one tile: [TILE]."""
+    return tile * TILE + tl.arange(0, TILE)
 
 
 @triton.jit
@@ -195,17 +208,23 @@ def tile_sums(logits, scale):
 
 
 @triton.jit
+def slice_of(vocab, part, slices, TILES: tl.constexpr):
+    """The first tile of one of the ``slices`` of a row, in whole blocks, and where it ends."""
+    tiles = tl.cdiv(vocab, TILE)
+    size = tl.cdiv(tl.cdiv(tiles, TILES), slices) * TILES
+    return part * size, tl.minimum((part + 1) * size, tiles)
+
+
+@triton.jit
 def measure(rows, i, scale, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """One of the ``slices`` of row i, in whole blocks: of each tile the largest logit and the sum of exp(scale * (logit
+    """One of the ``slices`` of row i: of each tile the largest logit and the sum of exp(scale * (logit
     - that)), written to ``table [2, ENTRIES]``.
 
     All else that is asked about a row is read from its table, so it does not matter which program measured which tile.
     """
-    tiles = tl.cdiv(rows.vocab, TILE)
-    size = tl.cdiv(tl.cdiv(tiles, TILES), slices) * TILES
-    last = tl.minimum((part + 1) * size, tiles)
-    for start in tl.range(part * size, last, TILES, num_stages=STAGES if rows.reduced is None else REDUCED_STAGES):
-        maxima, sums = tile_sums(load_block(rows, i, start, TILES), scale)
+    first, last = slice_of(rows.vocab, part, slices, TILES)
+    for start in tl.range(first, last, TILES, num_stages=STAGES if rows.reduced is None else REDUCED_STAGES):
+        maxima, sums = tile_sums(load_logits(rows, i, block_ids(start, TILES)), scale)
         own = start + tl.arange(0, TILES)
         tl.store(table + own, maxima, mask=own < last)
         tl.store(table + ENTRIES + own, sums, mask=own < last)
@@ -253,8 +272,8 @@ def scalars_of(scale, cutoff, total, top):
 @triton.jit
 def largest_token(rows, i, top, tile):
     """The first id in ``tile`` that has the row's largest logit; 0 where no logit is finite."""
-    ids = tile * TILE + tl.arange(0, TILE)
-    token = tl.min(tl.where(load_tile(rows, i, tile) == top, ids, NO_ID))
+    ids = ids_in(tile)
+    token = tl.min(tl.where(load_logits(rows, i, ids) == top, ids, NO_ID))
     return tl.where(top > float("-inf"), token, 0)
 
 

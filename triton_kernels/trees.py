@@ -1,5 +1,5 @@
-"""Tree masks. Packed: each node's words from its parent's. Others: every element by itself, (query, key) attends iff
-the walk up from the query meets the key."""
+"""Rules of trees: what is asked of a node once its row is measured, and how a path through nodes ends. Semantics:
+:mod:`specdec_kernels.ops.tree_rules`."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -7,114 +7,222 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from specdec_kernels.contract import MaskFormat
+from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
+from specdec_kernels.triton_kernels.arguments import DRAFT_LOGITS, REPLACEMENT
+from specdec_kernels.triton_kernels.arrivals import ENDED
+from specdec_kernels.triton_kernels.distribution import (
+    NOTHING_LEFT,
+    distribution_of,
+    draw_from_row,
+    flat_race,
+    race_tag,
+)
+from specdec_kernels.triton_kernels.noise import uniform
+from specdec_kernels.triton_kernels.request import (
+    DRAFTED,
+    DRAWN,
+    FACTOR,
+    FLAGS,
+    IS_UPDATED,
+    IS_VALID,
+    LAST,
+    MASS,
+    NEXT,
+    OWN_FACTOR,
+    PATH_PROB,
+    STATE,
+    depth_of,
+    draft_distribution,
+    drafted_prob,
+    load_draft_logits,
+    load_state,
+    next_child,
+    store_state,
+)
+from specdec_kernels.triton_kernels.residual import TARGET, Rejected, draw_last, without_children
+from specdec_kernels.triton_kernels.rows import (
+    STAGES,
+    TILE,
+    block_ids,
+    load_logits,
+    log_prob,
+    parent_of,
+    probs,
+    token_of,
+)
 
-DENSE = tl.constexpr(int(MaskFormat.DENSE))
-FLAT_BITS = tl.constexpr(int(MaskFormat.FLAT_BITS))
+LEAST_DIFFERENCE = tl.constexpr(_LEAST_DIFFERENCE)
 
 
 @triton.jit
-def attends(parents_ptr, live, query, node, inside):
-    """Whether node ``query`` has ``node`` among its ancestors or is it. Parents come before children, so a walk that
-    has come to ``node`` or past it is over."""
-    at = tl.where(inside & (query < live), query, node)
-    walking = at > node
-    while tl.max(walking.to(tl.int32)) != 0:
-        at = tl.where(walking, tl.load(parents_ptr + at, mask=walking, other=0), at)
-        walking = at > node
-    return inside & tl.where(query < live, at == node, query == node)
-
-
-@triton.jit
-def live_count(parents_ptr, nodes, BLOCK: tl.constexpr):
-    """Nodes before the first one without a parent among the earlier."""
-    index = tl.arange(0, BLOCK)
-    parent = tl.load(parents_ptr + index, mask=index < nodes, other=-1)
-    fits = tl.where(index == 0, parent == -1, (parent >= 0) & (parent < index))
-    return tl.min(tl.where(fits & (index < nodes), BLOCK, index))
-
-
-@triton.jit(do_not_specialize=["nodes"])
-def packed_kernel(out_ptr, parents_ptr, nodes, BITS: tl.constexpr, WORDS: tl.constexpr, NODES: tl.constexpr):
-    """The words of one request, each node's from its parent's: O(N * N / BITS)."""
-    b = tl.program_id(0).to(tl.int64)
-    parents = parents_ptr + b * nodes
-    live = live_count(parents, nodes, NODES)
-    words = (nodes + BITS - 1) // BITS
-    out = out_ptr + b * nodes * words
-    word = tl.arange(0, WORDS)
-    one = tl.full([WORDS], 1, tl.int64)
-    for node in range(0, nodes):
-        bits = tl.where(word == node // BITS, one << (node % BITS), 0)
-        if (node > 0) & (node < live):
-            parent = tl.load(parents + node)
-            bits = bits | tl.load(out + parent * words + word, mask=word < words, other=0).to(tl.int64)
-        tl.store(out + node * words + word, bits.to(out_ptr.dtype.element_ty), mask=word < words)
-        tl.debug_barrier()  # children read what was just written
-
-
-@triton.jit(do_not_specialize=["nodes", "width", "room"])
-def tree_mask_kernel(
-    out_ptr, parents_ptr, context_ptr, nodes, width, room, FORMAT: tl.constexpr, ADDITIVE: tl.constexpr,
-    BLOCK: tl.constexpr, NODES: tl.constexpr,
+def judge_node(
+    rows, tree, node, sampling, key, table, states, IS_COUPLED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    parents = parents_ptr + b * nodes
-    live = tl.minimum(live_count(parents, nodes, NODES), nodes)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    length = tl.full([], 0, tl.int64)
-    if context_ptr is not None:
-        length = tl.load(context_ptr + b)
-    if FORMAT == DENSE:
-        index = first + tl.arange(0, BLOCK)
-        node = index % width - length
-        inside = (index < nodes * width) & (node >= 0) & (node < nodes)
-        mask = (node < 0) | attends(parents, live, index // width, tl.maximum(node, 0), inside)
-        value = tl.where(mask, 0.0, float("-inf")) if ADDITIVE else mask
-        tl.store(out_ptr + b * nodes * width + index, value.to(out_ptr.dtype.element_ty), mask=index < nodes * width)
-    else:
-        # Where the request begins, behind all that come before it; and where the last one ends: the rest is 0.
-        start = tl.full([], 0, tl.int64)
-        end = tl.full([], 0, tl.int64)
-        for request in range(0, tl.num_programs(0)):
-            size = nodes * (tl.load(context_ptr + request) + nodes)
-            if FORMAT == FLAT_BITS:
-                size = (size + 7) // 8
-            end += size
-            start += tl.where(request < b, size, 0)
-        index = first + tl.arange(0, BLOCK)
-        unused = b * room + index
-        tl.store(out_ptr + unused, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=(index < room) & (unused >= end))
-        row = length + nodes
-        if FORMAT == FLAT_BITS:
-            byte = (first + tl.arange(0, BLOCK))[:, None]
-            bit = byte * 8 + tl.arange(0, 8)[None, :]
-            node = bit % row - length
-            inside = (bit < nodes * row) & (node >= 0)
-            mask = attends(parents, live, bit // row, tl.maximum(node, 0), inside)
-            mask = mask | ((bit < nodes * row) & (node < 0))
-            total = tl.sum(mask.to(tl.int64) << tl.arange(0, 8)[None, :], axis=1)
-            tl.store(out_ptr + start + index, total.to(tl.uint8), mask=index < (nodes * row + 7) // 8)
+    """Rules walk and coupled: store what is drawn from a node's row, and its child that is that token."""
+    tag = race_tag(TARGET, node)
+    target, valid = distribution_of(rows, node, sampling, key, tag, table, not IS_COUPLED, ENTRIES, TILES)
+    drawn = target.argmax
+    if drawn < 0:
+        if IS_COUPLED:
+            drawn = flat_race(rows, node, target, key, depth_of(tree, node), TILES)
         else:
-            node = index % row - length
-            inside = (index < nodes * row) & (node >= 0)
-            mask = (node < 0) | attends(parents, live, index // row, tl.maximum(node, 0), inside)
-            tl.store(out_ptr + start + index, mask.to(out_ptr.dtype.element_ty), mask=index < nodes * row)
+            drawn = draw_from_row(rows, node, target, key, tag)
+    child = tree.nodes
+    if valid:
+        child = next_child(tree, node, node, drawn)
+    state = states + node * STATE
+    store_state(state, target, target, tl.full([], 1.0, tl.float64), valid)
+    tl.store(state + DRAWN, drawn.to(tl.float64))
+    tl.store(state + NEXT, tl.where(child < tree.nodes, child, -1).to(tl.float64))
 
 
-def tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format: int) -> None:
-    batch, nodes = parents.shape
-    block = triton.next_power_of_2(nodes)
-    if format == MaskFormat.PACKED:
-        bits = 8 * out.element_size()
-        words = triton.next_power_of_2(triton.cdiv(nodes, bits))
-        packed_kernel[(batch,)](out, parents, nodes, BITS=bits, WORDS=words, NODES=block, num_warps=1)
-        return
-    room = out.numel() // batch
-    elements = 1024 if format in (MaskFormat.DENSE, MaskFormat.FLAT) else 1024 // 8
-    tree_mask_kernel[(batch, triton.cdiv(room, elements))](
-        out, parents, context_lens, nodes, room // nodes, room, FORMAT=format, ADDITIVE=out.is_floating_point(),
-        BLOCK=elements, NODES=block, num_warps=4,
-    )  # fmt: skip
+@triton.jit
+def init_node(rows, drafts, tree, node, sampling, key, table, states, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """Rules recursive and traversal: the state of a node that nobody visited."""
+    target, valid = distribution_of(rows, node, sampling, key, race_tag(TARGET, node), table, True, ENTRIES, TILES)
+    child = next_child(tree, node, node, None)
+    needed = valid & (child < tree.nodes) & (target.argmax < 0)
+    token = tl.load(tree.tokens + child * tree.stride, mask=child < tree.nodes, other=0).to(tl.int64)
+    draft, _prob, usable = draft_distribution(drafts, node, token, needed, key, table + 2 * ENTRIES, ENTRIES)
+    if needed:
+        while (child < tree.nodes) & usable:
+            usable = usable & (drafted_prob(drafts, node, draft, token_of(tree, child)) < float("inf"))
+            child = next_child(tree, node, child, None)
+    state = states + node * STATE
+    store_state(state, target, draft, tl.full([], 1.0, tl.float64), valid.to(tl.int32) * IS_VALID + IS_UPDATED)
+    tl.store(state + MASS, tl.full([], 1.0, tl.float64))
+    tl.store(state + DRAFTED, tl.full([], 0.0, tl.float64))
+    tl.store(state + FACTOR, tl.full([], float("inf"), tl.float64))
+    # No child is left to visit where a distribution is not usable.
+    tl.store(state + LAST, tl.where(valid & usable, node, ENDED).to(tl.float64))
+
+
+@triton.jit
+def draft_left(drafts, tree, node, draft, last, drafted, TILES: tl.constexpr):
+    """What the siblings up to ``last`` left of the draft's distribution: one minus what they took, summed anew where
+    that would have no digits left."""
+    left = 1.0 - drafted
+    if (drafts.flags & DRAFT_LOGITS != 0) & (left < LEAST_DIFFERENCE):
+        sums = tl.zeros([TILES], tl.float32)
+        for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=STAGES):
+            ids = block_ids(start, TILES)
+            weights = without_children(probs(load_draft_logits(drafts, node, ids), draft), ids, tree, node, last)
+            sums += tl.sum(weights, axis=1)
+        left = tl.sum(sums).to(tl.float64)
+        left = tl.where(left < NOTHING_LEFT, 0.0, left)
+    return left
+
+
+@triton.jit
+def update_residual(state, mass):
+    """Mass and path probability of a node after its latest rejection."""
+    path_prob, before = tl.load(state + PATH_PROB), tl.load(state + MASS)
+    flags = tl.load(state + FLAGS).to(tl.int32)
+    left = path_prob * mass / before
+    after = tl.where(path_prob < 1.0, tl.where(left > 0, left / (left + 1.0 - path_prob), 0.0), path_prob)
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tl.store(state + MASS, mass)
+    tl.store(state + PATH_PROB, after)
+    tl.store(state + FLAGS, (flags | IS_UPDATED).to(tl.float64))
+    tl.debug_barrier()
+
+
+@triton.jit
+def load_residual(tree, node, states):
+    """(distribution of the target, of the draft divided by their factor, the rejected children) of a node."""
+    state = states + node * STATE
+    factor = tl.load(state + FACTOR)
+    target, _draft, divided = load_state(state, factor)
+    return target, divided, Rejected(tree, tl.load(state + LAST).to(tl.int64), factor, states)
+
+
+@triton.jit
+def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, TILES: tl.constexpr):
+    """Rules recursive and traversal, from where they stopped: whether they ended, or want the mass of the residual of
+    the node at ``visited``. Recursive goes down to the first child that passes; traversal goes down to any child that
+    may be on the path, and up again where a node fails."""
+    node = tl.load(visited).to(tl.int64)
+    one = tl.full([], 1.0, tl.float64)
+    going = tl.full([], 1, tl.int1)
+    ended = tl.full([], 0, tl.int1)
+    while going:
+        state = states + node * STATE
+        last = tl.load(state + LAST).to(tl.int64)
+        child = next_child(tree, node, last, None)
+        bottom_up = (node > 0) & (not IS_RECURSIVE)
+        factor = tl.load(state + FACTOR)
+        target, draft, _divided = load_state(state, factor)
+        if ((child < tree.nodes) | bottom_up) & (tl.load(state + FLAGS) < IS_UPDATED):
+            going = target.argmax >= 0
+            if going:  # a point mass is accepted where it is a child, and not touched by other children
+                update_residual(state, tl.load(state + MASS))
+        path_prob = tl.load(state + PATH_PROB)
+        if going:
+            if child < tree.nodes:
+                mass, drafted = tl.load(state + MASS), tl.load(state + DRAFTED)
+                token = token_of(tree, child)
+                certain = draft.argmax >= 0
+                # An earlier sibling of the same token: rejected before, with a factor of its own.
+                twin = next_child(tree, node, node, token)
+                new = twin == child
+                left_of_draft = one
+                prob = drafted_prob(drafts, node, draft, token)
+                conditional = prob
+                own = factor
+                if drafts.flags & REPLACEMENT == 0:
+                    if certain == 0:
+                        left_of_draft = draft_left(drafts, tree, node, draft, last, drafted, TILES)
+                        known = new & (left_of_draft > 0)
+                        conditional = tl.where(known, prob / tl.where(left_of_draft > 0, left_of_draft, 1.0), 0.0)
+                    if new == 0:
+                        own = tl.load(states + twin * STATE + OWN_FACTOR)
+                weight = tl.exp(log_prob(load_logits(rows, node, token), target, token))
+                weight = tl.where(certain, tl.where(new, weight, 0.0), tl.maximum(weight - prob / own, 0.0))
+                # Strict: what the target excludes is never accepted, whatever the draft was declared to be.
+                if IS_RECURSIVE:
+                    passed = uniform(key.seed, key.position, child - 1) * mass * conditional < weight
+                    below = tl.where(passed, one, 0.0)
+                    rejected = passed == 0
+                else:
+                    below = tl.where(weight > 0, tl.minimum(1.0, path_prob * weight / mass / conditional), 0.0)
+                    rejected = tl.full([], 1, tl.int1)  # to be read only once it is
+                tl.debug_barrier()  # everybody has read what is overwritten now
+                if rejected:
+                    if (left_of_draft > 0) & (path_prob > 0) & (mass > 0):
+                        removed = path_prob * left_of_draft / mass
+                        factor = tl.where(factor == float("inf"), removed, 1.0 / (1.0 / factor + 1.0 / removed))
+                    tl.store(state + FACTOR, factor)
+                    tl.store(state + DRAFTED, drafted + tl.where(new, prob, 0.0))
+                    tl.store(state + LAST, child.to(tl.float64))
+                    tl.store(state + FLAGS, tl.full([], IS_VALID, tl.float64))
+                    tl.store(states + child * STATE + OWN_FACTOR, tl.where(new, factor, own))
+                if below > 0:
+                    node = child
+                    state = states + node * STATE
+                    tl.store(state + PATH_PROB, below)
+                    if tl.load(state + LAST) >= ENDED:
+                        tl.store(visited + 1, tl.full([], 0.0, tl.float64))
+                tl.debug_barrier()
+            else:
+                ended = tl.full([], 1, tl.int1)
+                if bottom_up:
+                    ended = uniform(key.seed, key.position, node - 1) < path_prob
+                going = ended == 0
+                if going:
+                    node = parent_of(tree, node)
+    tl.store(visited, node.to(tl.float64))
+    tl.debug_barrier()
+    return ended
+
+
+@triton.jit
+def end_tree(
+    rows, drafts, tree, end, key, tables, states, visited, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Rules recursive and traversal, where the path ends at node ``end``: (drawn token, all rows valid?)."""
+    target, divided, rejected = load_residual(tree, end, states)
+    some = (rejected.last > end) & (rejected.last < ENDED)
+    table = tables + end * 4 * ENTRIES
+    drawn = draw_last(rows, drafts, end, target, divided, rejected, some, key, table, ENTRIES, TILES)
+    return drawn, tl.load(visited + 1) != 0

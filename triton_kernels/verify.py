@@ -1,49 +1,85 @@
-"""``verify_chain``: one launch. Semantics: :mod:`specdec_kernels.ops`.
+"""``verify_chain`` and ``verify_tree``: one launch; a chain is a tree with one branch. Semantics:
+:mod:`specdec_kernels.ops` and :mod:`specdec_kernels.ops.tree_rules`.
 
 Several programs measure a row, each its slice of the tiles. The last of them to finish judges the row, and whoever
-completes the path decides: rows come in the order of the drafts, so where programs begin in that order, those of rows
-behind a draft that was not accepted find that out and read nothing. Rule block looks at every row: the last to be
-judged finds what residuals have to be summed, and programs that begin later do that, each a slice of a row again.
+completes the path decides: rows come after those they follow, so where programs begin in that order, those of rows that
+the path is known to pass by find that out and read nothing.
+
+Rules block, recursive and traversal read every row, and ask for the masses of residuals: block for all of them at a
+time, the others for one after the other. Whoever judges the last row goes on until a mass is wanted, programs that
+begin later sum it together, and the last of them goes on.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.contract import Rule
 from specdec_kernels.triton_kernels.arguments import (
     BITMASK,
+    COUNT_INDEPENDENT,
     CU_ROWS,
-    INDEPENDENT,
     LOGPROBS,
     NUM_DRAFT,
     SAMPLING,
-    given,
+    flags_of,
     instead,
     processing_arguments,
 )
-from specdec_kernels.triton_kernels.arrivals import JUDGED, NEXT, arrive, follow, passed_by, rest, ticket, wait
-from specdec_kernels.triton_kernels.distributions import sampling_of, table_scale
-from specdec_kernels.triton_kernels.draws import STATE, Drafts, draft_scale_of, measure_draft, measure_residual
-from specdec_kernels.triton_kernels.launch import config_for, empty, launch, scratch, scratch_in, slices_of
-from specdec_kernels.triton_kernels.rows import Key, Reduced, Rows, measure, processing_of
-from specdec_kernels.triton_kernels.rules import (
-    BLOCK_RULE,
-    COUPLED_RULE,
-    VALID,
-    end_block,
+from specdec_kernels.triton_kernels.arrivals import ENDED, arrive, follow, passed_by, rest, seen, ticket, wait
+from specdec_kernels.triton_kernels.chain import (
     end_chain,
     find_path_probs,
     judge_draft,
+    kept_by_block_rule,
     load_divided,
-    logprobs_of,
     wants_mass,
 )
+from specdec_kernels.triton_kernels.distribution import sampling_of, table_scale
+from specdec_kernels.triton_kernels.launch import (
+    PROGRAMS_A_PROCESSOR,
+    config_for,
+    empty,
+    launch,
+    power_of_two,
+    scratch,
+    scratch_in,
+    slices_of,
+)
+from specdec_kernels.triton_kernels.masks import live_count
+from specdec_kernels.triton_kernels.request import (
+    DRAWN,
+    LAST,
+    NEXT,
+    STATE,
+    WINDOW,
+    Drafts,
+    depth_of,
+    draft_scale_of,
+    is_valid,
+    logprobs_of,
+    measure_draft,
+    next_child,
+)
+from specdec_kernels.triton_kernels.residual import measure_residual, measured_mass
+from specdec_kernels.triton_kernels.rows import Key, Reduced, Rows, Tree, measure, parent_of, processing_of, token_of
+from specdec_kernels.triton_kernels.trees import (
+    end_tree,
+    init_node,
+    judge_node,
+    load_residual,
+    update_residual,
+    visit,
+)
+
+#: What the kernel is compiled for, by the numbers of `Rule` and of `TreeRule`.
+CHAIN_RULES, TREE_RULES = ("token", "block", "coupled"), ("walk", "recursive", "traversal", "coupled")
 
 
 @triton.jit
@@ -59,172 +95,283 @@ def count_drafts(tokens, stride, most, vocab):
     return drafted
 
 
+@triton.jit
+def is_needed(frontier, tree, row, every):
+    """Whether ``every`` row is, or the path may come through this one."""
+    needed = every
+    if every == 0:
+        needed = passed_by(frontier, tree, row) == 0
+    return needed
+
+
 @triton.jit(
     do_not_specialize=[
-        "top_k", "adjustments", "draft_width", "token_request_stride", "longest", "batch", "slices", "flags",
+        "top_k", "adjustments", "draft_width", "token_request_stride", "nodes", "batch", "slices", "passes", "parts",
+        "flags",
     ]
 )  # fmt: skip # 1 would become a constant, of another type
-def verify_chain_kernel(
-    target_ptr, tokens_ptr, draft_ptr, draft_stats_ptr, target_to_draft_ptr, draft_temperatures_ptr, draft_temperature,
-    seed_ptr, position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p, min_p, bitmask_ptr,
-    edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr, states_ptr, counters_ptr,
-    out_tokens_ptr, out_accepted_ptr, out_valid_ptr, out_counters_ptr, out_logprobs_ptr, out_raw_logprobs_ptr,
-    target_request_stride, target_row_stride, draft_request_stride, draft_row_stride, draft_width,
-    token_request_stride, token_row_stride, longest, vocab, batch, slices, flags, RULE: tl.constexpr,
-    PROCESSED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
+def verify_kernel(
+    target_ptr, tokens_ptr, parents_ptr, draft_ptr, draft_stats_ptr, target_to_draft_ptr, draft_temperatures_ptr,
+    draft_temperature, seed_ptr, position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p,
+    min_p, bitmask_ptr, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr,
+    states_ptr, counters_ptr, out_tokens_ptr, out_nodes_ptr, out_accepted_ptr, out_valid_ptr, out_counters_ptr,
+    out_logprobs_ptr, out_raw_logprobs_ptr, target_request_stride, target_row_stride, draft_request_stride,
+    draft_row_stride, draft_width, token_request_stride, token_row_stride, nodes, vocab, batch, slices, passes, parts,
+    flags, RULE: tl.constexpr, IS_TREE: tl.constexpr, PROCESSED: tl.constexpr, BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    BY_DRAW: tl.constexpr = (RULE == "walk") | (RULE == "coupled")
+    BY_MASS: tl.constexpr = (RULE == "block") | (RULE == "recursive") | (RULE == "traversal")
     b = (tl.program_id(0) % batch).to(tl.int64)
-    # At rest all counters are 0: of every row its programs that came (see `follow`), how many rows are done, and how
-    # far the path is known or, of rule block, how many programs began.
-    arrived = counters_ptr + b * (longest + 3)
-    done = arrived + longest + 1
+    # At rest all counters are 0: of every row its programs that came (see `follow`); how many rows are done, then how
+    # many of the later programs; how far the path is known, or how many masses were wanted; which programs began.
+    arrived = counters_ptr + b * (nodes + 3)
+    done = arrived + nodes
     frontier = done + 1
     own = tl.program_id(0) // batch
-    if RULE == BLOCK_RULE:
-        own = ticket(frontier, 2 * (longest + 1) * slices)
-    i = (own // slices % (longest + 1)).to(tl.int64)
-    part = own % slices
+    if BY_MASS:
+        own = ticket(frontier + 1, nodes * slices + passes * parts)
 
     key = Key(tl.load(seed_ptr + b), tl.load(position_ptr + b))
     sampling = sampling_of(sampling_ptr, flags & SAMPLING != 0, temperature, top_k, top_p, min_p, b)
-    first_row = b * (longest + 1)
+    first = b * nodes
+    first_row = first
     logits = target_ptr + b * target_request_stride
-    most = longest
-    if flags & CU_ROWS != 0:
-        first_row = tl.load(cu_rows_ptr + b)
-        logits = target_ptr + first_row * target_row_stride
-        most = tl.minimum(most, (tl.load(cu_rows_ptr + b + 1) - first_row).to(tl.int32) - 1)
-    if flags & NUM_DRAFT != 0:
-        most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
+    parents = None
     tokens = tokens_ptr + b * token_request_stride
-    drafted = count_drafts(tokens, token_row_stride, most, vocab)
-    plain = Rows(logits, target_row_stride, vocab, None, None)
+    if IS_TREE:
+        parents = parents_ptr + first
+        live = tl.minimum(live_count(parents, nodes, BLOCK), nodes).to(tl.int64)
+        drafted_rows = nodes
+    else:
+        drafted_rows = nodes - 1
+        most = drafted_rows
+        if flags & CU_ROWS != 0:
+            first_row = tl.load(cu_rows_ptr + b)
+            logits = target_ptr + first_row * target_row_stride
+            most = tl.minimum(most, (tl.load(cu_rows_ptr + b + 1) - first_row).to(tl.int32) - 1)
+        if flags & NUM_DRAFT != 0:
+            most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
+        live = count_drafts(tokens, token_row_stride, most, vocab).to(tl.int64) + 1
+        tokens -= token_row_stride
+    there = tl.maximum(live, 1)  # the first row is asked for even where there is no tree
+    tree = Tree(parents, tokens, token_row_stride, live, vocab)
+    processing = None
     if PROCESSED:
         processing = processing_of(
-            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr,
-            adjustments, first_row, b, vocab, tokens - token_row_stride, token_row_stride, seed_ptr, True,
+            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments,
+            first_row, b, vocab,
         )  # fmt: skip
-        rows = Rows(logits, target_row_stride, vocab, processing, None)
-    else:
-        rows = plain
+    rows = Rows(logits, target_row_stride, vocab, tree, processing, None)
+    plain = Rows(logits, target_row_stride, vocab, None, None, None)
     draft_logits = draft_ptr + b * draft_request_stride
-    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None)
-    reduced_rows = Rows(draft_logits, draft_row_stride, vocab, None, Reduced(target_to_draft_ptr, draft_width))
+    draft_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, None)
+    reduced_rows = Rows(draft_logits, draft_row_stride, vocab, None, None, Reduced(target_to_draft_ptr, draft_width))
     draft_scale = draft_scale_of(draft_temperatures_ptr, flags, draft_temperature, b)
-    drafts = Drafts(draft_rows, reduced_rows, draft_stats_ptr + 3 * b * longest, draft_scale, flags)
-    states = states_ptr + b * (longest + 1) * STATE
-    tables = tables_ptr + b * (longest + 1) * 4 * ENTRIES
-    table = tables + i * 4 * ENTRIES
+    drafts = Drafts(draft_rows, reduced_rows, draft_stats_ptr + 3 * b * drafted_rows, draft_scale, flags)
+    # Behind the states of the nodes of a tree, the one that is visited, and whether all rows that were are valid.
+    states = states_ptr + (first + b if IS_TREE else first) * STATE
+    visited = states + nodes * STATE
+    tables = tables_ptr + first * 4 * ENTRIES
 
     end = tl.full([], -1, tl.int64)
-    drawn = tl.full([], -1, tl.int64)
-    valid = tl.full([], 0, tl.int1)
-    if (i <= drafted) & (own < (longest + 1) * slices):
-        every = (RULE == BLOCK_RULE) | (flags & INDEPENDENT != 0)
-        if every | (passed_by(frontier, seed_ptr, i, False) == 0):
+    resumed = tl.full([], 0, tl.int1)
+    every = BY_MASS | (flags & COUNT_INDEPENDENT != 0)
+    i = (own // slices).to(tl.int64)
+    if i < there:
+        part = own % slices
+        table = tables + i * 4 * ENTRIES
+        if is_needed(frontier, tree, i, every):
             measure(rows, i, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
-            if RULE != COUPLED_RULE:
-                if (i < drafted) & (sampling[0] < float("inf")):
+            if not BY_DRAW:
+                some = next_child(tree, i, i, None) < live if IS_TREE else i + 1 < live
+                if some & (sampling[0] < float("inf")):
                     measure_draft(drafts, i, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
-            # Where a program of this row read nothing, the end that it saw can be seen here.
-            if every | (passed_by(frontier, seed_ptr, i, False) == 0):
-                judge_draft(
-                    rows, drafts, tokens, token_row_stride, i, drafted, sampling, key, table, states, RULE, ENTRIES,
-                    TILES,
-                )  # fmt: skip
-                if RULE != BLOCK_RULE:
-                    end = follow(arrived, frontier, states, i)
-                    if end >= 0:
-                        drawn, valid = end_chain(
-                            rows, drafts, drafted, end, key, tables + end * 4 * ENTRIES, states, RULE, ENTRIES, TILES
-                        )
-            if arrive(done, drafted):
-                if RULE == BLOCK_RULE:
-                    find_path_probs(drafted, states)
-                    tl.debug_barrier()
-                    tl.atomic_add(done, JUDGED, sem="release")
+            # Where a program of this row read nothing, what it saw of the path can be seen here.
+            if is_needed(frontier, tree, i, every):
+                if BY_DRAW:
+                    judge_node(rows, tree, i, sampling, key, table, states, RULE == "coupled", ENTRIES, TILES)
+                elif IS_TREE:
+                    init_node(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
                 else:
-                    independent = tl.full([], 0, tl.int32)
-                    for index in range(0, drafted):
-                        independent += (tl.load(states + index * STATE + NEXT) >= 0).to(tl.int32)
-                    tl.store(out_counters_ptr + 2 * b + 1, tl.where(flags & INDEPENDENT != 0, independent, -1))
-                    rest(arrived, longest + 3)
-    if RULE == BLOCK_RULE:
-        if (i <= drafted) & (own >= (longest + 1) * slices):
-            wait(done, JUDGED)
-            if wants_mass(i, states):
-                target, divided, _path_prob = load_divided(states + i * STATE)
-                measure_residual(
-                    rows, drafts, i, target, divided, None, part, slices, table + 2 * ENTRIES, ENTRIES, TILES
-                )
-            if arrive(arrived, ((drafted + 1) * slices - 1).to(tl.int32)):
-                tl.store(done, 0)
-                end, drawn, valid = end_block(rows, drafts, drafted, key, tables, states, ENTRIES, TILES)
-                tl.store(out_counters_ptr + 2 * b + 1, -1)
+                    judge_draft(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
+                if not BY_MASS:
+                    end = follow(arrived, frontier, states, i)
+            if arrive(done, (there - 1).to(tl.int32)):
+                if not BY_MASS:
+                    if not IS_TREE:
+                        independent = tl.full([], 0, tl.int32)
+                        for row in range(0, live - 1):
+                            independent += (tl.load(states + row * STATE + NEXT) >= 0).to(tl.int32)
+                        independent = tl.where(flags & COUNT_INDEPENDENT != 0, independent, -1)
+                        tl.store(out_counters_ptr + 2 * b + 1, independent)
+                    rest(arrived, nodes + 2)
+                elif IS_TREE:
+                    tl.store(visited, tl.full([], 0.0, tl.float64))
+                    tl.store(visited + 1, tl.where(tl.load(states + LAST) < ENDED, 1.0, 0.0).to(tl.float64))
+                    tl.debug_barrier()
+                else:
+                    find_path_probs(live - 1, states)
+                resumed = tl.full([], BY_MASS, tl.int1)
+    if BY_MASS:
+        later = own - nodes * slices
+        if later >= 0:
+            part = later % parts
+            if IS_TREE:
+                wait(frontier, later // parts + 1)
+                if seen(frontier) < ENDED:
+                    node = tl.load(visited).to(tl.int64)
+                    target, divided, rejected = load_residual(tree, node, states)
+                    sums = tables + (4 * node + 2) * ENTRIES
+                    measure_residual(rows, drafts, node, target, divided, rejected, part, parts, sums, ENTRIES, TILES)
+                    resumed = arrive(arrived, parts - 1)
+                    if resumed:
+                        update_residual(states + node * STATE, measured_mass(rows, sums, ENTRIES))
+            else:
+                wait(frontier, 1)
+                row = (later // parts).to(tl.int64)
+                if wants_mass(row, states):
+                    target, divided = load_divided(states + row * STATE)
+                    sums = tables + (4 * row + 2) * ENTRIES
+                    measure_residual(rows, drafts, row, target, divided, None, part, parts, sums, ENTRIES, TILES)
+        if resumed:
+            wanted = tl.full([], 1, tl.int32)
+            if IS_TREE:
+                if visit(rows, drafts, tree, key, states, visited, RULE == "recursive", TILES):
+                    wanted = tl.full([], ENDED, tl.int32)
+                    end = tl.load(visited).to(tl.int64)
+            tl.atomic_add(frontier, wanted, sem="release")
+        if later >= 0:
+            if arrive(done, passes * parts - 1):
+                tl.store(frontier, 0)
+                if not IS_TREE:
+                    end = kept_by_block_rule(rows, key, tables, states, ENTRIES)
+                    tl.store(out_counters_ptr + 2 * b + 1, -1)
 
     if end >= 0:
-        tl.store(out_accepted_ptr + b, end.to(tl.int32))
+        if BY_DRAW:
+            drawn = tl.load(states + end * STATE + DRAWN).to(tl.int64)
+            valid = is_valid(states + end * STATE)
+        elif IS_TREE:
+            drawn, valid = end_tree(rows, drafts, tree, end, key, tables, states, visited, ENTRIES, TILES)
+        else:
+            table = tables + end * 4 * ENTRIES
+            drawn, valid = end_chain(rows, drafts, tree, end, key, table, states, RULE == "block", ENTRIES, TILES)
+        depth = depth_of(tree, end)
+        tl.store(out_accepted_ptr + b, depth.to(tl.int32))
         tl.store(out_valid_ptr + b, valid)
-        tl.store(out_counters_ptr + 2 * b, drafted)
-        out = b * (longest + 1)
-        for index in range(0, longest + 1):
-            row = tl.full([], 0, tl.int64) + index
-            token = tl.where(row == end, drawn, -1)
-            if row < end:
-                token = tl.load(tokens + row * token_row_stride).to(tl.int64)
-            tl.store(out_tokens_ptr + out + row, token)
+        if not IS_TREE:
+            tl.store(out_counters_ptr + 2 * b, (live - 1).to(tl.int32))
+        for start in range(depth + 1, nodes, WINDOW):
+            index = start + tl.arange(0, WINDOW)
+            behind = index < nodes
+            tl.store(out_tokens_ptr + first + index, tl.full([WINDOW], -1, tl.int64), mask=behind)
+            if IS_TREE:
+                tl.store(out_nodes_ptr + first + index, tl.full([WINDOW], -1, tl.int32), mask=behind)
             if flags & LOGPROBS != 0:
-                score = tl.full([], float("nan"), tl.float32)
-                raw_score = score
-                if row <= end:
-                    place = states + row * STATE
-                    usable = tl.load(place + VALID) != 0
-                    score, raw_score = logprobs_of(
-                        rows, plain, row, token, key, tables + row * 4 * ENTRIES, place, usable, ENTRIES, TILES
-                    )
-                tl.store(out_logprobs_ptr + out + row, score)
-                tl.store(out_raw_logprobs_ptr + out + row, raw_score)
+                nan = tl.full([WINDOW], float("nan"), tl.float32)
+                tl.store(out_logprobs_ptr + first + index, nan, mask=behind)
+                tl.store(out_raw_logprobs_ptr + first + index, nan, mask=behind)
+        node, token = end, drawn
+        slot = first + depth
+        while slot >= first:
+            tl.store(out_tokens_ptr + slot, token)
+            if IS_TREE:
+                tl.store(out_nodes_ptr + slot, node.to(tl.int32))
+            if flags & LOGPROBS != 0:
+                table, state = tables + node * 4 * ENTRIES, states + node * STATE
+                score, raw_score = logprobs_of(rows, plain, node, token, key, table, state, ENTRIES, TILES)
+                tl.store(out_logprobs_ptr + slot, score)
+                tl.store(out_raw_logprobs_ptr + slot, raw_score)
+            if slot > first:
+                token = token_of(tree, node)
+                node = parent_of(tree, node)
+            slot -= 1
+
+
+def launch_verify(
+    rule: str, target_logits: Tensor, draft_tokens: Tensor, parents: Tensor | None, draft_logits: Tensor | None,
+    draft_stats: Tensor | None, target_to_draft: Tensor | None, draft_temperatures: Tensor | None,
+    draft_temperature: float, seed: Tensor, position: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None,
+    sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None,
+    edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None,
+    logprobs: bool, independent: bool, replacement: bool, workspace: Tensor | None, nodes: int, tokens: Tensor,
+    path: Tensor, accepted: Tensor, valid: Tensor, counters: Tensor, scores: Tensor, raw_scores: Tensor,
+) -> None:  # fmt: skip
+    """Of trees with ``parents``, else of chains, of so many ``nodes``; what follows is written."""
+    batch, vocab, device = draft_tokens.shape[0], target_logits.shape[-1], target_logits.device
+    if not batch:
+        return
+    is_tree = parents is not None
+    config = config_for(vocab, device, bitmask, edit_ids, large=is_tree or rule == "block")  # a walk spills with 128
+    sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * 4 * config.entries
+    at_rest, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
+    slices = slices_of(batch * nodes, config, device)
+    passes, parts = 0, 1
+    if rule == "block":
+        passes, parts = nodes, slices
+    elif rule in ("recursive", "traversal"):
+        # A pass a rejected child, by as many programs as there are multiprocessors for each request, and no more, since
+        # most will find nothing left to do.
+        passes, parts = max(1, nodes - 1), min(64, slices_of(PROGRAMS_A_PROCESSOR * batch, config, device))
+    if rule in ("walk", "coupled"):
+        draft_logits = draft_stats = target_to_draft = draft_temperatures = None
+    flags = flags_of(
+        sampling=sampling, bitmask=bitmask, draft_logits=draft_logits, draft_stats=draft_stats,
+        draft_temperatures=draft_temperatures, num_draft=num_draft, cu_rows=cu_rows, logprobs=logprobs,
+        count_independent=independent, replacement=replacement, reduced=target_to_draft,
+    )  # fmt: skip
+    drafted = (0, 0, vocab) if draft_logits is None else (*draft_logits.stride()[:2], draft_logits.shape[2])
+    target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
+    launch(
+        verify_kernel, batch * (nodes * slices + passes * parts), target_logits, draft_tokens, instead(parents, seed),
+        instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, at_rest),
+        instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
+        instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
+        *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables, states,
+        at_rest, tokens, path, accepted, valid, counters, scores if logprobs else tables,
+        raw_scores if logprobs else tables, *target_strides, *drafted, *draft_tokens.stride(), nodes, vocab, batch,
+        slices, passes, parts, flags, RULE=rule, IS_TREE=is_tree,
+        PROCESSED=bitmask is not None or edit_ids is not None, BLOCK=power_of_two(nodes) if is_tree else 1,
+        **config.named,
+    )  # fmt: skip
 
 
 def verify_chain(
-    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, draft_stats: Tensor | None,
-    target_to_draft: Tensor | None, draft_temperatures: Tensor | None, draft_temperature: float, seed: Tensor,
-    position: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None, sampling: Tensor | None, temperature: float,
-    top_k: int, top_p: float, min_p: float, bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None,
-    edit_bias: Tensor | None, penalties: Tensor | None, rule: int, logprobs: bool, independent: bool,
-    workspace: Tensor | None = None, *, out: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, rows, vocab = draft_tokens.shape[0], draft_tokens.shape[1] + 1, target_logits.shape[-1]
+    target_logits: Tensor, draft_tokens: Tensor, *arguments: Any, out: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """The last arguments: rule, whether log-probabilities and independent acceptance are asked for, and a workspace;
+    those before are of ``launch_verify``, from ``draft_logits`` on."""
+    *of_requests, rule, logprobs, independent, workspace = arguments
+    batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     if out is None:
         score = torch.float32, (batch, rows) if logprobs else (0,)
         counts = (torch.int32, (batch,)), (torch.bool, (batch,)), (torch.int32, (batch, 2))
         out = empty(target_logits, (torch.int64, (batch, rows)), *counts, score, score)
-    tokens, accepted, valid, counters, scores, raw_scores = out
-    if batch:
-        config = config_for(vocab, target_logits.device, bitmask, edit_ids, large=rule == Rule.BLOCK)
-        sizes = batch * (rows + 2), batch * rows * STATE.value, batch * rows * 4 * config.entries
-        own = scratch(target_logits.device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
-        at_rest, states, tables = own
-        slices = slices_of(batch * rows, config, target_logits.device)
-        if rule == Rule.COUPLED:
-            draft_logits = draft_stats = target_to_draft = draft_temperatures = None
-        flags = given(
-            sampling=sampling, bitmask=bitmask, draft_logits=draft_logits, draft_stats=draft_stats,
-            draft_temperatures=draft_temperatures, num_draft=num_draft, cu_rows=cu_rows, logprobs=logprobs,
-            independent=independent, reduced=target_to_draft,
-        )  # fmt: skip
-        drafted = (0, 0, vocab) if draft_logits is None else (*draft_logits.stride()[:2], draft_logits.shape[2])
-        target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
-        launch(
-            verify_chain_kernel, batch * rows * slices * (2 if rule == Rule.BLOCK else 1), target_logits, draft_tokens,
-            instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, at_rest),
-            instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
-            instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
-            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables,
-            states, at_rest, tokens, accepted, valid, counters, scores if logprobs else tables,
-            raw_scores if logprobs else tables, *target_strides, *drafted, *draft_tokens.stride(), rows - 1,
-            vocab, batch, slices, flags, RULE=rule, PROCESSED=bitmask is not None or edit_ids is not None,
-            **config.named,
-        )  # fmt: skip
+    tokens, accepted, *others = out
+    launch_verify(
+        CHAIN_RULES[rule], target_logits, draft_tokens, None, *of_requests, logprobs, independent, False, workspace,
+        rows, tokens, accepted, accepted, *others,
+    )  # fmt: skip
+    return out
+
+
+def verify_tree(
+    target_logits: Tensor, draft_tokens: Tensor, parents: Tensor, *arguments: Any,
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The last arguments: rule, whether siblings were drawn with replacement, and whether log-probabilities are asked
+    for; those before are of ``launch_verify``, from ``draft_logits`` on."""
+    rule, replacement, logprobs = arguments[-3:]
+    batch, nodes = parents.shape
+    if out is None:
+        score = torch.float32, (batch, nodes) if logprobs else (0,)
+        paths = (torch.int64, (batch, nodes)), (torch.int32, (batch, nodes))
+        out = empty(target_logits, *paths, (torch.int32, (batch,)), (torch.bool, (batch,)), score, score)
+    tokens, path, accepted, valid, *scores = out
+    launch_verify(
+        TREE_RULES[rule], target_logits, draft_tokens, parents, *arguments[:7], None, None, *arguments[7:-3],
+        logprobs, False, replacement, None, nodes, tokens, path, accepted, valid, accepted, *scores,
+    )  # fmt: skip
     return out

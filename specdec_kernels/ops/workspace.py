@@ -10,7 +10,8 @@ from specdec_kernels.ops import validate
 
 #: What each part begins at a multiple of, and bytes that a backend keeps of a row, at most.
 ALIGNMENT, PLACE_BYTES = 256, 128
-#: Of each row the programs that came; of each request two counters, and a bit for each row.
+#: Of each row the programs that came; of each request two counters, and a bit for each row
+#: (Triton has a third counter there).
 COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
 #: Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA
 #: twenty of every eight tiles.

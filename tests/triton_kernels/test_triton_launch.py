@@ -31,7 +31,7 @@ def launched(monkeypatch):
 
     from specdec_kernels.triton_kernels import launch
 
-    modules = [importlib.import_module(f"{launch.__package__}.{name}") for name in ("sample", "verify", "tree_rules")]
+    modules = [importlib.import_module(f"{launch.__package__}.{name}") for name in ("sample", "verify")]
     builder = type(interpreter.interpreter_builder)
     in_order = builder.set_grid_idx
 
@@ -163,7 +163,7 @@ def module(name: str):
 
 
 def test_nodes_that_the_path_passes_by_are_not_read(launched, monkeypatch):
-    measured = measured_rows(module("tree_rules"), monkeypatch)
+    measured = measured_rows(module("verify"), monkeypatch)
     target = torch.zeros(1, 7, VOCAB)
     target[:, :, 7] = 30.0
     parents, tokens = torch.tensor([[-1, 0, 0, 1, 1, 2, 3]]), torch.tensor([[0, 9, 7, 7, 7, 7, 7]])
@@ -178,9 +178,9 @@ def test_nodes_that_the_path_passes_by_are_not_read(launched, monkeypatch):
 @pytest.mark.parametrize("kind", ["point mass", "dense", "statistics"])
 def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind):
     """What its row's own tiles bound; with a look at all of them, the same tokens."""
-    draws = module("draws")
+    residual = module("residual")
     visits = []
-    real = draws.residuals
+    real = residual.residuals
 
     def counting(*given):
         visits.append(given[6].shape)  # ids
@@ -190,7 +190,7 @@ def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind)
     positional, keys = batch(kind)
     keys["seed"] += 40 if kind == "statistics" else 0
     given = {**keys, "temperature": 0.5, "rule": rule, "backend": "triton"}
-    monkeypatch.setattr(draws, "residuals", counting)
+    monkeypatch.setattr(residual, "residuals", counting)
     few = verify_chain(*positional, **given)
     drawn = visits.count((128,))
     assert drawn
@@ -216,16 +216,16 @@ FILTERS = {
 @pytest.mark.parametrize("filters", FILTERS)
 def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, filters):
     """One tile of three has large logits: those are all that is looked at twice, unless more is kept."""
-    distributions = module("distributions")
+    filters_module = module("filters")
     looked: set[int] = set()
-    real = distributions.load_logits
+    real = filters_module.load_logits
 
     def counting(rows, i, ids):
         first = ids.handle.data[:, 0]
         looked.update((first[first < VOCAB] // 128).tolist())  # a group without tiles has none of the ids
         return real(rows, i, ids)
 
-    monkeypatch.setattr(distributions, "load_logits", counting)
+    monkeypatch.setattr(filters_module, "load_logits", counting)
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2)).half().float()  # some are equal
     large = (torch.arange(VOCAB) // 128) % 3 == 1
     logits[:, large] += 3.5
@@ -244,8 +244,7 @@ def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, f
 def test_counters_are_left_at_rest(launched, monkeypatch):
     counters = torch.zeros(64, dtype=torch.int32)
     scratch = module("launch").scratch
-    for name in ("verify", "tree_rules"):
-        monkeypatch.setattr(module(name), "scratch", lambda *sizes: (counters, *scratch(*sizes)[1:]))
+    monkeypatch.setattr(module("verify"), "scratch", lambda *sizes: (counters, *scratch(*sizes)[1:]))
     positional, keys = batch("dense")
     launched(3, True)
     for rule in ("token", "block", "token", "coupled"):

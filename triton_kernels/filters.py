@@ -1,4 +1,4 @@
-"""From the table of a row and its sampling parameters to its distribution, and to the winner of its tile race."""
+"""What of a row top-k, top-p and min-p keep, found from its table and the tiles that can have it."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,75 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from specdec_kernels.contract import MIN_TEMPERATURE
-from specdec_kernels.triton_kernels.noise import exponentials
-from specdec_kernels.triton_kernels.rows import (
-    NO_ID,
-    Distribution,
-    first_of_groups,
-    gap,
-    grouped_tiles,
-    ids_of,
-    is_steep,
-    largest_token,
-    load_logits,
-    load_table,
-    measure,
-    probs,
-    scalars_of,
-    usable_base,
-)
+from specdec_kernels.triton_kernels.rows import first_of_groups, gap, grouped_tiles, ids_of, load_logits, load_table
 
-GREEDY_BELOW = tl.constexpr(MIN_TEMPERATURE)
 # The least float there is.
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def scale_of(temperature):
-    """inf: greedy."""
-    greedy = temperature < GREEDY_BELOW
-    return tl.where(greedy, float("inf"), 1.0 / tl.where(greedy, 1.0, temperature))
-
-
-@triton.jit
-def sampling_of(sampling_ptr, given, temperature, top_k, top_p, min_p, index):
-    """(scale, top_k, top_p, min_p) of a request: its row of ``sampling [B, 4]`` if that is ``given``, or the scalars.
-    Scale inf: greedy."""
-    own = sampling_ptr + 4 * index
-    temperature = tl.load(own, mask=given, other=temperature)
-    top_k = tl.load(own + 1, mask=given, other=top_k).to(tl.int32)
-    top_p = tl.load(own + 2, mask=given, other=top_p)
-    min_p = tl.load(own + 3, mask=given, other=min_p)
-    return scale_of(temperature), top_k, top_p, min_p
-
-
-@triton.jit
-def first_arrival(times, ids, none=NO_ID):
-    """The id of the smallest time, the lowest one on ties; ``none`` if none is finite."""
-    earliest = tl.min(times)
-    return tl.min(tl.where((times == earliest) & (times < float("inf")), ids, none))
-
-
-@triton.jit
-def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.constexpr):
-    """What the table of a row says: (the sum of exp(scale * (logit - the largest)) in float64, the tile that wins the
-    tile race if ``RACE``, whether the row is valid, the largest logit, the first tile that has it)."""
-    tiles = tl.arange(0, ENTRIES)
-    maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
-    top = tl.max(maxima)
-    weights = sums * tl.exp(gap(scale, maxima, usable_base(top)))
-    total = tl.sum(weights)
-    winner = tl.full([], 0, tl.int64)
-    if RACE:
-        times = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
-        winner = first_arrival(tl.where(weights > 0, times, float("inf")), tiles.to(tl.int64))
-    largest = tl.min(tl.where(maxima == top, tiles, ENTRIES)).to(tl.int64)
-    return total.to(tl.float64), winner, (total > 0) & (total < float("inf")), top, largest
-
-
-@triton.jit
-def keeps_few(top_k, rows):
+def has_top_k(top_k, rows):
     """Whether top-k takes anything away."""
     return (top_k > 0) & (top_k < rows.vocab)
 
@@ -123,10 +62,10 @@ def filter_pivot(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr, TI
     the next logit there is, so it ends with the answer. That is done up to three times: the k-th largest maximum of a
     tile bounds the k-th largest logit from below, and that what top-p keeps of it."""
     scale, top_k, top_p, min_p = sampling
-    of_tiles = keeps_few(top_k, rows)
+    of_tiles = has_top_k(top_k, rows)
     by_number = of_tiles
-    low = tl.full([], float("-inf"), tl.float32)  # reaches the goal; -inf: nobody looked
-    kept = total.to(tl.float32)  # the weight of what is not below that; less than 0: nobody looked
+    low = tl.full([], float("-inf"), tl.float32)  # reaches the goal; -inf: not known
+    kept = total.to(tl.float32)  # the weight of what is not below that; less than 0: not known
     high = top  # the largest that may do so
     distance = 1.0 / scale
     goal = tl.where(by_number, top_k.to(tl.float32), top_p * kept)
@@ -187,55 +126,3 @@ def drop_below(rows, i, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.co
         tl.store(table + ENTRIES + own, tl.sum(weights, axis=1), mask=there)
     tl.debug_barrier()
     return least
-
-
-@triton.jit
-def table_scale(scale):
-    """What a row is measured with: greedily the scale is infinite, and only its largest logit is asked for."""
-    return tl.where(scale == float("inf"), 1.0, scale)
-
-
-@triton.jit
-def distribution_of(
-    rows, i, sampling, key, tag, table, RACE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """(the distribution of row i, whether the row is valid), from its table; where tokens are filtered out, the table
-    keeps what is left. Greedy is the point mass on the largest logit; so is, for what is drawn then, a row that is not
-    valid, on its largest finite one."""
-    scale, top_k, top_p, min_p = sampling
-    cutoff = tl.full([], float("-inf"), tl.float32)
-    argmax = tl.full([], -1, tl.int64)
-    greedy = scale == float("inf")
-    finite = table_scale(scale)
-    logsumexp = tl.full([], 0.0, tl.float64)
-    total, tile, valid, top, largest = summary(rows, finite, table, key, tag, RACE, ENTRIES)
-    if greedy | (valid == 0):
-        cutoff = top
-        argmax = largest_token(rows, i, top, largest)
-    else:
-        filters = keeps_few(top_k, rows) | (top_p < 1.0) | (min_p > 0.0)
-        if filters & (is_steep(scale, top) == 0):
-            pivot = filter_pivot(rows, i, sampling, top, total, table, ENTRIES, TILES)
-            cutoff = drop_below(rows, i, scale, pivot, table, ENTRIES, TILES)
-            total, tile, valid, top, largest = summary(rows, scale, table, key, tag, RACE, ENTRIES)
-        scale, cutoff, logsumexp = scalars_of(scale, cutoff, total, top)
-    return Distribution(scale, cutoff, logsumexp, argmax, tile), valid
-
-
-@triton.jit
-def raw_distribution(rows, i, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """(The plain softmax of row i, whether the row is valid); measured by this program alone."""
-    one = tl.full([], 1.0, tl.float32)
-    tl.debug_barrier()  # everybody has read what is overwritten now
-    measure(rows, i, one, 0, 1, table, ENTRIES, TILES)
-    tl.debug_barrier()
-    total, tile, valid, top, _first = summary(rows, one, table, key, tl.full([], 0, tl.int64), False, ENTRIES)
-    scale, cutoff, logsumexp = scalars_of(one, tl.full([], float("-inf"), tl.float32), total, top)
-    return Distribution(scale, cutoff, logsumexp, tl.full([], -1, tl.int64), tile), valid
-
-
-@triton.jit
-def tile_weights(rows, distribution, table, tiles, ENTRIES: tl.constexpr):
-    """What tiles of a row weigh under its distribution, from its table."""
-    maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
-    return sums * probs(maxima, distribution)
