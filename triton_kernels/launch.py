@@ -25,7 +25,7 @@ except ImportError:  # another Python
 
 #: Programs that one multiprocessor should have to choose from. What more there are finds rows decided.
 PROGRAMS_A_PROCESSOR = 4
-#: Whose GPUs kernels are compiled for; :mod:`.compile` sets it.
+#: Whose GPUs kernels are compiled for; what compiles for others sets it.
 PLATFORM = "hip" if torch.version.hip else "cuda"
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: Multiprocessors of the GPU that tensors on "meta" stand for: an H100.

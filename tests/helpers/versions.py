@@ -72,13 +72,12 @@ def run(command: list[Any], **named: Any) -> str:
     return done.stdout
 
 
-def kernels(*arguments: str, triton: Path | None = None) -> list[dict[str, Any]]:
-    """What :mod:`specdec_kernels.triton_kernels.compile` prints under the Triton in a folder; in a process of its own,
-    which interprets nothing."""
+def kernels(*arguments: str, triton: Path | None = None) -> list[Any]:
+    """What `triton_code.py` prints under the Triton in a folder; in a process of its own, which interprets nothing."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if triton:
         environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "specdec_kernels.triton_kernels.compile", *arguments]
+    command = [sys.executable, Path(__file__).with_name("triton_code.py"), *arguments]
     return [json.loads(line) for line in run(command, env=environment).splitlines()]
 
 
@@ -209,13 +208,9 @@ def under_triton(version: str) -> Iterator[Part]:
         assert not wrong, "; ".join(wrong)
         return found
 
-    calls = json.loads(run([sys.executable, "-c", _CALLS]))
-    reads = matching("triton_kernels/*")
-    for call in calls:
+    reads = matching("triton_kernels/*", "tests/helpers/triton_code.py")
+    for call in kernels("--list"):
         yield Part(f"triton {version}", call, reads, lambda call=call: check(call))
-
-
-_CALLS = "import json; from specdec_kernels.triton_kernels.compile import CALLS; print(json.dumps(list(CALLS)))"
 
 
 def against_torch(version: str, compilers: Iterable[str]) -> Iterator[Part]:

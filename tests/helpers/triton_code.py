@@ -1,10 +1,10 @@
-"""Compile what the launchers launch, for GPUs that are not here, and read what the assembler says of it.
+"""What the machine code of the Triton kernels costs, read from it without a GPU.
 
-    python -m specdec_kernels.triton_kernels.compile sm_90
+    python tests/helpers/triton_code.py sm_90  # a line of JSON a kernel
 
-Tensors are on "meta", a stand-in driver answers for the GPU, and every launch only compiles: so signatures are those of
-real calls, and what is compiled lies in Triton's cache for them. It must run without ``TRITON_INTERPRET``, in a process
-of its own: the stand-in stays.
+What the launchers launch is compiled for GPUs that are not here: tensors are on "meta", a stand-in driver answers for
+the GPU, and every launch only compiles, so signatures are those of real calls, and what is compiled lies in Triton's
+cache for them. It must run without ``TRITON_INTERPRET``, in a process of its own: the stand-in stays.
 """
 
 from __future__ import annotations
@@ -258,8 +258,12 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="not the other dtypes and kinds of drafts")
     parser.add_argument("--calls", nargs="+", choices=CALLS, metavar="CALL", help="these alone")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="only the names of the calls")
     chosen = parser.parse_args()
     calls = chosen.calls or (LARGEST if chosen.largest else CALLS)
+    if chosen.list:
+        print(*map(json.dumps, calls), sep="\n")
+        return
     for each in usages(calls, chosen.targets, chosen.processes):
         print(json.dumps(asdict(each)), flush=True)
 
