@@ -114,19 +114,30 @@ def kept_by_block_rule(rows, key, tables, states, ENTRIES: tl.constexpr):
 
 
 @triton.jit
-def end_chain(
-    rows, drafts, tree, end, key, table, states, IS_BLOCK: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """Where the path ends in row ``end``: (drawn token, all rows valid?)."""
+def chain_is_valid(tree, end, states, IS_BLOCK: tl.constexpr):
+    """Whether all rows are that were read before the path ended in row ``end``."""
     state = states + end * STATE
-    rejected = tl.load(state + TESTED) != 0
-    valid = is_valid(state) & (rejected | (end == tree.nodes - 1))
+    valid = is_valid(state) & ((tl.load(state + TESTED) != 0) | (end == tree.nodes - 1))
     if IS_BLOCK:
         # Rows behind were read too, up to one that is not usable, unless there is nothing to look for.
         usable = tl.load(states + USABLE).to(tl.int64)
         behind = states + usable * STATE
         ended = (usable == tree.nodes - 1) | (tl.load(behind + PATH_PROB) == 0)
         valid = valid & (ended | (tl.load(behind + TESTED) != 0))
-        rejected = end < usable
-    target, draft = load_divided(state)
-    return draw_last(rows, drafts, end, target, draft, None, rejected, key, table, ENTRIES, TILES), valid
+    return valid
+
+
+@triton.jit
+def end_chain(
+    rows, drafts, end, key, tables, states, IS_BLOCK: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """The token that ends the step where the path ends in row ``end``."""
+    state = states + end * STATE
+    path_prob = tl.full([], 1.0, tl.float64)
+    rejected = tl.load(state + TESTED) != 0
+    if IS_BLOCK:
+        path_prob = tl.load(state + PATH_PROB)
+        rejected = end < tl.load(states + USABLE).to(tl.int64)
+    target, _draft, divided = load_state(state, path_prob)
+    table = tables + end * 4 * ENTRIES
+    return draw_last(rows, drafts, end, target, divided, None, rejected, key, table, ENTRIES, TILES)

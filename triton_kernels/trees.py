@@ -217,12 +217,9 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, 
 
 
 @triton.jit
-def end_tree(
-    rows, drafts, tree, end, key, tables, states, visited, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """Rules recursive and traversal, where the path ends at node ``end``: (drawn token, all rows valid?)."""
+def end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """Rules recursive and traversal: the token that ends the step where the path ends at node ``end``."""
     target, divided, rejected = load_residual(tree, end, states)
     some = (rejected.last > end) & (rejected.last < ENDED)
     table = tables + end * 4 * ENTRIES
-    drawn = draw_last(rows, drafts, end, target, divided, rejected, some, key, table, ENTRIES, TILES)
-    return drawn, tl.load(visited + 1) != 0
+    return draw_last(rows, drafts, end, target, divided, rejected, some, key, table, ENTRIES, TILES)

@@ -34,6 +34,7 @@ from specdec_kernels.triton_kernels.arguments import (
 )
 from specdec_kernels.triton_kernels.arrivals import ENDED, arrive, follow, passed_by, rest, seen, ticket, wait
 from specdec_kernels.triton_kernels.chain import (
+    chain_is_valid,
     end_chain,
     find_path_probs,
     judge_draft,
@@ -175,6 +176,7 @@ def verify_kernel(
     tables = tables_ptr + first * 4 * ENTRIES
 
     end = tl.full([], -1, tl.int64)
+    drawn = tl.full([], -1, tl.int64)
     resumed = tl.full([], 0, tl.int1)
     every = BY_MASS | (flags & COUNT_INDEPENDENT != 0)
     i = (own // slices).to(tl.int64)
@@ -198,6 +200,9 @@ def verify_kernel(
                     judge_draft(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
                 if not BY_MASS:
                     end = follow(arrived, frontier, states, i)
+                    if RULE == "token":  # here, since at the end Triton 3.6.0 has too few registers for it
+                        if end >= 0:
+                            drawn = end_chain(rows, drafts, end, key, tables, states, False, ENTRIES, TILES)
             if arrive(done, (there - 1).to(tl.int32)):
                 if not BY_MASS:
                     if not IS_TREE:
@@ -250,16 +255,14 @@ def verify_kernel(
                     tl.store(out_counters_ptr + 2 * b + 1, -1)
 
     if end >= 0:
+        depth = depth_of(tree, end) if IS_TREE else end
+        tl.store(out_accepted_ptr + b, depth.to(tl.int32))
         if BY_DRAW:
-            drawn = tl.load(states + end * STATE + DRAWN).to(tl.int64)
             valid = is_valid(states + end * STATE)
         elif IS_TREE:
-            drawn, valid = end_tree(rows, drafts, tree, end, key, tables, states, visited, ENTRIES, TILES)
+            valid = tl.load(visited + 1) != 0
         else:
-            table = tables + end * 4 * ENTRIES
-            drawn, valid = end_chain(rows, drafts, tree, end, key, table, states, RULE == "block", ENTRIES, TILES)
-        depth = depth_of(tree, end)
-        tl.store(out_accepted_ptr + b, depth.to(tl.int32))
+            valid = chain_is_valid(tree, end, states, RULE == "block")
         tl.store(out_valid_ptr + b, valid)
         if not IS_TREE:
             tl.store(out_counters_ptr + 2 * b, (live - 1).to(tl.int32))
@@ -273,6 +276,12 @@ def verify_kernel(
                 nan = tl.full([WINDOW], float("nan"), tl.float32)
                 tl.store(out_logprobs_ptr + first + index, nan, mask=behind)
                 tl.store(out_raw_logprobs_ptr + first + index, nan, mask=behind)
+        if BY_DRAW:
+            drawn = tl.load(states + end * STATE + DRAWN).to(tl.int64)
+        elif IS_TREE:
+            drawn = end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES, TILES)
+        elif RULE == "block":
+            drawn = end_chain(rows, drafts, end, key, tables, states, True, ENTRIES, TILES)
         node, token = end, drawn
         slot = first + depth
         while slot >= first:
@@ -280,8 +289,10 @@ def verify_kernel(
             if IS_TREE:
                 tl.store(out_nodes_ptr + slot, node.to(tl.int32))
             if flags & LOGPROBS != 0:
-                table, state = tables + node * 4 * ENTRIES, states + node * STATE
-                score, raw_score = logprobs_of(rows, plain, node, token, key, table, state, ENTRIES, TILES)
+                table = tables + node * 4 * ENTRIES
+                score, raw_score = logprobs_of(
+                    rows, plain, node, token, key, table, states + node * STATE, ENTRIES, TILES
+                )
                 tl.store(out_logprobs_ptr + slot, score)
                 tl.store(out_raw_logprobs_ptr + slot, raw_score)
             if slot > first:
