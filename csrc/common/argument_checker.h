@@ -53,8 +53,7 @@ class ArgumentChecker {
   }
 
   // What drafts were drawn from: rows of logits as wide as the target's or, with a table of its ids, of any width. What
-  // is in the table was checked where it was made (specdec_kernels/ops/draft_vocabulary.py), as was that the width is
-  // that of the rows.
+  // is in the table is looked at where it is read.
   bool draft_rows(const OptionalTensor& t, const OptionalTensor& stats, const OptionalTensor& target_to_draft,
                   int64_t batch, int64_t rows, int64_t vocab) const {
     if (!t) return !stats && !target_to_draft;

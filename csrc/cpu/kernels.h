@@ -25,7 +25,15 @@ struct Row {
   DType dtype;
   int64_t vocab;
   const int32_t* columns = nullptr;  // of a draft row with a vocabulary of its own: see Verification::target_to_draft
+  int64_t width = 0;                 // of such a row
 };
+
+// Where the logit of an id lies in a row; -1 where it has none. Nobody may have checked the table.
+static inline int64_t column_of(const Row& row, int64_t id) {
+  if (row.columns == nullptr) return id;
+  const int64_t column = row.columns[id];
+  return column >= 0 && column < row.width ? column : -1;
+}
 
 // Rows of `size` elements, `stride` of them apart.
 struct Rows {

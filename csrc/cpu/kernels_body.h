@@ -26,60 +26,50 @@ template <class T>
     std::memcpy(out, logits + first, size_t(count) * sizeof(T));
     return;
   }
-  const int32_t* columns = row.columns + first;
+  const auto copy_one = [&](int64_t i) {
+    const int64_t column = column_of(row, first + i);
+    if (column >= 0) out[i] = logits[column];
+  };
   constexpr unsigned kAll = (1u << V::width) - 1;
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) {
     float numbers[V::width];  // of these bits -1 is a nan, and no column is
-    std::memcpy(numbers, columns + i, sizeof(numbers));
-    for (unsigned bits = V::bits(V::is_nan(V::load(numbers))) ^ kAll; bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      out[at] = logits[columns[at]];
-    }
+    std::memcpy(numbers, row.columns + first + i, sizeof(numbers));
+    for (unsigned bits = V::bits(V::is_nan(V::load(numbers))) ^ kAll; bits; bits &= bits - 1)
+      copy_one(i + __builtin_ctz(bits));
   }
-  for (; i < count; ++i)
-    if (columns[i] >= 0) out[i] = logits[columns[i]];
+  for (; i < count; ++i) copy_one(i);
 }
 
-// As many tiles as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
-// reducing them one by one, and does not wait for each. They lie in the row; what of a group is behind the end of it is
-// -inf, in a copy, which rows with columns of their own have of every group.
-template <class T>
-class Group {
+// `tiles` tiles from `first` on, of those before `end`: where they lie in the row; or in a copy, where some of them are
+// behind the end, which is -inf there, or the row has columns of its own.
+template <class T, int64_t tiles>
+class Tiles {
  public:
-  Group(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
+  Tiles(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
     const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
     if (left >= kSize && row.columns == nullptr) return;
     copy(row, first * kTile, left < kSize ? left : kSize, kSize, copy_);
     logits_ = copy_;
   }
+  Tiles(const Row& row, int64_t first) : Tiles(row, first, first + tiles) {}
 
-  const T* operator[](int64_t i) const { return logits_ + i * kTile; }
+  const T* operator+(int64_t i) const { return logits_ + i; }
 
  private:
-  static constexpr int64_t kSize = V::width * kTile;
+  static constexpr int64_t kSize = tiles * kTile;
 
   const T* logits_;
   T copy_[kSize];
 };
 
-// One tile, readable to 128 elements: where it is, or copied and padded with -inf.
+// As many as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
+// reducing them one by one, and does not wait for each.
 template <class T>
-class Tile {
- public:
-  Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
-    const int64_t left = row.vocab - tile * kTile;
-    if (left >= kTile && row.columns == nullptr) return;
-    copy(row, tile * kTile, left < kTile ? left : kTile, kTile, copy_);
-    logits_ = copy_;
-  }
+using Group = Tiles<T, V::width>;
 
-  const T* operator+(int64_t i) const { return logits_ + i; }
-
- private:
-  const T* logits_;
-  T copy_[kTile];
-};
+template <class T>
+using Tile = Tiles<T, 1>;
 
 // Fetches what the next group reads where this one reads two vectors: the hardware's own prefetch stops at every 4 KiB
 // page. Line by line: float32 took a fifth longer when a tile's lines were asked for at once.
@@ -110,12 +100,13 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
       const Group<decltype(element)> group(row, first, end);
       V::F largest[V::width];
       for (int64_t g = 0; g < V::width; ++g) {
+        const auto* const logits = group + g * kTile;
         // max drops a nan or keeps it, depending on the order of its operands: look for it apart.
         V::F a = V::set(-INFINITY), b = a, x, y;
         V::M nan = V::is_nan(a);
         for (int64_t i = 0; i < kTile; i += 2 * V::width) {
-          prefetch_next(group[g] + i);
-          V::load_two(group[g] + i, x, y);
+          prefetch_next(logits + i);
+          V::load_two(logits + i, x, y);
           nan = V::either(nan, V::either(V::is_nan(x), V::is_nan(y)));
           a = V::max(a, x);
           b = V::max(b, y);
@@ -132,7 +123,7 @@ template <class T, class F>
 V::F group_sums(const Group<T>& group, const F& term) {
   V::F sums[V::width];
   for (int64_t g = 0; g < V::width; ++g) {
-    const T* logits = group[g];
+    const T* logits = group + g * kTile;
     V::F a = V::set(0.0f), b = V::set(0.0f), x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
       prefetch_next(logits + i);
@@ -180,7 +171,7 @@ constexpr float kLargeSpread = 0x1p20f;
 template <class T>
 V::F group_maxima(const Group<T>& group) {
   V::F largest[V::width];
-  for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group[g]);
+  for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group + g * kTile);
   return V::fold_max(largest);
 }
 

@@ -11,8 +11,8 @@
 
 namespace specdec {
 
-inline Row row_at(const Logits& logits, int64_t vocab, int64_t offset) {
-  return {address(logits, offset), logits.dtype, vocab};
+inline Row row_at(const Logits& logits, int64_t vocab, int64_t offset, const int32_t* columns = nullptr) {
+  return {address(logits, offset), logits.dtype, vocab, columns, logits.width};
 }
 
 inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {
@@ -91,8 +91,8 @@ class Request {
       drafted.point_mass = true;
       return drafted;
     }
-    drafted.row = row_at(op_.draft, op_.vocab, b_ * op_.draft.request_stride + i * op_.draft.row_stride);
-    drafted.row.columns = op_.target_to_draft;
+    const int64_t offset = b_ * op_.draft.request_stride + i * op_.draft.row_stride;
+    drafted.row = row_at(op_.draft, op_.vocab, offset, op_.target_to_draft);
     if (op_.draft_stats == nullptr) {
       scratch_.draft.resize(tiles_of(op_.vocab));
       RowView draft(kernels_, Source(drafted.row), {draft_scale_, {}}, threads_, scratch_.draft);

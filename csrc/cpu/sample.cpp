@@ -10,8 +10,7 @@ namespace {
 
 // A row as its distribution sees it, after the pass over it.
 RowView row_view(const Sample& op, const Kernels& kernels, int64_t threads, int64_t r, SharedPass& pass) {
-  Row row = row_at(op.logits, op.vocab, r * op.logits.row_stride);
-  row.columns = op.target_to_draft;
+  const Row row = row_at(op.logits, op.vocab, r * op.logits.row_stride, op.target_to_draft);
   const Source source(row, mask_of(op.processing, op.vocab, r), adjustments_of(op.processing, r));
   TileSpace& space = scratch().draft;
   space.resize(tiles_of(op.vocab));

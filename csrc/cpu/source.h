@@ -12,11 +12,12 @@
 namespace specdec {
 
 inline float logit_of(const Row& row, int64_t token) {
-  if (row.columns != nullptr && (token = row.columns[token]) < 0) return -INFINITY;
+  const int64_t column = column_of(row, token);
+  if (column < 0) return -INFINITY;
   switch (row.dtype) {
-    case DType::bf16: return to_float(static_cast<const BFloat16*>(row.logits)[token]);
-    case DType::f16: return to_float(static_cast<const Half*>(row.logits)[token]);
-    default: return static_cast<const float*>(row.logits)[token];
+    case DType::bf16: return to_float(static_cast<const BFloat16*>(row.logits)[column]);
+    case DType::f16: return to_float(static_cast<const Half*>(row.logits)[column]);
+    default: return static_cast<const float*>(row.logits)[column];
   }
 }
 

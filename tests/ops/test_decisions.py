@@ -193,8 +193,8 @@ def test_launchers_take_no_id_that_is_none(name, bad):
             assert accepted.tolist() == [1]
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-@pytest.mark.parametrize("bad", [6, 1 << 30, -5])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+@pytest.mark.parametrize("bad", [6, 1 << 30, -5, -(1 << 31)])
 def test_launchers_read_no_column_that_is_none(name, bad):
     """Beside a draft row of six logits lies what would make it invalid."""
     if torch.cuda.is_available():
