@@ -176,6 +176,9 @@ struct Verification {
   bool* out_valid;                         // [B]
   float *out_logprobs, *out_raw_logprobs;  // [B, R], or both null
 
+  SPECDEC_SHARED int64_t token(int64_t request, int64_t i) const {
+    return tokens[request * token_strides[0] + i * token_strides[1]];
+  }
   SPECDEC_SHARED float draft_scale(int64_t request) const {
     return scale_of(draft_temperatures ? draft_temperatures[request] : draft_temperature);
   }

@@ -41,16 +41,24 @@ inline double sum_of_tile(const float* weights) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
+// Who works on a row: an instruction set, and threads that share a pass over it.
+struct Workers {
+  const Kernels& kernels;
+  int64_t threads;
+  SharedPass& pass;
+};
+
 class RowView {
  public:
   // `space` is where the pass leaves what it finds.
-  RowView(const Kernels& kernels, const Source& source, const Sampling& sampling, int64_t threads, TileSpace& space)
-      : kernels_(kernels),
+  RowView(const Workers& workers, const Source& source, const Sampling& sampling, TileSpace& space)
+      : kernels_(workers.kernels),
+        shared_(workers.pass),
         source_(source),
         scale_(sampling.scale),
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
-        piece_(piece_tiles(tiles_, threads)),
+        piece_(piece_tiles(tiles_, workers.threads)),
         space_(space) {
     space.pieces.resize(pieces());
     if (!is_greedy(scale_) && source.plain()) base_ = kernels_.estimate_max(source_.row(), 0, tiles_);
@@ -60,15 +68,22 @@ class RowView {
   void pass(uint32_t piece) { space_.pieces[piece].result = pass_over(piece); }
   void finish() { is_greedy(scale_) ? finish_greedy() : finish_sampled(); }
 
-  // All of it, with whoever helps.
-  void pass_all(SharedPass& by) {
-    by.run(pieces(), [&](uint32_t piece) { pass(piece); });
+  // Calls work(piece) for every piece, with whoever helps.
+  template <class F>
+  void each_piece(const F& work) const {
+    shared_.run(pieces(), work);
+  }
+
+  void pass_all() {
+    each_piece([&](uint32_t piece) { pass(piece); });
     finish();
   }
 
   uint32_t pieces() const { return uint32_t(pieces_of(tiles_, piece_)); }
   int64_t tiles() const { return tiles_; }
   bool valid() const { return valid_; }
+  int64_t argmax() const { return argmax_; }
+  const Kernels& kernels() const { return kernels_; }
   const Source& source() const { return source_; }
   float scale() const { return scale_; }
   // The scalars of the distribution, as they are handed over.
@@ -108,9 +123,9 @@ class RowView {
   // The sum of weights of which this row's probabilities are an upper bound, such as a residual, with
   // `token_weights(tile, out)` giving those of one tile.
   template <class F>
-  double mass_below(const F& token_weights, SharedPass& pass) const {
+  double mass_below(const F& token_weights) const {
     std::vector<double> sums(pieces(), 0.0);
-    pass.run(pieces(), [&](uint32_t piece) {
+    each_piece([&](uint32_t piece) {
       const auto [begin, end] = tiles_of_piece(piece);
       float weights[kTile];
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -187,35 +202,25 @@ class RowView {
 
   // `visit(token, time)` for the ids of one piece that take part in the flat race with at least this probability.
   template <class F>
-  void each_arrival(uint32_t piece, Noise noise, float least, const F& visit) const {
-    const auto [begin, end] = tiles_of_piece(piece);
-    noise.tag |= kTokenRace << 8;
-    float weights[kTile], times[kTile];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_.weight[size_t(tile)] == 0.0f) continue;
-      tile_probs(tile, weights);
-      kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
+  void each_arrival(uint32_t piece, const Noise& noise, float least, const F& visit) const {
+    flat_race(piece, noise, [&](int64_t tile, const float* weights, const float* times) {
       for (int64_t i = 0; i < kTile; ++i)
         if (weights[i] >= least) visit(tile * kTile + i, times[i]);
-    }
+    });
   }
 
-  // One piece of the flat race, over all ids at once; the first of the pieces' arrivals is the draw.
-  Arrival race_piece(uint32_t piece, Noise noise) const {
-    const auto [begin, end] = tiles_of_piece(piece);
-    noise.tag |= kTokenRace << 8;
-    Arrival first{-1, INFINITY};
-    float weights[kTile], times[kTile];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      if (space_.weight[size_t(tile)] == 0.0f) continue;
-      tile_probs(tile, weights);
-      kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
-      const Arrival here = kernels_.first_arrival(times, kTile);
-      if (here.time < first.time) first = {tile * kTile + here.index, here.time};
-    }
-    return first;
+  // The flat race, over all ids at once.
+  int64_t flat_draw(const Noise& noise) const {
+    if (is_greedy(scale_)) return argmax_;
+    std::vector<Arrival> first(pieces(), {-1, INFINITY});
+    each_piece([&](uint32_t piece) {
+      flat_race(piece, noise, [&](int64_t tile, const float*, const float* times) {
+        const Arrival here = kernels_.first_arrival(times, kTile);
+        if (here.time < first[piece].time) first[piece] = {tile * kTile + here.index, here.time};
+      });
+    });
+    return std::min_element(first.begin(), first.end(), [](auto& a, auto& b) { return a.time < b.time; })->index;
   }
-  int64_t argmax() const { return argmax_; }
 
   // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the
   // order of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability)
@@ -269,6 +274,20 @@ class RowView {
   std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
     const int64_t begin = int64_t(piece) * piece_;
     return {begin, std::min(begin + piece_, tiles_)};
+  }
+
+  // `visit(tile, probabilities, arrivals)` for the tiles of one piece that take part in the flat race.
+  template <class F>
+  void flat_race(uint32_t piece, Noise noise, const F& visit) const {
+    const auto [begin, end] = tiles_of_piece(piece);
+    noise.tag |= kTokenRace << 8;
+    float weights[kTile], times[kTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (space_.weight[size_t(tile)] == 0.0f) continue;
+      tile_probs(tile, weights);
+      kernels_.arrivals(weights, tile * kTile, kTile, noise, times);
+      visit(tile, weights, times);
+    }
   }
 
   Summed pass_over(uint32_t piece) {
@@ -374,6 +393,7 @@ class RowView {
   }
 
   const Kernels& kernels_;
+  SharedPass& shared_;
   Source source_;
   float scale_;
   Filters filters_;

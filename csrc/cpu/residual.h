@@ -43,14 +43,8 @@ class Residual {
  public:
   // `path_prob` is the chance that the row is visited at all, as the rules block and traversal count it; 1 for the
   // others.
-  Residual(const Kernels& kernels, const RowView& target, const DraftDistribution& draft, SharedPass& pass,
-           bool replacement, double path_prob = 1.0)
-      : kernels_(&kernels),
-        target_(&target),
-        draft_(draft),
-        pass_(&pass),
-        replacement_(replacement),
-        path_prob_(path_prob) {}
+  Residual(const RowView& target, const DraftDistribution& draft, bool replacement, double path_prob = 1.0)
+      : target_(&target), draft_(draft), replacement_(replacement), path_prob_(path_prob) {}
 
   bool untouched() const { return rejected_.empty(); }
 
@@ -161,7 +155,7 @@ class Residual {
     draft_left_ = 0.0;
     float weights[kTile];
     for (int64_t tile = 0; tile < target_->tiles(); ++tile) {
-      kernels_->token_probs(draft_.row, draft_.dist, tile, weights);
+      target_->kernels().token_probs(draft_.row, draft_.dist, tile, weights);
       for (const Rejected& r : rejected_)
         if (r.token / kTile == tile) weights[r.token % kTile] = 0.0f;
       draft_left_ += sum_of_tile(weights);
@@ -186,16 +180,14 @@ class Residual {
     divide();
     double mass;
     if (!draft_.point_mass || !subtract(mass))
-      mass = target_->mass_below([&](int64_t tile, float* weights) { tile_weights(tile, weights); }, *pass_);
+      mass = target_->mass_below([&](int64_t tile, float* weights) { tile_weights(tile, weights); });
     const double left = path_prob_ * mass / mass_;
     if (path_prob_ < 1.0) path_prob_ = left > 0.0 ? left / (left + 1.0 - path_prob_) : 0.0;
     mass_ = mass;
   }
 
-  const Kernels* kernels_;
   const RowView* target_;
   DraftDistribution draft_;
-  SharedPass* pass_;
   bool replacement_;
   double path_prob_;
   double factor_ = INFINITY;  // 1 / taken

@@ -9,13 +9,13 @@ namespace specdec {
 namespace {
 
 // A row as its distribution sees it, after the pass over it.
-RowView row_view(const Sample& op, const Kernels& kernels, int64_t threads, int64_t r, SharedPass& pass) {
+RowView row_view(const Sample& op, const Workers& workers, int64_t r) {
   const Row row = row_at(op.logits, op.vocab, r * op.logits.row_stride, op.target_to_draft);
   const Source source(row, mask_of(op.processing, op.vocab, r), adjustments_of(op.processing, r));
   TileSpace& space = scratch().draft;
   space.resize(tiles_of(op.vocab));
-  RowView view(kernels, source, sampling_of(op.sampling, r), threads, space);
-  view.pass_all(pass);
+  RowView view(workers, source, sampling_of(op.sampling, r), space);
+  view.pass_all();
   float* stats = op.out_stats + 3 * r;
   stats[0] = view.valid() ? view.scale() : NAN;
   stats[1] = view.valid() ? view.cutoff() : NAN;
@@ -31,12 +31,12 @@ Noise race_noise(const Sample& op, int64_t r) {
   return {uint64_t(op.seed[r]), uint64_t(op.position[r] + op.row[r]), kCoupled};
 }
 
-void sample_row(const Sample& op, const Kernels& kernels, int64_t threads, int64_t r, SharedPass& pass) {
-  const RowView view = row_view(op, kernels, threads, r, pass);
+void sample_row(const Sample& op, const Workers& workers, int64_t r) {
+  const RowView view = row_view(op, workers, r);
   if (!view.valid())
     op.out_tokens[r] = view.largest_finite();
   else if (op.coupled)
-    op.out_tokens[r] = flat_draw(view, race_noise(op, r), pass);
+    op.out_tokens[r] = view.flat_draw(race_noise(op, r));
   else
     op.out_tokens[r] = view.draw(draft_noise(op, r, op.row[r]));
   op.out_logprobs[r] = view.valid() ? float(view.logprob(op.out_tokens[r])) : NAN;
@@ -77,9 +77,9 @@ class Best {
 
 // What every piece of a row offers, put together.
 template <class F>
-std::vector<int64_t> best_of_pieces(const RowView& view, int64_t count, SharedPass& pass, const F& offer) {
+std::vector<int64_t> best_of_pieces(const RowView& view, int64_t count, const F& offer) {
   std::vector<Best> found(view.pieces(), Best(count));
-  pass.run(view.pieces(), [&](uint32_t piece) { offer(piece, found[piece]); });
+  view.each_piece([&](uint32_t piece) { offer(piece, found[piece]); });
   Best best(count);
   for (Best& piece : found)
     for (const Best::Entry& entry : piece.sorted()) best.add(entry);
@@ -89,19 +89,19 @@ std::vector<int64_t> best_of_pieces(const RowView& view, int64_t count, SharedPa
 }
 
 // The children of one node; fewer than asked for where its distribution has no more to give.
-std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_t r, SharedPass& pass) {
+std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_t r) {
   const Sample& row = op.common;
   if (!view.valid()) return {view.largest_finite()};
   if (is_greedy(view.scale()))
     return std::vector<int64_t>(op.how == Children::iid ? size_t(op.count) : 1, view.argmax());
   switch (op.how) {
     case Children::top:
-      return best_of_pieces(view, op.count, pass, [&](uint32_t piece, Best& best) {
+      return best_of_pieces(view, op.count, [&](uint32_t piece, Best& best) {
         view.each_logit(
             piece, [&] { return -best.worst(); }, [&](int64_t token, float logit) { best.add({-logit, token}); });
       });
     case Children::race:
-      return best_of_pieces(view, op.count, pass, [&](uint32_t piece, Best& best) {
+      return best_of_pieces(view, op.count, [&](uint32_t piece, Best& best) {
         view.each_arrival(piece, race_noise(row, r), float(kNothingLeft),
                           [&](int64_t token, float time) { best.add({time, token}); });
       });
@@ -116,10 +116,9 @@ std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_
   }
 }
 
-void sample_children_row(const SampleChildren& op, const Kernels& kernels, int64_t threads, int64_t r,
-                         SharedPass& pass) {
-  RowView view = row_view(op.common, kernels, threads, r, pass);
-  const std::vector<int64_t> tokens = children_of(op, view, r, pass);
+void sample_children_row(const SampleChildren& op, const Workers& workers, int64_t r) {
+  RowView view = row_view(op.common, workers, r);
+  const std::vector<int64_t> tokens = children_of(op, view, r);
   for (int64_t i = 0; i < op.count; ++i) {
     const bool there = i < int64_t(tokens.size());
     op.common.out_tokens[r * op.count + i] = there ? tokens[size_t(i)] : -1;
@@ -130,15 +129,12 @@ void sample_children_row(const SampleChildren& op, const Kernels& kernels, int64
 }  // namespace
 
 void sample(const Sample& op, int64_t threads, RunOnThreads run) {
-  const Kernels& table = *kernels();
-  each_request(op.rows, op.vocab, threads, run,
-               [&](int64_t r, SharedPass& pass) { sample_row(op, table, threads, r, pass); });
+  each_request(op.rows, op.vocab, threads, run, [&](int64_t r, const Workers& workers) { sample_row(op, workers, r); });
 }
 
 void sample_children(const SampleChildren& op, int64_t threads, RunOnThreads run) {
-  const Kernels& table = *kernels();
   each_request(op.common.rows, op.common.vocab, threads, run,
-               [&](int64_t r, SharedPass& pass) { sample_children_row(op, table, threads, r, pass); });
+               [&](int64_t r, const Workers& workers) { sample_children_row(op, workers, r); });
 }
 
 }  // namespace specdec
