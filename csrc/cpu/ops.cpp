@@ -8,7 +8,6 @@
 #include "../common/operators.h"
 #include "../common/tree_operators.h"
 #include "pool.h"
-#include "tree.h"
 #include "verify.h"
 
 namespace specdec {

@@ -1,11 +1,10 @@
-#include "tree.h"
-
+// Attention masks of trees of drafts, and moving keys and values of accepted nodes into place.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "../common/elements.h"
-#include "../common/ops.h"
+#include "verify.h"
 
 namespace specdec {
 namespace {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/ops.h"
+#include "../common/trees.h"
 
 namespace specdec {
 
@@ -17,5 +18,11 @@ void verify_chain(const VerifyChain&, int64_t threads, RunOnThreads);
 void verify_tree(const VerifyTree&, int64_t threads, RunOnThreads);
 void sample(const Sample&, int64_t threads, RunOnThreads);
 void sample_children(const SampleChildren&, int64_t threads, RunOnThreads);
+
+// Fills the mask of one request; the last one also clears what nobody uses.
+void tree_mask(const TreeMask&, int64_t request);
+
+// One request in one cache.
+void compact_kv(const CompactKv&, char* cache, int64_t request);
 
 }  // namespace specdec

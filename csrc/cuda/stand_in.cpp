@@ -5,7 +5,6 @@
 #define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cpu
 #include "ops.cpp"
 
-#include "../cpu/tree.h"
 #include "../cpu/verify.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
