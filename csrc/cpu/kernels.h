@@ -32,7 +32,7 @@ struct Row {
 static inline int64_t column_of(const Row& row, int64_t id) {
   if (row.columns == nullptr) return id;
   const int64_t column = row.columns[id];
-  return column >= 0 && column < row.width ? column : -1;
+  return uint64_t(column) < uint64_t(row.width) ? column : -1;  // a negative one is too large
 }
 
 // Rows of `size` elements, `stride` of them apart.
