@@ -35,13 +35,6 @@ static inline int64_t column_of(const Row& row, int64_t id) {
   return uint64_t(column) < uint64_t(row.width) ? column : -1;  // a negative one is too large
 }
 
-// Rows of `size` elements, `stride` of them apart.
-struct Rows {
-  const void* data;
-  DType dtype;
-  int64_t stride, size;
-};
-
 // prob(v) = [logit >= cutoff] * exp(scale * logit - logsumexp). The logsumexp is a sum of two floats: at a low
 // temperature scale * logit is in the hundreds, and one float would leave the probability an error of 1e-5.
 struct Distribution {
@@ -121,16 +114,9 @@ struct Kernels {
   // Words of the counters first, first + 1, ...: four each.
   void (*words)(const Noise&, uint32_t first, int64_t counters, uint32_t* out);
 
-  // What a drafter needs (feature_layer.cpp).
-
-  // The product of x with each of `count` rows of `size` elements, one behind the other.
-  void (*eight_bit_products)(const int8_t* rows, int64_t size, int64_t count, const float* x, float* out);
-
-  // The product of x with each of the first `count` rows.
-  void (*products)(const Rows&, int64_t count, const float* x, float* out);
-
-  // Adds the first `count` rows, each times its weight, to `out`.
-  void (*mix)(const Rows&, int64_t count, const float* weights, float* out);
+  // For a drafter: of x with each of `count` rows of `size` elements, one behind the other, times the row's scale.
+  void (*eight_bit_products)(const int8_t* rows, const float* scale, int64_t size, int64_t count, const float* x,
+                             float* out);
 };
 
 // The best table this machine can run; SPECDEC_CPU_ISA=scalar|avx2|avx512 forces one (null if it cannot run).

@@ -401,69 +401,40 @@ Arrival first_arrival(const float* times, int64_t count) {
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// Where a vector of each of `n` rows is read, fetches as much of what lies behind them: cold, a product takes a tenth
-// longer than reading its rows does, and half as long again without.
-template <int n, class T>
-void prefetch_behind(const T* rows, int64_t i) {
+// Of x with `n` rows at once: their sums do not wait for each other. Where a vector of each is read, as much of what
+// lies behind them is fetched: cold, a product takes a tenth longer than reading its rows does, and half as long again
+// without.
+template <int n>
+void products_at_once(const int8_t* rows, const float* scale, int64_t size, const float* x, float* out) {
   constexpr uintptr_t kAhead = 8192;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(rows + n * i) + kAhead;  // may lie past the end: no pointer
-  for (uintptr_t at = begin; at < begin + n * V::width * sizeof(T); at += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
-}
-
-// Of x with `n` rows at once: their sums do not wait for each other.
-template <int n, class T>
-void products_at_once(const T* rows, int64_t stride, int64_t size, const float* x, float* out) {
   V::F sums[n];
-  for (int r = 0; r < n; ++r) sums[r] = V::set(0.0f);
+  for (V::F& sum : sums) sum = V::set(0.0f);
   const int64_t whole = size - size % V::width;
   for (int64_t i = 0; i < whole; i += V::width) {
     const V::F factor = V::load(x + i);
-    if constexpr (n > 1) prefetch_behind<n>(rows, i);
-    for (int r = 0; r < n; ++r) sums[r] = V::fma(V::load(rows + r * stride + i), factor, sums[r]);
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(rows + n * i) + kAhead;  // may lie past the end: no pointer
+    for (uintptr_t at = ahead; at < ahead + n * V::width; at += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
+    for (int r = 0; r < n; ++r) sums[r] = V::fma(V::load(rows + r * size + i), factor, sums[r]);
   }
   for (int r = 0; r < n; ++r) {
-    out[r] = V::reduce_add(sums[r]);
-    for (int64_t i = whole; i < size; ++i) out[r] += to_float(rows[r * stride + i]) * x[i];
+    float sum = V::reduce_add(sums[r]);
+    for (int64_t i = whole; i < size; ++i) sum += float(rows[r * size + i]) * x[i];
+    out[r] = sum * scale[r];
   }
 }
 
-template <class T>
-void products_of(const T* rows, int64_t stride, int64_t size, int64_t count, const float* x, float* out) {
+void eight_bit_products(const int8_t* rows, const float* scale, int64_t size, int64_t count, const float* x,
+                        float* out) {
   constexpr int kAtOnce = 8;
   int64_t r = 0;
-  for (; r + kAtOnce <= count; r += kAtOnce) products_at_once<kAtOnce>(rows + r * stride, stride, size, x, out + r);
-  for (; r < count; ++r) products_at_once<1>(rows + r * stride, stride, size, x, out + r);
-}
-
-void eight_bit_products(const int8_t* rows, int64_t size, int64_t count, const float* x, float* out) {
-  products_of(rows, size, size, count, x, out);
-}
-
-void products(const Rows& rows, int64_t count, const float* x, float* out) {
-  with_dtype(rows.dtype, [&](auto element) {
-    products_of(static_cast<const decltype(element)*>(rows.data), rows.stride, rows.size, count, x, out);
-  });
-}
-
-void mix(const Rows& rows, int64_t count, const float* weights, float* out) {
-  with_dtype(rows.dtype, [&](auto element) {
-    const auto* data = static_cast<const decltype(element)*>(rows.data);
-    const int64_t whole = rows.size - rows.size % V::width;
-    for (int64_t i = 0; i < whole; i += V::width) {
-      V::F sum = V::load(out + i);
-      for (int64_t r = 0; r < count; ++r) sum = V::fma(V::load(data + r * rows.stride + i), V::set(weights[r]), sum);
-      V::store(out + i, sum);
-    }
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = whole; i < rows.size; ++i) out[i] += to_float(data[r * rows.stride + i]) * weights[r];
-  });
+  for (; r + kAtOnce <= count; r += kAtOnce) products_at_once<kAtOnce>(rows + r * size, scale + r, size, x, out + r);
+  for (; r < count; ++r) products_at_once<1>(rows + r * size, scale + r, size, x, out + r);
 }
 
 // --- all of them ----------------------------------------------------------------------------------------------------
 
 constexpr Kernels table(const char* name) {
   return {name,         tile_max,    estimate_max,    tile_stats, combine,       tile_above, tile_peak,
-          tile_between, token_probs, token_residuals, arrivals,   first_arrival, words,      eight_bit_products,
-          products,     mix};
+          tile_between, token_probs, token_residuals, arrivals,   first_arrival, words,      eight_bit_products};
 }
