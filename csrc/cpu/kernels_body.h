@@ -178,7 +178,6 @@ V::F group_maxima(const Group<T>& group) {
 // A row's tiles are summed from one base, so that nothing has to be known of a group before it is summed. Any logit of
 // the row will do that is not far below a tile's largest: what it makes vanish is nothing beside it.
 float estimate_max(const Row& row, int64_t begin, int64_t end) {
-  constexpr int64_t kPlaces = 8;
   V::F largest = V::set(-INFINITY);
   with_dtype(row.dtype, [&](auto element) {
     const int64_t last = end * kTile <= row.vocab ? end : row.vocab / kTile;  // the first tile that is not whole
@@ -187,7 +186,7 @@ float estimate_max(const Row& row, int64_t begin, int64_t end) {
       return;
     }
     for (int64_t i = 0; i < kPlaces; ++i)
-      largest = V::max(largest, V::load(Tile<decltype(element)>(row, begin + (last - begin) * i / kPlaces) + 0));
+      largest = V::max(largest, V::load(Tile<decltype(element)>(row, place_of(begin, last, i)) + 0));
   });
   return V::reduce_max(largest);
 }
