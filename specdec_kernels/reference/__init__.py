@@ -1,6 +1,7 @@
 """The PyTorch reference: every op in plain tensor code, on any device PyTorch has, in float64.
 
-It is what runs where no compiled backend does, and what a reader should read first.
+It is what runs where no compiled backend does, and what a reader should read first. The operators' schemas are the
+signatures of these functions, which have no defaults: PyTorch would not pass them on.
 """
 
 from specdec_kernels.reference.attention import tree_attention

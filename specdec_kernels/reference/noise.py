@@ -17,11 +17,15 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, (middle << 16 | low & 0xFFFF) & _LOW
 
 
-def noise_words(seed: Tensor, position: Tensor, tag: Tensor | int, first: int, counters: int) -> Tensor:
+def noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: int) -> Tensor:
     """Words of the counters ``first, first + 1, ...`` of each stream: int64 ``[R, 4 * counters]``, in [0, 2^32)."""
+    return _words(seed, position, torch.full_like(seed, tag), first, counters)
+
+
+def _words(seed: Tensor, position: Tensor, tag: Tensor, first: int, counters: int) -> Tensor:
+    """The same with a tag ``[R]`` for each stream."""
     rows = seed.shape[0]
     index = (torch.arange(counters, device=seed.device) + first) & _LOW
-    tag = torch.as_tensor(tag, device=seed.device)
 
     def spread(x: Tensor) -> Tensor:
         return x.reshape(-1, 1).expand(rows, counters)
@@ -38,11 +42,11 @@ def noise_words(seed: Tensor, position: Tensor, tag: Tensor | int, first: int, c
 
 def uniforms(seed: Tensor, position: Tensor, row: Tensor) -> Tensor:
     """The uniform in [0, 1) that decides on acceptance: float64 ``[R]``, 53 bits."""
-    words = noise_words(seed, position, Purpose.ACCEPT | row << 16, 0, 1)
+    words = _words(seed, position, Purpose.ACCEPT | row << 16, 0, 1)
     return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53
 
 
 def exponentials(seed: Tensor, position: Tensor, purpose: int, level: int, row: Tensor, count: int) -> Tensor:
     """Standard exponentials of a race: float64 ``[R, count]``."""
-    words = noise_words(seed, position, counter_tag(purpose, level) | row << 16, 0, -(-count // 4))[:, :count]
+    words = _words(seed, position, counter_tag(purpose, level) | row << 16, 0, -(-count // 4))[:, :count]
     return -torch.log1p(-(words.double() + 0.5) * 2.0**-32)

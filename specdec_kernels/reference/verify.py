@@ -234,7 +234,7 @@ def verify_chain(
     rule: int,
     logprobs: bool,
     independent: bool,
-    workspace: Tensor | None = None,
+    workspace: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     device, vocab = target_logits.device, target_logits.shape[-1]
