@@ -87,7 +87,7 @@ def _stand_in(backend: str) -> None:
     functions = {op: getattr(triton_kernels, op) for op in OPS}
     BACKENDS["triton"] = made = Backend("triton", "cpu", "", "launches nothing", functions)
     paths = importlib.import_module("specdec_kernels.ops.fast_path")
-    paths._on_cpu["triton"] = paths._of_launchers(made)
+    paths._on_cpu["triton"] = paths.connected(made)
 
 
 def _calls(backend: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from specdec_kernels import reference
-from specdec_kernels.ops import schema
+from specdec_kernels.ops.schema import LIBRARY, define
 
 #: SPECDEC_LIBRARY names another build, such as one with sanitizers.
 NATIVE_LIBRARY = Path(
@@ -35,8 +34,8 @@ class Backend:
     name: str
     device: str
     reason: str
-    detail: str
-    functions: dict[str, Callable[..., Any]]
+    detail: str = ""
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     library: Path | None = None
     """Of a backend in C++."""
 
@@ -48,21 +47,31 @@ class Backend:
             raise RuntimeError(f"backend={self.name!r} needs tensors on {self.device}, got tensors on {device}")
 
 
+def _operators(namespace: Any) -> dict[str, Callable[..., Any]]:
+    return {op: getattr(namespace, op).default for op in _NATIVE_OPS}
+
+
+def _reason(library: Path, needs: str) -> str:
+    """Load a library; why it does not, if so."""
+    if not library.is_file():
+        return f"{library.name} was not built ({needs})"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return ""
+
+
 def _reference() -> Backend:
     return Backend("reference", "any", "", "PyTorch, float64", {op: getattr(reference, op) for op in OPS})
 
 
 def _cpu() -> Backend:
-    functions = {op: getattr(torch.ops.specdec, op).default for op in _NATIVE_OPS}
-    if not NATIVE_LIBRARY.is_file():
-        return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} was not built (pip install -e .)", "", functions)
-    try:
-        torch.ops.load_library(str(NATIVE_LIBRARY))
-    except OSError as error:
-        return Backend("cpu", "cpu", f"{NATIVE_LIBRARY.name} does not load: {error}", "", functions)
+    if reason := _reason(NATIVE_LIBRARY, "pip install -e ."):
+        return Backend("cpu", "cpu", reason)
     isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
     isa.restype = ctypes.c_char_p
-    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", functions, NATIVE_LIBRARY)
+    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", _operators(torch.ops.specdec), NATIVE_LIBRARY)
 
 
 def _has_gpu() -> bool:
@@ -76,51 +85,44 @@ def _cuda() -> Backend:
     emulated = os.environ.get("SPECDEC_EMULATE_CUDA", "")
     suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads", "host": "_emulated_host"}
     if emulated not in suffixes:
-        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1, threads or host, got {emulated!r}", "", {})
+        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1, threads or host, got {emulated!r}")
     if not emulated and torch.version.hip is not None:  # the library would answer for the device all the same
-        return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs", "", {})
+        return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
-    how = "it is for tests, which need a checkout: pip install -e ." if emulated else "it takes nvcc"
-    if not library.is_file():
-        return Backend("cuda", "cuda", f"{library.name} was not built ({how})", "", {})
     if emulated:
-        _LIBRARIES.append(schema.define("specdec_emulated", _NATIVE_OPS))
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return Backend("cuda", "cuda", f"{library.name} does not load: {error}", "", {})
-    namespace = torch.ops.specdec_emulated if emulated else torch.ops.specdec
-    functions = {op: getattr(namespace, op).default for op in _NATIVE_OPS}
+        _LIBRARIES.append(define("specdec_emulated", _NATIVE_OPS))
+    if reason := _reason(
+        library, "it is for tests, which need a checkout: pip install -e ." if emulated else "it takes nvcc"
+    ):
+        return Backend("cuda", "cuda", reason)
     if emulated:
-        return Backend("cuda", "cpu", "", "CUDA C++, emulated", functions, library)
+        return Backend("cuda", "cpu", "", "CUDA C++, emulated", _operators(torch.ops.specdec_emulated), library)
     reason = "" if _has_gpu() else "there is no GPU"
-    return Backend("cuda", "cuda", reason, "CUDA C++", functions, library)
+    return Backend("cuda", "cuda", reason, "CUDA C++", _operators(torch.ops.specdec), library)
 
 
 def _triton() -> Backend:
-    if importlib.util.find_spec("triton") is None:
-        missing = "triton is not installed: pip install 'specdec-kernels[gpu]' brings it"
-        return Backend("triton", "cuda", missing, "", {})
     try:
         import triton
     except Exception as error:  # whatever a package raises that fits neither this Python nor this torch
-        return Backend("triton", "cuda", f"triton does not load: {error}", "", {})
+        why = f"triton does not load: {error} (pip install 'specdec-kernels[gpu]' brings one that does)"
+        return Backend("triton", "cuda", why)
+    detail = f"triton {triton.__version__}"
     interpreted = bool(triton.knobs.runtime.interpret)
     if not interpreted and not _has_gpu():
         reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
-        return Backend("triton", "cuda", reason, f"triton {triton.__version__}", {})
+        return Backend("triton", "cuda", reason, detail)
     try:
         kernels = importlib.import_module("specdec_kernels.triton_kernels")
     except Exception as error:  # whatever another version of Triton raises
-        return Backend("triton", "cuda", f"its kernels do not load: {error}", f"triton {triton.__version__}", {})
-    functions: dict[str, Callable[..., Any]] = {op: getattr(kernels, op) for op in OPS}
+        return Backend("triton", "cuda", f"its kernels do not load: {error}", detail)
+    functions = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
-        return Backend("triton", "cpu", "", f"triton {triton.__version__}, interpreted", functions)
+        return Backend("triton", "cpu", "", f"{detail}, interpreted", functions)
     taken = _NATIVE_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
-    for op, function in functions.items():
-        if op not in taken:
-            schema.LIBRARY.impl(op, function, "CUDA")
-    return Backend("triton", "cuda", "", f"triton {triton.__version__}", functions)
+    for op in set(OPS).difference(taken):
+        LIBRARY.impl(op, functions[op], "CUDA")
+    return Backend("triton", "cuda", "", detail, functions)
 
 
 BACKENDS: dict[str, Backend] = {}

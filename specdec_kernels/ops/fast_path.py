@@ -47,9 +47,11 @@ def connect(entries: int, device: str, results_by_torch: bool) -> FastPath:
     return FastPath(*functions)
 
 
-def _of_library(backend: Backend) -> FastPath | None:
-    """What a backend in C++ offers, where its library, this Python and this PyTorch have what it takes."""
+def connected(backend: Backend) -> FastPath | None:
+    """What a backend offers, where its library, this Python and this PyTorch have what it takes."""
     try:
+        if backend.library is None:
+            return _launching(connect(0, backend.device, True), backend.functions)
         entries = ctypes.CDLL(str(backend.library)).specdec_entries
         entries.restype = ctypes.c_void_p
         return connect(entries(), backend.device, backend.name == "cuda")
@@ -57,16 +59,10 @@ def _of_library(backend: Backend) -> FastPath | None:
         return None  # another Python, an older PyTorch, or a library for tests
 
 
-def _of_launchers(backend: Backend) -> FastPath | None:
-    """The same of launchers in Python, which have the arguments of the operators."""
-    try:
-        checked = connect(0, backend.device, True)
-    except (ImportError, AttributeError, TypeError, RuntimeError):
-        return None
+def _launching(checked: FastPath, launchers: dict[str, Callable[..., Any]]) -> FastPath:
+    """Of launchers in Python, which have the arguments of the operators."""
 
-    def launched(op: str) -> Callable[..., Any]:
-        check, launch = getattr(checked, op), backend.functions[op]
-
+    def launched(check: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             out = check(*arguments)
             if out is not None:
@@ -75,14 +71,13 @@ def _of_launchers(backend: Backend) -> FastPath | None:
 
         return call
 
-    return FastPath(*map(launched, FastPath._fields))
+    return FastPath(*(launched(getattr(checked, op), launchers[op]) for op in FastPath._fields))
 
 
 _PATHS: dict[str, dict[str | None, FastPath | None]] = {"cpu": {}, "cuda": {}}
-for _name, _path in (("cuda", _of_library), ("triton", _of_launchers), ("cpu", _of_library)):
-    _backend = BACKENDS[_name]
-    if not _backend.reason:
-        _PATHS[_backend.device][_name] = _path(_backend)
+for _name in ("cuda", "triton", "cpu"):
+    if not (_backend := BACKENDS[_name]).reason:
+        _PATHS[_backend.device][_name] = connected(_backend)
 # Whom the dispatcher would choose.
 _PATHS["cpu"][None] = _PATHS["cpu"].get("cpu")
 _PATHS["cuda"][None] = next(iter(_PATHS["cuda"].values()), None)

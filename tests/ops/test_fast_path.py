@@ -289,8 +289,8 @@ def test_a_library_of_another_build_is_not_connected(monkeypatch):
     with pytest.raises(RuntimeError, match="another build"):
         fast_path.connect(ctypes.addressof(other), "cpu", False)
     monkeypatch.delattr(_native, "connect")
-    assert fast_path._of_library(BACKENDS["cpu"]) is None
-    assert fast_path._of_launchers(BACKENDS["triton"]) is None
+    assert fast_path.connected(BACKENDS["cpu"]) is None
+    assert fast_path.connected(BACKENDS["triton"]) is None
 
 
 def test_without_a_library_arguments_are_checked_and_results_made():
@@ -318,7 +318,7 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
         return launch
 
     names = ("verify_chain", "verify_tree", "sample", "sample_children")
-    ours = fast_path._of_launchers(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}))
+    ours = fast_path.connected(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}, library=None))
     given, ids, rows = chain(), torch.arange(3), torch.randn(3, 300)
     first = [given[name] for name in ("target_logits", "draft_tokens", "draft_logits")]
     keys = [given["seed"], given["position"]]
