@@ -1,5 +1,7 @@
 """Fused kernels for the verification step of speculative decoding, with exactly the target's distribution."""
 
+from types import FunctionType
+
 from specdec_kernels.ops import (
     DraftVocabulary,
     LogitBias,
@@ -42,3 +44,12 @@ __all__ = [
     "verify_chain_workspace",
     "verify_tree",
 ]
+
+# Said of every function, so written once.
+for _function in [value for name in __all__ if isinstance(value := globals()[name], FunctionType)]:
+    _function.__doc__ = f"""{_function.__doc__ or ""}
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came, before anything is done.
+"""
+    if "backend" in _function.__annotations__:
+        _function.__doc__ += "        RuntimeError: the backend that was asked for cannot run, with the reason.\n"

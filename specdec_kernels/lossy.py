@@ -68,10 +68,11 @@ def typical_acceptance(
             raise TypeError(f"{name} must be a float, got {validate.describe(value)}")
         if not 0 < value <= (1 if name == "epsilon" else math.inf):
             raise ValueError(f"{name} must be positive{' and at most 1' if name == 'epsilon' else ''}, got {value!r}")
-    tree = checked(parents)
+    check = validate.ArgumentChecker("parents", parents)
+    tree = checked(parents, check)
     batch, nodes = tree.shape
-    target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
-    draft_tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
+    target_logits = check.logits("target_logits", target_logits, "B, N, V")
+    draft_tokens = check.ids("draft_tokens", draft_tokens, "B, N")
     draft_tokens = checked_tokens(draft_tokens, tree, target_logits.shape[-1])
     scale = scale_of(torch.full((batch, nodes), temperature, dtype=torch.float32, device=tree.device))
     probs = distributions(target_logits.double(), Sampling.plain(scale)).probs  # nan, and below nothing, if not valid

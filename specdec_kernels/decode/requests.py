@@ -56,7 +56,7 @@ class Sampling:
         for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):
             if isinstance(value := getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a number, got {validate.describe(value)}")
-            validate.parameter(name, value, 1, "B")
+            validate.number(name, value, "B")
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         ids_of("logit_bias", self.logit_bias)

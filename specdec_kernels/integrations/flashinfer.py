@@ -60,16 +60,17 @@ def chain_speculative_sampling(
 
     Source: Leviathan et al., arXiv:2211.17192, algorithm 1; signature and counters, FlashInfer 0.7.
     """
-    ids = validate.tensor("draft_token_ids", draft_token_ids, validate.ID_DTYPES, "B, K", (None, None)).long()
+    check = validate.ArgumentChecker("target_probs", target_probs)
+    ids = check.ids("draft_token_ids", draft_token_ids, "B, K").long()
     batch, count = ids.shape
-    draft = validate.tensor("draft_probs", draft_probs, (torch.float32,), "B, K, V", (batch, count, None))
-    shape = (batch, count + 1, draft.shape[2])
-    target = validate.tensor("target_probs", target_probs, (torch.float32,), "B, K+1, V", shape)
-    validate.same_device("target_probs", target, draft_token_ids=ids, draft_probs=draft)
+    check.sizes["K+1"] = count + 1
+    draft = check.tensor("draft_probs", draft_probs, (torch.float32,), "B, K, V")
+    target = check.tensor("target_probs", target_probs, (torch.float32,), "B, K+1, V")
+    vocab = target.shape[2]
     counters = [
         torch.zeros(batch, dtype=torch.int32, device=target.device)
         if given is None
-        else validate.tensor(name, given, (torch.int32,), "B", (batch,))
+        else check.tensor(name, given, (torch.int32,), "B")
         for name, given in (
             ("maybe_output_accepted_token_num", maybe_output_accepted_token_num),
             ("maybe_output_emitted_draft_token_num", maybe_output_emitted_draft_token_num),
@@ -77,13 +78,13 @@ def chain_speculative_sampling(
     ]
     if seed is None:
         seed = torch.randint(2**63 - 1, (batch,), generator=generator, device=target.device)
-    position = validate.integers("offset", 0 if offset is None else offset, batch, "B", target.device)
+    position = check.integers("offset", 0 if offset is None else offset)
     if isinstance(seed, int):
         position = position + torch.arange(batch, device=target.device)
-    seeds = validate.integers("seed", seed, batch, "B", target.device)
+    seeds = check.integers("seed", seed)
 
-    live = (ids >= 0) & (ids < shape[2])
-    at = ids.clamp(0, shape[2] - 1)[..., None]
+    live = (ids >= 0) & (ids < vocab)
+    at = ids.clamp(0, vocab - 1)[..., None]
     mine, theirs = (probs[:, :count].gather(2, at)[..., 0].double() for probs in (draft, target))
     uniforms = [_uniform(seeds, position, row, backend) for row in range(count)]
     accept = live & (torch.stack(uniforms, 1) * mine < theirs) if count else live

@@ -82,13 +82,13 @@ def to_parents(retrive_next_token: Tensor, retrive_next_sibling: Tensor) -> Tens
         >>> to_parents(torch.tensor([[1, 3, -1, -1]]), torch.tensor([[-1, 2, -1, -1]])).tolist()
         [[-1, 0, 0, 1]]
     """
-    children = validate.tensor("retrive_next_token", retrive_next_token, validate.ID_DTYPES, "B, N", (None, None))
-    shape = tuple(children.shape)
-    siblings = validate.tensor("retrive_next_sibling", retrive_next_sibling, validate.ID_DTYPES, "B, N", shape)
-    validate.same_device("retrive_next_token", children, retrive_next_sibling=siblings)
-    before, node = _came_from(siblings), torch.arange(shape[1], device=children.device)
+    check = validate.ArgumentChecker("retrive_next_token", retrive_next_token)
+    children = check.ids("retrive_next_token", retrive_next_token, "B, N")
+    siblings = check.ids("retrive_next_sibling", retrive_next_sibling, "B, N")
+    nodes = children.shape[1]
+    before, node = _came_from(siblings), torch.arange(nodes, device=children.device)
     eldest = torch.where(before >= 0, before, node)
-    for _ in range(shape[1].bit_length()):  # each time twice as far back
+    for _ in range(nodes.bit_length()):  # each time twice as far back
         eldest = eldest.gather(1, eldest)
     return _came_from(children).gather(1, eldest)
 
@@ -112,8 +112,10 @@ def results(verified: VerifiedTree, retrive_index: Tensor, depth: int) -> SGLang
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    shape = tuple(verified.nodes.shape)
-    rows = validate.tensor("retrive_index", retrive_index, validate.ID_DTYPES, "B, N", shape).long()
+    batch, nodes = verified.nodes.shape
+    rows = validate.ArgumentChecker("nodes", verified.nodes, B=batch, N=nodes).ids(
+        "retrive_index", retrive_index, "B, N"
+    )
     kept = verified.nodes >= 0
     index = rows.gather(1, verified.nodes.long().clamp(min=0)).masked_fill(~kept, -1)
     predict = torch.zeros(rows.numel() + 1, dtype=torch.int32, device=rows.device)

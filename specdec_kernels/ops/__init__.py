@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import Rule
+from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
@@ -89,10 +89,6 @@ def sample(
         :class:`Sample`. A row with a nan, a +inf or no finite logit gives its largest finite logit (0 if there is
         none), logprob nan and stats nan.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
-
     Equivalent to::
 
         scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits.float() / temperature))
@@ -111,9 +107,10 @@ def sample(
     et al., arXiv:2408.07978.
     """
     validate.flags(coupled=coupled)
+    sampling = validate.sampling(temperature, top_k, top_p, min_p)
     drawn = processing.draw(
-        "sample", logits, draft_to_target, seed, position, row, temperature, top_k, top_p, min_p, bitmask, penalties,
-        logit_bias, backend, coupled,
+        "sample", logits, draft_to_target, seed, position, row, sampling, bitmask, penalties, logit_bias, backend,
+        coupled,
     )  # fmt: skip
     return drawn if isinstance(drawn, Sample) else Sample(*drawn)
 
@@ -155,6 +152,9 @@ def verify_chain(
     ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed
     and target logits, the same with any drafter, any K, or none. Drafts of ``sample(coupled=True)`` are accepted most.
 
+    Ids and ``cu_rows`` are checked on the CPU; on other devices, where looking would synchronise, an id out of range
+    ends the draft.
+
     Args:
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
             [N, V], the rows of all requests one after the other.
@@ -191,11 +191,6 @@ def verify_chain(
         is accepted, the largest finite logit is emitted (0 if there is none), ``valid`` is False. A draft row that is
         not usable stops it as well, with a draw from the target's row. Other requests are bitwise unchanged.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. Ids and ``cu_rows`` are checked on
-            the CPU; on other devices, where looking would synchronise, an id out of range ends the draft.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
-
     Equivalent to, for one request and rule ``"token"``::
 
         target = torch.softmax(target_logits / temperature, -1)
@@ -214,58 +209,61 @@ def verify_chain(
     Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2;
     block, Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
     """
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
+    validate.one_of("rule", rule, _RULES)
     if count_independent and rule == "block":
         raise ValueError(
             "count_independent must be False with rule='block', got True: no draft is judged by itself there"
         )
-    if rule == "coupled":
-        draft_temperature = None
-    elif draft_logits is not None or draft_temperature is not None:
-        draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
-    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
+    heat = None if rule == "coupled" else processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
+    table = of_drafts(draft_to_target, draft_logits, target_logits)
+    sampling = validate.sampling(temperature, top_k, top_p, min_p)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, target_to_draft,
-            *validate.one_or_each(draft_temperature, 1.0), seed, position, num_draft, cu_rows, None, temperature,
-            *validate.filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS, _RULES[rule], logprobs,
-            count_independent, workspace,
+            target_logits, draft_tokens, draft_logits, draft_stats, table, *validate.one_or_each(heat, 1.0),
+            *validate.keys(draft_tokens, seed, position), num_draft, cu_rows, None, *sampling, bitmask,
+            *NO_ADJUSTMENTS, _RULES[rule], logprobs, count_independent, workspace,
         )  # fmt: skip
         if made is not None:
             return made
     validate.flags(logprobs=logprobs, count_independent=count_independent)
-    draft_tokens = validate.draft_tokens(draft_tokens)
-    batch, longest = draft_tokens.shape
-    if cu_rows is None:
-        target_logits = validate.logits("target_logits", target_logits, "B, K+1, V", (batch, longest + 1, None))
-    else:
-        target_logits = validate.logits("target_logits", target_logits, "N, V", (None, None))
-        cu_rows = validate.row_offsets("cu_rows", cu_rows, batch, longest, target_logits.shape[0])
-    vocab, device = target_logits.shape[-1], target_logits.device
-    drafts = validate.drafts(
-        target_logits, batch, longest, "K", draft_logits, draft_stats, target_to_draft, draft_temperature, seed,
-        position,
-    )  # fmt: skip
-    if num_draft is not None:
-        num_draft = validate.tensor("num_draft", num_draft, validate.ID_DTYPES, "B", (batch,)).contiguous()
-    sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
-    mask = processing.bitmask(bitmask, target_logits)
-    adjustments = processing.adjustments(penalties, logit_bias, draft_tokens, target_logits, batch, "B")
-    scratch = None if workspace is None else workspaces.checked(workspace, batch, longest, vocab)
-    validate.same_device(
-        "target_logits", target_logits, draft_tokens=draft_tokens, num_draft=num_draft, cu_rows=cu_rows,
-        sampling=sampling, bitmask=mask, workspace=scratch,
-    )  # fmt: skip
-    verify = function("verify_chain", backend, device)
-    arguments = (target_logits, draft_tokens, *drafts, num_draft, cu_rows, sampling,
-                 *scalars, mask, *adjustments, _RULES[rule], logprobs, count_independent, scratch)  # fmt: skip
+    check = validate.ArgumentChecker("target_logits", target_logits)
+    draft_tokens = check.ids("draft_tokens", draft_tokens, "B, K")
+    longest = draft_tokens.shape[1]
+    if longest >= MAX_ROWS:
+        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {validate.describe(draft_tokens)}")
+    check.sizes["K+1"] = longest + 1
+    rows = "B, K+1" if cu_rows is None else "N"
+    target_logits = check.logits("target_logits", target_logits, f"{rows}, V")
+    vocab = target_logits.shape[-1]
+    if cu_rows is not None:
+        cu_rows = _row_offsets(check, cu_rows)
+    drafts = processing.drafts(check, "B, K", draft_logits, draft_stats, table, heat, seed, position)
+    num_draft = check.optional("num_draft", num_draft, validate.ID_DTYPES, "B")
+    read = processing.distribution(check, rows, sampling, bitmask, penalties, logit_bias, draft_tokens)
+    scratch = None if workspace is None else workspaces.checked(check, workspace, longest)
+    verify = function("verify_chain", backend, target_logits.device)
     try:
-        return Verified(*verify(*arguments))
+        return Verified(
+            *verify(target_logits, draft_tokens, *drafts, num_draft, cu_rows, *read, _RULES[rule], logprobs,
+                    count_independent, scratch)
+        )  # fmt: skip
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI
-        if device.type == "cpu":
+        if target_logits.is_cpu:
             check_ids(draft_tokens, num_draft, cu_rows, vocab)
         raise
+
+
+def _row_offsets(check: validate.ArgumentChecker, value: object) -> Tensor:
+    """Where the rows of each request begin and end: int64 [B+1], 1 to K + 1 rows each."""
+    check.sizes["B+1"], rows, most = check.sizes["B"] + 1, check.sizes["N"], check.sizes["K+1"]
+    offsets = check.ids("cu_rows", value, "B+1").long()
+    if validate.readable(offsets):
+        counts = offsets.diff()
+        if not (offsets[0] == 0 and offsets[-1] <= rows and (counts >= 1).all() and (counts <= most).all()):
+            raise ValueError(
+                f"cu_rows must ascend from 0 to at most {rows} in steps of 1 to {most}, got {offsets.tolist()}"
+            )
+    return offsets
 
 
 def noise_words(
@@ -283,14 +281,11 @@ def noise_words(
     Returns:
         int64 [R, 4 * counters], each in [0, 2^32).
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Source: Philox4x32-10, Salmon et al., SC 2011.
     """
-    seed = validate.tensor("seed", seed, (torch.int64,), "R", (None,)).contiguous()
-    position = validate.integers("position", position, seed.shape[0], "R", seed.device)
-    validate.same_device("seed", seed, position=position)
+    check = validate.ArgumentChecker("seed", seed, "R")
+    seed = check.tensor("seed", seed, (torch.int64,), "R").contiguous()
+    position = check.integers("position", position)
     for name, value in (("tag", tag), ("first", first), ("counters", counters)):
         validate.whole(name, value, 0, 1 << 32)
     words: Tensor = function("noise_words", backend, seed.device)(seed, position, tag, first, counters)

@@ -33,18 +33,14 @@ def tree_attention(
             own, in the order of its nodes; what is behind is not read. Hk divides Hq: query head h reads head ``h * Hk
             // Hq``.
         packed: int32 [B, N, ceil(N/32)], as ``tree_mask(parents, "packed")`` gives it; the same for all layers.
-        context_lens: int64 or int32 [B]: L of each request.
+        context_lens: int64 or int32 [B]: L of each request. Checked on the CPU; elsewhere lengths beyond S - N give
+            rows of no meaning.
         scale: what scores are multiplied by; None is ``D ** -0.5``.
         backend: ``None`` follows the device; a name forces that backend.
 
     Returns:
         [B, Hq, N, D], of the query's dtype. Rows behind the last node of a request attend to the context and
         themselves.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. ``context_lens`` is checked on the
-            CPU; elsewhere lengths beyond S - N give rows of no meaning.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
 
     Equivalent to::
 
@@ -61,19 +57,19 @@ def tree_attention(
 
     Source: tree attention, Miao et al., arXiv:2305.09781; splitting over keys, Dao et al., Flash-Decoding, 2023.
     """
-    q = validate.tensor("query", query, validate.LOGIT_DTYPES, "B, Hq, N, D", (None, None, None, None))
-    batch, heads, nodes, width = q.shape
-    k = validate.tensor("key", key, (q.dtype,), "B, Hk, S, D", (batch, None, None, width))
-    v = validate.tensor("value", value, (q.dtype,), "B, Hk, S, D", tuple(k.shape))
+    check = validate.ArgumentChecker("query", query)
+    q = check.tensor("query", query, validate.LOGIT_DTYPES, "B, Hq, N, D")
+    k = check.tensor("key", key, (q.dtype,), "B, Hk, S, D")
+    v = check.tensor("value", value, (q.dtype,), "B, Hk, S, D")
+    heads, nodes, width = q.shape[1:]
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"key must have a number of heads that divides the query's {heads}, got {k.shape[1]}")
-    words = validate.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)", (batch, nodes, -(-nodes // 32)))
-    lens = validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (batch,)).long().contiguous()
-    validate.same_device("query", q, key=k, value=v, packed=words, context_lens=lens)
+    check.sizes["ceil(N/32)"] = -(-nodes // 32)
+    words = check.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)").contiguous()
+    lens, most = check.ids("context_lens", context_lens, "B").long(), k.shape[2] - nodes
+    validate.within("context_lens", lens, 0, most, f"in [0, S - N] = [0, {most}]")
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be None or finite, got {scale!r}")
-    if lens.is_cpu and not torch.compiler.is_compiling() and ((lens < 0) | (lens > k.shape[2] - nodes)).any():
-        raise ValueError(f"context_lens must be in [0, S - N] = [0, {k.shape[2] - nodes}], got {lens.tolist()}")
     attend = function("tree_attention", backend, q.device)
-    out: Tensor = attend(q, k, v, words.contiguous(), lens, width**-0.5 if scale is None else float(scale))
+    out: Tensor = attend(q, k, v, words, lens, width**-0.5 if scale is None else float(scale))
     return out

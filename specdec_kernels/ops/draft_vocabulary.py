@@ -40,7 +40,8 @@ class DraftVocabulary:
     """int32 [V]: the draft id of each target id, -1 where there is none."""
 
     def __init__(self, draft_to_target: Tensor, vocab_size: int) -> None:
-        ids = validate.tensor("draft_to_target", draft_to_target, validate.ID_DTYPES, "Vd", (None,)).long()
+        check = validate.ArgumentChecker("draft_to_target", draft_to_target)
+        ids = check.ids("draft_to_target", draft_to_target, "Vd").long()
         validate.whole("vocab_size", vocab_size, 1, 1 << 31)
         if len(ids) == 0:
             raise ValueError(f"draft_to_target must have at least one id, got {validate.describe(draft_to_target)}")
@@ -90,35 +91,35 @@ class DraftVocabulary:
         return self._elsewhere[device]
 
 
+def of_rows(
+    draft_to_target: object,
+    logits: object,
+    name: str = "logits",
+    expected: str = "a DraftVocabulary, which says how many ids the target has",
+) -> Tensor | None:
+    """``draft_to_target`` of rows ``[.., Vd]`` as operators take it: the table of the target's ids."""
+    if draft_to_target is None:
+        return None
+    if not isinstance(draft_to_target, DraftVocabulary):
+        raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(draft_to_target)}")
+    if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(draft_to_target):
+        raise ValueError(
+            f"{name} must have a column for each of the Vd = {len(draft_to_target)} ids of draft_to_target, got "
+            f"{validate.describe(logits)}"
+        )
+    return draft_to_target.target_to_draft
+
+
 def of_drafts(draft_to_target: object, draft_logits: object, target_logits: object) -> Tensor | None:
-    """``draft_to_target`` of drafts that are verified, as operators take it: the table of the target's ids."""
+    """The same of drafts that are verified, for which the ids alone will do."""
     if draft_to_target is None or not isinstance(target_logits, Tensor) or target_logits.dim() == 0:
         return None  # whatever else that is, it is said of target_logits
     if draft_logits is None:
         raise ValueError("draft_to_target needs the draft_logits whose columns it names, got draft_logits=None")
     vocab = target_logits.shape[-1]
-    known = DraftVocabulary(draft_to_target, vocab) if isinstance(draft_to_target, Tensor) else draft_to_target
-    table = _table("draft_logits", draft_logits, known, "int64 [Vd] or a DraftVocabulary")
-    if len(table) != vocab:
-        raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {known}")
-    return table
-
-
-def of_rows(draft_to_target: object, logits: object) -> Tensor | None:
-    """``draft_to_target`` of rows that are drawn from, as operators take it."""
-    if draft_to_target is None:
-        return None
-    expected = "a DraftVocabulary, which says how many ids the target has"
-    return _table("logits", logits, draft_to_target, expected)
-
-
-def _table(name: str, logits: object, vocabulary: object, expected: str) -> Tensor:
-    if not isinstance(vocabulary, DraftVocabulary):
-        raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(vocabulary)}")
-    table = vocabulary.target_to_draft
-    if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(vocabulary):
-        raise ValueError(
-            f"{name} must have a column for each of the Vd = {len(vocabulary)} ids of draft_to_target, got "
-            f"{validate.describe(logits)}"
-        )
+    if isinstance(draft_to_target, Tensor):
+        draft_to_target = DraftVocabulary(draft_to_target, vocab)
+    table = of_rows(draft_to_target, draft_logits, "draft_logits", "int64 [Vd] or a DraftVocabulary")
+    if table is not None and len(table) != vocab:
+        raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {draft_to_target}")
     return table

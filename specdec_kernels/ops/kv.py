@@ -23,6 +23,8 @@ def compact_kv(
 
     The rows of a tree lie at ``start .. start + N - 1``, in the order of its nodes; afterwards row ``start + i`` holds
     what row ``start + nodes[i]`` held. Nothing else is touched; what is behind the path is left over and to be cropped.
+    Values of ``nodes``, ``start`` and ``page_table`` are checked on the CPU; elsewhere a row outside the cache is not
+    moved.
 
     Args:
         caches: keys and values of all layers, all of one shape, dtype and strides. Dense: [B, H, S, D]; with
@@ -31,11 +33,6 @@ def compact_kv(
         start: int64 [B] or int: where the root's row is, in tokens.
         page_table: int32 or int64 [B, M]: token s of request b lies in page ``page_table[b, s // page size]``.
         backend: ``None`` follows the device; a name forces that backend.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``nodes``, ``start``
-            and ``page_table`` are checked on the CPU; on other devices a row outside the cache is not moved.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
 
     Equivalent to, dense::
 
@@ -55,37 +52,31 @@ def compact_kv(
         raise TypeError(f"caches must be a list of at least one tensor, got {validate.describe(caches)}")
     paged = page_table is not None
     dims = "pages, page size, H, D" if paged else "B, H, S, D"
-    first = _cache("caches[0]", caches[0], dims)
+    first = caches[0]
     for index, cache in enumerate(caches):
-        checked = _cache(f"caches[{index}]", cache, dims)
-        alike = (checked.shape, checked.dtype, checked.stride()) == (first.shape, first.dtype, first.stride())
-        if not alike or checked.device != first.device:
+        name = f"caches[{index}]"
+        if not isinstance(cache, Tensor) or cache.dim() != 4:
+            raise TypeError(f"{name} must be a tensor [{dims}], got {validate.describe(cache)}")
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous along D (stride 1), got strides {list(cache.stride())}")
+        alike = (cache.shape, cache.dtype, cache.stride()) == (first.shape, first.dtype, first.stride())
+        if not alike or cache.device != first.device:
             raise ValueError(
-                f"caches[{index}] must have shape, dtype, strides and device of caches[0], {validate.describe(first)} "
-                f"{first.stride()}, got {validate.describe(checked)} {checked.stride()}"
+                f"{name} must have shape, dtype, strides and device of caches[0], {validate.describe(first)} "
+                f"{first.stride()}, got {validate.describe(cache)} {cache.stride()}"
             )
-    batch = None if paged else first.shape[0]
-    path = validate.tensor("nodes", nodes, validate.ID_DTYPES, "B, N", (batch, None)).long().contiguous()
-    begin = validate.integers("start", start, path.shape[0], "B", first.device)
+    check = validate.ArgumentChecker("caches", first, **({} if paged else {"B": first.shape[0]}))
+    path = check.ids("nodes", nodes, "B, N").long()
+    begin = check.integers("start", start)
+    capacity = first.shape[2]
     if page_table is not None:
-        page_table = validate.tensor("page_table", page_table, validate.ID_DTYPES, "B, M", (path.shape[0], None))
-        page_table = page_table.long().contiguous()
-    validate.same_device("caches", first, nodes=path, start=begin, page_table=page_table)
-    if first.is_cpu and not torch.compiler.is_compiling():
-        room = first.shape[2] if page_table is None else page_table.shape[1] * first.shape[1]
-        _check(path, begin, room)
-        if page_table is not None and ((page_table < 0) | (page_table >= first.shape[0])).any():
-            raise ValueError(f"page_table must be in [0, {first.shape[0]}), got {page_table.tolist()}")
+        page_table = check.ids("page_table", page_table, "B, M").long()
+        validate.within("page_table", page_table, 0, len(first) - 1, f"in [0, {len(first)})")
+        capacity = page_table.shape[1] * first.shape[1]
+    if validate.readable(path):
+        _check(path, begin, capacity)
     if path.numel() and first.numel():
         function("compact_kv", backend, first.device)(list(caches), path, begin, page_table)
-
-
-def _cache(name: str, value: object, dims: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        raise TypeError(f"{name} must be a tensor [{dims}], got {validate.describe(value)}")
-    if value.stride(-1) != 1 and value.shape[-1] > 1:
-        raise ValueError(f"{name} must be contiguous along D (stride 1), got strides {list(value.stride())}")
-    return value
 
 
 def _check(path: Tensor, begin: Tensor, room: int) -> None:

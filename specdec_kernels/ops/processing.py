@@ -8,7 +8,7 @@ the size of the vocabulary is ever written, and no backend counts a text again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from specdec_kernels.ops.backends import function
 from specdec_kernels.ops.draft_vocabulary import of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
 from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, unique_ids
+from specdec_kernels.ops.validate import ArgumentChecker
 
 
 @dataclass(frozen=True)
@@ -58,141 +59,153 @@ class LogitBias(NamedTuple):
     """float32 [B, M]; biases of the same token add up."""
 
 
-Adjustments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-NO_ADJUSTMENTS: Adjustments = (None, None, None, None)
-
-
-def _texts(name: str, value: object, size: int, dim: str, vocab: int) -> Tensor:
-    """Token ids int32 [size, *] with everything that is none moved to ``vocab``."""
-    ids = validate.tensor(name, value, validate.ID_DTYPES, f"{dim}, *", (size, None))
-    if ids.is_cpu and not torch.compiler.is_compiling() and ((ids < -1) | (ids >= vocab)).any():
-        raise ValueError(f"{name} must be -1 or in [0, {vocab}), got {ids.tolist()}")
-    return _ids_or_none(ids, vocab)
+#: Of logits that nothing adjusts.
+NO_ADJUSTMENTS = (None, None, None, None)
 
 
 def _ids_or_none(ids: Tensor, vocab: int) -> Tensor:
+    """Ids as int32, with everything that is none moved to the size of the vocabulary."""
     return ids.masked_fill((ids < 0) | (ids > vocab), vocab).int()
 
 
-def _counted(penalties: Penalties, logits: Tensor, size: int, dim: str) -> tuple[Tensor, Tensor]:
-    """The ids of prompt and output, int32 [size, M], ascending, and how often each occurs there, int32 [size, M, 2]."""
-    vocab, held = logits.shape[-1], penalties.counts
-    texts = [
-        logits.new_empty((size, 0), dtype=torch.int32)
-        if (text := getattr(penalties, name)) is None
-        else _texts(f"penalties.{name}", text, size, dim, vocab)
-        for name in ("prompt", "output")
-    ]
-    validate.same_device("logits", logits, prompt=texts[0], output=texts[1])
-    if held is None:
+def _text(check: ArgumentChecker, name: str, value: Tensor | None, length: str) -> Tensor:
+    """Ids of callers in that form, ``[B, length]``; None is empty."""
+    size, vocab = check.sizes[check.dim], check.sizes["V"]
+    if value is None:
+        return torch.empty((size, 0), dtype=torch.int32, device=check.device)
+    ids = check.ids(name, value, f"{check.dim}, {length}")
+    validate.within(name, ids, -1, vocab - 1, f"-1 or in [0, {vocab})")
+    return _ids_or_none(ids, vocab)
+
+
+def _counted(check: ArgumentChecker, penalties: Penalties) -> tuple[Tensor, Tensor]:
+    """The ids of prompt and output, int32 [B, M], ascending, and how often each occurs there, int32 [B, M, 2]."""
+    size, vocab, kept = check.sizes[check.dim], check.sizes["V"], penalties.counts
+    texts = (
+        _text(check, "penalties.prompt", penalties.prompt, "Lp"),
+        _text(check, "penalties.output", penalties.output, "Lo"),
+    )
+    if kept is None:
         ids = unique_ids(torch.cat(texts, 1), vocab)
-        counts = torch.zeros((*ids.shape, 2), dtype=torch.int32, device=ids.device)
+        counts = torch.zeros((*ids.shape, 2), dtype=torch.int32, device=check.device)
         for column, text in enumerate(texts):
             count_tokens(ids, counts, column, text, vocab)
         return ids, counts
-    if not isinstance(held, TokenCounts):
-        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(held)}")
+    if not isinstance(kept, TokenCounts):
+        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
     if penalties.prompt is not None or penalties.output is not None:
         raise ValueError("penalties must have either counts, or prompt and output, got both")
-    if (len(held), held.vocab_size) != (size, vocab):
+    if (len(kept), kept.vocab_size) != (size, vocab):
         raise ValueError(
-            f"penalties.counts must be of {dim} = {size} requests and V = {vocab} ids, got {len(held)} and "
-            f"{held.vocab_size}"
+            f"penalties.counts must be of {check.dim} = {size} requests and V = {vocab} ids, got {len(kept)} and "
+            f"{kept.vocab_size}"
         )
-    validate.same_device("logits", logits, counts=held.ids)
-    return held.ids, held.counts
+    check.same_device("penalties.counts", kept.ids)
+    return kept.ids, kept.counts
 
 
 def adjustments(
-    penalties: Penalties | None,
-    bias: LogitBias | None,
-    draft_tokens: Tensor | None,
-    logits: Tensor,
-    size: int,
-    dim: str,
-) -> Adjustments:
+    check: ArgumentChecker, penalties: Penalties | None, bias: LogitBias | None, draft_tokens: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """(ids int32 [B, M], counts int32 [B, M, 2] in prompt and output, bias float32 [B, M], penalties float32 [B, 3]).
 
     ``ids`` ascend, those behind the last hold the size of the vocabulary."""
     if penalties is None and bias is None:
         return NO_ADJUSTMENTS
-    vocab, device = logits.shape[-1], logits.device
-    ids = biased = drafted = torch.empty((size, 0), dtype=torch.int32, device=device)
-    counts = torch.empty((size, 0, 2), dtype=torch.int32, device=device)
-    values = torch.empty((size, 0), dtype=torch.float32, device=device)
-    strengths: tuple[float | Tensor, ...] = (1.0, 0.0, 0.0)
-    if penalties is not None:
-        if not isinstance(penalties, Penalties):
-            raise TypeError(f"penalties must be Penalties, got {validate.describe(penalties)}")
-        ids, counts = _counted(penalties, logits, size, dim)
-        strengths = tuple(
-            validate.parameter(name, getattr(penalties, name), size, dim)
-            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        )
-        if draft_tokens is not None:
-            drafted = _ids_or_none(draft_tokens, vocab)
+    penalties = Penalties() if penalties is None else penalties
+    if not isinstance(penalties, Penalties):
+        raise TypeError(f"penalties must be Penalties, got {validate.describe(penalties)}")
+    if bias is not None and (not isinstance(bias, tuple) or len(bias) != 2):
+        raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
+    ids, counts = _counted(check, penalties)
+    biased = _text(check, "logit_bias[0]", None if bias is None else bias[0], "M")
+    end = ids.new_full((len(ids), 1), check.sizes["V"])
+    drafted = end if draft_tokens is None else _ids_or_none(draft_tokens, check.sizes["V"])
+    ids, counts = insert_ids(ids, counts, torch.cat([biased, drafted, end], 1), check.sizes["V"])
+    added = torch.zeros(ids.shape, dtype=torch.float32, device=check.device)
     if bias is not None:
-        if not isinstance(bias, tuple) or len(bias) != 2:
-            raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
-        biased = _texts("logit_bias[0]", bias[0], size, dim, vocab)
-        values = validate.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{dim}, M", tuple(biased.shape))
-    validate.same_device("logits", logits, logit_bias=biased)
-    end = torch.full((size, 1), vocab, dtype=torch.int32, device=device)
-    ids, counts = insert_ids(ids, counts, torch.cat([biased, drafted, end], 1), vocab)
-    added = torch.zeros(ids.shape, dtype=torch.float32, device=device)
-    added.scatter_add_(1, torch.searchsorted(ids, biased), values)
-    return ids, counts, added, validate.columns(strengths, size, device)
+        values = check.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{check.dim}, M")
+        added.scatter_add_(1, torch.searchsorted(ids, biased), values)
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return ids, counts, added, check.columns([check.parameter(name, getattr(penalties, name)) for name in names])
 
 
-def bitmask(value: object, logits: Tensor, rows_name: str = "K+1") -> Tensor | None:
-    """A mask of allowed tokens, one bit each, for every row of ``logits [R, V]`` or ``[B, rows, V]``."""
+def distribution(
+    check: ArgumentChecker, rows: str, sampling: tuple[object, ...], bitmask: object, penalties: Penalties | None,
+    bias: LogitBias | None, draft_tokens: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What makes distributions of logits ``[rows, V]``, as the operators take it: sampling, mask and adjustments."""
+    vocab = check.sizes["V"]
+    check.sizes["ceil(V/32)"] = -(-vocab // 32)
+    mask = check.optional("bitmask", bitmask, (torch.int32,), f"{rows}, ceil(V/32)")
+    return (*check.sampling(*sampling), mask, *adjustments(check, penalties, bias, draft_tokens))
+
+
+def draft_temperature(value: object, draft_logits: object, draft_stats: object) -> float | Tensor | None:
+    """``draft_temperature`` of a rule that reads ``draft_logits``: there where nothing else says how they were drawn
+    from, and nowhere else."""
     if value is None:
-        return None
-    *rows, vocab = logits.shape
-    dims = f"B, {rows_name}, ceil(V/32)" if len(rows) == 2 else "R, ceil(V/32)"
-    return validate.tensor("bitmask", value, (torch.int32,), dims, (*rows, -(-vocab // 32))).contiguous()
+        if draft_logits is None or draft_stats is not None:
+            return None
+        raise ValueError(
+            "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' "
+            "own temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if "
+            "greedy)"
+        )
+    if draft_logits is None:
+        raise ValueError("draft_temperature needs the draft_logits that it describes, got draft_logits=None")
+    if draft_stats is not None:
+        raise ValueError(
+            "draft_temperature must be None with draft_stats, which carry the drafts' own, got "
+            f"{validate.describe(value)}"
+        )
+    if not isinstance(value, Tensor):
+        return float(validate.number("draft_temperature", value, "B"))
+    checked = ArgumentChecker("draft_logits", draft_logits).parameter("draft_temperature", value)
+    return checked.contiguous()
+
+
+def drafts(
+    check: ArgumentChecker, rows: str, logits: object, stats: object, target_to_draft: Tensor | None, heat: object,
+    seed: object, position: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What is known of drafts beside the tokens, and what noise is keyed on, as the operators take it: ``rows`` of
+    logits, as wide as the target's or, with a table of its ids, as the drafter's own."""
+    width = "V" if target_to_draft is None else "Vd"
+    if stats is not None and logits is None:
+        raise ValueError("draft_stats needs the draft_logits that it describes, got draft_logits=None")
+    read = None if logits is None else check.logits("draft_logits", logits, f"{rows}, {width}")
+    scalars = check.optional("draft_stats", stats, (torch.float32,), f"{rows}, 3")
+    check.same_device("draft_to_target", target_to_draft)
+    temperatures, temperature = validate.one_or_each(heat, 1.0)
+    check.optional("draft_temperature", temperatures, (torch.float32,), check.dim)
+    keys = check.integers("seed", seed), check.integers("position", position)
+    return read, scalars, target_to_draft, temperatures, temperature, *keys
 
 
 def draw(
     op: str, logits: object, draft_to_target: object, seed: object, position: object, row: object,
-    temperature: object, top_k: object, top_p: object, min_p: object, mask: object, penalties: Penalties | None,
-    bias: LogitBias | None, backend: str | None, *own: object,
+    sampling: tuple[Any, ...], mask: object, penalties: Penalties | None, bias: LogitBias | None,
+    backend: str | None, *own: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What an operator that draws from rows ``logits [R, V]``, with a table ``[R, Vd]``, gives; ``own`` are its
     arguments behind those that all of them have."""
     target_to_draft = of_rows(draft_to_target, logits)
     if penalties is None and bias is None and (call := find_fast_path(backend, logits)) is not None:
-        if type(row) is int and 0 <= row < MAX_ROWS and type(seed) is Tensor:
-            row = torch.full_like(seed, row)
         made: tuple[Tensor, ...] | None = getattr(call, op)(
-            logits, target_to_draft, seed, position, row, None, temperature, *validate.filters(top_k, top_p, min_p),
-            mask, *NO_ADJUSTMENTS, *own,
+            logits, target_to_draft, *validate.keys(logits, seed, position, row), None, *sampling, mask,
+            *NO_ADJUSTMENTS, *own,
         )  # fmt: skip
         if made is not None:
             return made
-    rows = validate.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd", (None, None))
-    # Whose width is the target's; nothing else of it is looked at.
-    wide = rows if target_to_draft is None else rows[:, :1].expand(-1, len(target_to_draft))
-    count, device = rows.shape[0], rows.device
-    checked = isinstance(row, int)
-    if checked and not 0 <= row < MAX_ROWS:  # type: ignore[operator]
-        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {row}")
-    keys = tuple(
-        validate.integers(name, value, count, "R", device)
-        for name, value in (("seed", seed), ("position", position), ("row", row))
-    )
-    places = keys[2]
-    readable = places.is_cpu and not torch.compiler.is_compiling()
-    if not checked and readable and ((places < 0) | (places >= MAX_ROWS)).any():
-        raise ValueError(f"row must be in [0, {MAX_ROWS}), got {places.tolist()}")
-    sampling, *scalars = validate.sampling(count, "R", device, temperature, top_k, top_p, min_p)
-    allowed = bitmask(mask, wide)
-    changes = adjustments(penalties, bias, None, wide, count, "R")
-    validate.same_device(
-        "logits", rows, draft_to_target=target_to_draft, seed=keys[0], position=keys[1], row=keys[2],
-        sampling=sampling, bitmask=allowed,
-    )  # fmt: skip
-    drawn: tuple[Tensor, ...] = function(op, backend, device)(
-        rows, target_to_draft, *keys, sampling, *scalars, allowed, *changes, *own
-    )
+    check = ArgumentChecker("logits", logits, "R")
+    rows = check.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd")
+    if target_to_draft is not None:
+        check.same_device("draft_to_target", target_to_draft)
+        check.sizes["V"] = len(target_to_draft)
+    keys = [check.integers(*each) for each in (("seed", seed), ("position", position), ("row", row))]
+    if not isinstance(row, int):
+        validate.within("row", keys[2], 0, MAX_ROWS - 1, f"in [0, {MAX_ROWS})")
+    read = distribution(check, "R", sampling, mask, penalties, bias)
+    drawn: tuple[Tensor, ...] = function(op, backend, rows.device)(rows, target_to_draft, *keys, *read, *own)
     return drawn

@@ -87,10 +87,9 @@ class VerifiedTree(NamedTuple):
     valid: Tensor
     """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
     logprobs: Tensor
-    """float32 [B, N]: of ``tokens`` under the target's distribution, after all processing, temperature and filters; nan
-    where there is no token or the row is not usable. Empty unless asked for."""
+    """float32 [B, N]: as of :class:`Verified`, and empty unless asked for, as the next ones are."""
     raw_logprobs: Tensor
-    """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
+    """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``."""
 
     @property
     def num_emitted(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
@@ -64,18 +63,12 @@ def sample_children(
         seed, position: int64 [R] or int, as in :func:`sample`.
         row: int64 [R] or int: the index of the first child among the drafts of the step, that is its node minus 1, for
             "iid" and "without_replacement"; for "race" the depth of the node in the tree.
-        temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias: as in :func:`sample`. At temperature 0 there
-            is one child.
-        draft_to_target: the logits are [R, Vd], of a drafter with fewer ids than its target; as in :func:`sample`.
-        backend: ``None`` follows the device; a name forces that backend.
+        temperature, top_k, top_p, min_p, bitmask, penalties, logit_bias, draft_to_target, backend: as in
+            :func:`sample`. At temperature 0 there is one child.
 
     Returns:
         :class:`DrawnChildren`. A row with a nan, a +inf or no finite logit gives its largest finite logit (0 if there
         is none) as its one child, logprobs nan and stats nan.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
 
     Equivalent to, in distribution and without filters::
 
@@ -91,12 +84,12 @@ def sample_children(
 
     Source: draws without replacement, Jeon et al., arXiv:2402.14160; races, Daliri et al., arXiv:2408.07978.
     """
-    if method not in _CHILDREN:
-        raise ValueError(f"method must be one of {sorted(_CHILDREN)}, got {method!r}")
+    validate.one_of("method", method, _CHILDREN)
     validate.whole("count", count, 1, MAX_ROWS)
+    sampling = validate.sampling(temperature, top_k, top_p, min_p)
     drawn = processing.draw(
-        "sample_children", logits, draft_to_target, seed, position, row, temperature, top_k, top_p, min_p, bitmask,
-        penalties, logit_bias, backend, count, _CHILDREN[method],
+        "sample_children", logits, draft_to_target, seed, position, row, sampling, bitmask, penalties, logit_bias,
+        backend, count, _CHILDREN[method],
     )  # fmt: skip
     return drawn if isinstance(drawn, DrawnChildren) else DrawnChildren(*drawn)
 
@@ -140,7 +133,9 @@ def verify_tree(
     ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
     same with any tree or none. Children of ``method="race"`` are met most often.
 
-    Rows of nodes that are not come to are not read.
+    Rows of nodes that are not come to are not read. Ids and ``parents`` are checked on the CPU; on other devices, where
+    looking would synchronise, a node with an id out of range is never accepted and a parent that is no earlier node
+    ends the tree.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, N, V]; row n is the target's after the path to node n.
@@ -159,25 +154,16 @@ def verify_tree(
             drawn: hand them over without ``draft_logits``.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step, the root among them; grows with every step.
-        temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
         bitmask: int32 [B, N, ceil(V/32)]: the ids allowed after each node.
         penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
-        logit_bias: see :class:`LogitBias`.
         rule: see above.
-        logprobs: also return the log-probabilities of the tokens.
-        backend: ``None`` follows the device; a name forces that backend.
+        temperature, top_k, top_p, min_p, logit_bias, logprobs, backend: as in :func:`verify_chain`.
 
     Returns:
         :class:`VerifiedTree`. A node whose target row has a nan, a +inf or no finite logit is the end of its path: none
         of its children is accepted, the largest finite logit is emitted there (0 if there is none), ``valid`` is False.
         A draft row that is not usable ends a path as well, with a draw from the target's row. Other requests are
         bitwise unchanged.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. Ids and ``parents`` are checked on
-            the CPU; on other devices, where looking would synchronise, a node with an id out of range is never accepted
-            and a parent that is no earlier node ends the tree.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
 
     Equivalent to, for one request and rule ``"walk"``::
 
@@ -199,59 +185,46 @@ def verify_tree(
     Source: recursive, Miao et al., arXiv:2305.09781, and Jeon et al., arXiv:2402.14160; traversal, Weng et al.,
     arXiv:2505.12398; coupled, Daliri et al., arXiv:2408.07978.
     """
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
-    if siblings is not None and siblings not in _SIBLINGS:
-        raise ValueError(f"siblings must be one of {sorted(_SIBLINGS)}, got {siblings!r}")
-    if rule in ("walk", "coupled"):
-        draft_temperature = None
-    elif draft_logits is not None or draft_temperature is not None:
-        draft_temperature = validate.draft_temperature(draft_temperature, draft_logits, draft_stats)
-        if siblings is None:
+    validate.one_of("rule", rule, _RULES)
+    if siblings is not None:
+        validate.one_of("siblings", siblings, _SIBLINGS)
+    heat = None
+    if rule not in ("walk", "coupled"):
+        heat = processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
+        if siblings is None and draft_logits is not None:
             raise ValueError(
                 f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn "
                 "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
                 "without draft_logits)"
             )
-    target_to_draft = of_drafts(draft_to_target, draft_logits, target_logits)
+    table = of_drafts(draft_to_target, draft_logits, target_logits)
+    sampling = validate.sampling(temperature, top_k, top_p, min_p)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, target_to_draft,
-            *validate.one_or_each(draft_temperature, 1.0), seed, position, None, temperature,
-            *validate.filters(top_k, top_p, min_p), bitmask, *NO_ADJUSTMENTS, _RULES[rule], siblings == "iid", logprobs,
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, table, *validate.one_or_each(heat, 1.0),
+            *validate.keys(draft_tokens, seed, position), None, *sampling, bitmask, *NO_ADJUSTMENTS, _RULES[rule],
+            siblings == "iid", logprobs,
         )  # fmt: skip
         if made is not None:
             return made
     validate.flags(logprobs=logprobs)
-    tree = checked(parents).contiguous()
-    batch, nodes = tree.shape
-    if nodes > MAX_ROWS:
+    check = validate.ArgumentChecker("target_logits", target_logits)
+    tree = checked(parents, check)
+    if tree.shape[1] > MAX_ROWS:
         raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {validate.describe(tree)}")
-    target_logits = validate.logits("target_logits", target_logits, "B, N, V", (batch, nodes, None))
-    vocab, device = target_logits.shape[-1], target_logits.device
-    tokens = validate.tensor("draft_tokens", draft_tokens, validate.ID_DTYPES, "B, N", (batch, nodes))
-    drafts = validate.drafts(
-        target_logits, batch, nodes, "N", draft_logits, draft_stats, target_to_draft, draft_temperature, seed, position
-    )
-    sampling, *scalars = validate.sampling(batch, "B", device, temperature, top_k, top_p, min_p)
-    mask = processing.bitmask(bitmask, target_logits, "N")
-    adjustments = processing.adjustments(penalties, logit_bias, tokens, target_logits, batch, "B")
-    validate.same_device(
-        "target_logits", target_logits, draft_tokens=tokens, parents=tree, sampling=sampling, bitmask=mask
-    )
-    tokens = checked_tokens(tokens, tree, vocab)
-    verify = function("verify_tree", backend, device)
-    return VerifiedTree(
-        *verify(target_logits, tokens, tree, *drafts, sampling, *scalars, mask, *adjustments, _RULES[rule],
-                siblings == "iid", logprobs)
-    )  # fmt: skip
+    target_logits = check.logits("target_logits", target_logits, "B, N, V")
+    tokens = checked_tokens(check.ids("draft_tokens", draft_tokens, "B, N"), tree, check.sizes["V"])
+    drafts = processing.drafts(check, "B, N", draft_logits, draft_stats, table, heat, seed, position)
+    read = processing.distribution(check, "B, N", sampling, bitmask, penalties, logit_bias, tokens)
+    verify = function("verify_tree", backend, target_logits.device)
+    return VerifiedTree(*verify(target_logits, tokens, tree, *drafts, *read, _RULES[rule], siblings == "iid", logprobs))
 
 
 def checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
     """On the CPU, where looking is free, a node's id outside [0, V) is an error; elsewhere it is never accepted."""
-    if tokens.is_cpu and not torch.compiler.is_compiling():
+    if validate.readable(tokens):
         for b, (ids, parents) in enumerate(zip(tokens.tolist(), tree.tolist(), strict=True)):
             for n, (token, parent) in enumerate(zip(ids, parents, strict=True)):
                 if parent >= 0 and not 0 <= token < vocab:
                     raise ValueError(f"draft_tokens must be in [0, {vocab}), got {token} at [{b}, {n}]")
-    return tokens.long().contiguous()
+    return tokens.long()

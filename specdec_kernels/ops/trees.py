@@ -15,6 +15,7 @@ from torch import Tensor
 from specdec_kernels.contract import MaskFormat
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BackendName, function
+from specdec_kernels.ops.validate import ArgumentChecker
 from specdec_kernels.reference.trees import live_nodes
 
 FormatName = Literal[
@@ -22,8 +23,21 @@ FormatName = Literal[
 ]
 
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
-_CONTEXT_FORMATS = ("flashinfer", "sglang_full")
-_NARROW_FORMATS = ("packed", "sglang_qlen_only", "sglang_qlen_only_packed")
+
+#: By requests, nodes, keys and dtype of "additive": which of the kernels' layouts it is, of what elements and shape.
+_FORMATS: dict[str, Callable[[int, int, int, torch.dtype], tuple[MaskFormat, torch.dtype, tuple[int, ...]]]] = {
+    "dense": lambda b, n, keys, _: (MaskFormat.DENSE, torch.bool, (b, n, keys)),
+    "additive": lambda b, n, keys, dtype: (MaskFormat.DENSE, dtype, (b, n, keys)),
+    "packed": lambda b, n, *_: (MaskFormat.PACKED, torch.int32, (b, n, -(-n // 32))),
+    "flashinfer": lambda b, n, keys, _: (MaskFormat.FLAT_BITS, torch.uint8, (b * -(-n * keys // 8),)),
+    "sglang_full": lambda b, n, keys, _: (MaskFormat.FLAT, torch.bool, (b * n * keys,)),
+    "sglang_qlen_only": lambda b, n, *_: (MaskFormat.DENSE, torch.bool, (b * n * n,)),
+    "sglang_qlen_only_packed": lambda b, n, *_: (
+        MaskFormat.PACKED,
+        torch.uint8 if n <= 8 else torch.int16 if n <= 16 else torch.int32,
+        (b * n,),
+    ),
+}
 
 
 class TreeLinks(NamedTuple):
@@ -33,14 +47,14 @@ class TreeLinks(NamedTuple):
     next_sibling: Tensor
 
 
-def checked(parents: object) -> Tensor:
+def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
     """``parents`` as int64. On the CPU, where looking is free, a parent that is missing or no earlier node is an error;
     elsewhere it ends the tree."""
-    tree = validate.tensor("parents", parents, validate.ID_DTYPES, "B, N", (None, None)).long()
+    tree = (check or ArgumentChecker("parents", parents)).ids("parents", parents, "B, N").long()
     nodes = tree.shape[1]
     if nodes == 0:
         raise ValueError(f"parents must have at least the root, got {validate.describe(tree)}")
-    if tree.is_cpu and not torch.compiler.is_compiling():
+    if validate.readable(tree):
         for b, row in enumerate(tree.tolist()):
             bad = _first_bad(row)
             if bad is not None:
@@ -73,22 +87,13 @@ def tree_positions(parents: Tensor) -> Tensor:
     Returns:
         int32 [B, N]; 0 for the root, -1 behind the last node.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Example:
         >>> import torch
         >>> tree_positions(torch.tensor([[-1, 0, 0, 1, 3, -1]])).tolist()
         [[0, 1, 1, 2, 3, -1]]
     """
     tree = checked(parents)
-    live = live_nodes(tree)
-    up = torch.where(live, tree, -1).clamp(min=0)
-    depth = (live & (tree >= 0)).long()
-    for _ in range(max(1, (tree.shape[1] - 1).bit_length())):  # pointer jumping: twice as far each time
-        depth = depth + depth.gather(1, up)
-        up = up.gather(1, up)
-    return torch.where(live, depth, -1).int()
+    return torch.where(live_nodes(tree), tree_mask(tree).sum(-1) - 1, -1).int()
 
 
 def tree_links(parents: Tensor) -> TreeLinks:
@@ -99,9 +104,6 @@ def tree_links(parents: Tensor) -> TreeLinks:
 
     Returns:
         :class:`TreeLinks`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
         >>> import torch
@@ -133,9 +135,6 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
     Returns:
         int32 [B, N, depth + 1], -1 behind the node itself and for nodes that are none.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Example:
         >>> import torch
         >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), 2).tolist()
@@ -143,16 +142,12 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
     """
     validate.whole("depth", depth, 0)
     tree = checked(parents)
-    batch, nodes = tree.shape
-    position = tree_positions(tree).long()
-    at = torch.arange(nodes, device=tree.device).expand(batch, nodes)
-    paths = torch.full((batch, nodes, depth + 2), -1, dtype=torch.int64, device=tree.device)
-    for _ in range(nodes):
-        here = position.gather(1, at)
-        column = torch.where((here >= 0) & (here <= depth), here, depth + 1)  # the last column takes the rest
-        paths = paths.scatter(2, column[..., None], at[..., None])
-        at = tree.gather(1, at).clamp(min=0)
-    return torch.where(position[..., None] >= 0, paths[..., : depth + 1], -1).int()
+    nodes, position = tree.shape[1], tree_positions(tree).long()[:, None].expand(-1, tree.shape[1], -1)
+    # Every node goes into the column of its depth, in the rows of its descendants; the last column takes the rest.
+    column = torch.where(tree_mask(tree) & (position >= 0) & (position <= depth), position, depth + 1)
+    paths = position.new_full((*tree.shape, depth + 2), -1)
+    node = torch.arange(nodes, device=tree.device).expand_as(column)
+    return paths.scatter_(2, column, node)[..., : depth + 1].int()
 
 
 def tree_mask(
@@ -192,10 +187,6 @@ def tree_mask(
     Returns:
         The mask.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the backend that was asked for cannot run, with the reason.
-
     Equivalent to, for "dense" without context::
 
         mask = torch.eye(N, dtype=torch.bool).repeat(B, 1, 1)
@@ -209,67 +200,43 @@ def tree_mask(
 
     Source: tree attention, Miao et al., arXiv:2305.09781.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
+    validate.one_of("format", format, FORMATS)
     if (dtype is not None) and format != "additive":
         raise ValueError(f"dtype goes with format='additive' alone, got dtype={dtype} with format={format!r}")
     dtype = dtype or torch.float32
     if dtype not in validate.LOGIT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    tree = checked(parents)
-    context, most = _context(tree, format, context_lens, max_context)
-    out, layout = _empty(tree, format, context is not None, most, dtype)
+    check = ArgumentChecker("parents", parents)
+    tree = checked(parents, check)
+    batch, nodes = tree.shape
+    if format == "sglang_qlen_only_packed" and nodes > 32:
+        raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
+    context, most = _context(check, format, context_lens, max_context)
+    layout, element, shape = _FORMATS[format](batch, nodes, most + nodes, dtype)
+    out = torch.empty(shape, dtype=element, device=tree.device)
     if out.numel():
-        function("tree_mask", backend, tree.device)(out, tree.contiguous(), context, int(layout))
+        function("tree_mask", backend, tree.device)(out, tree, context, int(layout))
     return out
 
 
 def _context(
-    tree: Tensor, format: str, context_lens: Tensor | None, max_context: int | None
+    check: ArgumentChecker, format: str, context_lens: Tensor | None, max_context: int | None
 ) -> tuple[Tensor | None, int]:
     """The lengths of the contexts and the largest there can be."""
     if context_lens is None:
-        if format in _CONTEXT_FORMATS:
+        if format in ("flashinfer", "sglang_full"):
             raise ValueError(f"context_lens must be given with format={format!r}, got None")
         if max_context is not None:
             raise ValueError(f"max_context goes with context_lens, got {max_context} without")
         return None, 0
-    if format in _NARROW_FORMATS:
+    if format in ("packed", "sglang_qlen_only", "sglang_qlen_only_packed"):
         raise ValueError(f"context_lens must be None with format={format!r}, which has no context, got a tensor")
-    lens = validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (tree.shape[0],)).long().contiguous()
-    validate.same_device("parents", tree, context_lens=lens)
+    lens = check.ids("context_lens", context_lens, "B").long()
     if max_context is None:
         max_context = max(0, int(lens.max())) if len(lens) else 0
     validate.whole("max_context", max_context, 0)
-    if lens.is_cpu and not torch.compiler.is_compiling() and ((lens < 0) | (lens > max_context)).any():
-        raise ValueError(f"context_lens must be in [0, {max_context}], got {lens.tolist()}")
+    validate.within("context_lens", lens, 0, max_context, f"in [0, {max_context}]")
     return lens.clamp(0, max_context), max_context
-
-
-def _empty(tree: Tensor, format: str, has_context: bool, most: int, dtype: torch.dtype) -> tuple[Tensor, MaskFormat]:
-    """Room for a mask, and which of the four layouts a kernel fills it with."""
-    batch, nodes = tree.shape
-    width = most + nodes if has_context else nodes
-
-    def room(kind: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=kind, device=tree.device)
-
-    if format == "dense":
-        return room(torch.bool, batch, nodes, width), MaskFormat.DENSE
-    if format == "additive":
-        return room(dtype, batch, nodes, width), MaskFormat.DENSE
-    if format == "packed":
-        return room(torch.int32, batch, nodes, -(-nodes // 32)), MaskFormat.PACKED
-    if format == "flashinfer":
-        return room(torch.uint8, batch * -(-nodes * width // 8)), MaskFormat.FLAT_BITS
-    if format == "sglang_full":
-        return room(torch.bool, batch * nodes * width), MaskFormat.FLAT
-    if format == "sglang_qlen_only":
-        return room(torch.bool, batch * nodes * nodes), MaskFormat.DENSE
-    if nodes > 32:
-        raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
-    words = torch.uint8 if nodes <= 8 else torch.int16 if nodes <= 16 else torch.int32
-    return room(words, batch * nodes), MaskFormat.PACKED
 
 
 def tree_mask_mod(
@@ -283,13 +250,10 @@ def tree_mask_mod(
 
     Returns:
         ``mask_mod(batch, head, query, key) -> bool``: queries are nodes, keys the context and then the nodes.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    words = validate.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)", (None, None, None))
-    if context_lens is not None:
-        validate.tensor("context_lens", context_lens, validate.ID_DTYPES, "B", (words.shape[0],))
+    check = ArgumentChecker("packed", packed)
+    words = check.tensor("packed", packed, (torch.int32,), "B, N, ceil(N/32)")
+    check.optional("context_lens", context_lens, validate.ID_DTYPES, "B")
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         node = key if context_lens is None else key - context_lens[batch]

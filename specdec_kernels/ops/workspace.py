@@ -30,9 +30,6 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
         num_draft: drafts of a request, at most.
         vocab: tokens of the vocabulary.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Example:
         >>> import torch
         >>> size = verify_chain_workspace(64, 4, 151_936)
@@ -49,10 +46,10 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
 
 
-def checked(workspace: object, batch: int, num_draft: int, vocab: int) -> Tensor:
+def checked(check: validate.ArgumentChecker, workspace: object, num_draft: int) -> Tensor:
     """A workspace that is large enough."""
-    given = validate.tensor("workspace", workspace, (validate.BYTES,), "bytes", (None,))
-    size = verify_chain_workspace(batch, num_draft, vocab)
+    given = check.tensor("workspace", workspace, (torch.uint8,), "bytes")
+    size = verify_chain_workspace(check.sizes["B"], num_draft, check.sizes["V"])
     if given.shape[0] < size:
         raise ValueError(f"workspace must have at least {size} bytes, got {validate.describe(given)}")
     if not torch.compiler.is_compiling() and (not given.is_contiguous() or given.storage_offset() % ALIGNMENT):

@@ -9,6 +9,7 @@ from processes import run_python
 
 from specdec_kernels import ops, selftest
 from specdec_kernels.contract import Rule
+from specdec_kernels.ops.validate import ArgumentChecker
 
 
 @pytest.mark.slow
@@ -134,7 +135,7 @@ def arguments(kind, full, rule):
         target = target.scatter(2, torch.cat([tokens, tokens[:, :1]], 1)[..., None], 90.0)
     processing = (
         torch.full((2, 4, 2), -1, dtype=torch.int32),
-        *ops.processing.adjustments(penalties, None, tokens, target, 2, "B"),
+        *ops.processing.adjustments(ArgumentChecker("target", target, B=2, V=50), penalties, None, tokens),
     )
     vocabulary = ops.DraftVocabulary(torch.randperm(50, generator=generator), 50)
     return (

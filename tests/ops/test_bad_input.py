@@ -80,7 +80,7 @@ VERIFY = [
     (
         {"penalties": Penalties(TOKENS, TOKENS[:1])},
         ValueError,
-        r"penalties.output must have shape \[B, \*\] = \[2, \*\]",
+        r"penalties.output must have shape \[B, Lo\] = \[2, \*\]",
     ),
     ({"penalties": 1.2}, TypeError, "penalties must be Penalties, got 1.2"),
     ({"logit_bias": LogitBias(TOKENS, TOKENS)}, TypeError, r"logit_bias\[1\] must be float32 \[B, M\], got int64"),

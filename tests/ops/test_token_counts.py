@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from specdec_kernels import LogitBias, Penalties, TokenCounts, sample, verify_chain, verify_tree
 from specdec_kernels.ops import processing
+from specdec_kernels.ops.validate import ArgumentChecker
 
 VOCAB = 12
 ids = st.integers(0, VOCAB - 1)
@@ -59,7 +60,9 @@ def test_adjustments_are_those_of_the_whole_sequences(history, data):
     logits = torch.zeros(batch, drafts.shape[1] + 1, VOCAB)
 
     def of(penalties):
-        ids, adjustments, added, strengths = processing.adjustments(penalties, bias, drafts, logits, batch, "B")
+        ids, adjustments, added, strengths = processing.adjustments(
+            ArgumentChecker("logits", logits, B=batch, V=VOCAB), penalties, bias, drafts
+        )
         return [
             [
                 (token, *often, value)
@@ -126,7 +129,8 @@ def test_nothing_depends_on_the_default_device_and_dtype():
         counts.extend([[4], [0, 4]])
         counts.select([1, 0])
         penalties = [Penalties(counts=counts, **STRENGTHS), Penalties(tokens, tokens[:, :1], **STRENGTHS)]
-        return [x for p in penalties for x in processing.adjustments(p, bias, tokens, logits, 2, "B")]
+        check = ArgumentChecker("logits", logits, B=2, V=6)
+        return [x for p in penalties for x in processing.adjustments(check, p, bias, tokens)]
 
     tokens, logits = torch.tensor([[1, 5], [3, -1]]), torch.zeros(2, 3, 6)
     bias = LogitBias(tokens, torch.tensor([[0.1, 0.2], [0.3, 0.4]]))

@@ -62,7 +62,9 @@ def test_it_is_where_the_scratch_is(backend, device):
 )
 def test_bad_input(workspace, error, message):
     with pytest.raises(error, match=message):
-        verify_chain(torch.zeros(2, 2, 5), torch.zeros(2, 1).long(), seed=1, position=1, workspace=workspace)
+        verify_chain(
+            torch.zeros(2, 2, 5), torch.zeros(2, 1).long(), seed=1, position=1, workspace=workspace, backend="reference"
+        )
 
 
 @pytest.mark.parametrize(
