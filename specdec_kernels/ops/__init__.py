@@ -13,7 +13,7 @@ from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
 from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, NO_TEMPERATURE, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
@@ -214,12 +214,14 @@ def verify_chain(
         raise ValueError(
             "count_independent must be False with rule='block', got True: no draft is judged by itself there"
         )
-    heat = None if rule == "coupled" else processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
+    heat = NO_TEMPERATURE
+    if rule != "coupled":
+        heat = processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
     table = of_drafts(draft_to_target, draft_logits, target_logits)
     sampling = validate.sampling(temperature, top_k, top_p, min_p)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, table, *validate.one_or_each(heat, 1.0),
+            target_logits, draft_tokens, draft_logits, draft_stats, table, *heat,
             *validate.keys(draft_tokens, seed, position), num_draft, cu_rows, None, *sampling, bitmask,
             *NO_ADJUSTMENTS, _RULES[rule], logprobs, count_independent, workspace,
         )  # fmt: skip

@@ -141,12 +141,16 @@ def distribution(
     return (*check.sampling(*sampling), mask, *adjustments(check, penalties, bias, draft_tokens))
 
 
-def draft_temperature(value: object, draft_logits: object, draft_stats: object) -> float | Tensor | None:
-    """``draft_temperature`` of a rule that reads ``draft_logits``: there where nothing else says how they were drawn
-    from, and nowhere else."""
+#: Temperatures of each draft's request, or one, where nobody reads them.
+NO_TEMPERATURE: tuple[Tensor | None, float] = (None, 1.0)
+
+
+def draft_temperature(value: object, draft_logits: object, draft_stats: object) -> tuple[Tensor | None, float]:
+    """``draft_temperature`` as operators take it, of a rule that reads ``draft_logits``: there where nothing else says
+    how they were drawn from, and nowhere else."""
     if value is None:
         if draft_logits is None or draft_stats is not None:
-            return None
+            return NO_TEMPERATURE
         raise ValueError(
             "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' "
             "own temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if "
@@ -160,14 +164,14 @@ def draft_temperature(value: object, draft_logits: object, draft_stats: object) 
             f"{validate.describe(value)}"
         )
     if not isinstance(value, Tensor):
-        return float(validate.number("draft_temperature", value, "B"))
-    checked = ArgumentChecker("draft_logits", draft_logits).parameter("draft_temperature", value)
-    return checked.contiguous()
+        return None, float(validate.number("draft_temperature", value, "B"))
+    checked: Any = ArgumentChecker("draft_logits", draft_logits).parameter("draft_temperature", value)
+    return checked.contiguous(), 1.0
 
 
 def drafts(
-    check: ArgumentChecker, rows: str, logits: object, stats: object, target_to_draft: Tensor | None, heat: object,
-    seed: object, position: object,
+    check: ArgumentChecker, rows: str, logits: object, stats: object, target_to_draft: Tensor | None,
+    temperature: tuple[Tensor | None, float], seed: object, position: object,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What is known of drafts beside the tokens, and what noise is keyed on, as the operators take it: ``rows`` of
     logits, as wide as the target's or, with a table of its ids, as the drafter's own."""
@@ -177,10 +181,9 @@ def drafts(
     read = None if logits is None else check.logits("draft_logits", logits, f"{rows}, {width}")
     scalars = check.optional("draft_stats", stats, (torch.float32,), f"{rows}, 3")
     check.same_device("draft_to_target", target_to_draft)
-    temperatures, temperature = validate.one_or_each(heat, 1.0)
-    check.optional("draft_temperature", temperatures, (torch.float32,), check.dim)
+    check.optional("draft_temperature", temperature[0], (torch.float32,), check.dim)
     keys = check.integers("seed", seed), check.integers("position", position)
-    return read, scalars, target_to_draft, temperatures, temperature, *keys
+    return read, scalars, target_to_draft, *temperature, *keys
 
 
 def draw(

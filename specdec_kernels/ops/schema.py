@@ -63,7 +63,7 @@ def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for op in ops:
         schema = torch.library.infer_schema(getattr(reference, op), mutates_args=_WRITTEN.get(op, ()))
-        library.define(op + schema.replace("SymInt", "int"))  # of which operators are compiled apart
+        library.define(op + schema.replace("SymInt", "int"))  # numbers that are constants of a compiled graph
         torch.library.register_fake(f"{namespace}::{op}", _FAKES[op], lib=library)
     return library
 

@@ -11,7 +11,7 @@ from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, function
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
 from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, NO_TEMPERATURE, LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
 from specdec_kernels.ops.trees import checked
 
@@ -188,7 +188,7 @@ def verify_tree(
     validate.one_of("rule", rule, _RULES)
     if siblings is not None:
         validate.one_of("siblings", siblings, _SIBLINGS)
-    heat = None
+    heat = NO_TEMPERATURE
     if rule not in ("walk", "coupled"):
         heat = processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
         if siblings is None and draft_logits is not None:
@@ -201,7 +201,7 @@ def verify_tree(
     sampling = validate.sampling(temperature, top_k, top_p, min_p)
     if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
         made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, table, *validate.one_or_each(heat, 1.0),
+            target_logits, draft_tokens, parents, draft_logits, draft_stats, table, *heat,
             *validate.keys(draft_tokens, seed, position), None, *sampling, bitmask, *NO_ADJUSTMENTS, _RULES[rule],
             siblings == "iid", logprobs,
         )  # fmt: skip

@@ -123,11 +123,6 @@ def keys(like: object, *values: Any) -> Sequence[Any]:
     return values
 
 
-def one_or_each(value: object, otherwise: float) -> tuple[Tensor | None, float]:
-    """A parameter as operators take it: one a request, or one for all."""
-    return (value, otherwise) if isinstance(value, Tensor) else (None, otherwise if value is None else value)  # type: ignore[return-value]
-
-
 #: In the order of the operators, with what changes nothing.
 _SAMPLING = (("temperature", 1.0), ("top_k", TOP_K_OFF), ("top_p", TOP_P_OFF), ("min_p", MIN_P_OFF))
 
