@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import re
 import runpy
 import shlex
@@ -14,6 +15,7 @@ import torch
 import typer
 import versions
 
+import specdec_kernels
 from specdec_kernels import ops
 from specdec_kernels.cli.main import app
 from specdec_kernels.ops import attention, kv, token_counts, tree_rules, trees, workspace
@@ -36,6 +38,15 @@ def test_docstrings(module, least):
     results = doctest.testmod(module)
     assert results.attempted >= least
     assert results.failed == 0
+
+
+def test_every_function_says_what_it_raises():
+    functions = [x for name in specdec_kernels.__all__ if inspect.isfunction(x := getattr(specdec_kernels, name))]
+    assert len(functions) >= 13
+    for function in functions:
+        said = inspect.getdoc(function).partition("\n\nRaises:\n")[2]
+        assert said.startswith("    TypeError, ValueError: "), function
+        assert ("RuntimeError" in said) == ("backend" in inspect.signature(function).parameters), function
 
 
 def run_blocks(page: str) -> list[dict[str, Any]]:

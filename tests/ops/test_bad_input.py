@@ -220,6 +220,28 @@ def test_tensors_on_different_devices():
         verify_chain(TARGET.to("meta"), TOKENS, seed=1, position=1)
 
 
+AWAY = torch.zeros(2, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seed", {"seed": AWAY.long()}),
+        ("temperature", {"temperature": AWAY}),
+        ("num_draft", {"num_draft": AWAY.long()}),
+        ("draft_logits", {"draft_logits": DRAFT.to("meta"), "draft_temperature": 1.0}),
+        ("draft_stats", {"draft_logits": DRAFT, "draft_stats": STATS.to("meta")}),
+        ("bitmask", {"bitmask": torch.zeros(2, 4, 1, dtype=torch.int32, device="meta")}),
+        ("penalties.output", {"penalties": Penalties(TOKENS, TOKENS.to("meta"))}),
+        ("presence_penalty", {"penalties": Penalties(TOKENS, presence_penalty=AWAY)}),
+        (r"logit_bias\[1\]", {"logit_bias": LogitBias(TOKENS, torch.zeros(2, 3, device="meta"))}),
+    ],
+)
+def test_what_is_on_another_device_is_named(name, change):
+    with pytest.raises(ValueError, match=f"^{name} must be on cpu like target_logits, got meta"):
+        verify_chain(TARGET, TOKENS, **{"seed": 1, "position": 1, **change})
+
+
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
 values = st.sampled_from([0.0, 1.0, -3.0, float("nan"), float("inf"), float("-inf"), 6e4])
 

@@ -23,7 +23,7 @@ from specdec_kernels import (
     verify_chain,
     verify_tree,
 )
-from specdec_kernels.ops import BACKENDS
+from specdec_kernels.ops import BACKENDS, validate
 from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.tree_rules import CHILDREN
 
@@ -261,6 +261,19 @@ def test_a_workspace_is_no_reason_to_check_in_python(monkeypatch):
     workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
     monkeypatch.setattr(workspaces, "checked", None)
     assert verify_chain(**chain(), workspace=workspace).tokens.shape == (3, 5)
+
+
+def test_ints_are_no_reason_to_check_in_python(monkeypatch):
+    seeds, rows, parents = torch.full((3,), 5), torch.randn(3, 300), torch.arange(-1, 4).repeat(3, 1)
+    want = (
+        verify_chain(**{**chain(), "seed": seeds, "position": seeds}),
+        verify_tree(chain()["target_logits"], parents, parents, seed=seeds, position=seeds),
+        sample(rows, seed=seeds, position=seeds, row=seeds),
+    )
+    monkeypatch.setattr(validate, "ArgumentChecker", None)
+    assert_equal(verify_chain(**{**chain(), "seed": 5, "position": 5}), want[0])
+    assert_equal(verify_tree(chain()["target_logits"], parents, parents, seed=5, position=5), want[1])
+    assert_equal(sample(rows, seed=5, position=5, row=5), want[2])
 
 
 class Seen(TorchDispatchMode):
