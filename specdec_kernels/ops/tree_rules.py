@@ -154,10 +154,11 @@ def verify_tree(
             drawn: hand them over without ``draft_logits``.
         seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step, the root among them; grows with every step.
+        temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
         bitmask: int32 [B, N, ceil(V/32)]: the ids allowed after each node.
         penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
         rule: see above.
-        temperature, top_k, top_p, min_p, logit_bias, logprobs, backend: as in :func:`verify_chain`.
+        logit_bias, logprobs, backend: as in :func:`verify_chain`.
 
     Returns:
         :class:`VerifiedTree`. A node whose target row has a nan, a +inf or no finite logit is the end of its path: none
