@@ -5,30 +5,12 @@
 
 namespace specdec::cuda {
 
-struct Sampling {
-  float scale;  // inf: greedy
-  int top_k;
-  float top_p, min_p;
-
-  SPECDEC_DEVICE bool greedy() const { return scale == INFINITY; }
-  SPECDEC_DEVICE bool limits(int vocab) const { return top_k > 0 && top_k < vocab; }
-  SPECDEC_DEVICE bool filters(int vocab) const { return limits(vocab) || top_p < 1.0f || min_p > 0.0f; }
-  SPECDEC_DEVICE Measure measure(int vocab) const {
-    return {greedy() ? 1.0f : scale * kLog2E, greedy() ? Sums::none : filters(vocab) ? Sums::with_tops : Sums::plain};
-  }
-};
-
-SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& all, int request) {
-  const SamplingParameters own = all.of(request);
-  const int top_k = int(Smaller()(own.top_k, int64_t(std::numeric_limits<int>::max())));
-  return {scale_of(own.temperature), top_k, own.top_p, own.min_p};
-}
-
 // What tokens are drawn from: [x >= cutoff] * exp(scale * (x - base) - log_total), or the point mass on `argmax` where
 // that is one. The base of a row that was measured is its largest logit; of scalars that were handed over it is 0.
 struct Distribution {
   float scale = 1.0f, cutoff = -INFINITY, base = 0.0f, log_total = 0.0f;
   int argmax = -1;
+  bool valid = true;
 
   // Whether it keeps some logits only, and not because the row is steep.
   SPECDEC_DEVICE bool filtered() const { return cutoff > -INFINITY && scale > 0.0f; }
@@ -71,64 +53,39 @@ struct Mass {
 
   SPECDEC_DEVICE bool valid() const { return top > -INFINITY && top < INFINITY; }
 };
-class Together {
- public:
-  SPECDEC_DEVICE explicit Together(float scale2) : scale2_(scale2) {}
-  SPECDEC_DEVICE Mass operator()(const Mass& a, const Mass& b) const {
-    const float top = LargerOrNan()(a.top, b.top);
-    const Weights weight(scale2_, usable_base(top));
-    return {top, a.sum * weight(a.top) + b.sum * weight(b.top)};
-  }
+struct Together {
+  float scale2;
 
- private:
-  float scale2_;
+  SPECDEC_DEVICE Mass operator()(const Mass& a, const Mass& b) const {
+    const Weights weight{scale2, LargerOrNan()(a.top, b.top)};
+    return {weight.base, a.sum * weight(a.top) + b.sum * weight(b.top)};
+  }
 };
 
 // Of a row whose table is made. A warp's lanes read whole tables of spans: eight neighbouring sums and their base.
-SPECDEC_DEVICE Mass mass_of(const Team& team, const Table& table, float scale2) {
+template <class T>
+SPECDEC_DEVICE Mass mass_of(const Row<T>& row) {
+  const Together together{row.sampling().scale2()};
   Mass all;
   SPECDEC_ROLLED
-  for (int span = team.rank(); span < table.spans; span += kThreads) {
-    Mass mass{fresh(table.base(span)), 0.0f};
-    const Four low = fresh(table.four_sums(2 * span)), high = fresh(table.four_sums(2 * span + 1));
+  for (int span = row.team.rank(); span < row.table().spans; span += kThreads) {
+    Mass mass{fresh(row.table().base(span)), 0.0f};
+    const Four low = fresh(row.table().four_sums(2 * span)), high = fresh(row.table().four_sums(2 * span + 1));
     SPECDEC_UNROLL
     for (int k = 0; k < 4; ++k) mass.sum += low.x[k] + high.x[k];
-    all = Together(scale2)(all, mass);
+    all = together(all, mass);
   }
-  return team.reduce(all, Together(scale2));
+  return row.team.reduce(all, together);
 }
 
-// The largest logit of a row whose table is made; nan if one is.
-SPECDEC_DEVICE float top_of(const Team& team, const Table& table) {
-  float top = -INFINITY;
-  SPECDEC_ROLLED
-  for (int span = team.rank(); span < table.spans; span += kThreads) top = LargerOrNan()(top, fresh(table.base(span)));
-  return team.reduce(top, LargerOrNan());
-}
-
-// The first id that has it, which is in the first span that does.
+// The first of the largest finite logits among some ids of a row; 0 where none is finite.
 template <class T>
-SPECDEC_DEVICE int first_of(const Team& team, const Rows<T>& rows, int i, const Table& table, float top) {
-  int found = kNobody;
-  SPECDEC_ROLLED
-  for (int span = team.rank(); span < table.spans && found == kNobody; span += kThreads)
-    if (fresh(table.base(span)) == top) found = span;
-  const int begin = team.reduce(found, Smaller()) * kSpan, end = Smaller()(begin + kSpan, rows.vocab);
-  found = kNobody;
-  SPECDEC_ROLLED
-  for (int id = begin + team.rank(); id < end && found == kNobody; id += kThreads)
-    if (rows.logit(i, id) == top) found = id;
-  return team.reduce(found, Smaller());
-}
-
-// What a row that is not valid emits: the first of its largest finite logits, 0 where none is finite.
-template <class T>
-SPECDEC_SELDOM int largest_finite(const Team team, const Rows<T> rows, int i) {
+SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
   Arrived largest;
-  for_ids(team, rows, i, [&](int id, float x) {
+  row.for_ids(begin, end, [&](int id, float x) {
     if (x > -INFINITY && x < INFINITY) largest = Earlier()(largest, {-x, id});
   });
-  largest = team.reduce(largest, Earlier());
+  largest = row.team.reduce(largest, Earlier());
   return largest.id == kNobody ? 0 : largest.id;
 }
 
@@ -138,43 +95,42 @@ SPECDEC_SELDOM int largest_finite(const Team team, const Rows<T> rows, int i) {
 
 namespace specdec::cuda {
 
-// The distribution of row i, whose table is made, and whether the row is valid. Greedy is the point mass on the largest
-// logit; so is, for what is emitted then, a row that is not valid, on its largest finite one.
+// The distribution of a row whose table is made. Greedy is the point mass on the largest logit; so is, for what is
+// emitted then, a row that is not valid, on its largest finite one.
 template <class T>
-SPECDEC_DEVICE bool distribution_of(const Team& team, const Rows<T>& rows, int i, const Sampling& sampling,
-                                    const Table& table, Distribution& d) {
-  d = {};
-  if (sampling.greedy()) {
-    const float top = top_of(team, table);
-    const bool valid = top > -INFINITY && top < INFINITY;
-    d.scale = INFINITY, d.cutoff = top;
-    d.argmax = valid ? first_of(team, rows, i, table, top) : largest_finite(team, rows, i);
-    return valid;
+SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
+  const Sampling sampling = row.sampling();
+  Mass mass = mass_of(row);
+  Distribution d{.scale = sampling.scale, .base = mass.top, .valid = mass.valid()};
+  if (sampling.greedy() || !d.valid) {
+    int begin = 0, end = row.vocab();
+    if (d.valid) {  // it is in the first span with that base
+      int span = row.team.rank();
+      while (span < row.table().spans && fresh(row.table().base(span)) != mass.top) span += kThreads;
+      begin = row.team.reduce(span, Smaller()) * kSpan, end = Smaller()(begin + kSpan, end);
+    }
+    d.cutoff = mass.top, d.argmax = largest_finite(row, begin, end);
+    return d;
   }
-  Mass mass = mass_of(team, table, sampling.scale * kLog2E);
-  if (!mass.valid()) {
-    d.argmax = largest_finite(team, rows, i);
-    return false;
-  }
-  d.scale = sampling.scale, d.base = mass.top;
   if (is_steep(sampling.scale, mass.top)) {  // it weighs nothing but its largest logits (docs/noise.md)
     d.scale = 0.0f, d.cutoff = mass.top;
-  } else if (sampling.filters(rows.vocab)) {
-    const Kept kept = kept_by(team, rows, i, sampling, table, mass);
+  } else if (sampling.filters(row.vocab())) {
+    const Kept kept = kept_by(row, mass);
     d.cutoff = kept.cutoff, mass.sum = kept.mass;
   }
   d.log_total = logf(mass.sum);
-  return true;
+  return d;
 }
 
 // The two-level race of weights that are nowhere above a row's probabilities, such as those themselves, or a residual.
-// The row's own tiles, which are in its table, bound these: none can arrive before its bound does. So each warp looks
-// at its tiles in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of the
+// The row's own tiles, which are in its table, bound these: none can arrive before its bound does. So each warp visits
+// its tiles in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of the
 // probability) of them. `weigh(first, w)` gives the weights of four ids. kNobody where there is no weight.
-template <class F>
-SPECDEC_DEVICE int draw(const Team& team, const Probabilities& probability, bool filtered, const Table& table,
-                        const Noise& noise, const F& weigh) {
-  constexpr int kQuads = kTileIds / (4 * kLanes);
+template <class T, class F>
+SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
+  const Team& team = row.team;
+  const Table table = row.table();
+  const Probabilities probability(d);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
   const int tiles = table.spans * kTilesOfSpan;
   Four* const bounds = team.memory().bounds;  // each is read by the thread that writes it
@@ -187,11 +143,11 @@ SPECDEC_DEVICE int draw(const Team& team, const Probabilities& probability, bool
       const Words words = philox(noise, uint32_t(first / 4));
       const float share = there ? probability(fresh(table.base(first / kTilesOfSpan))) : 0.0f;
       const Four sums = there ? fresh(table.four_sums(first / 4)) : Four{};
-      const Four tops = there && filtered ? fresh(table.four_tops(first / 4)) : Four{};
+      const Four tops = there && d.filtered() ? fresh(table.four_tops(first / 4)) : Four{};
       Four bound;
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) {
-        const float weight = filtered && tops.x[k] < probability.cutoff() ? 0.0f : sums.x[k] * share;
+        const float weight = d.filtered() && tops.x[k] < d.cutoff ? 0.0f : sums.x[k] * share;
         bound.x[k] = weight > 0.0f ? quotient(exponential(words.w[k]), weight) : INFINITY;
       }
       bounds[quad] = bound;
@@ -214,26 +170,21 @@ SPECDEC_DEVICE int draw(const Team& team, const Probabilities& probability, bool
       if (may_win) {
         if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
         const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
-        float w[4 * kQuads], sum = 0.0f;
-        SPECDEC_UNROLL
-        for (int q = 0; q < kQuads; ++q) {
-          weigh(next.id * kTileIds + 4 * (q * kLanes + team.lane()), w + 4 * q);
+        float sum = 0.0f;
+        SPECDEC_ROLLED
+        for (int offset = 4 * team.lane(); offset < kTileIds; offset += 4 * kLanes) {
+          float w[4];
+          weigh(next.id * kTileIds + offset, w);
+          const Words words = philox(inside, uint32_t(offset / 4));
           SPECDEC_UNROLL
-          for (int k = 0; k < 4; ++k) sum += w[4 * q + k];
+          for (int k = 0; k < 4; ++k) {
+            sum += w[k];
+            take_part(here, exponential(words.w[k]), w[k], next.id * kTileIds + offset + k);
+          }
         }
         sum = team.in_warp(sum, Plus());
-        if (sum > 0.0f) {
-          SPECDEC_UNROLL
-          for (int q = 0; q < kQuads; ++q) {
-            const int quad = q * kLanes + team.lane();
-            const Words words = philox(inside, uint32_t(quad));
-            SPECDEC_UNROLL
-            for (int k = 0; k < 4; ++k)
-              take_part(here, exponential(words.w[k]), w[4 * q + k], next.id * kTileIds + 4 * quad + k);
-          }
-          here = team.first_in_warp(here);
-          here.time = quotient(next.time * weight, sum);
-        }
+        here = team.first_in_warp(here);
+        if (here.id != kNobody) here.time = quotient(next.time * weight, sum);
       }
       best = Earlier()(best, team.reduce(here, Earlier()));
     }
@@ -243,19 +194,20 @@ SPECDEC_DEVICE int draw(const Team& team, const Probabilities& probability, bool
 
 // A draw from the row itself.
 template <class T>
-SPECDEC_DEVICE int draw_from_row(const Team& team, const Rows<T>& rows, int i, const Distribution& d,
-                                 const Table& table, const Noise& noise) {
+SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noise& noise) {
   const Probabilities probability(d);
-  return draw(team, probability, d.filtered(), table, noise, [&](int first, float* w) {
+  return draw(row, d, noise, [&](int first, float (&w)[4]) {
+    row.load(first, w);
     SPECDEC_UNROLL
-    for (int k = 0; k < 4; ++k) w[k] = first + k < rows.vocab ? probability(rows.logit(i, first + k)) : 0.0f;
+    for (float& weight : w) weight = probability(weight);
   });
 }
 
 // The winner of the race of all ids of a row that was measured with it. Where filters keep some only, those race anew.
 template <class T>
-SPECDEC_DEVICE int flat_race(const Team& team, const Rows<T>& rows, int i, const Distribution& d, const Table& table,
-                             const Noise& noise) {
+SPECDEC_DEVICE int flat_race(const Row<T>& row, const Distribution& d, const Noise& noise) {
+  const Team& team = row.team;
+  const Table table = row.table();
   const Probabilities probability(d);
   Arrived first;
   SPECDEC_ROLLED
@@ -269,7 +221,7 @@ SPECDEC_DEVICE int flat_race(const Team& team, const Rows<T>& rows, int i, const
     SPECDEC_ROLLED
     for (int u = 0; u < kLoads; ++u) {
       const int id = span * kSpan + load_offset(team, u);
-      race(team, rows.load(i, id), id, probability, noise, first);
+      race(team, row.load(id), id, probability, noise, first);
     }
   }
   return team.reduce(first, Earlier()).id;

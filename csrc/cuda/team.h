@@ -97,16 +97,33 @@ struct Columns {
   }
 };
 
-// Rows whose logits are processed as they are loaded (rows.h).
-struct ProcessedRows {
+constexpr float kLog2E = 1.4426950408889634f;
+
+struct Sampling {
+  float scale = 1.0f;  // inf: greedy
+  int top_k = 0;
+  float top_p = 1.0f, min_p = 0.0f;
+
+  SPECDEC_DEVICE bool greedy() const { return scale == INFINITY; }
+  SPECDEC_DEVICE bool limits(int vocab) const { return top_k > 0 && top_k < vocab; }
+  SPECDEC_DEVICE bool filters(int vocab) const { return limits(vocab) || top_p < 1.0f || min_p > 0.0f; }
+  SPECDEC_DEVICE float scale2() const { return greedy() ? 1.0f : scale * kLog2E; }  // of base 2
+};
+
+// Rows of logits: how they lie in memory, and what is done to them as they are loaded (rows.h); what tokens are drawn
+// by; and the tables that they are measured into.
+struct Rows {
   Logits logits;  // of the request's first row
   Columns columns;
   const uint32_t* mask = nullptr;  // of the first row
   Adjustments adjustments;
-  Ids drafts;  // row i counts the i first of them as output
+  Ids drafts;  // row i counts those of its node's path as output
   int64_t first_draft = 0, draft_stride = 0;
-  const int64_t* parents = nullptr;  // of a tree: a row counts the drafts on its node's path
-  int vocab = 0;
+  const int64_t* parents = nullptr;  // of a tree
+  int vocab = 0, spans = 0;
+  Sampling sampling;
+  float* tables = nullptr;
+  int64_t floats_a_table = 0;  // 0: one table serves all rows
 };
 
 // What a block has in its shared memory: while it looks for what filters keep (filters.h); and of a request what is
@@ -124,7 +141,7 @@ struct BlockMemory {
     } found;
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
   };
-  ProcessedRows rows[3];
+  Rows rows[3];
 };
 
 }  // namespace specdec::cuda

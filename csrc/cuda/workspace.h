@@ -37,11 +37,4 @@ SPECDEC_DEVICE Part part_of(const Op& op, unsigned program, unsigned slices) {
   return {int(program % requests), int(rest / slices), int(rest % slices)};
 }
 
-template <bool kRace, class T, class F>
-SPECDEC_DEVICE void measure_slice(const Team& team, const Rows<T>& rows, int i, const Measure& what, const Noise& noise,
-                                  const Workspace& work, int slice, const Table& table, const F& meanwhile) {
-  const int begin = slice * work.length, end = begin + work.length < work.spans ? begin + work.length : work.spans;
-  measure<kRace>(team, rows, i, begin + team.warp(), end, kWarps, what, noise, table, meanwhile);
-}
-
 }  // namespace specdec::cuda

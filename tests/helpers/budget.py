@@ -125,23 +125,23 @@ def tool() -> Path:
     return Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-#: What the programs are for, by the names of their classes.
+#: What the programs are for, by the names of their classes and of what is in their types.
 PROGRAMS = {
-    "Chain": "verify_chain", "Walk": "walk_tree", "Descend": "descend_tree",
+    "Verify.*VerifyChain": "verify_chain", "Verify": "walk_tree", "Block": "verify_chain", "Descend": "descend_tree",
     "Sample": "sample", "Children": "sample_children",
+}  # fmt: skip
+DTYPES = {"Children": "", ".*BFloat16": "bf16", ".*Half": "f16", ".*Mixed": "mixed", "": "f32"}
+RULES = {
+    "Block": "block", ".*ByE0": "token", ".*(ByE1|Lb0)": "plain", ".*(ByE2|Lb1)": "coupled", "": "",
 }  # fmt: skip
 
 
 def short(name: str) -> str:
     """A mangled name without its namespaces and arguments."""
-    match = re.search(r"program_kernelI\w*?\d+([A-Z][a-z]+)Program(I?)(\w*)", name)
-    if match is None:
-        return ""
-    program, types = match[1], match[3] if match[2] else ""
-    dtype = next((d for key, d in (("BFloat16", "bf16"), ("Half", "f16"), ("Mixed", "mixed")) if key in types), "f32")
-    which = {"0": "token", "1": "block", "2": "coupled"} if "Rule" in types else {"0": "plain", "1": "coupled"}
-    number = re.search(r"(?:Rule|Lb)E?(\d)E", types)
-    return " ".join([PROGRAMS[program], *([dtype] if types else []), *([which[number[1]]] if number else [])])
+    match = re.search(r"program_kernelI\w*?\d+([A-Z][a-z]+Program\w*)", name)
+    tables = (PROGRAMS, DTYPES, RULES) if match else ()
+    said = [next(text for part, text in table.items() if re.match(part, match[1])) for table in tables]
+    return " ".join(filter(None, said))
 
 
 def kernels(path: Path) -> list[Kernel]:
