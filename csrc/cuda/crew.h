@@ -13,29 +13,29 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
   using Base = VerifyProgram<T, Op, By::acceptance>;
 
  public:
-  SPECDEC_DEVICE CrewProgram(const Team& team, const Op& op, const Workspace& work, const Part& part)
-      : Base(team, op, work, part), first_span_(team.warp() * work.slices + part.slice) {}
+  SPECDEC_DEVICE CrewProgram(const Team& block, const Op& op, const Workspace& work, const Part& part)
+      : Base(block, op, work, part), first_span_(block.warp() * work.slices + part.slice) {}
 
  protected:
-  using Base::counters, Base::slice_, Base::target, Base::team_, Base::work_;
+  using Base::counters, Base::slice_, Base::target, Base::block_, Base::work_;
 
   // What every block wrote before, each sees behind.
   SPECDEC_DEVICE void meet() {
-    team_.sync();
+    block_.sync();
     if (work_.slices > 1) {
       due_ += uint32_t(work_.slices);
-      if (team_.rank() == 0) {
+      if (block_.rank() == 0) {
         add_to(counters(), 1);
         while (glance(counters()) < due_) wait_a_little();
         acquire();
       }
     }
-    team_.sync();
+    block_.sync();
   }
   // The last block of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
-    team_.sync();
-    if (team_.rank() != 0 || come_to(counters() + 1, uint32_t(work_.slices - 1)) != uint32_t(work_.slices - 1)) return;
+    block_.sync();
+    if (block_.rank() != 0 || come_to(counters() + 1, uint32_t(work_.slices - 1)) != uint32_t(work_.slices - 1)) return;
     acquire();
     put(counters(), 0u);
   }
@@ -48,14 +48,7 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
     first_span_ = (first + stride() - work_.spans % stride()) % stride();
     return first;
   }
-  // Rules by crews keep so many registers that spans of float32 cannot be held.
-  SPECDEC_DEVICE void measure_node(int node) {
-    constexpr bool kWhole = !std::is_same_v<T, float>;
-    const int first = first_span();
-    measure<false, kWhole>(target(node), target(node).sums(), first, work_.spans, stride(), {});
-    if (Base::measures_draft(node))
-      measure<false, kWhole>(Base::draft(node), Sums::plain, first, work_.spans, stride(), {});
-  }
+  SPECDEC_DEVICE void measure_node(int i) { Base::measure_node(i, first_span(), work_.spans, stride()); }
 
   // Where the sums of a pass over a row are left, one of each span. Two places in turn: a block that is ahead begins
   // the next pass while others still read the sums of this one.
@@ -71,25 +64,95 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
       SPECDEC_UNROLL_BY(2)
       for (int u = 0; u < kLoads; ++u) {
         float w[kElements];
-        weigh(span * kSpan + load_offset(team_, u), w);
+        weigh(span * kSpan + load_offset(block_, u), w);
         SPECDEC_UNROLL
         for (int e = 0; e < kElements; ++e) mass += w[e];
       }
-      mass = team_.in_warp(mass, Plus());
-      if (team_.lane() == 0) put(sums + span, mass);
+      mass = block_.in_warp(mass, Plus());
+      if (block_.lane() == 0) put(sums + span, mass);
     }
   }
   // Their total, in an order that does not depend on who went over which span.
   SPECDEC_DEVICE float total_of(const float* sums) const {
     float sum = 0.0f;
     SPECDEC_ROLLED
-    for (int span = team_.rank(); span < work_.spans; span += kThreads) sum += fresh(sums + span);
-    return team_.reduce(sum, Plus());
+    for (int span = block_.rank(); span < work_.spans; span += kThreads) sum += fresh(sums + span);
+    return block_.reduce(sum, Plus());
   }
 
  private:
   int first_span_;
   uint32_t due_ = 0;
 };
+
+// Rule block (Sun et al., arXiv:2403.10444): the longest prefix that its uniform accepts. All rows are measured, then
+// judged, each by a block of the crew; then the residuals are summed, and one block decides. The masses of what is left
+// of all rows but the first do not depend on each other: one pass. The names follow algorithms.md, 2.
+template <class T>
+class BlockProgram : CrewProgram<T, VerifyChain> {
+  using Base = CrewProgram<T, VerifyChain>;
+  using Base::judged, Base::live_, Base::meet, Base::slice_, Base::span_sums, Base::work_;
+
+ public:
+  using Base::Base;
+
+  SPECDEC_DEVICE void run() {
+    for (int i = 0; i < live_; ++i) Base::measure_node(i);
+    meet();
+    for (int i = slice_; i < live_; i += work_.slices) Base::judge(i);
+    meet();
+    double path_prob = 1.0;
+    int usable = 0;
+    for (; usable + 1 < live_ && path_prob > 0.0; ++usable) {  // once 0, it stays 0
+      const Judged row = fresh(judged() + usable);
+      if (!row.tested) break;
+      if (usable > 0 && path_prob < 1.0) {
+        const Residual residual = Base::residual_of(row, path_prob);
+        Base::sum_spans(span_sums(usable, 0), [&](int first, float (&w)[kElements]) {
+          Base::weigh(usable, residual, first, w,
+                      [&](int, float (&apart)[kElements]) { Base::set_apart(row, first, apart); });
+        });
+      }
+      path_prob = after(path_prob, row);
+    }
+    meet();
+    if (slice_ == 0) end_path(usable);
+    Base::leave();
+  }
+
+ private:
+  SPECDEC_DEVICE void end_path(int usable) const {
+    int accepted = 0;
+    double path_prob = 1.0, accepted_prob = 1.0;
+    for (int i = 1; i <= usable; ++i) {
+      path_prob = after(path_prob, fresh(judged() + i - 1));
+      double threshold = path_prob;
+      if (i < usable && path_prob < 1.0) {
+        const double left = path_prob * double(Base::total_of(span_sums(i, 0)));
+        threshold = left / (left + 1.0 - path_prob);
+      }
+      if (Base::uniform_of(i) < threshold) accepted = i, accepted_prob = path_prob;
+    }
+    Base::end_at(accepted, accepted_prob, accepted < usable);
+  }
+
+  // The path probability behind a row. What the target excludes is never accepted, whatever the draft was declared to
+  // be: 0 / 0 is 0.
+  SPECDEC_DEVICE static double after(double path_prob, const Judged& row) {
+    return row.prob > 0.0 ? fmin(1.0, path_prob * row.prob / row.draft_prob) : 0.0;
+  }
+};
+
+template <class F>
+auto with_program(const VerifyChain& op, const F& f) {
+  return with_dtype(op, [&](auto type) {
+    using T = typename decltype(type)::type;
+    switch (op.rule) {
+      case Rule::token: return f(TypeOf<VerifyProgram<T, VerifyChain, By::acceptance>>());
+      case Rule::block: return f(TypeOf<BlockProgram<T>>());
+      default: return f(TypeOf<VerifyProgram<T, VerifyChain, By::race>>());
+    }
+  });
+}
 
 }  // namespace specdec::cuda

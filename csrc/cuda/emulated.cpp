@@ -12,7 +12,7 @@
 #include "../common/elements.h"
 #include "../common/operators.h"
 #include "../common/tree_operators.h"
-#include "chain.h"
+#include "crew.h"
 #include "launch.h"
 #include "masks.h"
 #include "sample.h"

@@ -45,19 +45,19 @@ struct BothAbove {
 template <class T>
 SPECDEC_SELDOM Above all_above(const Row<T> row, const Weights weight, float pivot) {
   Above own;
-  for (int span = row.team.warp(); span < row.table().spans; span += kWarps) {
+  for (int span = row.block.warp(); span < row.table().spans; span += kWarps) {
     const float top = fresh(row.table().base(span));
     if (top < pivot) {  // nothing to find
       own.below = fmaxf(own.below, top);
       continue;
     }
     for (int u = 0; u < kLoads; ++u) {
-      const auto v = row.load(span * kSpan + load_offset(row.team, u));
+      const auto v = row.load(span * kSpan + load_offset(row.block, u));
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e) own = BothAbove()(own, {v.at(e), weight(v.at(e)), pivot});
     }
   }
-  return row.team.reduce(own, BothAbove());
+  return row.block.reduce(own, BothAbove());
 }
 
 // The largest value such that what is not below it has `goal` in mass, or one with hardly more than that; what is not
@@ -78,7 +78,7 @@ SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value
 
 template <class T>
 struct Filter {
-  const Team& team;
+  const Team& block;
   const Row<T>& row;
   const Sampling sampling;
   const Mass& all;
@@ -111,7 +111,7 @@ struct Filter {
   static constexpr Weights kCount{0.0f, 0.0f};  // one of each
 
   SPECDEC_DEVICE int tiles() const { return row.table().spans * kTilesOfSpan; }
-  SPECDEC_DEVICE decltype(BlockMemory::found)& memory() const { return team.memory().found; }
+  SPECDEC_DEVICE decltype(BlockMemory::found)& memory() const { return block.memory().found; }
   SPECDEC_DEVICE Weights weight() const { return {sampling.scale2(), all.top}; }
   // What min-p keeps.
   SPECDEC_DEVICE float floor() const {
@@ -125,7 +125,7 @@ struct Filter {
     float own[kCached];
     SPECDEC_UNROLL
     for (int c = 0; c < kCached; ++c) {
-      const int tile = c * kThreads + team.rank();
+      const int tile = c * kThreads + block.rank();
       own[c] = tile < tiles() ? fresh(row.table().top(tile)) : -INFINITY;
     }
     constexpr float kSlack = 15.0f;  // of top-k 50, 64 tiles: what a block loads at a time
@@ -134,9 +134,9 @@ struct Filter {
       SPECDEC_UNROLL
       for (const float top : own) found = BothAbove()(found, {top, 1.0f, pivot});
       SPECDEC_ROLLED
-      for (int tile = kCached * kThreads + team.rank(); tile < tiles(); tile += kThreads)
+      for (int tile = kCached * kThreads + block.rank(); tile < tiles(); tile += kThreads)
         found = BothAbove()(found, {fresh(row.table().top(tile)), 1.0f, pivot});
-      return team.reduce(found, BothAbove());
+      return block.reduce(found, BothAbove());
     });
   }
 
@@ -146,18 +146,18 @@ struct Filter {
     int listed = 0, count = 0, more;
     SPECDEC_ROLLED
     for (int first = 0; first < tiles(); first += kThreads, listed += more) {
-      const int tile = first + team.rank();
+      const int tile = first + block.rank();
       const bool may = tile < tiles() && fresh(row.table().top(tile)) >= pivot;
-      const int at = listed + team.before(may, more);
+      const int at = listed + block.before(may, more);
       if (may && at < kListed) memory().list[at] = tile;
     }
-    team.sync();
+    block.sync();
     if (listed > kListed) return kKept + 1;
     for (int first = 0; first < listed; first += kWarps * kTilesOfSpan, count += more) {
       const auto for_found = [&](const auto& f) {
         SPECDEC_UNROLL
         for (int u = 0; u < kLoads; ++u) {
-          const int offset = load_offset(team, u), entry = first + team.warp() * kTilesOfSpan + offset / kTileIds;
+          const int offset = load_offset(block, u), entry = first + block.warp() * kTilesOfSpan + offset / kTileIds;
           if (entry >= listed) continue;
           const auto v = row.load(memory().list[entry] * kTileIds + offset % kTileIds);
           SPECDEC_UNROLL
@@ -167,29 +167,29 @@ struct Filter {
       };
       int own = 0;
       for_found([&](float) { ++own; });
-      int at = count + team.before(own, more);
+      int at = count + block.before(own, more);
       for_found([&](float x) {  // they are loaded again, and not all kept meanwhile
         if (at < kKept) memory().values[at] = x, memory().weights[at] = weight()(x);
         ++at;
       });
     }
-    team.sync();
+    block.sync();
     return count;
   }
 
   SPECDEC_DEVICE float gathered_mass(int count) const {
     float mass = 0.0f;
     SPECDEC_ROLLED
-    for (int j = team.rank(); j < count; j += kThreads) mass += memory().weights[j];
-    return team.reduce(mass, Plus());
+    for (int j = block.rank(); j < count; j += kThreads) mass += memory().weights[j];
+    return block.reduce(mass, Plus());
   }
 
   // What is kept of the logits that were gathered. Top-k keeps those with fewer than k above, top-p those with less
   // mass above than `goal`, or than its share of what top-k left: equal logits stay or go together.
   SPECDEC_DEVICE Kept ranked(int count, bool limited, float goal) const {
     float left = 0.0f;
-    team.sync();  // the list has been read
-    for (int j = team.rank(); j < count; j += kThreads) {
+    block.sync();  // the list has been read
+    for (int j = block.rank(); j < count; j += kThreads) {
       const float value = memory().values[j];
       int larger = 0;
       float mass = 0.0f;
@@ -199,21 +199,21 @@ struct Filter {
       if (kept) left += memory().weights[j];
       memory().list[j] = bits_of(kept ? mass : INFINITY);  // only this thread reads it
     }
-    if (limited) goal = sampling.top_p * team.reduce(left, Plus());
+    if (limited) goal = sampling.top_p * block.reduce(left, Plus());
     Above found;
-    for (int j = team.rank(); j < count; j += kThreads) {
+    for (int j = block.rank(); j < count; j += kThreads) {
       const float value = memory().values[j], mass = float_of_bits(memory().list[j]);
       if (mass < INFINITY && (sampling.top_p >= 1.0f || mass < goal || mass == 0.0f) && value >= floor())
         found = BothAbove()(found, {value, memory().weights[j], value});
     }
-    found = team.reduce(found, BothAbove());
+    found = block.reduce(found, BothAbove());
     return {found.least, found.mass};
   }
 };
 
 template <class T>
 SPECDEC_SELDOM Kept kept_by(const Row<T> row, const Mass all) {
-  return Filter<T>{row.team, row, row.sampling(), all}.kept();
+  return Filter<T>{row.block, row, row.sampling(), all}.kept();
 }
 
 }  // namespace specdec::cuda

@@ -1,5 +1,5 @@
 // The kernels of `verify_chain`.
-#include "chain.h"
+#include "crew.h"
 #include "start.h"
 
 namespace specdec::cuda {

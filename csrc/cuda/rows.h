@@ -14,17 +14,12 @@ SPECDEC_DEVICE float as_float(Half x) {
   return to_float(x);
 #endif
 }
-SPECDEC_DEVICE float one(const float* p) { return given(p); }
+// One logit as it lies in memory; -inf where there is none.
+SPECDEC_DEVICE float one(const float* p) { return p == nullptr ? -INFINITY : given(p); }
 template <class T>
 SPECDEC_DEVICE T one(const T* p) {
-  return {given(reinterpret_cast<const uint16_t*>(p))};
-}
-template <class T>
-SPECDEC_DEVICE T minus_infinity() {
-  if constexpr (std::is_same_v<T, float>)
-    return -INFINITY;
-  else
-    return {std::is_same_v<T, Half> ? uint16_t(0xFC00) : uint16_t(0xFF80)};
+  const uint16_t none = std::is_same_v<T, Half> ? 0xFC00 : 0xFF80;
+  return {p == nullptr ? none : given(reinterpret_cast<const uint16_t*>(p))};
 }
 
 // What all lanes of a warp have alike, so that it takes none of their registers.
@@ -109,7 +104,7 @@ SPECDEC_DEVICE Eight<T> eight_of(const T* row, int first, int vocab, const Colum
   SPECDEC_UNROLL
   for (int e = 0; e < kElements; ++e) {
     const int column = first + e < vocab ? columns.of(first + e) : -1;
-    v.x[e] = column >= 0 ? one(row + column) : minus_infinity<T>();
+    v.x[e] = one(column >= 0 ? row + column : nullptr);
   }
   return v;
 }
@@ -125,8 +120,8 @@ SPECDEC_DEVICE float adjusted(const Rows& all, int i, int adjustment, int id, fl
 
 // Logits of any dtype, to which is done what specdec_kernels/ops/processing.py says as they are loaded; they are never
 // written.
-SPECDEC_SELDOM Eight<float> processed_logits(const Team team, Which which, int i, int first) {
-  const Rows& all = team.memory().rows[which];
+SPECDEC_SELDOM Eight<float> processed_logits(const Team block, Which which, int i, int first) {
+  const Rows& all = block.memory().rows[which];
   Eight<float> v;
   const auto load = [&](auto type) {
     const auto raw = eight_of(begin_of<typename decltype(type)::type>(all, i), first, all.vocab, all.columns);
@@ -194,11 +189,11 @@ SPECDEC_DEVICE Rows described(const Logits& logits, int64_t begin, int64_t vocab
 // Row i of some that the block's memory describes.
 template <class T>
 struct Row {
-  Team team;
+  Team block;
   Which which;
   int i;
 
-  SPECDEC_DEVICE const Rows& all() const { return team.memory().rows[which]; }
+  SPECDEC_DEVICE const Rows& all() const { return block.memory().rows[which]; }
   SPECDEC_DEVICE const T* begin() const { return begin_of<T>(all(), i); }
   SPECDEC_DEVICE int vocab() const { return all().vocab; }
   SPECDEC_DEVICE const Sampling& sampling() const { return all().sampling; }
@@ -209,7 +204,7 @@ struct Row {
   // The logits of eight ids from `first`, a multiple of eight; -inf past the end of the row.
   SPECDEC_DEVICE auto load(int first) const {
     if constexpr (std::is_same_v<T, Mixed>)
-      return processed_logits(team, which, i, first);
+      return processed_logits(block, which, i, first);
     else
       return eight_of(begin(), first, vocab(), {});
   }
@@ -229,7 +224,7 @@ struct Row {
   // f(id, logit) on ids from `first`, a multiple of eight, to before `end`, by a block.
   template <class F>
   SPECDEC_DEVICE void for_ids(int first, int end, const F& f) const {
-    for (first += team.rank() * kElements; first < end; first += kThreads * kElements) {
+    for (first += block.rank() * kElements; first < end; first += kThreads * kElements) {
       const auto v = load(first);
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e)
@@ -251,7 +246,7 @@ struct Weights {
 // `id`; `first` is the warp's. An exponential is not below its uniform, so most need no logarithm to be seen to come
 // later than that one.
 template <class Loaded, class Weight>
-SPECDEC_DEVICE void race(const Team& team, const Loaded& v, int id, const Weight& weight, const Noise& noise,
+SPECDEC_DEVICE void race(const Team& block, const Loaded& v, int id, const Weight& weight, const Noise& noise,
                          Arrived& first) {
   Words quads[kElements / 4];
   philox(noise, uint32_t(id / 4), 1, quads);
@@ -265,24 +260,24 @@ SPECDEC_DEVICE void race(const Team& team, const Loaded& v, int id, const Weight
     const uint32_t word = at < 4 ? at_of(quads[0].w, at) : at_of(quads[1].w, at - 4);
     take_part(first, exponential(word), weight(as_float(at_of(v.x, at))), id + at);
   }
-  first = team.first_in_warp(first);
+  first = block.first_in_warp(first);
 }
 
 // One span, of which a lane has its loads; `used(u)` is called once the u-th is not needed any more.
 template <bool kRace, Sums kSums, class Loaded, class F>
-SPECDEC_DEVICE void measure_span(const Team& team, int span, int own_tile, float scale2, const Noise& noise,
+SPECDEC_DEVICE void measure_span(const Team& block, int span, int own_tile, float scale2, const Noise& noise,
                                  const Table& table, const Loaded (&v)[kLoads], const F& used) {
   float x[kLoads], own[kOwnTiles], top = -INFINITY;
   const int first_tile = kTilesOfSpan * span + own_tile;
   SPECDEC_UNROLL
   for (int u = 0; u < kLoads; ++u) x[u] = v[u].top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
   if constexpr (kSums == Sums::with_tops) {
-    team.per_tile(x, LargerOrNan(), own);
+    block.per_tile(x, LargerOrNan(), own);
     for (int k = 0; k < kOwnTiles; ++k)
-      if (team.leads_tile()) put(table.top(first_tile + k), own[k]);
+      if (block.leads_tile()) put(table.top(first_tile + k), own[k]);
   }
-  top = team.in_warp(top, LargerOrNan());
-  if (team.lane() == 0) put(table.base(span), top);
+  top = block.in_warp(top, LargerOrNan());
+  if (block.lane() == 0) put(table.base(span), top);
   const Weights weight{scale2, top};
   Arrived first;
   SPECDEC_UNROLL
@@ -292,28 +287,28 @@ SPECDEC_DEVICE void measure_span(const Team& team, int span, int own_tile, float
       SPECDEC_UNROLL
       for (int e = 1; e < kElements; ++e) x[u] += weight(v[u].at(e));
     }
-    if constexpr (kRace) race(team, v[u], span * kSpan + load_offset(team, u), weight, noise, first);
+    if constexpr (kRace) race(block, v[u], span * kSpan + load_offset(block, u), weight, noise, first);
     used(u);
   }
   if constexpr (kSums == Sums::none) return;
-  team.per_tile(x, Plus(), own);
+  block.per_tile(x, Plus(), own);
   for (int k = 0; k < kOwnTiles; ++k)
-    if (team.leads_tile()) put(table.sum(first_tile + k), own[k]);
-  if (kRace && team.lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
+    if (block.leads_tile()) put(table.sum(first_tile + k), own[k]);
+  if (kRace && block.lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
 }
 
 // Spans that take more than to load them whole and to add them up: at the end of a row, of rows that lie at odd
 // addresses, of logits that are processed, and of races, which take ten times what a sum does.
 template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
-  const Team& team = row.team;
+  const Team& block = row.block;
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   for (; span < end; span += stride) {
     decltype(row.load(0)) v[kLoads];
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u] = row.load(span * kSpan + load_offset(team, u));
-    measure_span<kRace, Sums::with_tops>(team, span, team.own_tile(), scale2, noise, table, v, [](int) {});
+    for (int u = 0; u < kLoads; ++u) v[u] = row.load(span * kSpan + load_offset(block, u));
+    measure_span<kRace, Sums::with_tops>(block, span, block.own_tile(), scale2, noise, table, v, [](int) {});
   }
 }
 
@@ -321,34 +316,35 @@ SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int 
 // not.
 template <Sums kSums, class T>
 SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int stride) {
-  const Team& team = row.team;
+  const Team& block = row.block;
   const T* const begin = uniform_value(row.begin());
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   Eight<T> v[kLoads];
-  uint32_t own_tile = uint32_t(team.own_tile());
+  uint32_t own_tile = uint32_t(block.own_tile());
   compute_here(own_tile);  // and not for every span
   if (span < end) {
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u].load(begin + (span * kSpan + load_offset(team, u)));
+    for (int u = 0; u < kLoads; ++u) v[u].load(begin + (span * kSpan + load_offset(block, u)));
   }
   for (; span < end; span += stride) {
     // What has been summed makes room for the same part of the next span, which comes while the rest is summed. Behind
     // the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to other
     // registers first.
-    const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(team, 0)) : begin;
-    measure_span<false, kSums>(team, span, int(own_tile), scale2, {}, table, v,
+    const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(block, 0)) : begin;
+    measure_span<false, kSums>(block, span, int(own_tile), scale2, {}, table, v,
                                [&](int u) { v[u].load(next + u * kLanes * kElements); });
   }
   return span;
 }
 
 // The spans `span`, span + stride, ... before `end`, by a warp.
-template <bool kRace, bool kWhole = true, class T>
-SPECDEC_DEVICE void measure(const Row<T>& row, Sums sums, int span, int end, int stride, const Noise& noise) {
+template <bool kRace, class T>
+SPECDEC_DEVICE void measure(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
   span = uniform_value(span);
-  if constexpr (kWhole && !std::is_same_v<T, Mixed>) {
+  if constexpr (!std::is_same_v<T, Mixed>) {
     const int whole = reinterpret_cast<uintptr_t>(row.begin()) % 16 == 0 ? Smaller()(row.vocab() / kSpan, end) : 0;
+    const Sums sums = row.sums();
     if (sums == Sums::none)
       span = measure_whole<Sums::none>(row, span, whole, stride);
     else if (!kRace && sums == Sums::plain)
@@ -362,8 +358,8 @@ SPECDEC_DEVICE void measure(const Row<T>& row, Sums sums, int span, int end, int
 // A whole row anew, by one block, which sees it behind.
 template <class T>
 SPECDEC_SELDOM void measure_anew(const Row<T> row) {
-  measure_carefully<false>(row, row.team.warp(), row.table().spans, kWarps, {});
-  row.team.sync();
+  measure_carefully<false>(row, row.block.warp(), row.table().spans, kWarps, {});
+  row.block.sync();
 }
 
 }  // namespace specdec::cuda

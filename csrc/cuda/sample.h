@@ -17,8 +17,8 @@ SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
 template <class T, bool kRace>
 class SampleProgram {
  public:
-  SPECDEC_DEVICE SampleProgram(const Team& team, const Sample& op, const Workspace& work, const Part& part)
-      : team_(team),
+  SPECDEC_DEVICE SampleProgram(const Team& block, const Sample& op, const Workspace& work, const Part& part)
+      : block_(block),
         op_(op),
         work_(work),
         r_(part.request),
@@ -26,14 +26,14 @@ class SampleProgram {
         seed_(uint64_t(given(op.seed + r_))),
         position_(uint64_t(given(op.position + r_))),
         row_of_step_(uint64_t(given(op.row + r_))),
-        row_{team, kTargetRows, 0} {
-    if (team.rank() == 0) {
-      Rows& rows = team.memory().rows[kTargetRows] =
+        row_{block, kTargetRows, 0} {
+    if (block.rank() == 0) {
+      Rows& rows = block.memory().rows[kTargetRows] =
           described(op.logits, r_ * op.logits.row_stride, op.vocab, sampling_of(op.sampling, r_), work.table(r_));
       rows.columns = {op.target_to_draft, int(op.logits.width)};
       rows.mask = mask_of(op.processing, op.vocab, r_), rows.adjustments = adjustments_of(op.processing, r_);
     }
-    team.sync();
+    block.sync();
   }
 
   SPECDEC_DEVICE void run() {
@@ -52,10 +52,10 @@ class SampleProgram {
   // Measures this block's slice; whether it is the last to, and goes on. Then the distribution is known, and written.
   SPECDEC_DEVICE bool measured() {
     const int begin = slice_ * work_.length, end = Smaller()(begin + work_.length, work_.spans);
-    measure<kRace>(row_, row_.sums(), begin + team_.warp(), end, kWarps, coupled_noise());
-    if (when_all_came(team_, work_.counters + r_, work_.slices, [] { return 1; }) == 0) return false;
+    measure<kRace>(row_, begin + block_.warp(), end, kWarps, coupled_noise());
+    if (when_all_came(block_, work_.counters + r_, work_.slices, [] { return 1; }) == 0) return false;
     d_ = distribution_of(row_);
-    if (team_.rank() == 0) {
+    if (block_.rank() == 0) {
       op_.out_stats[3 * r_] = d_.valid ? d_.scale : NAN;
       op_.out_stats[3 * r_ + 1] = d_.valid ? d_.cutoff : NAN;
       op_.out_stats[3 * r_ + 2] = d_.valid ? d_.logsumexp() : NAN;
@@ -64,12 +64,12 @@ class SampleProgram {
   }
 
   SPECDEC_DEVICE void write(int64_t* token, float* logprob, int drawn) const {
-    if (team_.rank() != 0) return;
+    if (block_.rank() != 0) return;
     *token = drawn == kNobody ? -1 : drawn;
     *logprob = drawn != kNobody && d_.valid ? float(d_.log_prob(row_.logit(drawn), drawn)) : NAN;
   }
 
-  const Team& team_;
+  const Team& block_;
   const Sample& op_;
   const Workspace& work_;
   const int r_, slice_;
@@ -81,8 +81,8 @@ class SampleProgram {
 // Siblings come out of few rows, so one kernel does for any dtype.
 class ChildrenProgram : SampleProgram<Mixed, false> {
  public:
-  SPECDEC_DEVICE ChildrenProgram(const Team& team, const SampleChildren& op, const Workspace& work, const Part& part)
-      : SampleProgram(team, op.common, work, part), count_(int(op.count)), how_(op.how) {}
+  SPECDEC_DEVICE ChildrenProgram(const Team& block, const SampleChildren& op, const Workspace& work, const Part& part)
+      : SampleProgram(block, op.common, work, part), count_(int(op.count)), how_(op.how) {}
 
   // Fewer than `count` where the distribution has no more to give.
   SPECDEC_DEVICE void run() {
@@ -99,7 +99,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
         if (last.id != kNobody) last = next_best(last);
         drawn = last.id;
       } else {
-        team_.sync();  // the tokens before were written by one thread
+        block_.sync();  // the tokens before were written by one thread
         drawn = draw_without(tokens, how_ == Children::iid ? 0 : child, noise(child));
       }
       write(tokens + child, op_.out_logprobs + int64_t(r_) * count_ + child, drawn);
@@ -122,7 +122,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
       }
       if (here.time > last.time || (here.time == last.time && here.id > last.id)) best = Earlier()(best, here);
     });
-    return team_.reduce(best, Earlier());
+    return block_.reduce(best, Earlier());
   }
 
   // A token by the two-level race, none of the first `count`; kNobody where they left nothing.
@@ -141,7 +141,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     if (drawn == kNobody || probability(row_.logit(drawn)) >= float(kNothingLeft)) return drawn;
     float share = 0.0f;
     row_.for_ids(0, row_.vocab(), [&](int id, float x) { share += left(id, x); });
-    return team_.reduce(share, Plus()) < float(kNothingLeft) ? kNobody : drawn;
+    return block_.reduce(share, Plus()) < float(kNothingLeft) ? kNobody : drawn;
   }
 
   const int count_;

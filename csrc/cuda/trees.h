@@ -30,11 +30,11 @@ template <class T>
 class DescendProgram : CrewProgram<T, VerifyTree> {
   using Base = CrewProgram<T, VerifyTree>;
   using Base::all_, Base::dense, Base::draft, Base::live_, Base::meet, Base::next_child, Base::op_, Base::parent,
-      Base::slice_, Base::target, Base::team_, Base::token, Base::uniform_of, Base::work_;
+      Base::slice_, Base::target, Base::block_, Base::token, Base::uniform_of, Base::work_;
 
  public:
-  SPECDEC_DEVICE DescendProgram(const Team& team, const VerifyTree& op, const Workspace& work, const Part& part)
-      : Base(team, op, work, part),
+  SPECDEC_DEVICE DescendProgram(const Team& block, const VerifyTree& op, const Workspace& work, const Part& part)
+      : Base(block, op, work, part),
         nodes_(static_cast<Node*>(work.places) + (int64_t(part.request) * work.slices + part.slice) * op.common.rows),
         recursive_(op.rule == TreeRule::recursive) {}
 
@@ -52,14 +52,9 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
  private:
   SPECDEC_DEVICE Node state_of(int node) const { return fresh(nodes_ + node); }
   SPECDEC_DEVICE void store_state(int node, const Node& state) const {
-    team_.sync();  // all have read what is overwritten now
-    if (team_.rank() == 0) put(nodes_ + node, state);
-    team_.sync();
-  }
-
-  // The draft's probability of a child, whatever its siblings.
-  SPECDEC_DEVICE double drafted_prob(int node, const Distribution& d, int id) const {
-    return !dense() || d.argmax >= 0 ? 1.0 : prob_of(d, draft(node).logit(id), id);
+    block_.sync();  // all have read what is overwritten now
+    if (block_.rank() == 0) put(nodes_ + node, state);
+    block_.sync();
   }
 
   // The distributions of a node, and a fresh state. Whether its row and its children's distributions are usable.
@@ -79,7 +74,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
       fresh.draft = Base::draft_distribution(node, fresh.draft);
       usable = fresh.draft.valid;
       for (; child < live_ && usable; child = next_child(node, child))
-        usable = drafted_prob(node, fresh.draft, int(token(child))) < INFINITY;
+        usable = Base::drafted_prob(node, fresh.draft, int(token(child))) < INFINITY;
     }
     fresh.last = usable ? node : live_;  // no child is left to test where a distribution is not usable
     store_state(node, fresh);
@@ -107,13 +102,13 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   // Writes down what is left of rejected children, once for all ids: nothing of a point mass; else the residual's draft
   // is what the last rejection took of it, and of this child its own took another part.
   SPECDEC_DEVICE void set_left(int node, const Node& state, const Residual& residual) const {
-    for_tested(node, state.last, 0, Base::vocab_, [&](int child) {
+    for_tested(node, state.last, 0, int(all_.vocab), [&](int child) {
       const int id = int(token(child));
       const float share = ratio_of(state.factor, fresh(&nodes_[child].own_factor));
       const float left = residual.certain ? 0.0f : residual(target(node).logit(id), draft(node).logit(id), share);
-      if (team_.rank() == 0) put(&nodes_[child].left, left);
+      if (block_.rank() == 0) put(&nodes_[child].left, left);
     });
-    team_.sync();
+    block_.sync();
   }
   // The weights of the tested children among ids from `first` on, where they have a part of their own in what is left.
   template <int kCount, class F>
@@ -201,7 +196,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     int twin = next_child(node, node);
     while (token(twin) != id) twin = next_child(node, twin);
     const bool fresh = twin == child;
-    const double prob = drafted_prob(node, state.draft, id);
+    const double prob = Base::drafted_prob(node, state.draft, id);
     const double left_of_draft = op_.replacement || certain ? 1.0 : draft_left(node, state);
     const double own = op_.replacement || fresh ? state.factor : state_of(twin).own_factor;
     const double target_prob = prob_of(state.target, target(node).logit(id), id);

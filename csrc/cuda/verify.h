@@ -37,8 +37,8 @@ enum class By { acceptance, draw, race };
 template <class T, class Op, By kBy>
 class VerifyProgram {
  public:
-  SPECDEC_DEVICE VerifyProgram(const Team& team, const Op& op, const Workspace& work, const Part& part)
-      : team_(team),
+  SPECDEC_DEVICE VerifyProgram(const Team& block, const Op& op, const Workspace& work, const Part& part)
+      : block_(block),
         op_(op),
         all_(op.common),
         work_(work),
@@ -46,10 +46,9 @@ class VerifyProgram {
         row_(part.row),
         slice_(part.slice),
         rows_(int(all_.rows)),
-        vocab_(int(all_.vocab)),
         live_(count_live()) {
-    if (team.rank() == 0) describe_rows();
-    team.sync();
+    if (block.rank() == 0) describe_rows();
+    block.sync();
   }
 
   // One row, by the blocks that share it. Rows come after those whose outcome decides on them, so where blocks start in
@@ -58,15 +57,11 @@ class VerifyProgram {
   SPECDEC_DEVICE void run() {
     if (row_ >= live_) return;
     // Asked once for all threads: it may change meanwhile.
-    if (!work_.in_waves || !team_.any(is_settled())) {
+    if (!work_.in_waves || !block_.any(is_settled())) {
       const int begin = slice_ * work_.length, end = Smaller()(begin + work_.length, work_.spans);
-      constexpr bool kRace = kBy == By::race;
-      measure<kRace>(target(row_), target(row_).sums(), begin + team_.warp(), end, kWarps,
-                     kRace ? coupled_noise(row_) : Noise{});
-      if (kBy == By::acceptance && measures_draft(row_))
-        measure<false>(draft(row_), Sums::plain, begin + team_.warp(), end, kWarps, {});
+      measure_node(row_, begin + block_.warp(), end, kWarps);
     }
-    const int code = when_all_came(team_, counters() + row_, work_.slices, [&] { return is_settled() ? 2 : 1; });
+    const int code = when_all_came(block_, counters() + row_, work_.slices, [&] { return is_settled() ? 2 : 1; });
     if (code == 0) return;
     const bool decides = code == 1 && settle(judge(row_));
     leave();
@@ -112,14 +107,14 @@ class VerifyProgram {
     return request() * all_.token_strides[0] - (kIsChain ? all_.token_strides[1] : 0);
   }
   SPECDEC_DEVICE int64_t token(int node) const { return all_.tokens[first_token() + node * all_.token_strides[1]]; }
-  SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < vocab_; }
+  SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < all_.vocab; }
 
   // The first number from `begin` on of which f is true; `end` if there is none.
   template <class F>
   SPECDEC_DEVICE int first_where(int begin, int end, const F& f) const {
     SPECDEC_ROLLED
     for (; begin < end; begin += 32) {
-      const uint32_t hits = team_.bits([&](int bit) { return begin + bit < end && f(begin + bit); });
+      const uint32_t hits = block_.bits([&](int bit) { return begin + bit < end && f(begin + bit); });
       if (hits != 0) return begin + first_bit(hits);
     }
     return end;
@@ -129,7 +124,7 @@ class VerifyProgram {
     if constexpr (kIsChain)
       return first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });
     else
-      return Larger()(live_nodes(team_, parents(), rows_), 1);
+      return Larger()(live_nodes(block_, parents(), rows_), 1);
   }
   // A node whose token is none is no child.
   SPECDEC_DEVICE bool is_child(int child, int node) const { return parent(child) == node && is_token(token(child)); }
@@ -148,28 +143,37 @@ class VerifyProgram {
     // Where a row that is not visited may not be measured, two tables serve all of a request.
     const int64_t first = 2 * (work_.ahead ? request() * rows_ : request());
     const int64_t floats = work_.ahead ? 2 * Table::floats(work_.spans) : 0;
-    Rows* const rows = team_.memory().rows;
+    Rows* const rows = block_.memory().rows;
     Rows& target = rows[kTargetRows] =
-        described(all_.target, begin, vocab_, sampling_of(all_.sampling, int(request())), work_.table(first));
+        described(all_.target, begin, all_.vocab, sampling_of(all_.sampling, int(request())), work_.table(first));
     target.floats_a_table = floats;
     rows[kRawRows] = target, rows[kRawRows].sampling = {};
-    target.mask = mask_of(all_.processing, vocab_, first_row);
+    target.mask = mask_of(all_.processing, all_.vocab, first_row);
     target.adjustments = adjustments_of(all_.processing, request());
     target.drafts = all_.tokens, target.parents = parents();
     target.first_draft = first_token(), target.draft_stride = all_.token_strides[1];
     Rows& draft = rows[kDraftRows] =
-        described(all_.draft, request() * all_.draft.request_stride, vocab_,
+        described(all_.draft, request() * all_.draft.request_stride, all_.vocab,
                   {all_.draft_stats ? 1.0f : all_.draft_scale(request())}, work_.table(first + 1));
     draft.floats_a_table = floats, draft.columns = {all_.target_to_draft, int(all_.draft.width)};
   }
-  SPECDEC_DEVICE Row<T> target(int i) const { return {team_, kTargetRows, i}; }
-  SPECDEC_DEVICE Row<T> draft(int i) const { return {team_, kDraftRows, i}; }
+  SPECDEC_DEVICE Row<T> target(int i) const { return {block_, kTargetRows, i}; }
+  SPECDEC_DEVICE Row<T> draft(int i) const { return {block_, kDraftRows, i}; }
   SPECDEC_DEVICE Judged* judged() const { return static_cast<Judged*>(work_.places) + request() * rows_; }
 
   // Whether drafts were drawn from rows of logits; and whether the row that a node's were has to be measured.
   SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && !draft(0).sampling().greedy(); }
   SPECDEC_DEVICE bool measures_draft(int i) const {
     return dense() && all_.draft_stats == nullptr && !target(i).sampling().greedy() && next_child(i, i) < live_;
+  }
+
+  // The spans `span`, span + stride, ... before `end` of all that is measured of a node, by a warp.
+  SPECDEC_DEVICE void measure_node(int i, int span, int end, int stride) const {
+    constexpr bool kRace = kBy == By::race;
+    const int rows = kBy == By::acceptance && measures_draft(i) ? 2 : 1;
+    SPECDEC_ROLLED
+    for (int which = kTargetRows; which < rows; ++which)
+      measure<kRace>(Row<T>{block_, Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
   }
 
   // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave `d`, a point mass,
@@ -180,6 +184,11 @@ class VerifyProgram {
     const float scale = given(stats);
     if (scale != INFINITY) d = {scale, given(stats + 1), 0.0f, given(stats + 2)};
     return d;
+  }
+
+  // Their probability of a token.
+  SPECDEC_DEVICE double drafted_prob(int i, const Distribution& d, int id) const {
+    return d.argmax >= 0 || !dense() ? 1.0 : prob_of(d, draft(i).logit(id), id);
   }
 
   // The weights of ids of row i from `first` on: what is left of the target, and what `set_apart(first, w)` says.
@@ -215,7 +224,7 @@ class VerifyProgram {
   template <class State>
   SPECDEC_DEVICE void write_path(int end, int drawn, bool valid, const State* found) const {
     const int depth = depth_of(end);
-    if (team_.rank() == 0) all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid;
+    if (block_.rank() == 0) all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid;
     SPECDEC_ROLLED
     for (int i = rows_ - 1; i > depth; --i) write(i, -1, -1, found);
     int64_t id = drawn;
@@ -230,21 +239,21 @@ class VerifyProgram {
   template <class State>
   SPECDEC_DEVICE void write(int i, int node, int64_t id, const State* found) const {
     const int64_t at = request() * rows_ + i;
-    if (team_.rank() == 0) {
+    if (block_.rank() == 0) {
       all_.out_tokens[at] = id;
       if constexpr (!kIsChain) op_.out_nodes[at] = node;
     }
     if (all_.out_logprobs == nullptr) return;
     float logprob = NAN, raw_logprob = NAN;
     if (node >= 0) {
-      const Row<T> raw{team_, kRawRows, node};
+      const Row<T> raw{block_, kRawRows, node};
       measure_anew(raw);
       const Mass mass = mass_of(raw);
       if (mass.valid()) raw_logprob = (raw.logit(int(id)) - mass.top) - logf(mass.sum);
       const Distribution d = fresh(found + node).target;
       if (d.valid) logprob = float(d.log_prob(target(node).logit(int(id)), int(id)));
     }
-    if (team_.rank() == 0) all_.out_logprobs[at] = logprob, all_.out_raw_logprobs[at] = raw_logprob;
+    if (block_.rank() == 0) all_.out_logprobs[at] = logprob, all_.out_raw_logprobs[at] = raw_logprob;
   }
 
   // --- by rows -------------------------------------------------------------------------------------------------------
@@ -272,7 +281,7 @@ class VerifyProgram {
       if (dense() && found.tested && found.target.argmax < 0) found.draft = draft_distribution(i, found.draft);
       if (found.tested && found.draft.valid) {
         found.prob = prob_of(found.target, row.logit(id), id);
-        if (found.draft.argmax < 0) found.draft_prob = prob_of(found.draft, draft(i).logit(id), id);
+        found.draft_prob = drafted_prob(i, found.draft, id);
         // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
         if (uniform_of(i + 1) * found.draft_prob < found.prob) found.next = i + 1;
       }
@@ -286,7 +295,7 @@ class VerifyProgram {
       while (child < live_ && token(child) != found.drawn) child = next_child(i, child);
       if (child < live_) found.next = child;
     }
-    if (team_.rank() == 0) put(judged() + i, found);
+    if (block_.rank() == 0) put(judged() + i, found);
     return found.next;
   }
 
@@ -302,22 +311,23 @@ class VerifyProgram {
   // Settles this row, and those that are passed by. Whether those were the last of the request.
   SPECDEC_DEVICE bool settle(int next) const {
     int more = 0;
-    team_.sync();  // what was judged is written
+    block_.sync();  // what was judged is written
     SPECDEC_ROLLED
-    for (int word = team_.warp(); 32 * word < live_; word += kWarps) {
-      const uint32_t bits = team_.bits([&](int bit) {
+    for (int word = block_.warp(); 32 * word < live_; word += kWarps) {
+      const uint32_t bits = block_.bits([&](int bit) {
         const int node = 32 * word + bit;
         return node < live_ && (node == row_ || passed_by(node, next));
       });
-      if (team_.lane() == 0 && bits != 0) more += count_bits(bits & ~set_bits(settled_bits() + word, bits));
+      if (block_.lane() == 0 && bits != 0) more += count_bits(bits & ~set_bits(settled_bits() + word, bits));
     }
-    more = team_.reduce(more, Plus());
-    return team_.of_first(team_.rank() == 0 && more > 0 && int(add_to(rows_settled(), uint32_t(more))) + more == live_);
+    more = block_.reduce(more, Plus());
+    return block_.of_first(block_.rank() == 0 && more > 0 &&
+                           int(add_to(rows_settled(), uint32_t(more))) + more == live_);
   }
 
   // Once all blocks of a row have come. The last row of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
-    if (team_.rank() != kThreads - 1) return;  // not who has most to do
+    if (block_.rank() != kThreads - 1) return;  // not who has most to do
     if (come_to(rows_done(), uint32_t(live_ - 1)) != uint32_t(live_ - 1)) return;
     acquire();
     put(rows_settled(), 0u);
@@ -344,10 +354,10 @@ class VerifyProgram {
     if constexpr (kIsChain) {
       int independent = 0;
       SPECDEC_ROLLED
-      for (int i = team_.rank(); op_.independent && i + 1 < live_; i += kThreads)
+      for (int i = block_.rank(); op_.independent && i + 1 < live_; i += kThreads)
         independent += fresh(&judged()[i].next) >= 0;
-      independent = op_.independent ? team_.reduce(independent, Plus()) : -1;
-      if (team_.rank() != 0) return;
+      independent = op_.independent ? block_.reduce(independent, Plus()) : -1;
+      if (block_.rank() != 0) return;
       op_.out_counters[2 * request()] = live_ - 1, op_.out_counters[2 * request() + 1] = independent;
     }
   }
@@ -360,11 +370,11 @@ class VerifyProgram {
     if (row.draft.argmax >= 0) set_at(w, row.draft.argmax - first, 0.0f);
   }
 
-  const Team& team_;
+  const Team& block_;
   const Op& op_;
   const Verification& all_;
   const Workspace& work_;
-  const int b_, row_, slice_, rows_, vocab_;
+  const int b_, row_, slice_, rows_;
   const int live_;
 };
 
