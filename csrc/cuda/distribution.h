@@ -24,26 +24,21 @@ struct Distribution {
 };
 
 // Probabilities of a distribution that is no point mass, divided by a factor.
-class Probabilities {
- public:
-  SPECDEC_DEVICE explicit Probabilities(const Distribution& d, double factor = 1.0) : cutoff_(d.cutoff) {
-    const float total = factor == 1.0 ? d.log_total : float(double(d.log_total) + log(factor));
-    if (d.base == 0.0f)  // the product and the sum are rounded once
-      a_ = d.scale, b_ = -total, c_ = kLog2E, d_ = 0.0f;
-    else
-      a_ = 0.5f, b_ = -0.5f * d.base, c_ = 2.0f * d.scale * kLog2E, d_ = -total * kLog2E;
-  }
-  SPECDEC_DEVICE float cutoff() const { return cutoff_; }
-  SPECDEC_DEVICE float operator()(float x) const { return x < cutoff_ ? 0.0f : ex2(fmaf(fmaf(x, a_, b_), c_, d_)); }
+struct Probabilities {
+  float cutoff, a, b, c, d;
 
- private:
-  float cutoff_, a_, b_, c_, d_;
+  SPECDEC_DEVICE float operator()(float x) const { return x < cutoff ? 0.0f : ex2(fmaf(fmaf(x, a, b), c, d)); }
 };
+SPECDEC_DEVICE Probabilities probabilities_of(const Distribution& d, double factor = 1.0) {
+  const float total = factor == 1.0 ? d.log_total : float(double(d.log_total) + log(factor));
+  if (d.base == 0.0f) return {d.cutoff, d.scale, -total, kLog2E, 0.0f};  // the product and the sum are rounded once
+  return {d.cutoff, 0.5f, -0.5f * d.base, 2.0f * d.scale * kLog2E, -total * kLog2E};
+}
 
 // Of one token. Where that is hardly anything to a float32, or too much, float64 says how much.
 SPECDEC_SELDOM double prob_of(const Distribution d, float x, int id) {
   if (d.argmax >= 0) return id == d.argmax ? 1.0 : 0.0;
-  const float prob = Probabilities(d)(x);
+  const float prob = probabilities_of(d)(x);
   return prob > 1e-30f && prob < INFINITY ? double(prob) : exp(d.log_prob(x, id));
 }
 
@@ -130,7 +125,7 @@ template <class T, class F>
 SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
   const Team& block = row.block;
   const Table table = row.table();
-  const Probabilities probability(d);
+  const Probabilities probability = probabilities_of(d);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
   const int tiles = table.spans * kTilesOfSpan;
   Four* const bounds = block.memory().bounds;  // each is read by the thread that writes it
@@ -195,7 +190,7 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
 // A draw from the row itself.
 template <class T>
 SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noise& noise) {
-  const Probabilities probability(d);
+  const Probabilities probability = probabilities_of(d);
   return draw(row, d, noise, [&](int first, float (&w)[4]) {
     row.load(first, w);
     SPECDEC_UNROLL
@@ -208,7 +203,7 @@ template <class T>
 SPECDEC_DEVICE int flat_race(const Row<T>& row, const Distribution& d, const Noise& noise) {
   const Team& block = row.block;
   const Table table = row.table();
-  const Probabilities probability(d);
+  const Probabilities probability = probabilities_of(d);
   Arrived first;
   SPECDEC_ROLLED
   for (int span = block.rank(); !d.filtered() && span < table.spans; span += kThreads) {

@@ -90,9 +90,10 @@ struct Filter {
     SPECDEC_ROLLED
     for (float gap = 4.0f; limited ? pivot > -INFINITY : by_mass && gap < 80.0f; gap *= 2.0f) {
       const float lowest = -std::numeric_limits<float>::max();
-      const int count = gather(limited ? pivot : fmaxf(all.top - gap / sampling.scale, lowest));
+      float mass;
+      const int count = gather(limited ? pivot : fmaxf(all.top - gap / sampling.scale, lowest), mass);
       if (count > kKept) break;
-      if (limited || gathered_mass(count) >= goal) return ranked(count, limited, goal);
+      if (limited || mass >= goal) return ranked(count, limited, goal);
     }
     // By going over the row: min-p alone, or what keeps more than a block has memory for.
     const auto threshold = [&](float goal, Weights weight) {
@@ -141,9 +142,10 @@ struct Filter {
   }
 
   // The logits that are not below a pivot into the block's memory, with their weights, in an order that does not depend
-  // on the launch. How many; more than kKept where they are too many.
-  SPECDEC_DEVICE int gather(float pivot) const {
+  // on the launch. How many, more than kKept where they are too many; and their mass.
+  SPECDEC_DEVICE int gather(float pivot, float& mass) const {
     int listed = 0, count = 0, more;
+    mass = 0.0f;
     SPECDEC_ROLLED
     for (int first = 0; first < tiles(); first += kThreads, listed += more) {
       const int tile = first + block.rank();
@@ -169,19 +171,13 @@ struct Filter {
       for_found([&](float) { ++own; });
       int at = count + block.before(own, more);
       for_found([&](float x) {  // they are loaded again, and not all kept meanwhile
-        if (at < kKept) memory().values[at] = x, memory().weights[at] = weight()(x);
-        ++at;
+        const float own_weight = weight()(x);
+        if (at < kKept) memory().values[at] = x, memory().weights[at] = own_weight;
+        ++at, mass += own_weight;
       });
     }
-    block.sync();
+    mass = block.reduce(mass, Plus());  // and all see what was gathered
     return count;
-  }
-
-  SPECDEC_DEVICE float gathered_mass(int count) const {
-    float mass = 0.0f;
-    SPECDEC_ROLLED
-    for (int j = block.rank(); j < count; j += kThreads) mass += memory().weights[j];
-    return block.reduce(mass, Plus());
   }
 
   // What is kept of the logits that were gathered. Top-k keeps those with fewer than k above, top-p those with less

@@ -109,7 +109,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
  private:
   // What comes behind `last` when ids are ordered by falling logit, or by arrival in the flat race.
   SPECDEC_DEVICE Arrived next_best(const Arrived& last) const {
-    const Probabilities probability(d_);
+    const Probabilities probability = probabilities_of(d_);
     Arrived best;
     row_.for_ids(0, row_.vocab(), [&](int id, float x) {
       Arrived here{-x, id};
@@ -127,7 +127,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
 
   // A token by the two-level race, none of the first `count`; kNobody where they left nothing.
   SPECDEC_DEVICE int draw_without(const int64_t* tokens, int count, const Noise& noise) const {
-    const Probabilities probability(d_);
+    const Probabilities probability = probabilities_of(d_);
     const auto left = [&](int id, float x) {
       for (int index = 0; index < count; ++index)
         if (fresh(tokens + index) == id) return 0.0f;

@@ -84,7 +84,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   SPECDEC_DEVICE bool is_certain(const Node& state) const { return !dense() || state.draft.argmax >= 0; }
   // What the rejected children leave of a node.
   SPECDEC_DEVICE Residual residual_of(const Node& state) const {
-    return {Probabilities(state.target), Probabilities(state.draft, state.factor), is_certain(state)};
+    return {probabilities_of(state.target), probabilities_of(state.draft, state.factor), is_certain(state)};
   }
 
   // f(child) for the children tested so far whose tokens lie in [begin, begin + count).
@@ -138,7 +138,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   SPECDEC_DEVICE double draft_left(int node, const Node& state) {
     const double left = 1.0 - state.drafted;
     if (left >= kLeastDifference) return left;
-    const Probabilities drafted(state.draft);
+    const Probabilities drafted = probabilities_of(state.draft);
     const double sum = pass(node, [&](int first, float (&w)[kElements]) {
       draft(node).load(first, w);
       SPECDEC_UNROLL

@@ -65,7 +65,10 @@ class VerifyProgram {
     if (code == 0) return;
     const bool decides = code == 1 && settle(judge(row_));
     leave();
-    if (decides) decide();
+    if (!decides) return;
+    int end = 0;
+    for (int next = 0; next >= 0; next = fresh(&judged()[end].next)) end = next;
+    end_at(end, 1.0, true);
   }
 
  protected:
@@ -335,11 +338,6 @@ class VerifyProgram {
     for (int word = 0; word < words(); ++word) put(settled_bits() + word, 0u);
   }
 
-  SPECDEC_DEVICE void decide() const {
-    int end = 0;
-    for (int next = 0; next >= 0; next = fresh(&judged()[end].next)) end = next;
-    end_at(end, 1.0, true);
-  }
   // The path ends in a row, with a probability, and with its draft rejected where it was tested and could be accepted.
   SPECDEC_DEVICE void end_at(int end, double path_prob, bool can_go_on) const {
     const Judged last = fresh(judged() + end);
@@ -363,7 +361,7 @@ class VerifyProgram {
   }
   // (target - draft / path_prob)+, and nothing of a draft that is a point mass.
   SPECDEC_DEVICE static Residual residual_of(const Judged& row, double path_prob) {
-    return {Probabilities(row.target), Probabilities(row.draft, path_prob), row.draft.argmax >= 0};
+    return {probabilities_of(row.target), probabilities_of(row.draft, path_prob), row.draft.argmax >= 0};
   }
   template <int kCount>
   SPECDEC_DEVICE static void set_apart(const Judged& row, int first, float (&w)[kCount]) {
