@@ -109,8 +109,8 @@ class BlockProgram : CrewProgram<T, VerifyChain> {
       if (usable > 0 && path_prob < 1.0) {
         const Residual residual = Base::residual_of(row, path_prob);
         Base::sum_spans(span_sums(usable, 0), [&](int first, float (&w)[kElements]) {
-          Base::weigh(usable, residual, first, w,
-                      [&](int, float (&apart)[kElements]) { Base::set_apart(row, first, apart); });
+          Base::weigh(usable, residual, first, w);
+          Base::set_apart(row, first, w);
         });
       }
       path_prob = after(path_prob, row);

@@ -6,12 +6,10 @@
 
 namespace specdec::cuda {
 
-// Not inline, which would put float64 into loops of exponentials.
-SPECDEC_SELDOM float ratio_of(double a, double b) { return float(a / b); }
-
 // What is known of a node that was visited. Rejecting its children one after the other leaves, up to a factor,
-// (target - draft / factor)+ with one number; but siblings drawn without replacement were not drawn from what was
-// rejected before them, so a rejected token has a factor of its own.
+// (target - draft / factor)+ with one number, and nothing of the rejected tokens: each was rejected since less was left
+// of it than the draft's probability. So it does not matter that siblings drawn without replacement were not drawn from
+// those.
 struct alignas(16) Node {
   Distribution target, draft;
   bool updated = true;     // mass and path_prob are those after the last rejection
@@ -19,9 +17,7 @@ struct alignas(16) Node {
   double mass = 1.0;       // of what the rejected children leave
   double drafted = 0.0;    // the draft's probability of them
   double factor = INFINITY;
-  double own_factor = INFINITY;  // as a rejected child
-  float left = 0.0f;             // and what is left of its token then
-  int last = 0;                  // the last child that was tested
+  int last = 0;  // the last child that was tested
 };
 static_assert(sizeof(Node) <= kPlaceBytes);
 
@@ -58,7 +54,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   }
 
   // The distributions of a node, and a fresh state. Whether its row and its children's distributions are usable.
-  SPECDEC_DEVICE bool init_node(int node, double path_prob, double own_factor) {
+  SPECDEC_DEVICE bool init_node(int node, double path_prob) {
     // Each when it is visited, since all have read the tables of the node before; or all before the root.
     if (!work_.ahead) meet();
     const int measured = !work_.ahead ? node + 1 : node == 0 ? live_ : 0;
@@ -67,7 +63,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     int child = next_child(node, node);
     Node fresh;
     fresh.target = distribution_of(target(node));
-    fresh.path_prob = path_prob, fresh.own_factor = own_factor;
+    fresh.path_prob = path_prob;
     fresh.draft.argmax = child < live_ ? int(token(child)) : 0;
     bool usable = fresh.target.valid;
     if (usable && child < live_ && fresh.target.argmax < 0 && dense()) {
@@ -99,29 +95,12 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     SPECDEC_ROLLED
     for (int child = next(node); child < behind; child = next(child)) f(child);
   }
-  // Writes down what is left of rejected children, once for all ids: nothing of a point mass; else the residual's draft
-  // is what the last rejection took of it, and of this child its own took another part.
-  SPECDEC_DEVICE void set_left(int node, const Node& state, const Residual& residual) const {
-    for_tested(node, state.last, 0, int(all_.vocab), [&](int child) {
-      const int id = int(token(child));
-      const float share = ratio_of(state.factor, fresh(&nodes_[child].own_factor));
-      const float left = residual.certain ? 0.0f : residual(target(node).logit(id), draft(node).logit(id), share);
-      if (block_.rank() == 0) put(&nodes_[child].left, left);
-    });
-    block_.sync();
-  }
-  // The weights of the tested children among ids from `first` on, where they have a part of their own in what is left.
-  template <int kCount, class F>
-  SPECDEC_DEVICE void set_apart(int node, const Node& state, int first, float (&w)[kCount], const F& left_of) const {
-    if (op_.replacement && !is_certain(state)) return;
+  // Nothing is left of the tested children among ids from `first` on.
+  template <int kCount>
+  SPECDEC_DEVICE void set_apart(int node, const Node& state, int first, float (&w)[kCount]) const {
     constexpr int kOfWarp = kCount * kLanes;
     for_tested(node, state.last, first / kOfWarp * kOfWarp, kOfWarp,
-               [&](int child) { set_at(w, int(token(child)) - first, left_of(child)); });
-  }
-  SPECDEC_DEVICE auto left_of_children(int node, const Node& state) const {
-    return [this, node, &state](int first, auto& w) {
-      set_apart(node, state, first, w, [this](int child) { return fresh(&nodes_[child].left); });
-    };
+               [&](int child) { set_at(w, int(token(child)) - first, 0.0f); });
   }
 
   // The sum of the weights of the ids of a node.
@@ -143,7 +122,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
       draft(node).load(first, w);
       SPECDEC_UNROLL
       for (float& weight : w) weight = drafted(weight);
-      set_apart(node, state, first, w, [](int) { return 0.0f; });
+      set_apart(node, state, first, w);
     });
     return sum < kNothingLeft ? 0.0 : sum;
   }
@@ -155,9 +134,10 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     double mass = state.mass;
     if (state.target.argmax < 0) {  // a point mass is accepted where it is a child, and not touched by other children
       const Residual residual = residual_of(state);
-      set_left(node, state, residual);
-      const auto set_apart = left_of_children(node, state);
-      mass = pass(node, [&](int first, float (&w)[kElements]) { Base::weigh(node, residual, first, w, set_apart); });
+      mass = pass(node, [&](int first, float (&w)[kElements]) {
+        Base::weigh(node, residual, first, w);
+        set_apart(node, state, first, w);
+      });
     }
     const double left = state.path_prob * mass / state.mass;
     state.mass = mass;
@@ -170,9 +150,9 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   // again where a node fails. The node where the path ends.
   SPECDEC_DEVICE int descend() {
     int node = 0;
-    double below = 1.0, own_factor = INFINITY;
+    double below = 1.0;
     for (;;) {
-      if (below > 0.0) valid_ = init_node(node, below, own_factor) && valid_;
+      if (below > 0.0) valid_ = init_node(node, below) && valid_;
       const int child = next_child(node, state_of(node).last);
       const bool bottom_up = !recursive_ && node > 0;
       if (child < live_ || bottom_up) update_residual(node);
@@ -182,34 +162,31 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
         node = parent(node), below = 0.0;
         continue;
       }
-      below = test(node, child, state, own_factor);
+      below = test(node, child, state);
       if (below > 0.0) node = child;
     }
   }
 
   // Tests a child. Recursive: 1 if it passes, else 0. Traversal: the chance that it is visited; it counts as rejected,
   // to be read only once it is.
-  SPECDEC_DEVICE double test(int node, int child, const Node& state, double& own_factor) {
+  SPECDEC_DEVICE double test(int node, int child, const Node& state) {
     const bool certain = is_certain(state);
-    const int id = int(token(child));
-    // An earlier sibling of the same token: rejected before, with a factor of its own.
-    int twin = next_child(node, node);
-    while (token(twin) != id) twin = next_child(node, twin);
-    const bool fresh = twin == child;
-    const double prob = Base::drafted_prob(node, state.draft, id);
+    const int64_t id = token(child);
+    const bool fresh = child == Base::first_where(node + 1, child, [&](int earlier) {
+                         return Base::is_child(earlier, node) && token(earlier) == id;
+                       });
+    const double prob = Base::drafted_prob(node, state.draft, int(id));
     const double left_of_draft = op_.replacement || certain ? 1.0 : draft_left(node, state);
-    const double own = op_.replacement || fresh ? state.factor : state_of(twin).own_factor;
-    const double target_prob = prob_of(state.target, target(node).logit(id), id);
-    const double weight = certain ? (fresh ? target_prob : 0.0) : fmax(target_prob - prob / own, 0.0);
-    double conditional = prob;
-    if (!op_.replacement && !certain) conditional = fresh && left_of_draft > 0.0 ? prob / left_of_draft : 0.0;
+    const double conditional = left_of_draft > 0.0 ? prob / left_of_draft : 0.0;
+    const double target_prob = prob_of(state.target, target(node).logit(int(id)), int(id));
+    const double left = certain ? target_prob : fmax(target_prob - prob / state.factor, 0.0);
+    const double weight = fresh ? left : 0.0;
     // Strict: what the target excludes is never accepted, whatever the draft was declared to be.
     double below;
     if (recursive_)
       below = uniform_of(child) * state.mass * conditional < weight ? 1.0 : 0.0;
     else
       below = weight > 0.0 ? fmin(1.0, state.path_prob * weight / state.mass / conditional) : 0.0;
-    own_factor = INFINITY;
     if (recursive_ && below > 0.0) return below;
     Node here = state;
     if (left_of_draft > 0.0 && state.path_prob > 0.0 && state.mass > 0.0) {
@@ -220,10 +197,6 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     here.last = child;
     here.updated = false;
     store_state(node, here);
-    own_factor = fresh ? here.factor : own;
-    Node tested;
-    tested.own_factor = own_factor;
-    store_state(child, tested);
     return below;
   }
 
@@ -232,8 +205,8 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
     if (state.target.argmax >= 0) return state.target.argmax;
     const Residual residual = residual_of(state);
     const bool rejected = state.last > node && state.last < live_;
-    if (rejected) set_left(node, state, residual);
-    return Base::draw_after(node, state.target, residual, rejected, left_of_children(node, state));
+    return Base::draw_after(node, state.target, residual, rejected,
+                            [&](int first, auto& w) { set_apart(node, state, first, w); });
   }
 
   Node* const nodes_;

@@ -6,16 +6,16 @@
 
 namespace specdec::cuda {
 
-// (target - share * draft)+ of an id, where the draft was divided by a factor; of a drafter that is certain of its
-// token, all of the target. Of the rejected tokens themselves something else may be left: those are set apart.
+// (target - draft)+ of an id, where the draft was divided by a factor; of a drafter that is certain of its token, all
+// of the target. Of the rejected tokens themselves nothing is left: those are set apart.
 struct Residual {
   Probabilities target, draft;
   bool certain;
 
-  SPECDEC_DEVICE float operator()(float target_logit, float draft_logit, float share = 1.0f) const {
+  SPECDEC_DEVICE float operator()(float target_logit, float draft_logit) const {
     const float prob = target(target_logit);
     if (certain) return prob;
-    const float left = prob - draft(draft_logit) * share;
+    const float left = prob - draft(draft_logit);
     return left > 0.0f ? left : 0.0f;  // nothing where the draft is no number
   }
 };
@@ -194,27 +194,25 @@ class VerifyProgram {
     return d.argmax >= 0 || !dense() ? 1.0 : prob_of(d, draft(i).logit(id), id);
   }
 
-  // The weights of ids of row i from `first` on: what is left of the target, and what `set_apart(first, w)` says.
-  template <int kCount, class F>
-  SPECDEC_DEVICE void weigh(int i, const Residual& residual, int first, float (&w)[kCount], const F& set_apart) const {
+  // The weights of ids of row i from `first` on: what is left of the target.
+  template <int kCount>
+  SPECDEC_DEVICE void weigh(int i, const Residual& residual, int first, float (&w)[kCount]) const {
     float y[kCount] = {};
     target(i).load(first, w);
     if (!residual.certain) draft(i).load(first, y);
     SPECDEC_UNROLL
     for (int k = 0; k < kCount; ++k) w[k] = residual(w[k], y[k]);
-    set_apart(first, w);
   }
   // The token that ends the step in row i, by the two-level race: of what rejections left, and of the target's own
-  // probabilities where that is nothing, or nothing was rejected.
+  // probabilities where that is nothing, or nothing was rejected. `set_apart(first, w)` of four weights.
   template <class F>
   SPECDEC_DEVICE int draw_after(int i, const Distribution& d, Residual residual, bool rejected,
                                 const F& set_apart) const {
     for (;;) {
       residual.certain |= !rejected;
       const int drawn = draw(target(i), d, noise(i), [&](int first, float (&w)[4]) {
-        weigh(i, residual, first, w, [&](int, float (&apart)[4]) {
-          if (rejected) set_apart(first, apart);
-        });
+        weigh(i, residual, first, w);
+        if (rejected) set_apart(first, w);
       });
       if (drawn != kNobody || !rejected) return drawn;
       rejected = false;
