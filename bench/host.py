@@ -26,7 +26,8 @@ from specdec_kernels.bench.machine import machine, save
 
 #: The environment in which both stand-ins can be had: kernels are compiled, not interpreted.
 STAND_IN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-    "SPECDEC_EMULATE_CUDA": "host",
+    "SPECDEC_EMULATE_CUDA": "1",
+    "SPECDEC_EMULATED_PROCESSORS": "132",
     "OMP_NUM_THREADS": "1",
 }
 BATCH, DRAFTS, VOCAB = 8, 4, 151_936
@@ -77,7 +78,7 @@ def _stand_in(backend: str) -> None:
     if backend == "cuda":
         BACKENDS["cuda"].require(torch.device("cpu"))
         library = ctypes.CDLL(str(BACKENDS["cuda"].library))
-        library.specdec_stand_in(None, ctypes.c_bool(False), ctypes.c_bool(True))
+        library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(True))
         return
     stand_in_driver(_idle)
     import importlib

@@ -1,118 +1,98 @@
-// The same programs on a CPU: how tests hold them against the oracle where there is no GPU. Those of a crew run side by
-// side, the others one after the other. What it does not show is what depends on the machine: the shuffles of a warp,
-// and how programs that run by rows see each other's writes.
-#include <torch/csrc/stable/library.h>
+// The CUDA backend on a CPU, for tests and to time its host's side: ops.cpp and the kernels as they are, with a
+// stand-in for the CUDA runtime. What it does not show is what depends on the machine: the shuffles of a warp, and how
+// blocks that run side by side see each other's writes.
+#define SPECDEC_LIBRARY specdec_emulated
+#define SPECDEC_KEY CPU
+#define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cpu
+#include "ops.cpp"
 
-#include <cstdlib>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <thread>
-#include <vector>
 
-#include "../common/elements.h"
-#include "../common/operators.h"
-#include "../common/tree_operators.h"
-#include "crew.h"
-#include "launch.h"
-#include "masks.h"
-#include "sample.h"
-#include "trees.h"
+#include "workspace.h"
 
 namespace specdec::cuda {
 namespace {
 
-// SPECDEC_EMULATED_PROCESSORS multiprocessors, so that rows are cut; teams in an order of SPECDEC_EMULATED_ORDER's own.
-int64_t setting(const char* name, int64_t otherwise) {
-  const char* value = std::getenv(name);
-  return value ? std::strtoll(value, nullptr, 10) : otherwise;
+// What is in memory before a launch is anything but the counters, which are 0 before and after.
+void poison(const auto&) {}
+void poison(const Workspace& work) {
+  std::memset(work.places, 0xFF, size_t(work.place_bytes));
+  std::memset(work.tables, 0xFF, size_t(work.table_bytes));
+}
+void check_counters(const auto&) {}
+void check_counters(const Workspace& work) {
+  for (int64_t i = 0; i < work.counter_bytes / int64_t(sizeof(uint32_t)); ++i)
+    STD_TORCH_CHECK(work.counters[i] == 0, "a counter was left at ", work.counters[i]);
 }
 
-// body(team) by the threads of `blocks` blocks that run side by side, each block with a number.
-template <class F>
-void on_teams(int64_t blocks, const F& body) {
-  if (blocks * kThreads == 1) {
-    Block block;
-    return body(Team(block, 0), 0);
-  }
-  std::vector<std::unique_ptr<Block>> all;
+std::mutex launches;  // follow each other on a stream
+
+// Blocks that wait for each other run together, each by its threads; others one after the other, in an order of
+// SPECDEC_EMULATED_ORDER's own.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool together, cudaStream_t,
+                          const Arguments&... arguments) {
+  const std::lock_guard lock(launches);
+  ++emulated::launched;
+  if (emulated::idle) return cudaSuccess;
+  (check_counters(arguments), ...);
+  (poison(arguments), ...);
+  std::vector<int64_t> order(static_cast<size_t>(blocks));
+  std::iota(order.begin(), order.end(), int64_t(0));
+  if (const int seed = emulated::setting("SPECDEC_EMULATED_ORDER", 0))
+    std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
+  const auto run = [&](BlockState& block, int rank, const int64_t* begin, const int64_t* end) {
+    for (const int64_t* index = begin; index < end; ++index) {
+      current = {&block, rank, *index};
+      kernel(arguments...);
+      Team::sync();  // what one block wrote, the next reads
+    }
+  };
+  const int64_t at_once = together ? blocks : 1, each = blocks / at_once;
+  std::vector<std::unique_ptr<BlockState>> all;
   std::vector<std::thread> threads;
-  threads.reserve(size_t(blocks) * kThreads);
-  for (int64_t number = 0; number < blocks; ++number) {
-    Block& block = *all.emplace_back(std::make_unique<Block>());
-    for (int rank = 0; rank < kThreads; ++rank)
-      threads.emplace_back([&block, &body, rank, number] { body(Team(block, rank), number); });
+  for (int64_t first = 0; first < blocks; first += each) {
+    BlockState& block = *all.emplace_back(std::make_unique<BlockState>());
+    const int64_t *begin = order.data() + first, *end = begin + each;
+    if (at_once * kThreads == 1)
+      run(block, 0, begin, end);
+    else
+      for (int rank = 0; rank < kThreads; ++rank)
+        threads.emplace_back([=, &run, &block] { run(block, rank, begin, end); });
   }
   for (std::thread& thread : threads) thread.join();
-}
-
-template <class Op>
-void run_as(const Op& op, const Team& team, const Workspace& work, const Part& part) {
-  with_program(op, [&](auto type) { typename decltype(type)::type(team, op, work, part).run(); });
-}
-
-template <class Op>
-void run(const Op& op, const Tensor&) {
-  const Device device{setting("SPECDEC_EMULATED_PROCESSORS", 1)};
-  const Needs needs = needs_of(op, device);
-  const Shape shape = shape_of(op, device);
-  std::vector<Four> tables(size_t(needs.tables * 2 * shape.entries) / 4, Four{NAN, NAN, NAN, NAN});
-  std::vector<Four> places(size_t(needs.places * kPlaceBytes) / sizeof(Four), Four{NAN, NAN, NAN, NAN});
-  std::vector<int32_t> counters(size_t(needs.counters), 0);
-  Scratch scratch{tables.data()->x, places.data(), counters.data()};
-  if (const auto [memory, bytes] = handed(op); memory != nullptr) {
-    const Layout layout(needs, shape);
-    STD_TORCH_CHECK(bytes >= layout.bytes(), "workspace must have at least ", layout.bytes(), " bytes, got ", bytes);
-    scratch = layout.in(memory, bytes);
-  }
-  const Workspace work = workspace_of(shape, scratch);
-  if (by_crews(op)) {
-    for (int64_t request = 0; request < requests_of(common_of(op)); ++request)
-      on_teams(shape.slices,
-               [&](const Team& team, int64_t block) { run_as(op, team, work, {int(request), 0, int(block)}); });
-  } else {
-    std::vector<int64_t> order(size_t(shape.programs));
-    std::iota(order.begin(), order.end(), int64_t(0));
-    if (const int64_t seed = setting("SPECDEC_EMULATED_ORDER", 0))
-      std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
-    on_teams(1, [&](const Team& team, int64_t) {
-      for (const int64_t index : order) {
-        run_as(op, team, work, part_of(op, unsigned(index), unsigned(shape.slices)));
-        team.sync();  // what one program wrote, the next reads
-      }
-    });
-  }
-  for (int64_t i = 0; i < needs.counters; ++i)
-    STD_TORCH_CHECK(scratch.counters[i] == 0, "a counter was left at ", scratch.counters[i]);
-}
-
-void run(const NoiseWords& op, const Tensor&) {
-  for (int64_t index = 0; index < op.rows * op.counters; ++index) noise_program(op, index);
-}
-
-void run(const TreeMask& op, const Tensor&) {
-  with_program(op, [&](auto type) {
-    on_teams(1, [&](const Team& team, int64_t) {
-      const int64_t programs = programs_a_request(op, team.size());
-      for (int64_t p = 0; p < op.batch * programs; ++p) typename decltype(type)::type(team, op, p, programs).run();
-    });
-  });
-}
-
-void run(const CompactKv& op, const std::vector<char*>& data, const Tensor&) {
-  Caches caches{};
-  const auto count = int64_t(data.size());
-  STD_TORCH_CHECK(count <= kCachesALaunch, "the emulation has one launch");
-  std::copy(data.begin(), data.end(), caches.data);
-  with_kv_unit(op, caches, count, [&](auto unit) {
-    const int64_t threads = op.row_bytes / int64_t(sizeof unit) * op.heads * op.batch * count;
-    for (int64_t i = 0; i < threads + 7; ++i) compact_kv_program<decltype(unit)>(op, caches, count, i);  // a few more
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(specdec_emulated, CPU, m) {
-  implement<[](const auto& op, const Tensor& like) { run(op, like); }>(m);
-  implement_trees<[](const auto&... arguments) { run(arguments...); }>(m);
+  (check_counters(arguments), ...);
+  return cudaSuccess;
 }
 
 }  // namespace
 }  // namespace specdec::cuda
+
+#include "kernels_chain.cu"
+#include "kernels_masks.cu"
+#include "kernels_rows.cu"
+#include "kernels_trees.cu"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = specdec::cuda::emulated::stream;
+  return 0;
+}
+
+// For tests and benchmarks, through ctypes. A device is asked anew.
+extern "C" {
+__attribute__((visibility("default"))) void specdec_emulate(void* stream, bool capturing, bool idle) {
+  namespace emulated = specdec::cuda::emulated;
+  emulated::stream = stream, emulated::capturing = capturing, emulated::idle = idle;
+}
+__attribute__((visibility("default"))) void specdec_emulated_counts(int* counts) {
+  using namespace specdec::cuda::emulated;
+  counts[0] = asked, counts[1] = cleared, counts[2] = launched;
+  asked = cleared = launched = 0;
+}
+__attribute__((visibility("default"))) void specdec_emulated_forget_devices() {
+  specdec::cuda::processors_of_devices().clear();
+}
+}

@@ -5,24 +5,18 @@
 namespace specdec::cuda {
 namespace {
 
-__global__ void noise_words_kernel(const NoiseWords op) {
-  noise_program(op, int64_t(blockIdx.x) * blockDim.x + threadIdx.x);
+SPECDEC_KERNEL void noise_words_kernel(SPECDEC_PARAMETER NoiseWords op) {
+  noise_program(op, block_index() * kThreads + Team::rank());
 }
 
 }  // namespace
 
-int launch(const Sample& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  return start(op, shape, scratch, stream);
-}
+template cudaError_t launch(const Sample&, const Plan&, cudaStream_t);
+template cudaError_t launch(const SampleChildren&, const Plan&, cudaStream_t);
 
-int launch(const SampleChildren& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  return start(op, shape, scratch, stream);
-}
-
-int launch(const NoiseWords& op, void* stream) {
+cudaError_t launch(const NoiseWords& op, cudaStream_t stream) {
   const int64_t blocks = (op.rows * op.counters + kThreads - 1) / kThreads;
-  noise_words_kernel<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op);
-  return int(cudaGetLastError());
+  return launch_kernel(noise_words_kernel, blocks, false, stream, op);
 }
 
 }  // namespace specdec::cuda

@@ -4,8 +4,6 @@
 
 namespace specdec::cuda {
 
-int launch(const VerifyTree& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  return start(op, shape, scratch, stream);
-}
+template cudaError_t launch(const VerifyTree&, const Plan&, cudaStream_t);
 
 }  // namespace specdec::cuda

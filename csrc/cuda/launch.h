@@ -1,8 +1,11 @@
 // What is launched, and how: the host's half of a program.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../common/elements.h"
@@ -20,24 +23,12 @@ constexpr int64_t kBlocksAProcessor = 4;
 // are not needed are found out by blocks that have not started.
 constexpr int64_t kMostChunks = 8;
 
-// A GPU, as far as launches depend on it.
-struct Device {
-  int64_t processors;
-
-  int64_t blocks() const { return kBlocksAProcessor * processors; }
-};
-
-// Scratch of a launch; see workspace.h.
-struct Scratch {
-  float* tables;
-  void* places;
-  int32_t* counters;
-};
-// Bytes of a place.
+// What is known of a row takes so many bytes at most.
 constexpr int64_t kPlaceBytes = 128;
 
-// How an operation works. By rows: each block has a slice of a row, and nobody waits for anybody (request.h). By crews:
-// the blocks that share a request go through its rows together, and wait for each other after each pass (crew.h).
+// How an operation works. By rows: each block has a slice of a row, and no block waits for another (request.h). By
+// crews: the blocks that share a request go through its rows together, and wait for each other after each pass
+// (crew.h).
 inline bool by_crews(const VerifyChain& op) { return op.rule == Rule::block; }
 inline bool by_crews(const VerifyTree& op) { return op.rule == TreeRule::recursive || op.rule == TreeRule::traversal; }
 template <class Op>
@@ -55,6 +46,8 @@ SPECDEC_SHARED const auto& common_of(const Op& op) {
 }
 SPECDEC_SHARED inline int64_t requests_of(const Verification& all) { return all.batch; }
 SPECDEC_SHARED inline int64_t requests_of(const Sample& all) { return all.rows; }
+inline int64_t rows_of_request(const Verification& all) { return all.rows; }
+inline int64_t rows_of_request(const Sample&) { return 1; }
 inline const Logits& logits_of(const Verification& all) { return all.target; }
 inline const Logits& logits_of(const Sample& all) { return all.logits; }
 inline bool drafts_differ(const Verification& all) {
@@ -62,95 +55,82 @@ inline bool drafts_differ(const Verification& all) {
 }
 inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullptr; }
 
-// Blocks that share a request: all that the GPU has at a time, as long as each has a span of a row and a multiprocessor
-// to itself.
-template <class Op>
-int64_t crew_of(const Op& op, const Device& device) {
-  const int64_t most =
-      std::max<int64_t>(std::min((common_of(op).vocab + kSpanIds - 1) / kSpanIds, device.processors), 1);
-  return std::clamp<int64_t>(device.blocks() / std::max<int64_t>(requests_of(common_of(op)), 1), 1, most);
-}
+// How an operation is launched, and its scratch. Results do not depend on how it is cut.
+struct Plan {
+  float* tables = nullptr;       // two of each row, of target and draft
+  void* places = nullptr;        // what is known of each row, as the program has it
+  uint32_t* counters = nullptr;  // of each request (request.h, crew.h): who uses them leaves them 0, as they were
+  int spans;                     // of a row
+  int slices;                    // blocks that share a row, or a request
+  int length;                    // spans of each slice of a row
+  bool in_waves;                 // blocks start after others have ended, and may find that they are not needed
+  bool ahead;                    // a tree's rows are measured before any is visited
+  int64_t blocks;
+  int64_t table_bytes, place_bytes, counter_bytes;
 
-// What an operation needs of scratch: of each row two tables, of target and draft; of each request counters (request.h,
-// crew.h). A tree's rows are each measured when a crew comes to it, in two tables a request, or `ahead`, all of them:
-// where the rule comes to all nodes, or there are so few that they keep no multiprocessor busy.
-struct Needs {
-  int64_t rows;
-  int64_t tables, places, counters;
+  // The counters lie at the begin of the memory, all else at its end, so that calls of different sizes never write over
+  // each other's counters. Callers are told a size that is at least this (specdec_kernels/ops/workspace.py).
+  int64_t bytes() const { return counter_bytes + place_bytes + table_bytes; }
+  void set_memory(void* memory, int64_t size) {
+    auto* const end = static_cast<unsigned char*>(memory) + size / kWorkspaceAlignment * kWorkspaceAlignment;
+    counters = static_cast<uint32_t*>(memory);
+    places = end - table_bytes - place_bytes;
+    tables = reinterpret_cast<float*>(end - table_bytes);
+  }
+};
+
+// For a GPU with so many multiprocessors, and a request at least.
+template <class Op>
+Plan plan_of(const Op& op, int64_t processors) {
+  const auto& all = common_of(op);
+  const int64_t requests = requests_of(all), rows_each = rows_of_request(all), rows = requests * rows_each;
+  const int64_t spans = std::max<int64_t>((all.vocab + kSpanIds - 1) / kSpanIds, 1);
+  const int64_t on_device = kBlocksAProcessor * processors;  // blocks at a time
+  int64_t slices, length = spans, blocks, places = rows, measured = rows;
   bool ahead = true;
-};
-inline int64_t counters_of_request(int64_t rows) { return rows + 2 + (rows + 31) / 32; }
-inline Needs needs_of(const VerifyChain& op, const Device&) {
-  const int64_t rows = op.common.batch * op.common.rows;
-  return {rows, 2 * rows, rows, op.common.batch * counters_of_request(op.common.rows)};
-}
-inline Needs needs_of(const VerifyTree& op, const Device& device) {
-  const int64_t batch = op.common.batch, rows = batch * op.common.rows;
-  const int64_t counters = batch * counters_of_request(op.common.rows);
-  if (!by_crews(op)) return {rows, 2 * rows, rows, counters};
-  const bool ahead = op.rule == TreeRule::traversal ? batch < device.blocks() : rows <= device.processors;
-  return {rows, 2 * (ahead ? rows : batch), rows * crew_of(op, device), counters, ahead};
-}
-inline Needs needs_of(const Sample& op, const Device&) { return {op.rows, op.rows, 0, op.rows}; }
-inline Needs needs_of(const SampleChildren& op, const Device& device) { return needs_of(op.common, device); }
-
-// How a launch is cut. The results do not depend on it.
-struct Shape {
-  int64_t programs;  // blocks
-  int64_t slices;    // blocks that share a row, or a request
-  int64_t length;    // spans of each slice of a row
-  int64_t entries;   // half the floats of a row's table
-  bool in_waves;     // blocks start after others have ended
-  bool ahead;        // see Needs
-
-  int64_t spans() const { return 2 * entries / kSpanFloats; }
-};
-
-template <class Op>
-Shape shape_of(const Op& op, const Device& device) {
-  const Needs needs = needs_of(op, device);
-  const int64_t spans = (common_of(op).vocab + kSpanIds - 1) / kSpanIds, entries = spans * kSpanFloats / 2;
   if (by_crews(op)) {
-    const int64_t crew = crew_of(op, device);
-    return {requests_of(common_of(op)) * crew, crew, spans, entries, false, needs.ahead};
+    // All that the GPU has at a time, as long as each has a span of a row and a multiprocessor to itself.
+    slices = std::clamp<int64_t>(on_device / requests, 1, std::min(spans, processors));
+    blocks = requests * slices;
+  } else {
+    // Some waves of blocks, so that few wait for the last ones.
+    constexpr int64_t kWaves = 2;
+    const int64_t chunks = (spans + kChunkSpans - 1) / kChunkSpans;
+    const int64_t chunks_each = std::clamp<int64_t>(rows * chunks / (kWaves * on_device), 1, kMostChunks);
+    slices = (chunks + chunks_each - 1) / chunks_each;
+    length = (chunks + slices - 1) / slices * kChunkSpans;
+    blocks = rows * slices;
   }
-  // Some waves of blocks, so that few wait for the last ones.
-  constexpr int64_t kWaves = 2;
-  const int64_t chunks = std::max<int64_t>((spans + kChunkSpans - 1) / kChunkSpans, 1);
-  const int64_t each = std::clamp<int64_t>(needs.rows * chunks / (kWaves * device.blocks()), 1, kMostChunks);
-  const int64_t slices = (chunks + each - 1) / each, length = (chunks + slices - 1) / slices * kChunkSpans;
-  const int64_t programs = needs.rows * slices;
-  return {programs, slices, length, entries, programs > device.blocks(), needs.ahead};
+  if constexpr (std::is_same_v<Op, VerifyTree>) {
+    if (by_crews(op)) {
+      // Rows are each measured when a crew visits them, in two tables a request; or ahead, all of them: where the rule
+      // visits all nodes, or there are so few that they keep no multiprocessor busy.
+      ahead = op.rule == TreeRule::traversal ? requests < on_device : rows <= processors;
+      measured = ahead ? rows : requests;
+      places = rows * slices;
+    }
+  }
+  const auto aligned = [](int64_t size) {
+    return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  };
+  return {.spans = int(spans),
+          .slices = int(slices),
+          .length = int(length),
+          .in_waves = !by_crews(op) && blocks > on_device,
+          .ahead = ahead,
+          .blocks = blocks,
+          .table_bytes = aligned(measured * 2 * spans * kSpanFloats * int64_t(sizeof(float))),
+          .place_bytes = aligned(places * kPlaceBytes),
+          .counter_bytes = aligned(requests * (rows_each + 2 + (rows_each + 31) / 32) * int64_t(sizeof(uint32_t)))};
 }
-
-// Where scratch lies in memory that was handed in: the counters at its begin, all else at its end, so that calls of
-// different sizes never write over each other's counters, which have to be 0. The size that callers are told is at
-// least this (verify_chain_workspace in specdec_kernels/ops/workspace.py).
-struct Layout {
-  static constexpr int64_t kAlign = 256;
-  int64_t counters, places, tables;  // bytes
-
-  Layout(const Needs& needs, const Shape& shape)
-      : counters(aligned(needs.counters * int64_t(sizeof(int32_t)))),
-        places(aligned(needs.places * kPlaceBytes)),
-        tables(aligned(needs.tables * 2 * shape.entries * int64_t(sizeof(float)))) {}
-
-  int64_t bytes() const { return counters + places + tables; }
-  Scratch in(void* memory, int64_t size) const {
-    auto* const begin = static_cast<unsigned char*>(memory);
-    auto* const end = begin + size / kAlign * kAlign;
-    return {reinterpret_cast<float*>(end - tables), end - tables - places, reinterpret_cast<int32_t*>(begin)};
-  }
-
- private:
-  static int64_t aligned(int64_t size) { return (size + kAlign - 1) / kAlign * kAlign; }
-};
 
 // What is handed in; only chains can be.
-inline std::pair<void*, int64_t> handed(const VerifyChain& op) { return {op.workspace, op.workspace_bytes}; }
 template <class Op>
-std::pair<void*, int64_t> handed(const Op&) {
-  return {nullptr, 0};
+std::pair<void*, int64_t> handed(const Op& op) {
+  if constexpr (requires { op.workspace; })
+    return {op.workspace, op.workspace_bytes};
+  else
+    return {nullptr, 0};
 }
 
 // Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, whose drafts
@@ -172,14 +152,11 @@ auto with_dtype(const Op& op, const F& f) {
   }
 }
 
-// `stream` is a cudaStream_t. Returns the error of the launch, a cudaError_t; 0 is none.
-int launch(const VerifyChain&, const Shape&, const Scratch&, void* stream);
-int launch(const VerifyTree&, const Shape&, const Scratch&, void* stream);
-int launch(const Sample&, const Shape&, const Scratch&, void* stream);
-int launch(const SampleChildren&, const Shape&, const Scratch&, void* stream);
-int launch(const NoiseWords&, void* stream);
-int launch(const TreeMask&, void* stream);
+template <class Op>
+cudaError_t launch(const Op&, const Plan&, cudaStream_t);
+cudaError_t launch(const NoiseWords&, cudaStream_t);
+cudaError_t launch(const TreeMask&, cudaStream_t);
 // Caches of any number go in several launches; their addresses travel with them.
-int launch(const CompactKv&, char* const* caches, int64_t count, void* stream);
+cudaError_t launch(const CompactKv&, char* const* caches, int64_t count, cudaStream_t);
 
 }  // namespace specdec::cuda

@@ -5,27 +5,33 @@
 
 namespace specdec::cuda {
 
-static_assert(kWarps == kChunkSpans);
+#ifdef __CUDACC__
+// `together`: the blocks wait for each other, so they are on the GPU at the same time, or the launch fails.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool together, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative, cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(kThreads), config.stream = stream;
+  if (together) config.attrs = &cooperative, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+#endif  // else emulated.cpp has it
 
 template <class Program, class Op>
-__global__ void __launch_bounds__(kThreads, kBlocksAProcessor)
-    program_kernel(const __grid_constant__ Op op, const __grid_constant__ Workspace work) {
+SPECDEC_KERNEL void program_kernel(SPECDEC_PARAMETER Op op, SPECDEC_PARAMETER Workspace work) {
   const Team team;
-  Program(team, op, work, part_of(op, blockIdx.x, work.slices)).run();
+  Program(team, op, work, part_of(op, unsigned(block_index()), unsigned(work.slices))).run();
 }
 
 template <class Op>
-int start(const Op& op, const Shape& shape, const Scratch& scratch, void* stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(shape.programs)), config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  // Blocks that wait for each other are on the GPU at the same time, or the launch fails.
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
-  if (by_crews(op) && shape.slices > 1) config.attrs = &together, config.numAttrs = 1;
+cudaError_t launch(const Op& op, const Plan& plan, cudaStream_t stream) {
+  const bool together = by_crews(op) && plan.slices > 1;
   return with_program(op, [&](auto type) {
     const auto kernel = program_kernel<typename decltype(type)::type, Op>;
-    return int(cudaLaunchKernelEx(&config, kernel, op, workspace_of(shape, scratch)));
+    return launch_kernel(kernel, plan.blocks, together, stream, op, Workspace{plan});
   });
 }
 

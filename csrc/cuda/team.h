@@ -1,10 +1,11 @@
 // The threads that run a program together: a block on a GPU. Where tests run the same text on a CPU, see
-// team_emulated.h.
+// emulated/team.h.
 //
 // A row is measured in spans of 1,024 ids, each by one warp: a lane takes eight neighbouring ids at a time, which are
 // 16 bytes of bfloat16, `kLoads` times. Half a warp takes a tile at a time.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -20,6 +21,8 @@
 // seldom, or goes over a whole row: a call costs nothing there, its registers are not those of what calls it, and one
 // copy compiles faster. Arguments come by value, so that nothing of the caller has an address.
 #ifdef __CUDACC__
+#define SPECDEC_KERNEL __global__ __launch_bounds__(kThreads, kBlocksAProcessor)
+#define SPECDEC_PARAMETER const __grid_constant__
 #define SPECDEC_DEVICE __device__ __forceinline__
 #define SPECDEC_SELDOM inline __device__ __noinline__
 #define SPECDEC_UNROLL _Pragma("unroll")
@@ -27,6 +30,8 @@
 #define SPECDEC_PRAGMA(text) _Pragma(#text)
 #define SPECDEC_UNROLL_BY(count) SPECDEC_PRAGMA(unroll(count))
 #else
+#define SPECDEC_KERNEL inline
+#define SPECDEC_PARAMETER const
 #define SPECDEC_DEVICE inline
 #define SPECDEC_SELDOM inline
 #define SPECDEC_UNROLL
@@ -39,6 +44,9 @@ namespace specdec::cuda {
 constexpr int kTileIds = int(kTile), kSpan = int(kSpanIds), kTilesOfSpan = int(kSpanTiles);
 // Neighbouring ids that a lane loads at a time.
 constexpr int kElements = 8;
+
+SPECDEC_DEVICE float float_of_bits(int bits) { return std::bit_cast<float>(bits); }
+SPECDEC_DEVICE int bits_of(float x) { return std::bit_cast<int>(x); }
 
 struct Smaller {
   template <class T>
@@ -155,37 +163,40 @@ constexpr int kLoads = kSpan / (kElements * kLanes);
 // Tiles of a span whose results a lane has, after those of its warp were combined.
 constexpr int kOwnTiles = 1;
 
+static_assert(kWarps == kChunkSpans);
+
+__device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
+
+// x by its words, each replaced by f(word, its number).
+template <class Word, class T, class F>
+__device__ __forceinline__ T by_words(T x, const F& f) {
+  static_assert(sizeof(T) % sizeof(Word) == 0);
+  Word words[sizeof(T) / sizeof(Word)];
+  memcpy(words, &x, sizeof(T));
+#pragma unroll
+  for (int k = 0; k < int(sizeof(T) / sizeof(Word)); ++k) words[k] = f(words[k], k);
+  memcpy(&x, words, sizeof(T));
+  return x;
+}
+
 // What blocks of this launch wrote, and writing it. It is not read from this multiprocessor's own cache.
 template <class T>
 __device__ __forceinline__ T fresh(const T* p) {
-  static_assert(sizeof(T) <= 8 || sizeof(T) % 16 == 0);
-  if constexpr (sizeof(T) <= 8) {
+  if constexpr (sizeof(T) <= 8)
     return __ldcg(p);
-  } else {
-    uint4 words[sizeof(T) / 16];
-#pragma unroll
-    for (int k = 0; k < int(sizeof(T) / 16); ++k) words[k] = __ldcg(reinterpret_cast<const uint4*>(p) + k);
-    T x;
-    memcpy(&x, words, sizeof(T));
-    return x;
-  }
+  else
+    return by_words<uint4>(T{}, [&](uint4, int k) { return __ldcg(reinterpret_cast<const uint4*>(p) + k); });
 }
 template <class T>
 __device__ __forceinline__ void put(T* p, const T& x) {
-  if constexpr (sizeof(T) % 16 == 0) {
-    uint4 words[sizeof(T) / 16];
-    memcpy(words, &x, sizeof(T));
-#pragma unroll
-    for (int k = 0; k < int(sizeof(T) / 16); ++k) __stcg(reinterpret_cast<uint4*>(p) + k, words[k]);
-  } else {
+  if constexpr (sizeof(T) <= 8)
     __stcg(p, x);
-  }
+  else
+    by_words<uint4>(x, [&](uint4 word, int k) { return __stcg(reinterpret_cast<uint4*>(p) + k, word), word; });
 }
 
 __device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
 __device__ __forceinline__ int first_bit(uint32_t word) { return __ffs(int(word)) - 1; }
-__device__ __forceinline__ float float_of_bits(int bits) { return __int_as_float(bits); }
-__device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
 // Within a few units in the last place, the logarithm up to a half.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float log_of_small(float x) { return __logf(x); }
@@ -195,24 +206,19 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
-// Counters of a launch. Coming to one releases what the block wrote; only who finds that it was the last acquires what
-// the others did.
-__device__ __forceinline__ uint32_t come_to(uint32_t* counter, uint32_t wrap) {
-  uint32_t before;
-  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(wrap) : "memory");
-  return before;
-}
+// Counters of a launch, which return what they were before. Coming to one releases what the block wrote; only who finds
+// that it was the last acquires what the others did.
+#define SPECDEC_ATOMIC(name, instruction)                                                     \
+  __device__ __forceinline__ uint32_t name(uint32_t* word, uint32_t x) {                      \
+    uint32_t before;                                                                          \
+    asm volatile(instruction " %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(x) : "memory"); \
+    return before;                                                                            \
+  }
+SPECDEC_ATOMIC(come_to, "atom.release.gpu.global.inc.u32")  // 0 again after x
+SPECDEC_ATOMIC(add_to, "atom.acq_rel.gpu.global.add.u32")
+SPECDEC_ATOMIC(set_bits, "atom.acq_rel.gpu.global.or.b32")
+#undef SPECDEC_ATOMIC
 __device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-__device__ __forceinline__ uint32_t add_to(uint32_t* counter, uint32_t more) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
-  return before;
-}
-__device__ __forceinline__ uint32_t set_bits(uint32_t* word, uint32_t bits) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(bits) : "memory");
-  return before;
-}
 __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
   uint32_t x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(word) : "memory");
@@ -225,20 +231,12 @@ __device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
 
 template <class T>
 __device__ __forceinline__ T shuffled(T x, int mask) {
-  static_assert(sizeof(T) % 4 == 0);
-  uint32_t words[sizeof(T) / 4];
-  memcpy(words, &x, sizeof(T));
-#pragma unroll
-  for (uint32_t& word : words) word = __shfl_xor_sync(~0u, word, mask);
-  T result;
-  memcpy(&result, words, sizeof(T));
-  return result;
+  return by_words<uint32_t>(x, [&](uint32_t word, int) { return __shfl_xor_sync(~0u, word, mask); });
 }
 
 class Team {
  public:
   __device__ __forceinline__ static int rank() { return int(threadIdx.x); }
-  __device__ __forceinline__ static int size() { return kThreads; }
   __device__ __forceinline__ static int lane() { return rank() % kLanes; }
   __device__ __forceinline__ static int warp() { return rank() / kLanes; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
@@ -309,12 +307,8 @@ class Team {
     x = shared[0];
 #pragma unroll
     for (int other = 1; other < kWarps; ++other) x = combine(x, shared[other]);
-    uint32_t words[sizeof(T) / 4];
-    memcpy(words, &x, sizeof(T));
-#pragma unroll
-    for (uint32_t& word : words) compute_here(word);  // or what each warp has would be kept in its place
-    memcpy(&x, words, sizeof(T));
-    return x;
+    // Or what each warp has would be kept in its place.
+    return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
   }
   __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
   // The sum of `x` over the threads before this one; and over all.
@@ -351,7 +345,7 @@ class Team {
 }  // namespace specdec::cuda
 
 #else
-#include "team_emulated.h"
+#include "emulated/team.h"
 #endif
 
 namespace specdec::cuda {

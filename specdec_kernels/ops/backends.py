@@ -80,12 +80,11 @@ def _has_gpu() -> bool:
 
 
 def _cuda() -> Backend:
-    """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a block, "threads" by many. By
-    "host" it is the host's side of the backend alone, and the CPU's operators compute."""
+    """For tests SPECDEC_EMULATE_CUDA runs the same programs on the CPU: 1 by one thread a block, "threads" by many."""
     emulated = os.environ.get("SPECDEC_EMULATE_CUDA", "")
-    suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads", "host": "_emulated_host"}
+    suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads"}
     if emulated not in suffixes:
-        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1, threads or host, got {emulated!r}")
+        return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1 or threads, got {emulated!r}")
     if not emulated and torch.version.hip is not None:  # the library would answer for the device all the same
         return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")

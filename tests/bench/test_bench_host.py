@@ -15,5 +15,5 @@ def test_calls_of_cuda_are_timed():
 
 def test_a_stand_in_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(host, "STAND_IN", host.STAND_IN | {"SPECDEC_EMULATE_CUDA": "2"})
-    with pytest.raises(RuntimeError, match="must be 1, threads or host, got '2'"):
+    with pytest.raises(RuntimeError, match="must be 1 or threads, got '2'"):
         host.times("cuda")

@@ -1,0 +1,48 @@
+// As much of the CUDA runtime as the host's side of the backend uses, where there is no GPU; see ../emulated.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+using cudaStream_t = void*;
+
+namespace specdec::cuda::emulated {
+// Set by the functions that emulated.cpp exports. Idle: nothing that is launched runs.
+inline cudaStream_t stream = nullptr;
+inline bool capturing = false, idle = false;
+// How often a device was asked what it is, memory was cleared, something was launched.
+inline int asked = 0, cleared = 0, launched = 0;
+
+inline int setting(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
+}
+}  // namespace specdec::cuda::emulated
+
+inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  using namespace specdec::cuda::emulated;
+  const bool processors = attribute == cudaDevAttrMultiProcessorCount;
+  asked += processors;
+  *value = processors ? setting("SPECDEC_EMULATED_PROCESSORS", 1) : setting("SPECDEC_EMULATED_CAPABILITY", 9);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
+  ++specdec::cuda::emulated::cleared;
+  std::memset(memory, value, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = specdec::cuda::emulated::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
