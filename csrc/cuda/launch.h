@@ -124,9 +124,9 @@ Plan plan_of(const Op& op, int64_t processors) {
           .counter_bytes = aligned(requests * (rows_each + 2 + (rows_each + 31) / 32) * int64_t(sizeof(uint32_t)))};
 }
 
-// What is handed in; only chains can be.
+// Scratch that the caller passed, of a chain.
 template <class Op>
-std::pair<void*, int64_t> handed(const Op& op) {
+std::pair<void*, int64_t> passed_workspace(const Op& op) {
   if constexpr (requires { op.workspace; })
     return {op.workspace, op.workspace_bytes};
   else

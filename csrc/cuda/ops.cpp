@@ -1,4 +1,4 @@
-// Registers the CUDA kernels with PyTorch. Built and loaded with a torch that knows no CUDA: what only the other one
+// Registers the CUDA kernels with PyTorch. Built and loaded with a torch without CUDA: what only the other one
 // has is declared weak.
 #define USE_CUDA 1
 #include <cuda_runtime_api.h>
@@ -26,7 +26,7 @@ namespace {
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
-// Makes a device the current one for a while, and knows its current stream.
+// Makes a device the current one for a while.
 class OnDevice {
  public:
   explicit OnDevice(int32_t device) : device_(device) {
@@ -49,7 +49,7 @@ class OnDevice {
   int device_, before_ = 0;
 };
 
-// Of the first GPUs that the kernels are compiled for. It is looked at here and not at import, which must not start
+// Of the first GPUs that the kernels are compiled for. That is checked here and not at import, which must not start
 // CUDA.
 constexpr int kLeastCapability = 8;
 
@@ -110,7 +110,7 @@ void run(const Op& op, int32_t index) {
   const cudaStream_t stream = on.stream();
   Plan plan = plan_of(op, processors_of(index));
   Scratch own;
-  if (const auto [memory, bytes] = handed(op); memory != nullptr) {
+  if (const auto [memory, bytes] = passed_workspace(op); memory != nullptr) {
     STD_TORCH_CHECK(bytes >= plan.bytes(), "workspace must have at least ", plan.bytes(), " bytes, got ", bytes);
     plan.set_memory(memory, bytes);
   } else {

@@ -206,8 +206,8 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
-// Counters of a launch, which return what they were before. Coming to one releases what the block wrote; only who finds
-// that it was the last acquires what the others did.
+// Counters of a launch, which return what they were before. Arriving at one releases what the block wrote; only who
+// finds that it was the last acquires what the others did.
 #define SPECDEC_ATOMIC(name, instruction)                                                     \
   __device__ __forceinline__ uint32_t name(uint32_t* word, uint32_t x) {                      \
     uint32_t before;                                                                          \
@@ -277,7 +277,7 @@ class Team {
   // together, so that it takes five shuffles and not sixteen. Tile own_tile() is left to this lane and three more.
   template <class F>
   __device__ __forceinline__ void per_tile(const float (&x)[kLoads], const F& combine, float (&own)[kOwnTiles]) const {
-    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not places in memory
+    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not memory
     const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
     const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
     const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
@@ -307,7 +307,7 @@ class Team {
     x = shared[0];
 #pragma unroll
     for (int other = 1; other < kWarps; ++other) x = combine(x, shared[other]);
-    // Or what each warp has would be kept in its place.
+    // Or the values of all warps would stay in registers.
     return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
   }
   __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
@@ -350,7 +350,7 @@ class Team {
 
 namespace specdec::cuda {
 
-// What `last()` says, asked by the first thread of the last of `blocks` blocks to come to a counter, which is 0 again
+// What `last()` returns to the first thread of the last of `blocks` blocks to arrive at a counter, which is 0 again
 // then; 0 for the others. The last one sees what all of them wrote before.
 template <class F>
 SPECDEC_DEVICE int when_all_came(const Team& team, uint32_t* counter, int blocks, const F& last) {

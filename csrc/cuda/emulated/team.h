@@ -1,5 +1,5 @@
 // Blocks on a CPU: of one thread, which is quick; or of SPECDEC_EMULATED_THREADS real threads that wait for each other
-// where those of a block do, so that a thread sanitizer can tell where one is missing to wait.
+// where those of a block do, so that a thread sanitizer finds where one does not wait.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,7 @@ inline float quotient(float a, float b) { return a / b; }
 inline float log_of_small(float x) { return logf(x); }
 inline float ex2(float x) { return exp2f(x); }
 
-// Between blocks that run side by side. What is looked at without acquiring is acquired here all the same: a fence is
-// nothing that a thread sanitizer knows.
+// Between blocks that run side by side. A relaxed load acquires here, since thread sanitizers do not know fences.
 inline uint32_t come_to(uint32_t* counter, uint32_t wrap) {
   std::atomic_ref<uint32_t> shared(*counter);
   uint32_t before = shared.load();
