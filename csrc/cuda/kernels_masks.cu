@@ -19,37 +19,31 @@ class MaskRow {
         length_(op.context_lens ? op.context_lens[request_] : 0) {}
 
   SPECDEC_DEVICE void write() const {
-    T* const all = static_cast<T*>(op_.out);
-    const int64_t lane = team_.lane(), row = request_ * op_.nodes + query_;
-    if (op_.format == MaskFormat::packed || op_.format == MaskFormat::dense) {
-      const int64_t width = op_.room / op_.nodes;
-      T* const out = all + row * width;
-      if (op_.format == MaskFormat::packed)
-        for (int64_t word = lane; word < width; word += kLanes) out[word] = packed_word(word);
-      else
-        write_keys(out, width);
-      return;
+    const int64_t lane = team_.lane(), row = request_ * op_.nodes + query_, all = op_.batch * op_.room;
+    int64_t width = op_.room / op_.nodes, begin = request_ * op_.room, used = all;
+    if (op_.format == MaskFormat::flat || op_.format == MaskFormat::flat_bits) {  // each behind the others
+      width = length_ + op_.nodes, begin = used = 0;
+      for (int64_t b = lane; b < op_.batch; b += kLanes) {
+        const int64_t count = flat_elements(op_.context_lens[b] + op_.nodes);
+        begin += b < request_ ? count : 0, used += count;
+      }
+      begin = team_.in_warp(begin, Plus()), used = team_.in_warp(used, Plus());
     }
-    // Of each request as many elements as it has keys, behind those of the others.
-    int64_t begin = 0, used = 0;
-    for (int64_t b = lane; b < op_.batch; b += kLanes) {
-      const int64_t count = elements(op_.context_lens[b] + op_.nodes);
-      begin += b < request_ ? count : 0, used += count;
-    }
-    begin = team_.in_warp(begin, Plus()), used = team_.in_warp(used, Plus());
-    const int64_t width = length_ + op_.nodes;
-    if (op_.format == MaskFormat::flat)
-      write_keys(all + begin + query_ * width, width);
-    else  // rows of bits begin anywhere in a byte: those of a request are shared by all of its warps
-      for (int64_t byte = query_ * kLanes + lane; byte < elements(width); byte += op_.nodes * kLanes)
-        all[begin + byte] = packed_byte(byte, width);
+    T* const out = static_cast<T*>(op_.out) + begin;
+    if (op_.format == MaskFormat::packed)
+      write_words(out + query_ * width, width);
+    else if (op_.format != MaskFormat::flat_bits)
+      write_keys(out + query_ * width, width);
+    else  // rows begin anywhere in a byte: those of a request are shared by all of its warps
+      for (int64_t byte = query_ * kLanes + lane; byte < flat_elements(width); byte += op_.nodes * kLanes)
+        out[byte] = packed_byte(byte, width);
     // What no request uses is 0.
-    for (int64_t i = used + row * kLanes + lane; i < op_.batch * op_.room; i += op_.batch * op_.nodes * kLanes)
-      all[i] = 0;
+    for (int64_t i = used + row * kLanes + lane; i < all; i += op_.batch * op_.nodes * kLanes)
+      static_cast<T*>(op_.out)[i] = 0;
   }
 
  private:
-  SPECDEC_DEVICE int64_t elements(int64_t width) const {
+  SPECDEC_DEVICE int64_t flat_elements(int64_t width) const {
     return op_.format == MaskFormat::flat ? op_.nodes * width : (op_.nodes * width + 7) / 8;
   }
 
@@ -62,6 +56,14 @@ class MaskRow {
     for (int64_t key = team_.lane(); key < width; key += kLanes) out[key] = attends(query_, key) ? T(no == 0) : no;
   }
 
+  // A bit for each key; of a word of less than 32, the low ones.
+  SPECDEC_DEVICE void write_words(T* out, int64_t width) const {
+    for (int64_t word = 0; word < width; ++word) {
+      const uint32_t bits = team_.bits([&](int bit) { return attends(query_, word * 8 * int(sizeof(T)) + bit); });
+      if (team_.lane() == 0) out[word] = T(bits);
+    }
+  }
+
   // Whether a key is before the tree, among a node's ancestors, or the node. Parents come before children, so a walk
   // that has reached the key's node or passed it is over.
   SPECDEC_DEVICE bool attends(int64_t query, int64_t key) const {
@@ -70,16 +72,6 @@ class MaskRow {
     if (query < live_)
       while (query > node) query = parents_[query];
     return query == node;
-  }
-
-  // From the walk up: bit j of word w is node w * bits + j.
-  SPECDEC_DEVICE T packed_word(int64_t word) const {
-    constexpr int64_t kBits = 8 * sizeof(T);
-    const int64_t first = word * kBits;
-    uint32_t bits = 0;
-    for (int64_t node = query_; node >= first; node = node < live_ ? parents_[node] : -1)
-      if (node < first + kBits) bits |= 1u << (node - first);
-    return T(bits);
   }
 
   // Eight keys of rows that follow each other without a gap.

@@ -63,10 +63,25 @@ print(report.requests, report.wrong[:3])
 """
 
 
+MASKS = """
+import torch
+from specdec_kernels import tree_mask
+from specdec_kernels.ops.trees import FORMATS
+for nodes in (9, 33):
+    parents = torch.full((2, nodes), -1)
+    parents[0, 1:7], parents[1, 1:9] = torch.tensor([0, 0, 1, 1, 3, 2]), torch.arange(8)
+    for format in FORMATS:
+        context = None if "packed" in format or "qlen" in format else torch.tensor([70, 3])
+        if nodes <= 32 or format != "sglang_qlen_only_packed":
+            ours, others = (tree_mask(parents, format, context_lens=context, backend=name) for name in ("cuda", "cpu"))
+            assert torch.equal(ours, others), (nodes, format)
+"""
+
+
 @pytest.mark.slow
 def test_by_many_threads():
     """A block of two warps, as threads that wait for each other."""
-    result = run_python("-c", SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads")
+    result = run_python("-c", MASKS + SELFTEST.format(count=20), SPECDEC_EMULATE_CUDA="threads")
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
     assert int(result.stdout.split()[0]) > 100
 
