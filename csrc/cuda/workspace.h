@@ -17,9 +17,9 @@ struct Part {
   int request, row, slice;
 };
 template <class Op>
-SPECDEC_DEVICE Part part_of(const Op& op, unsigned block, unsigned slices) {
-  const unsigned requests = unsigned(requests_of(common_of(op))), rest = block / requests;
-  return {int(block % requests), int(rest / slices), int(rest % slices)};
+SPECDEC_DEVICE Part part_of(const Op& op, unsigned index, unsigned slices) {
+  const unsigned requests = unsigned(requests_of(common_of(op))), rest = index / requests;
+  return {int(index % requests), int(rest / slices), int(rest % slices)};
 }
 
 }  // namespace specdec::cuda
