@@ -26,7 +26,7 @@ constexpr int64_t kMostChunks = 8;
 // What is known of a row takes so many bytes at most.
 constexpr int64_t kPlaceBytes = 128;
 
-// How an operation works. By rows: each block has a slice of a row, and no block waits for another (request.h). By
+// How an operation works. By rows: each block has a slice of a row, and no block waits for another (verify.h). By
 // crews: the blocks that share a request go through its rows together, and wait for each other after each pass
 // (crew.h).
 inline bool by_crews(const VerifyChain& op) { return op.rule == Rule::block; }
@@ -59,7 +59,7 @@ inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullp
 struct Plan {
   float* tables = nullptr;       // two of each row, of target and draft
   void* places = nullptr;        // what is known of each row, as the program has it
-  uint32_t* counters = nullptr;  // of each request (request.h, crew.h): who uses them leaves them 0, as they were
+  uint32_t* counters = nullptr;  // of each request (verify.h, crew.h): who uses them leaves them 0, as they were
   int spans;                     // of a row
   int slices;                    // blocks that share a row, or a request
   int length;                    // spans of each slice of a row

@@ -246,17 +246,6 @@ class Team {
     return own;
   }
 
-  // Place k of as many floats as a thread has of a span: registers that can be told apart by a number.
-  __device__ __forceinline__ static float& kept(int k) {
-    __shared__ float all[kLoads * kElements][kThreads];
-    return all[k][rank()];
-  }
-  // x[u] = value, where the compiler does not know u: an index would put all of them into memory.
-  __device__ __forceinline__ static void set(float (&x)[kLoads], int u, float value) {
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) x[k] = k == u ? value : x[k];
-  }
-
   // Over the lanes of a warp, known to all of them. The order does not depend on the lane, nor does the result.
   template <class T, class F>
   __device__ __forceinline__ T in_warp(T x, const F& combine) const {

@@ -60,7 +60,6 @@ struct BlockState {
     unsigned char bytes[16];
   } slots[kThreads]{};
   BlockMemory memory{};
-  float kept[kLoads * kElements][kThreads]{};
 };
 
 // The thread that runs this: whose it is, and which one of it.
@@ -78,8 +77,6 @@ class Team {
   static int lane() { return rank() % kLanes; }
   static int warp() { return rank() / kLanes; }
   static BlockMemory& memory() { return current.block->memory; }
-  static float& kept(int k) { return current.block->kept[k][rank()]; }
-  static void set(float (&x)[kLoads], int u, float value) { x[u] = value; }
   static void sync() {
     if constexpr (kThreads > 1) current.block->all.arrive_and_wait();
   }
