@@ -13,7 +13,7 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
   using Base = VerifyProgram<T, Op, By::acceptance>;
 
  public:
-  SPECDEC_DEVICE CrewProgram(const Team& block, const Op& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE CrewProgram(const ThreadBlock& block, const Op& op, const Workspace& work, const Part& part)
       : Base(block, op, work, part), first_span_(block.warp() * work.slices + part.slice) {}
 
  protected:

@@ -123,7 +123,7 @@ SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
 // probability) of them. `weigh(first, w)` gives the weights of four ids. kNobody where there is no weight.
 template <class T, class F>
 SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
-  const Team& block = row.block;
+  const ThreadBlock& block = row.block;
   const Table table = row.table();
   const Probabilities probability = probabilities_of(d);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
@@ -201,7 +201,7 @@ SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noi
 // The winner of the race of all ids of a row that was measured with it. Where filters keep some only, those race anew.
 template <class T>
 SPECDEC_DEVICE int flat_race(const Row<T>& row, const Distribution& d, const Noise& noise) {
-  const Team& block = row.block;
+  const ThreadBlock& block = row.block;
   const Table table = row.table();
   const Probabilities probability = probabilities_of(d);
   Arrived first;

@@ -78,7 +78,7 @@ SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value
 
 template <class T>
 struct Filter {
-  const Team& block;
+  const ThreadBlock& block;
   const Row<T>& row;
   const Sampling sampling;
   const Mass& all;

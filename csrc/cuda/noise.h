@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "team.h"
+#include "thread_block.h"
 
 namespace specdec::cuda {
 

@@ -120,7 +120,7 @@ SPECDEC_DEVICE float adjusted(const Rows& all, int i, int adjustment, int id, fl
 
 // Logits of any dtype, to which is done what specdec_kernels/ops/processing.py says as they are loaded; they are never
 // written.
-SPECDEC_SELDOM Eight<float> processed_logits(const Team block, Which which, int i, int first) {
+SPECDEC_SELDOM Eight<float> processed_logits(const ThreadBlock block, Which which, int i, int first) {
   const Rows& all = block.memory().rows[which];
   Eight<float> v;
   const auto load = [&](auto type) {
@@ -189,7 +189,7 @@ SPECDEC_DEVICE Rows described(const Logits& logits, int64_t begin, int64_t vocab
 // Row i of some that the block's memory describes.
 template <class T>
 struct Row {
-  Team block;
+  ThreadBlock block;
   Which which;
   int i;
 
@@ -246,7 +246,7 @@ struct Weights {
 // `id`; `first` is the warp's. An exponential is not below its uniform, so most need no logarithm to be seen to come
 // later than that one.
 template <class Loaded, class Weight>
-SPECDEC_DEVICE void race(const Team& block, const Loaded& v, int id, const Weight& weight, const Noise& noise,
+SPECDEC_DEVICE void race(const ThreadBlock& block, const Loaded& v, int id, const Weight& weight, const Noise& noise,
                          Arrived& first) {
   Words quads[kElements / 4];
   philox(noise, uint32_t(id / 4), 1, quads);
@@ -265,7 +265,7 @@ SPECDEC_DEVICE void race(const Team& block, const Loaded& v, int id, const Weigh
 
 // One span, of which a lane has its loads; `used(u)` is called once the u-th is not needed any more.
 template <bool kRace, Sums kSums, class Loaded, class F>
-SPECDEC_DEVICE void measure_span(const Team& block, int span, int own_tile, float scale2, const Noise& noise,
+SPECDEC_DEVICE void measure_span(const ThreadBlock& block, int span, int own_tile, float scale2, const Noise& noise,
                                  const Table& table, const Loaded (&v)[kLoads], const F& used) {
   float x[kLoads], own[kOwnTiles], top = -INFINITY;
   const int first_tile = kTilesOfSpan * span + own_tile;
@@ -301,7 +301,7 @@ SPECDEC_DEVICE void measure_span(const Team& block, int span, int own_tile, floa
 // addresses, of logits that are processed, and of races, which take ten times what a sum does.
 template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
-  const Team& block = row.block;
+  const ThreadBlock& block = row.block;
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   for (; span < end; span += stride) {
@@ -316,7 +316,7 @@ SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int 
 // not.
 template <Sums kSums, class T>
 SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int stride) {
-  const Team& block = row.block;
+  const ThreadBlock& block = row.block;
   const T* const begin = uniform_value(row.begin());
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());

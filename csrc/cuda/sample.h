@@ -17,7 +17,7 @@ SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
 template <class T, bool kRace>
 class SampleProgram {
  public:
-  SPECDEC_DEVICE SampleProgram(const Team& block, const Sample& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE SampleProgram(const ThreadBlock& block, const Sample& op, const Workspace& work, const Part& part)
       : block_(block),
         op_(op),
         work_(work),
@@ -69,7 +69,7 @@ class SampleProgram {
     *logprob = drawn != kNobody && d_.valid ? float(d_.log_prob(row_.logit(drawn), drawn)) : NAN;
   }
 
-  const Team& block_;
+  const ThreadBlock& block_;
   const Sample& op_;
   const Workspace& work_;
   const int r_, slice_;
@@ -81,7 +81,8 @@ class SampleProgram {
 // Siblings come out of few rows, so one kernel does for any dtype.
 class ChildrenProgram : SampleProgram<Mixed, false> {
  public:
-  SPECDEC_DEVICE ChildrenProgram(const Team& block, const SampleChildren& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE ChildrenProgram(const ThreadBlock& block, const SampleChildren& op, const Workspace& work,
+                                 const Part& part)
       : SampleProgram(block, op.common, work, part), count_(int(op.count)), how_(op.how) {}
 
   // Fewer than `count` where the distribution has no more to give.

@@ -29,7 +29,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
       Base::slice_, Base::target, Base::block_, Base::token, Base::uniform_of, Base::work_;
 
  public:
-  SPECDEC_DEVICE DescendProgram(const Team& block, const VerifyTree& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE DescendProgram(const ThreadBlock& block, const VerifyTree& op, const Workspace& work, const Part& part)
       : Base(block, op, work, part),
         nodes_(static_cast<Node*>(work.places) + (int64_t(part.request) * work.slices + part.slice) * op.common.rows),
         recursive_(op.rule == TreeRule::recursive) {}

@@ -37,7 +37,7 @@ enum class By { acceptance, draw, race };
 template <class T, class Op, By kBy>
 class VerifyProgram {
  public:
-  SPECDEC_DEVICE VerifyProgram(const Team& block, const Op& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE VerifyProgram(const ThreadBlock& block, const Op& op, const Workspace& work, const Part& part)
       : block_(block),
         op_(op),
         all_(op.common),
@@ -366,7 +366,7 @@ class VerifyProgram {
     if (row.draft.argmax >= 0) set_at(w, row.draft.argmax - first, 0.0f);
   }
 
-  const Team& block_;
+  const ThreadBlock& block_;
   const Op& op_;
   const Verification& all_;
   const Workspace& work_;

@@ -71,7 +71,7 @@ struct Thread {
 inline constinit thread_local Thread current{};
 inline int64_t block_index() { return current.block_index; }
 
-class Team {
+class ThreadBlock {
  public:
   static int rank() { return kThreads == 1 ? 0 : current.rank; }
   static int lane() { return rank() % kLanes; }

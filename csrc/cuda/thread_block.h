@@ -1,5 +1,5 @@
 // The threads that run a program together: a block on a GPU. Where tests run the same text on a CPU, see
-// emulated/team.h.
+// emulated/thread_block.h.
 //
 // A row is measured in spans of 1,024 ids, each by one warp: a lane takes eight neighbouring ids at a time, which are
 // 16 bytes of bfloat16, `kLoads` times. Half a warp takes a tile at a time.
@@ -234,7 +234,7 @@ __device__ __forceinline__ T shuffled(T x, int mask) {
   return by_words<uint32_t>(x, [&](uint32_t word, int) { return __shfl_xor_sync(~0u, word, mask); });
 }
 
-class Team {
+class ThreadBlock {
  public:
   __device__ __forceinline__ static int rank() { return int(threadIdx.x); }
   __device__ __forceinline__ static int lane() { return rank() % kLanes; }
@@ -334,7 +334,7 @@ class Team {
 }  // namespace specdec::cuda
 
 #else
-#include "emulated/team.h"
+#include "emulated/thread_block.h"
 #endif
 
 namespace specdec::cuda {
@@ -342,21 +342,21 @@ namespace specdec::cuda {
 // What `last()` returns to the first thread of the last of `blocks` blocks to arrive at a counter, which is 0 again
 // then; 0 for the others. The last one sees what all of them wrote before.
 template <class F>
-SPECDEC_DEVICE int when_all_came(const Team& team, uint32_t* counter, int blocks, const F& last) {
-  team.sync();  // all threads have written
+SPECDEC_DEVICE int when_all_came(const ThreadBlock& block, uint32_t* counter, int blocks, const F& last) {
+  block.sync();  // all threads have written
   int code = 0;
-  if (team.rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
+  if (block.rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
     acquire();
     code = last();
   }
-  return team.of_first(code);
+  return block.of_first(code);
 }
 
 // Nodes of a tree before the first one without a parent among the earlier.
-SPECDEC_DEVICE int live_nodes(const Team& team, const int64_t* parents, int nodes) {
+SPECDEC_DEVICE int live_nodes(const ThreadBlock& block, const int64_t* parents, int nodes) {
   SPECDEC_ROLLED
   for (int first = 0; first < nodes; first += 32) {
-    const uint32_t ends = team.bits([&](int bit) {
+    const uint32_t ends = block.bits([&](int bit) {
       const int node = first + bit;
       if (node >= nodes) return true;
       const int64_t up = given(parents + node);
@@ -368,6 +368,6 @@ SPECDEC_DEVICE int live_nodes(const Team& team, const int64_t* parents, int node
 }
 
 // Where the u-th load of a lane begins in a span.
-SPECDEC_DEVICE int load_offset(const Team& team, int u) { return (u * kLanes + team.lane()) * kElements; }
+SPECDEC_DEVICE int load_offset(const ThreadBlock& block, int u) { return (u * kLanes + block.lane()) * kElements; }
 
 }  // namespace specdec::cuda
