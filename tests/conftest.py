@@ -12,6 +12,7 @@ Markers say what is not run, or not every time:
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ if not torch.cuda.is_available():
 import pytest
 from backends import on_device
 from forms import EVERYTHING
-from interpreter import skip_repeated_patching
+from interpreter import skip_repeated_work
 
 from specdec_kernels import ops
 
@@ -32,7 +33,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: threads that wait for each other would take turns
 
 if not torch.cuda.is_available():
-    skip_repeated_patching()
+    skip_repeated_work()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
         items[:] = [item for item in items if runs(item)]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: the garbage collector need not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
