@@ -20,6 +20,8 @@ RACE_CELLS = 4
 QUARTERS = {(): (1, 3), (0,): (3, 1), (1,): (1, 3), (0, 0): (1, 3), (0, 1): (2, 2), (1, 0): (3, 1), (1, 1): (1, 3)}
 # For two point masses under the block rule, whose chances then are 1/2, 1/3 and 1/4.
 TWELFTHS = {**{k: (3 * a, 3 * b) for k, (a, b) in QUARTERS.items()}, (): (6, 6), (0,): (4, 8), (1,): (8, 4)}
+# Where one token is followed for certain: no race behind it has to be tried.
+ENDING = {**QUARTERS, (0,): (4, 0), (1,): (0, 4)}
 #: Probability of the third token, in quarters, against 4 of the others together.
 FILTERED = 0.4
 
@@ -47,19 +49,24 @@ def uniforms(seeds, purpose, position, row):
 
 
 def seeds_by_cell(streams):
-    """For each combination of cells a seed whose numbers lie well inside them. ``streams``: a tuple (uniforms, cells)
-    each for what is counted, or a list of uniforms that have to share a cell because only one of them will matter."""
-    cells, inside = [], True
-    for numbers, count in streams:
-        own = [np.floor(u * count).astype(int) for u in numbers]
-        for u, cell in zip(numbers, own, strict=True):
-            inside = inside & (np.abs(u * count - cell - 0.5) < 0.45) & (cell == own[0])
-        cells.append(own[0])
-    chosen = np.flatnonzero(inside)
-    table = np.stack([cell[chosen] for cell in cells], 1)
-    found, first = np.unique(table, axis=0, return_index=True)
-    assert len(found) == np.prod([count for _, count in streams]), "too few seeds"
-    return chosen[first].tolist()
+    """For each combination of cells the first seed whose numbers lie well inside them. ``streams``: a tuple (purposes,
+    positions and rows of uniforms; cells) each. Uniforms of one stream have to share a cell, because only one of them
+    will matter."""
+    found = {}
+    for first in range(0, 1 << 22, 1 << 14):
+        seeds = torch.arange(first, first + (1 << 14))
+        cells, inside = [], True
+        for numbers, count in streams:
+            scaled = [uniforms(seeds, *number) * count for number in numbers]
+            own = [np.floor(u).astype(int) for u in scaled]
+            for u, cell in zip(scaled, own, strict=True):
+                inside = inside & (np.abs(u - cell - 0.5) < 0.45) & (cell == own[0])
+            cells.append(own[0])
+        for index in np.flatnonzero(inside).tolist():
+            found.setdefault(tuple(int(cell[index]) for cell in cells), first + index)
+        if len(found) == np.prod([count for _, count in streams]):
+            return [found[cell] for cell in sorted(found)]
+    raise AssertionError("too few seeds")
 
 
 def g_test(counts, probs):

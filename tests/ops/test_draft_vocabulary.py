@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backends import on_device
-from distributions import RACE_CELLS, F, logits_of, probs_of, seeds_by_cell, uniforms
+from distributions import RACE_CELLS, F, logits_of, probs_of, seeds_by_cell
 from processes import run_python
 
 from specdec_kernels import DraftVocabulary, oracle, sample, sample_children, selftest, verify_chain, verify_tree
@@ -73,7 +73,7 @@ def compare_with_the_oracle(report: selftest.Report, index: int, tokens: torch.T
 def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
     """And as the oracle says. Every third batch has drafts outside of the drafter's vocabulary."""
     verify, report = on_device(verify_chain, backend), selftest.Report()
-    for index, case in enumerate(selftest.chains.cases(few(72), (2, 129, 1000))):
+    for index, case in enumerate(selftest.chains.cases(few(72), (2, 129, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.draft.shape[1] == 0:
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)
@@ -81,8 +81,9 @@ def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
         got = verify(case.target, tokens, logits, stats, **case.options, draft_to_target=vocabulary)
         want = verify(case.target, tokens, scattered(logits, vocabulary), stats, **case.options)
         assert_equal(got, want)
-        by_ids = vocabulary.draft_to_target.int()
-        assert_equal(got, verify(case.target, tokens, logits, stats, **case.options, draft_to_target=by_ids))
+        if index < few(72) // 2:  # given as ids
+            by_ids = vocabulary.draft_to_target.int()
+            assert_equal(got, verify(case.target, tokens, logits, stats, **case.options, draft_to_target=by_ids))
         full = selftest.chains.Case(case.target, tokens, scattered(logits, vocabulary), stats, case.options)
         compare_with_the_oracle(report, index, got.tokens, partial(selftest.chains.expected, full))
     assert not report.wrong
@@ -107,7 +108,7 @@ def test_long_rows_are_measured_as_scattered_ones(backend, rule):
 
 def test_a_tree_is_verified_as_with_scattered_rows(backend, few):
     verify, report = on_device(verify_tree, backend), selftest.Report()
-    for index, case in enumerate(selftest.trees.cases(few(72), (2, 12, 130, 1000))):
+    for index, case in enumerate(selftest.trees.cases(few(72), (2, 12, 130, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.options["rule"] in ("walk", "coupled"):
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)
@@ -208,9 +209,8 @@ LEAF = {0: (1, 3, 0), 1: (3, 1, 0)}
 @cache
 def all_cells(nodes: int) -> list[int]:
     """Seeds for each combination of the numbers that nodes are accepted and bonus tokens drawn by."""
-    seeds = torch.arange(1 << 20)
-    acceptances = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 12) for node in range(nodes)]
-    races = [uniforms(seeds, Purpose.TARGET, POSITION, row) for row in range(1, nodes + 1)]
+    acceptances = [([(Purpose.ACCEPT, POSITION, node)], 12) for node in range(nodes)]
+    races = [(Purpose.TARGET, POSITION, row) for row in range(1, nodes + 1)]
     return seeds_by_cell([*acceptances, (races, RACE_CELLS)])
 
 

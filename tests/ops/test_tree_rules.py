@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from backends import on_device
-from distributions import PAIRS, QUARTERS, RACE_CELLS, TWELFTHS, logits_of, probs_of, seeds_by_cell, table, uniforms
+from distributions import ENDING, PAIRS, QUARTERS, RACE_CELLS, TWELFTHS, logits_of, probs_of, seeds_by_cell, table
 
 from specdec_kernels import oracle, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import TILE, Purpose
@@ -96,36 +97,30 @@ def drafts_of(parents, siblings, weights):
             yield (0, *tokens), mass
 
 
-@pytest.fixture(scope="module")
-def grids():
-    """rule, parents -> seeds."""
-    seeds = torch.arange(1 << 20)
-
-    def race(*rows, purpose=Purpose.TARGET):
-        if purpose == Purpose.COUPLED:
-            return [uniforms(seeds, purpose, POSITION + row, 0) for row in rows], RACE_CELLS
-        return [uniforms(seeds, purpose, POSITION, row) for row in rows], RACE_CELLS
-
-    acceptances = [([uniforms(seeds, Purpose.ACCEPT, POSITION, node)], 4) for node in range(4)]
-    thirds = [(numbers, 3) for numbers, _ in acceptances[2:]]
-    # Of two tokens a rejected one leaves the other: races are held at the leaves alone, and one of them at most.
-    found = {("certain", DEEP): seeds_by_cell([acceptances[0], *thirds, race(3, 4)])}
-    for parents, leaves in ((DEEP, (3, 4)), (FLAT, (1, 2))):
-        by_acceptances = seeds_by_cell([*acceptances[: len(parents) - 1], race(*leaves)])
-        found["recursive", parents] = found["traversal", parents] = by_acceptances
-        found["walk", parents] = seeds_by_cell(
-            [race(*nodes) for nodes in ((0,), (1, 2), (3, 4))[: len(parents) // 2 + 1]]
-        )
-        depths = range(len(parents) // 2 + 1)
-        found["coupled", parents] = seeds_by_cell([race(depth, purpose=Purpose.COUPLED) for depth in depths])
-    return found
+@cache
+def cells(rule, parents, certain=False):
+    """Seeds for every combination of the numbers that decide. Of two tokens a rejected one leaves the other: where
+    nodes are tested, races are held at the leaves alone, and one of them at most; none under ``FLAT``, which ends as
+    ``ENDING`` does."""
+    levels = ((0,), (1, 2), (3, 4))[: 1 + len(parents) // 2]
+    races = [[(Purpose.TARGET, POSITION, node) for node in level] for level in levels]
+    if rule == "coupled":
+        races = [[(Purpose.COUPLED, POSITION + depth, 0)] for depth in range(len(levels))]
+    nodes = {0: 4, 2: 3, 3: 3} if certain else dict.fromkeys(range(len(parents) - 1), 4)
+    streams = [([(Purpose.ACCEPT, POSITION, node)], count) for node, count in nodes.items()]
+    by_races = [(numbers, RACE_CELLS) for numbers in races]
+    if rule in ("walk", "coupled"):
+        return seeds_by_cell(by_races)
+    return seeds_by_cell(streams if parents == FLAT else [*streams, by_races[-1]])
 
 
-def distance_by_counting(verify, grids, rule, siblings, kind, parents=DEEP, drawn=(2, 2)):
+def distance_by_counting(verify, rule, siblings, kind, parents=DEEP, drawn=(2, 2)):
     """How far the distribution of sequences as deep as the tree and one further is from the target's: every tree of
     drafts, every cell, continued by the target."""
     certain = (kind, rule) == ("point mass", "traversal") and parents == DEEP
-    weights, seeds = (TWELFTHS, grids["certain", parents]) if certain else (QUARTERS, grids[rule, parents])
+    weights, seeds = TWELFTHS if certain else QUARTERS, cells(rule, parents, certain)
+    if parents == FLAT and rule in ("recursive", "traversal"):
+        weights = ENDING
     masses, tokens, rows = [], [], []
     for drafts, mass in [(CERTAIN, F(1))] if certain else drafts_of(parents, siblings, drawn):
         rows.append(torch.stack([logits_of(weights[path(parents, drafts, n)], False) for n in range(len(parents))]))
@@ -187,16 +182,16 @@ def one_of_each(parameters):
 
 @pytest.mark.interpreted(kept=one_of_each)
 @pytest.mark.parametrize(("rule", "kind", "siblings"), RULES_AND_DRAFTS)
-def test_the_distribution_is_exact(verify, grids, parents, rule, kind, siblings):
-    assert distance_by_counting(verify, grids, rule, siblings, kind, parents) == 0
+def test_the_distribution_is_exact(verify, parents, rule, kind, siblings):
+    assert distance_by_counting(verify, rule, siblings, kind, parents) == 0
 
 
 @pytest.mark.interpreted(kept=lambda parameters: parameters["siblings"] != "iid" and parameters["rule"] == "recursive")
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
-def test_a_wrong_draft_distribution_is_seen(verify, grids, parents, rule, siblings):
+def test_a_wrong_draft_distribution_is_seen(verify, parents, rule, siblings):
     """Case 3: children from another distribution than the declared one change the text."""
-    assert distance_by_counting(verify, grids, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
+    assert distance_by_counting(verify, rule, siblings, "dense", parents, drawn=(1, 3)) > F(1, 50)
 
 
 # --- a chain is a tree ------------------------------------------------------------------------------------------------
