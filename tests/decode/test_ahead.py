@@ -16,6 +16,7 @@ import torch
 from architectures import CONV, MIXED, WINDOW, Architecture, build
 from decoding import PROMPTS, drafted, drafters, exact_distribution
 from distributions import g_test, limit
+from forms import pairwise
 from tiny import VOCAB, Altered, steady, tiny
 
 from specdec_kernels.decode import Draft, Scheduler, Statistics, TransformersTarget, generate, stream
@@ -73,9 +74,7 @@ def alike(model):
     return made
 
 
-@pytest.mark.parametrize("outcomes", [1, 3])
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize(("name", "rule", "outcomes"), pairwise(INNER, ["token", "block", "coupled"], [1, 3]))
 def test_text_and_drafts_are_those_of_the_drafter_alone(model, name, rule, outcomes, used):
     """In batches whose requests end at different steps, greedy ones among them, and of one request."""
     for prompts, lengths, heats in (

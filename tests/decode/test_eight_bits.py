@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from forms import pairwise
 from processes import run_python
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
@@ -14,10 +15,13 @@ from specdec_kernels.decode.drafters.eight_bits import FEW, EightBitLinear, roun
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lead", [(1,), (3,), (FEW,), (FEW + 1,), (2, 2), (1, 1), (2, 5)])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 96), (33, 61), (5, 7), (1, 1), (70, 576)])
-def test_a_product_is_the_one_of_the_rounded_weights(dtype, lead, outputs, inputs):
+LEADS = [(1,), (3,), (FEW,), (FEW + 1,), (2, 2), (1, 1), (2, 5)]
+SIZES = [(64, 96), (33, 61), (5, 7), (1, 1), (70, 576)]
+
+
+@pytest.mark.parametrize(("dtype", "lead", "size"), pairwise(DTYPES, LEADS, SIZES))
+def test_a_product_is_the_one_of_the_rounded_weights(dtype, lead, size):
+    outputs, inputs = size
     torch.manual_seed(len(lead) + lead[0])
     weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(*lead, inputs).to(dtype)
     weight[outputs // 2] = 0
@@ -79,17 +83,19 @@ def masks(kind, batch, rows, length):
     return torch.rand(batch, 1, rows, length + rows).ge(0.4) | torch.eye(rows, length + rows, dtype=torch.bool)
 
 
+ROWS = [(1, 1), (2, 3), (FEW, 1), (1, FEW + 1)]
+LAYERS = [((), True), ((1, 3), True), ((1, 3), False)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["text", "tree"])
-@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 3), (FEW, 1), (1, FEW + 1)])
-@pytest.mark.parametrize(("middle", "own"), [((), True), ((1, 3), True), ((1, 3), False)])
-def test_the_layer_is_the_one_of_the_rounded_weights(dtype, kind, batch, rows, middle, own):
+@pytest.mark.parametrize(("dtype", "kind", "shape", "layers"), pairwise(DTYPES, ["text", "tree"], ROWS, LAYERS))
+def test_the_layer_is_the_one_of_the_rounded_weights(dtype, kind, shape, layers):
     """For few rows; of more it is the one of the weights as they were."""
+    (batch, rows), (middle, own) = shape, layers
     eight_bits, few, plain = models(middle)
     expected = few if batch * rows <= FEW else plain
-    layers = 1 if own else len(plain.layers)
-    embeddings, features = torch.randn(batch, rows, 42).to(dtype), torch.randn(batch, rows, 42 * layers).to(dtype)
+    width = 42 if own else 42 * len(plain.layers)
+    embeddings, features = torch.randn(batch, rows, 42).to(dtype), torch.randn(batch, rows, width).to(dtype)
     inputs = masks(kind, batch, rows, 19), torch.randint(0, 64, (batch, rows))
     cache, other = caches(plain, batch, 19)
     read = eight_bits(embeddings, features, *inputs, cache)
