@@ -91,7 +91,7 @@ def test_sanitizers_find_nothing(isa):
         for name in ("libasan.so", "libubsan.so")
     ]
     result = subprocess.run(
-        [sys.executable, "-c", EXERCISE.replace("COUNT", str(some(20, 60)))],
+        [sys.executable, "-c", EXERCISE.replace("COUNT", str(some(10, 60)))],
         env={
             **os.environ,
             "SPECDEC_LIBRARY": str(build / "libspecdec_cpu.so"),

@@ -14,6 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "cuda" / "budget.txt"
@@ -38,6 +39,7 @@ class Kernel:
     registers: int = 0
     code: list[tuple[int, str]] = field(default_factory=list)
 
+    @cached_property
     def flow(self) -> list[tuple[list[str], set[int]]]:
         """The blocks that can be reached: the names of their instructions, and what leads there."""
         jumps = {address: int(found[1], 16) for address, text in self.code if (found := JUMP.match(text))}
@@ -65,24 +67,27 @@ class Kernel:
                 found += after[block]
         return [(own, {m for m in reached if n in after[m]}) for n, own in enumerate(names)]
 
-    def loops(self, having: str) -> Iterator[list[str]]:
-        """The instructions of the innermost loops that have one, by their names. A loop is what leads back to where
-        all that leads into it begins."""
-        flow = self.flow()
+    @cached_property
+    def bodies(self) -> list[set[int]]:
+        """The blocks of each loop. A loop is what leads back to where all that leads into it begins."""
         bodies: dict[int, set[int]] = {}
-        for begin, (_, before) in enumerate(flow):
+        for begin, (_, before) in enumerate(self.flow):
             for end in before:
                 body, found = {begin}, [end]
                 while found:
                     if (block := found.pop()) not in body:
                         body.add(block)
-                        found += flow[block][1]
+                        found += self.flow[block][1]
                 if 0 not in body - {begin}:
                     bodies[begin] = bodies.get(begin, set()) | body
-        those = [body for body in bodies.values() if any(having in flow[block][0] for block in body)]
+        return list(bodies.values())
+
+    def loops(self, having: str) -> Iterator[list[str]]:
+        """The instructions of the innermost loops that have one, by their names."""
+        those = [body for body in self.bodies if any(having in self.flow[block][0] for block in body)]
         for body in those:
             if not any(other < body for other in those):
-                yield [name for block in sorted(body) for name in flow[block][0]]
+                yield [name for block in sorted(body) for name in self.flow[block][0]]
 
     def measuring(self) -> Iterator[list[str]]:
         """The loops that measure rows, but for the ends of rows and what has to be processed."""
@@ -146,14 +151,11 @@ def short(name: str) -> str:
 
 def kernels(path: Path) -> list[Kernel]:
     """Those of a library or a cubin for compute capability 9.0 that go over rows of logits."""
-
-    def said(*options: str) -> str:
-        command = [tool(), "-arch", "sm_90", *options, path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", said("-res-usage")))
+    command = [tool(), "-arch", "sm_90", "-res-usage", "-sass", path]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", said))
     found = []
-    for part in re.split(r"\n\s*Function : ", said("-sass"))[1:]:
+    for part in re.split(r"\n\s*Function : ", said)[1:]:
         name = part.split("\n", 1)[0].strip()
         code = [(int(a, 16), text.strip()) for a, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", part)]
         if short(name):
