@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import run_python
 from rich.console import Console
+from typer.testing import CliRunner
 
 from specdec_kernels.bench import gpu
 from specdec_kernels.bench.clocks import WallClock
+from specdec_kernels.cli import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real one runs there")
 
@@ -62,9 +63,8 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 
 
 def test_without_a_gpu_the_command_says_so():
-    result = run_python("-m", "specdec_kernels.cli.main", "bench", "--device", "cuda")
-    assert result.returncode == 2
-    assert result.stderr == "error: there is no GPU to time: torch sees none\n"
-    result = run_python("-m", "specdec_kernels.cli.main", "bench", "trees", "--device", "cuda")
-    assert result.returncode == 2
+    result = CliRunner().invoke(main.app, ["bench", "--device", "cuda"])
+    assert (result.exit_code, result.stderr) == (2, "error: there is no GPU to time: torch sees none\n")
+    result = CliRunner().invoke(main.app, ["bench", "trees", "--device", "cuda"])
+    assert result.exit_code == 2
     assert "device must be cpu for 'trees'" in result.stderr

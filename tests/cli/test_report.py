@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,22 +174,36 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 
 
 def test_all_of_it_runs_dry(tmp_path, monkeypatch):
-    """As in CI: every part on a CPU, by the command line. How long it takes is not looked at."""
-    patient = [replace(part, limit_s=AMPLE) for part in report.PARTS]
-    monkeypatch.setattr(report, "run", partial(report.run, parts=patient))
+    """As in CI: every part on a CPU, by the command line, though not each in a process of its own. How long it takes is
+    not looked at."""
+
+    def watch_here(command, limit_s, log, row, env):
+        assert command == [sys.executable, "-m", "specdec_kernels.bench.report", "--part", command[4], "--dry"]
+        part = next(part for part in report.PARTS if part.name == command[4])
+        for each in part.rows(Setting("cpu", True)):
+            row(json.loads(json.dumps(each)))
+        return "done in 0 s"
+
+    monkeypatch.setattr(report, "watch", watch_here)
     result = CliRunner().invoke(main.app, ["gpu-report", "--dry", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "dry-report.json").read_text())
     assert result.exit_code == 0, (written["ended"], result.output)
     assert list(written["ended"]) == [part.name for part in report.PARTS]
-    assert all(how.startswith("done in ") for how in written["ended"].values())
     assert not [row for row in written["rows"] if "failed" in row]
     compiled = [row["what"] for row in written["rows"] if row["what"].startswith("compiled")]
     assert compiled == ["compiled chains: 1 calls, 0 failed", "compiled trees: 1 calls, 0 failed"]
     parts = {row["part"] for row in written["rows"]}
     assert parts == set(written["ended"])
+    assert "CUDA C++, emulated" in (tmp_path / "dry-report.md").read_text()
+
+
+def test_a_part_runs_in_a_process_where_every_backend_runs(tmp_path):
+    """Without a GPU, Triton is interpreted there and CUDA emulated."""
+    assert report.run(tmp_path, True, lambda line: None, [replace(report.PARTS[0], limit_s=AMPLE)])
+    written = json.loads((tmp_path / "dry-report.json").read_text())
+    assert list(written["ended"]) == ["versions"]
     backends = {row["what"]: row["does not run"] for row in written["rows"] if row["what"].startswith("backend")}
     assert backends == dict.fromkeys(["backend reference", "backend cpu", "backend cuda", "backend triton"])
-    assert "CUDA C++, emulated" in (tmp_path / "dry-report.md").read_text()
 
 
 def test_processes_share_the_cases_of_the_self_test():

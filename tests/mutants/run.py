@@ -24,9 +24,11 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "helpers"))
+from processes import FORKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLES = Path(__file__).parent
@@ -186,11 +188,6 @@ class Copy:
         if process.exitcode == 1 or process.exitcode < 0:  # failed, or died of a signal
             return ""
         return f"{test} does not run: {output.read_text()[-1000:]}"
-
-
-#: A process that has imported what takes seconds and is no part of the tree, and is forked for every test.
-FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "hypothesis", "pytest"])
 
 
 def run_test(folder: Path, test: str, output: Path) -> None:

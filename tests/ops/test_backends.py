@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forms import some
+from forms import pairwise, some
 from processes import run_python
+from typer.testing import CliRunner
 
 from specdec_kernels import ops, selftest
+from specdec_kernels.cli import main
 from specdec_kernels.contract import Rule
 from specdec_kernels.ops.validate import ArgumentChecker
 
@@ -23,16 +25,18 @@ def test_against_the_oracle(backend, device):
 
 
 def test_the_command_line_of_the_suite():
-    command = ("-m", "specdec_kernels.cli.main", "selftest", "--count", "2")
-    result = run_python(*command, "--backend", "reference", "--backend", "cpu")
-    assert result.returncode == 0, result.stderr
+    def said(*options):
+        return CliRunner().invoke(main.app, ["selftest", "--count", "2", *options])
+
+    result = said("--backend", "reference", "--backend", "cpu")
+    assert result.exit_code == 0, result.output
     assert result.stdout.count(" 0 wrong") == 2
-    result = run_python(*command, "--backend", "abacus")
-    assert result.returncode == 2
+    result = said("--backend", "abacus")
+    assert result.exit_code == 2
     assert "backend must be one of ['cpu', 'cuda', 'reference', 'triton']," in result.stderr
     if not torch.cuda.is_available():
-        result = run_python(*command, "--device", "cuda")
-        assert result.returncode == 2
+        result = said("--device", "cuda")
+        assert result.exit_code == 2
         assert result.stderr == "error: device cuda cannot be tested: torch sees no GPU\n"
 
 
@@ -59,14 +63,15 @@ def test_the_suite_notices_a_wrong_backend(monkeypatch):
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    probe = run_python("-c", "import specdec_kernels.ops as o; print(o.BACKENDS['cpu'].detail)", SPECDEC_CPU_ISA=isa)
-    if probe.stdout.strip() == "C++, none":
+    code = """
+from specdec_kernels import ops, selftest
+print(ops.BACKENDS["cpu"].detail)
+assert ops.BACKENDS["cpu"].detail == "C++, none" or selftest.run("cpu", count=30).wrong == []
+"""
+    result = run_python("-c", code, SPECDEC_CPU_ISA=isa)
+    if result.stdout.strip() == "C++, none":
         pytest.skip(f"this machine has no {isa}")
-    assert probe.stdout.strip() == f"C++, {isa}"
-    result = run_python(
-        "-m", "specdec_kernels.cli.main", "selftest", "--backend", "cpu", "--count", "30", SPECDEC_CPU_ISA=isa
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert (result.returncode, result.stdout.strip()) == (0, f"C++, {isa}"), result.stderr
 
 
 def test_an_unknown_instruction_set_is_an_error():
@@ -235,10 +240,12 @@ def test_threads_do_not_change_the_tokens():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.0, 0.05, 0.8])  # 0.05: tiles whose weights have a base of their own
+KINDS = ["statistics", "point mass", "masked", "a row of nan", "rows far apart", "nothing drafted"]
+TEMPERATURES = [0.0, 0.05, 0.8]  # 0.05: tiles whose weights have a base of their own
+
+
 @pytest.mark.parametrize(
-    "kind", ["statistics", "point mass", "masked", "a row of nan", "rows far apart", "nothing drafted"]
+    ("kind", "temperature", "dtype"), pairwise(KINDS, TEMPERATURES, [torch.float32, torch.bfloat16])
 )
 def test_a_batch_of_one_is_as_one_of_many(kind, temperature, dtype):
     """Whose threads decide for themselves what comes next, each; in a batch they are told."""
