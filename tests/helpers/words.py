@@ -8,6 +8,7 @@ above, enter) only a reader can judge: they are not here.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -71,24 +72,22 @@ def patterns() -> dict[re.Pattern[str], str]:
 
 def found(text: str) -> Iterator[tuple[int, str, str]]:
     """(line, word, what to write) of each in a text."""
-    looked_for = patterns()
     for name in OTHERS:
         text = text.replace(name, "")
-    for number, line in enumerate(text.splitlines(), 1):
-        for pattern, instead in looked_for.items():
-            for match in pattern.finditer(line):
-                yield number, match[0], instead
+    for pattern, instead in patterns().items():
+        for match in pattern.finditer(text):
+            yield text.count("\n", 0, match.start()) + 1, match[0], instead
 
 
 def files() -> Iterator[Path]:
     """Everything that is written here, but for this and its test, and for what models are asked."""
     suffixes = (".py", ".pyi", ".md", ".h", ".cpp", ".cu", ".toml")
-    for path in sorted(path for path in ROOT.rglob("*") if path.suffix in suffixes or path.name == "CMakeLists.txt"):
-        inside = path.relative_to(ROOT)
-        elsewhere = any(part.startswith(".") or part in ("build", "results", "data") for part in inside.parts)
-        elsewhere |= any((ROOT / folder).is_symlink() for folder in inside.parents)
-        if not elsewhere and inside.name not in ("words.py", "test_words.py", "prompts.py"):
-            yield inside
+    for folder, folders, names in os.walk(ROOT):  # which follows no links
+        folders[:] = sorted(each for each in folders if each[0] != "." and each not in ("build", "results", "data"))
+        for path in (Path(folder, name) for name in sorted(names)):
+            written = path.suffix in suffixes or path.name == "CMakeLists.txt"
+            if written and path.name[0] != "." and path.name not in ("words.py", "test_words.py", "prompts.py"):
+                yield path.relative_to(ROOT)
 
 
 def complaints() -> list[str]:
