@@ -246,9 +246,12 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
 
 def usages(calls: Iterable[str], targets: Iterable[str], processes: int) -> Iterator[Usage]:
     """The same of several, side by side; what they compiled lies in Triton's cache."""
+    pairs = itertools.product(calls, targets)
+    if processes == 1:
+        yield from itertools.chain.from_iterable(itertools.starmap(usage, pairs))
+        return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(usage, *zip(*itertools.product(calls, targets), strict=True)):
-            yield from found
+        yield from itertools.chain.from_iterable(pool.map(usage, *zip(*pairs, strict=True)))
 
 
 def main() -> None:
