@@ -96,7 +96,7 @@ def test_block_uniforms_are_not_met_again_in_the_next_step():
     """Case 7: the block rule reads uniforms behind the stop; a next step that meets them again has another
     distribution."""
     limit = 33  # three degrees of freedom, three in ten million
-    assert sequence_statistic(oracle.Noise, 4000) < limit < sequence_statistic(AbsoluteUniforms, 4000)
+    assert sequence_statistic(oracle.Noise, 1500) < limit < sequence_statistic(AbsoluteUniforms, 1500)
 
 
 # --- coupled ----------------------------------------------------------------------------------------------------------
@@ -169,15 +169,16 @@ def chains(count=24, drafts=3, vocab=150, seed=0):
 
 
 @pytest.mark.parametrize("rule", ["token", "coupled", "block"])
-def test_four_counters(verify_chain, rule):
+def test_four_counters(few, verify_chain, rule):
     """Case 21: prefix-accepted <= independently accepted <= proposed; emitted is one more than accepted."""
-    target, tokens, draft = chains()
-    named = {"seed": torch.arange(24), "position": 1, "rule": rule}
+    count = max(8, few(24))
+    target, tokens, draft = chains(count)
+    named = {"seed": torch.arange(count), "position": 1, "rule": rule}
     if rule == "coupled":
         drawn = [ops.sample(draft[:, i], seed=named["seed"], position=1, row=i, coupled=True) for i in range(3)]
         tokens = torch.stack([one.tokens for one in drawn], 1)
     tokens[3, 1], tokens[4, 0] = -1, -1
-    proposed = torch.full((24,), 3)
+    proposed = torch.full((count,), 3)
     proposed[3], proposed[4] = 1, 0
     verified = verify_chain(target, tokens, draft, draft_temperature=1.0, **named, count_independent=rule != "block")
     assert torch.equal(verified.num_proposed.long(), proposed)
@@ -191,24 +192,23 @@ def test_four_counters(verify_chain, rule):
         assert (verified.num_independent > verified.num_accepted).any()
         assert torch.equal(verify_chain(target, tokens, draft, draft_temperature=1.0, **named).tokens, verified.tokens)
     at, kept = verified.by_position()
-    assert at.tolist() == [23, 22, 22]
+    assert at.tolist() == [count - 1, count - 2, count - 2]
     assert kept.tolist() == [int((verified.num_accepted > i).sum()) for i in range(3)]
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 def test_ragged_rows_are_the_padded_ones(verify_chain, rule):
-    """``cu_rows``, with requests without drafts first, last and in between."""
-    target, tokens, draft = chains(count=8)
-    lengths = torch.tensor([0, 3, 1, 0, 2, 3, 3, 0])
+    """``cu_rows``, of either dtype, with requests without drafts first, last and in between."""
+    lengths = torch.tensor([0, 3, 0, 1, 2, 0])
+    target, tokens, draft = chains(count=len(lengths))
     ragged = torch.cat([target[b, : n + 1] for b, n in enumerate(lengths.tolist())])
     cu_rows = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)])
-    named = {"seed": torch.arange(8), "position": 1, "rule": rule, "top_k": 40}
+    cu_rows = cu_rows.int() if rule == "block" else cu_rows
+    named = {"seed": torch.arange(len(lengths)), "position": 1, "rule": rule, "top_k": 40}
     a = verify_chain(target, tokens, draft, draft_temperature=1.0, **named, num_draft=lengths)
     b = verify_chain(ragged, tokens, draft, draft_temperature=1.0, **named, cu_rows=cu_rows)
-    c = verify_chain(ragged, tokens, draft, draft_temperature=1.0, **named, cu_rows=cu_rows.int())
-    for x in (b, c):
-        assert torch.equal(a.tokens, x.tokens)
-        assert torch.equal(a.num_proposed, x.num_proposed)
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.num_proposed, b.num_proposed)
 
 
 def test_raw_and_processed_logprobs(verify_chain):

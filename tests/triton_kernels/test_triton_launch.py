@@ -58,15 +58,15 @@ def launched(monkeypatch):
     return launch_as
 
 
-def batch(kind: str) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+def batch(kind: str, vocab: int = VOCAB) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
     """Four requests of up to three drafts: some rejected early, one with a row that is not valid."""
     generator = torch.Generator().manual_seed(3)
-    target = torch.randn(4, 4, VOCAB, generator=generator) * 3
-    draft = target[:, :3] + torch.randn(4, 3, VOCAB, generator=generator) * 0.5
+    target = torch.randn(4, 4, vocab, generator=generator) * 3
+    draft = target[:, :3] + torch.randn(4, 3, vocab, generator=generator) * 0.5
     keys = {"seed": torch.arange(4) + 11, "position": torch.arange(4) * 7}
     vocabulary = None
     if kind == "reduced":
-        vocabulary = DraftVocabulary(torch.randperm(VOCAB, generator=generator)[:400], VOCAB)
+        vocabulary = DraftVocabulary(torch.randperm(vocab, generator=generator)[:400], vocab)
         draft = draft[..., vocabulary.draft_to_target]
     drawn = [
         sample(draft[:, i], **keys, row=i, temperature=0.8, draft_to_target=vocabulary, backend="reference")
@@ -107,7 +107,7 @@ def test_tokens_do_not_depend_on_the_launch(launched, rule, kind, options):
     arguments = {**keys, **OPTIONS[options], "rule": rule, "logprobs": True}
     expected = verify_chain(*positional, **arguments, backend="reference")
     found = []
-    for slices, shuffled in ((1, False), (3, False), (3, True), (6, True)):
+    for slices, shuffled in ((1, False), (3, True), (6, True)):
         launched(slices, shuffled)
         found.append(verify_chain(*positional, **arguments, backend="triton"))
     for each in found:
