@@ -23,6 +23,7 @@ from decoding import (
     with_repeats,
 )
 from distributions import g_test, limit
+from forms import some
 from tiny import Altered, slow_greedy, tiny
 
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
@@ -140,7 +141,7 @@ def test_joint_distribution_over_three_steps(kind, rule, monkeypatch):
         "medusa": lambda: medusa_drafter(model, (0, 2)),
         "merged tree": lambda: MergedDrafter(NGramDrafter(1), ModelDrafter(small)),
     }[kind]()
-    count, batch, length = 12_000, 2_000, 4
+    count, batch, length = some(8_000, 12_000), 2_000, 4
     distribution = exact_distribution(model, [1, 2], 0.8, length)
     seen = Counter()
     steps = Statistics()
@@ -170,7 +171,7 @@ def test_a_tree_that_drops_an_unlikely_draw_gives_a_wrong_distribution():
             else draft
         )
 
-    model, count = tiny(7, vocab=3, sharp=0.8), 16_000
+    model, count = tiny(7, vocab=3, sharp=0.8), 8_000
     distribution = exact_distribution(model, [1, 2], 0.8, 1)
     seen = {}
     drafter = TreeDrafter(ModelDrafter(tiny(8, vocab=3, sharp=0.8)))
@@ -261,7 +262,7 @@ def test_a_stop_that_looks_at_a_withheld_token_gives_a_wrong_distribution():
     def hiding(draft, step):
         return Draft(draft.tokens.masked_fill(draft.tokens == 0, -1), draft.logits, draft.stats)
 
-    model, count = tiny(7, vocab=3, sharp=0.8), 16_000
+    model, count = tiny(7, vocab=3, sharp=0.8), 8_000
     distribution = exact_distribution(model, [1, 2], 0.8, 1)
     results = generate(
         TransformersTarget(model), [[1, 2]] * count, drafter=Altered(ModelDrafter(tiny(8, vocab=3, sharp=0.8)), hiding),

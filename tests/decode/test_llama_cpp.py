@@ -11,6 +11,7 @@ import pytest
 import torch
 from decoding import NAMES, OPTIONS, PROMPTS, TREES, drafters, exact_distribution, only_even
 from distributions import g_test, limit
+from forms import some
 from llama_cpp_stand_in import LlamaCpp
 from tiny import slow_greedy, steady, tiny
 
@@ -69,9 +70,9 @@ def test_drawn_text_is_that_of_a_model_of_transformers(stand_in, name, options):
 
 
 def test_the_distribution_is_exact(stand_in):
-    model = tiny(4, vocab=4)
-    target, requests, length = LlamaCppTarget(stand_in(model)[1]), 1500, 3
-    drafter = ModelDrafter(tiny(5, vocab=4))
+    model = tiny(4, vocab=3)
+    target, requests, length = LlamaCppTarget(stand_in(model)[1]), some(400, 1500), 3
+    drafter = ModelDrafter(tiny(5, vocab=3))
     distribution = exact_distribution(model, [1, 2], 0.8, length)
     for rule in ("token", "block"):
         counts = dict.fromkeys(distribution, 0)
