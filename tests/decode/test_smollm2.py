@@ -13,7 +13,7 @@ from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import CallableDrafter
 
-TOKENS = some(24, 40)
+TOKENS = some(16, 40)
 FIXED_ROWS = 8
 
 
@@ -30,10 +30,7 @@ def encode(tokenizer, prompt):
 
 
 @pytest.mark.brief(
-    kept=lambda parameters: (
-        (parameters["session"], parameters["kind"])
-        in {("bfloat16", "story"), ("bfloat16", "code"), ("bfloat16", "edit"), ("float32", "edit")}
-    )
+    kept=lambda parameters: (parameters["session"], parameters["kind"]) in {("bfloat16", "code"), ("bfloat16", "edit")}
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -63,7 +60,7 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     assert decoded(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
-@pytest.mark.brief(kept=lambda parameters: parameters["session"] == "bfloat16")
+@pytest.mark.brief(kept=lambda parameters: (parameters["session"], parameters["kind"]) == ("bfloat16", "story"))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["story", "edit"])
 def test_coupled_text_depends_on_no_drafter(session, kind):
