@@ -133,7 +133,9 @@ class BlockProgram : CrewProgram<T, VerifyChain> {
       }
       if (Base::uniform_of(i) < threshold) accepted = i, accepted_prob = path_prob;
     }
-    Base::end_at(accepted, accepted_prob, accepted < usable);
+    // A row that was read and is not usable makes the result so, even behind the end of the path.
+    const bool valid = usable + 1 == live_ || path_prob == 0.0;
+    Base::end_at(accepted, accepted_prob, accepted < usable, valid);
   }
 
   // The path probability behind a row. What the target excludes is never accepted, whatever the draft was declared to

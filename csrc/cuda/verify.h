@@ -337,7 +337,8 @@ class VerifyProgram {
   }
 
   // The path ends in a row, with a probability, and with its draft rejected where it was tested and could be accepted.
-  SPECDEC_DEVICE void end_at(int end, double path_prob, bool can_go_on) const {
+  // `valid`: whether all other rows that were read are.
+  SPECDEC_DEVICE void end_at(int end, double path_prob, bool can_go_on, bool valid = true) const {
     const Judged last = fresh(judged() + end);
     int drawn = last.drawn;
     if constexpr (kBy == By::acceptance)
@@ -346,7 +347,7 @@ class VerifyProgram {
         drawn = draw_after(end, last.target, residual, can_go_on && last.tested,
                            [&](int first, auto& w) { set_apart(last, first, w); });
       }
-    write_path(end, drawn, last.target.valid && (last.tested || end + 1 == live_), judged());
+    write_path(end, drawn, valid && last.target.valid && (last.tested || end + 1 == live_), judged());
     if constexpr (kIsChain) {
       int independent = 0;
       SPECDEC_ROLLED

@@ -291,6 +291,20 @@ def test_the_row_of_a_bonus_token_is_read_where_it_is_drawn_alone(verify_chain, 
     assert torch.equal(made.valid, made.num_accepted < 2)
 
 
+def test_block_says_what_it_read_behind_the_end_of_the_path(verify_chain):
+    """It reads on as long as the path may go on: a row that is not usable there is told, whatever was accepted."""
+    target = torch.zeros(32, 4, 300)
+    target[:, :2, 5] = math.log(299)  # as likely as all others
+    target[:, 2] = NAN
+    target[16:, 0, 5] = -INF  # nothing behind it is read
+    made = verify_chain(
+        target, torch.full((32, 3), 5), seed=torch.arange(32), position=torch.full((32,), 1), rule="block"
+    )
+    assert sorted(set(made.num_accepted[:16].tolist())) == [0, 1, 2]
+    assert made.num_accepted[16:].tolist() == [0] * 16
+    assert torch.equal(made.valid, torch.arange(32) >= 16)
+
+
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("drafted", [0, 2])
 def test_a_row_of_nan_accepts_nothing(verify_chain, rule, drafted):
