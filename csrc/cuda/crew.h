@@ -48,7 +48,10 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
     first_span_ = (first + stride() - work_.spans % stride()) % stride();
     return first;
   }
-  SPECDEC_DEVICE void measure_node(int i) { Base::measure_node(i, first_span(), work_.spans, stride()); }
+  // Rules by crews keep so many registers that a whole span of float32 and the next one cannot be held.
+  SPECDEC_DEVICE void measure_node(int i) {
+    Base::template measure_node<!std::is_same_v<T, float>>(i, first_span(), work_.spans, stride());
+  }
 
   // Where the sums of a pass over a row are left, one of each span. Two places in turn: a block that is ahead begins
   // the next pass while others still read the sums of this one.

@@ -339,10 +339,10 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
 }
 
 // The spans `span`, span + stride, ... before `end`, by a warp.
-template <bool kRace, class T>
+template <bool kRace, bool kWhole = true, class T>
 SPECDEC_DEVICE void measure(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
   span = uniform_value(span);
-  if constexpr (!std::is_same_v<T, Mixed>) {
+  if constexpr (kWhole && !std::is_same_v<T, Mixed>) {
     const int whole = reinterpret_cast<uintptr_t>(row.begin()) % 16 == 0 ? Smaller()(row.vocab() / kSpan, end) : 0;
     const Sums sums = row.sums();
     if (sums == Sums::none)

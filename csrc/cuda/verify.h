@@ -171,12 +171,13 @@ class VerifyProgram {
   }
 
   // The spans `span`, span + stride, ... before `end` of all that is measured of a node, by a warp.
+  template <bool kWhole = true>
   SPECDEC_DEVICE void measure_node(int i, int span, int end, int stride) const {
     constexpr bool kRace = kBy == By::race;
     const int rows = kBy == By::acceptance && measures_draft(i) ? 2 : 1;
     SPECDEC_ROLLED
     for (int which = kTargetRows; which < rows; ++which)
-      measure<kRace>(Row<T>{block_, Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
+      measure<kRace, kWhole>(Row<T>{block_, Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
   }
 
   // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave `d`, a point mass,
