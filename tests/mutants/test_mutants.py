@@ -25,11 +25,16 @@ def test_a_mutant_is_killed(copy, mutant):
     assert copy.survives(mutant) == ""
 
 
-def test_the_tables_are_of_this_tree():
+def test_the_tables_are_of_this_tree(request):
+    """Tests that kill them are there with these parameters, as far as any of theirs are collected."""
     mutants = run.all_mutants()
     assert {str(mutant): flaw for mutant in mutants if (flaw := mutant.flaw())} == {}
     assert [name for name, count in Counter(map(str, mutants)).items() if count > 1] == []
     assert len(mutants) >= 60
+    collected = {item.nodeid for item in request.session.items}
+    functions = {name.split("[")[0] for name in collected}
+    named = {test for mutant in mutants if (test := mutant.test).split("[")[0] in functions}
+    assert named - collected - functions == set()
 
 
 def test_a_change_that_changes_nothing_survives(copy):
