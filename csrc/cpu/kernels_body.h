@@ -433,7 +433,7 @@ void eight_bit_products(const int8_t* rows, const float* scale, int64_t size, in
 
 // --- all of them ----------------------------------------------------------------------------------------------------
 
-constexpr Kernels table(const char* name) {
+constexpr Kernels table(const char* name) noexcept {
   return {name,         tile_max,    estimate_max,    tile_stats, combine,       tile_above, tile_peak,
           tile_between, token_probs, token_residuals, arrivals,   first_arrival, words,      eight_bit_products};
 }

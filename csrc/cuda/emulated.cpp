@@ -4,7 +4,7 @@
 #define SPECDEC_LIBRARY specdec_emulated
 #define SPECDEC_KEY CPU
 #define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cpu
-#include "ops.cpp"
+#include "ops.cpp"  // NOLINT(bugprone-suspicious-include)
 
 #include <memory>
 #include <numeric>

@@ -88,6 +88,7 @@ struct Filter {
     float pivot = limited && sampling.top_k <= tiles() ? some_tops(sampling.top_k) : -INFINITY;
     const float goal = limited ? 0.0f : sampling.top_p * all.sum;
     SPECDEC_ROLLED
+    // Doubled, which is exact. NOLINTNEXTLINE(bugprone-float-loop-counter)
     for (float gap = 4.0f; limited ? pivot > -INFINITY : by_mass && gap < 80.0f; gap *= 2.0f) {
       const float lowest = -std::numeric_limits<float>::max();
       float mass;

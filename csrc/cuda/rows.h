@@ -253,6 +253,7 @@ SPECDEC_DEVICE void race(const ThreadBlock& block, const Loaded& v, int id, cons
   uint32_t early = 0;
   SPECDEC_UNROLL
   for (int e = 0; e < kElements; ++e)
+    // Indices. NOLINTNEXTLINE(bugprone-integer-division)
     early |= uint32_t(float(quads[e / 4].w[e % 4]) * (0.999f * 0x1p-32f) < first.time * weight(v.at(e))) << e;
   SPECDEC_ROLLED
   for (; early != 0; early &= early - 1) {

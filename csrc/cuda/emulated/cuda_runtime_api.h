@@ -20,7 +20,7 @@ inline int asked = 0, cleared = 0, launched = 0;
 
 inline int setting(const char* name, int otherwise) {
   const char* value = std::getenv(name);
-  return value ? std::atoi(value) : otherwise;
+  return value ? int(std::strtol(value, nullptr, 10)) : otherwise;
 }
 }  // namespace specdec::cuda::emulated
 
