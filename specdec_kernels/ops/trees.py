@@ -93,7 +93,7 @@ def tree_positions(parents: Tensor) -> Tensor:
         [[0, 1, 1, 2, 3, -1]]
     """
     tree = checked(parents)
-    return torch.where(live_nodes(tree), tree_mask(tree).sum(-1) - 1, -1).int()
+    return _depths(tree, _ancestors(tree)).int()
 
 
 def tree_links(parents: Tensor) -> TreeLinks:
@@ -142,9 +142,10 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
     """
     validate.whole("depth", depth, 0)
     tree = checked(parents)
-    nodes, position = tree.shape[1], tree_positions(tree).long()[:, None].expand(-1, tree.shape[1], -1)
+    nodes, mask = tree.shape[1], _ancestors(tree)
+    position = _depths(tree, mask)[:, None].expand(-1, nodes, -1)
     # Every node goes into the column of its depth, in the rows of its descendants; the last column takes the rest.
-    column = torch.where(tree_mask(tree) & (position >= 0) & (position <= depth), position, depth + 1)
+    column = torch.where(mask & (position >= 0) & (position <= depth), position, depth + 1)
     paths = position.new_full((*tree.shape, depth + 2), -1)
     node = torch.arange(nodes, device=tree.device).expand_as(column)
     return paths.scatter_(2, column, node)[..., : depth + 1].int()
@@ -213,10 +214,32 @@ def tree_mask(
         raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
     context, most = _context(check, format, context_lens, max_context)
     layout, element, shape = _FORMATS[format](batch, nodes, most + nodes, dtype)
+    return _filled(tree, context, layout, element, shape, backend)
+
+
+def _filled(
+    tree: Tensor,
+    context: Tensor | None,
+    layout: MaskFormat,
+    element: torch.dtype,
+    shape: tuple[int, ...],
+    backend: BackendName | None = None,
+) -> Tensor:
+    """A mask of a tree that was checked."""
     out = torch.empty(shape, dtype=element, device=tree.device)
     if out.numel():
         function("tree_mask", backend, tree.device)(out, tree, context, int(layout))
     return out
+
+
+def _ancestors(tree: Tensor) -> Tensor:
+    """Of every node which are its ancestors and itself: bool [B, N, N]."""
+    return _filled(tree, None, MaskFormat.DENSE, torch.bool, (*tree.shape, tree.shape[1]))
+
+
+def _depths(tree: Tensor, ancestors: Tensor) -> Tensor:
+    """Of every node, -1 of those that are none."""
+    return torch.where(live_nodes(tree), ancestors.sum(-1) - 1, -1)
 
 
 def _context(
