@@ -113,9 +113,8 @@ def results(verified: VerifiedTree, retrive_index: Tensor, depth: int) -> SGLang
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     batch, nodes = verified.nodes.shape
-    rows = validate.ArgumentChecker("nodes", verified.nodes, B=batch, N=nodes).ids(
-        "retrive_index", retrive_index, "B, N"
-    )
+    check = validate.ArgumentChecker("nodes", verified.nodes, B=batch, N=nodes)
+    rows = check.ids("retrive_index", retrive_index, "B, N").long()
     kept = verified.nodes >= 0
     index = rows.gather(1, verified.nodes.long().clamp(min=0)).masked_fill(~kept, -1)
     predict = torch.zeros(rows.numel() + 1, dtype=torch.int32, device=rows.device)
