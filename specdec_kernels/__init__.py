@@ -52,4 +52,4 @@ for _function in [value for name in __all__ if isinstance(value := globals()[nam
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is done.
 """
     if "backend" in _function.__annotations__:
-        _function.__doc__ += "        RuntimeError: the backend that was asked for cannot run, with the reason.\n"
+        _function.__doc__ += "        RuntimeError: the requested backend cannot run, with the reason.\n"

@@ -81,7 +81,7 @@ def summary(rows, scale, table, key, tag, RACE: tl.constexpr, ENTRIES: tl.conste
 
 @triton.jit
 def table_scale(scale):
-    """What a row is measured with: greedily the scale is infinite, and only its largest logit is asked for."""
+    """What a row is measured with: greedily the scale is infinite, and only its largest logit is needed."""
     return tl.where(scale == float("inf"), 1.0, scale)
 
 

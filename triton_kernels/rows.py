@@ -14,10 +14,10 @@ from specdec_kernels.contract import TILE as _TILE
 
 TILE = tl.constexpr(_TILE)
 STEEP = tl.constexpr(_STEEP)
-# Blocks of a row that are asked for before the first is there, and one: 20 KB of bfloat16 a program, since a
+# Blocks of a row that are requested before the first is there, and one: 20 KB of bfloat16 a program, since a
 # multiprocessor needs 30 KB under way to keep its memory busy (gpu/measured.md: 12 KB were not enough).
 STAGES = tl.constexpr(6)
-# Of reduced rows the columns are what is asked for ahead: two blocks of them are no more bytes than five of bfloat16.
+# Of reduced rows the columns are what is requested ahead: two blocks of them are no more bytes than five of bfloat16.
 REDUCED_STAGES = tl.constexpr(3)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.

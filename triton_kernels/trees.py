@@ -79,7 +79,7 @@ def judge_node(
 
 @triton.jit
 def init_node(rows, drafts, tree, node, sampling, key, table, states, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """Rules recursive and traversal: the state of a node that nobody visited."""
+    """Rules recursive and traversal: the state of a node that was not visited."""
     target, valid = distribution_of(rows, node, sampling, key, race_tag(TARGET, node), table, True, ENTRIES, TILES)
     child = next_child(tree, node, node, None)
     needed = valid & (child < tree.nodes) & (target.argmax < 0)

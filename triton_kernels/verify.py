@@ -155,7 +155,7 @@ def verify_kernel(
             most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
         live = count_drafts(tokens, token_row_stride, most, vocab).to(tl.int64) + 1
         tokens -= token_row_stride
-    there = tl.maximum(live, 1)  # the first row is asked for even where there is no tree
+    there = tl.maximum(live, 1)  # the first row is requested even where there is no tree
     tree = Tree(parents, tokens, token_row_stride, live, vocab)
     processing = None
     if PROCESSED:
@@ -352,7 +352,7 @@ def launch_verify(
 def verify_chain(
     target_logits: Tensor, draft_tokens: Tensor, *arguments: Any, out: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
-    """The last arguments: rule, whether log-probabilities and independent acceptance are asked for, and a workspace;
+    """The last arguments: rule, whether log-probabilities and independent acceptance are requested, and a workspace;
     those before are of ``launch_verify``, from ``draft_logits`` on."""
     *of_requests, rule, logprobs, independent, workspace = arguments
     batch, rows = draft_tokens.shape[0], draft_tokens.shape[1] + 1

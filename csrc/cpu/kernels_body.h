@@ -72,7 +72,7 @@ template <class T>
 using Tile = Tiles<T, 1>;
 
 // Fetches what the next group reads where this one reads two vectors: the hardware's own prefetch stops at every 4 KiB
-// page. Line by line: float32 took a fifth longer when a tile's lines were asked for at once.
+// page. Line by line: float32 took a fifth longer when a tile's lines were requested at once.
 template <class T>
 void prefetch_next(const T* here) {
   constexpr uintptr_t kAhead = V::width * kTile * sizeof(T);

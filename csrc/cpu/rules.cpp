@@ -173,8 +173,8 @@ class Request {
   }
 
   // The last token, and what goes with it.
-  void finish(const RowView& target, int64_t i, int64_t emitted) {
-    write(target, i, emitted);
+  void finish(const RowView& target, int64_t i, int64_t last) {
+    write(target, i, last);
     op_.out_accepted[b_] = int32_t(num_accepted());
     op_.out_valid[b_] = valid_;
   }

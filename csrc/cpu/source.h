@@ -21,7 +21,7 @@ inline float logit_of(const Row& row, int64_t token) {
   }
 }
 
-// Fetches logits that will be asked for, where they lie together.
+// Fetches logits that will be needed, where they lie together.
 inline void prefetch(const Row& row, int64_t first, int64_t count) {
   if (row.columns != nullptr) return;
   const auto* const begin = static_cast<const char*>(address({.data = row.logits, .dtype = row.dtype}, first));

@@ -91,7 +91,7 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
 namespace specdec::cuda {
 
 // The distribution of a row whose table is made. Greedy is the point mass on the largest logit; so is, for what is
-// emitted then, a row that is not valid, on its largest finite one.
+// drawn then, a row that is not valid, on its largest finite one.
 template <class T>
 SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
   const Sampling sampling = row.sampling();

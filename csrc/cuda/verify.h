@@ -74,7 +74,7 @@ class VerifyProgram {
  protected:
   static constexpr bool kIsChain = std::is_same_v<Op, VerifyChain>;
 
-  // Nothing that follows from the request is held in registers: it is asked for again.
+  // Nothing that follows from the request is held in registers: it is read again.
   SPECDEC_DEVICE int64_t request() const {
     uint32_t request = uint32_t(b_);
     compute_here(request);
@@ -122,7 +122,7 @@ class VerifyProgram {
     }
     return end;
   }
-  // A chain ends before -1, or another id that is none; the root's row is asked for even where there is no tree.
+  // A chain ends before -1, or another id that is none; the root's row is requested even where there is no tree.
   SPECDEC_DEVICE int count_live() const {
     if constexpr (kIsChain)
       return first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });

@@ -133,7 +133,7 @@ _DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op)
 
 
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
-    """The implementation of an op: the dispatcher's choice for ``None``, else exactly the one that was asked for."""
+    """The implementation of an op: the dispatcher's choice for ``None``, else exactly the requested one."""
     if backend is None:
         return _DISPATCHED[op]
     if backend not in BACKENDS:

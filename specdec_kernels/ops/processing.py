@@ -141,7 +141,7 @@ def distribution(
     return (*check.sampling(*sampling), mask, *adjustments(check, penalties, bias, draft_tokens))
 
 
-#: Temperatures of each draft's request, or one, where nobody reads them.
+#: Temperatures of each draft's request, or one, where they are not read.
 NO_TEMPERATURE: tuple[Tensor | None, float] = (None, 1.0)
 
 

@@ -36,9 +36,9 @@ class Verified(NamedTuple):
     """int32 [B, 2]: :attr:`num_proposed` and :attr:`num_independent`."""
     logprobs: Tensor
     """float32 [B, K+1]: of ``tokens`` under the target's distribution, after all processing, temperature and filters;
-    nan where there is no token or the row is not usable. Empty unless asked for."""
+    nan where there is no token or the row is not usable. Empty unless requested."""
     raw_logprobs: Tensor
-    """float32 [B, K+1]: of ``tokens`` under ``softmax(target_logits)``. Empty unless asked for."""
+    """float32 [B, K+1]: of ``tokens`` under ``softmax(target_logits)``. Empty unless requested."""
 
     @property
     def num_proposed(self) -> Tensor:
@@ -87,7 +87,7 @@ class VerifiedTree(NamedTuple):
     valid: Tensor
     """bool [B]: False where a row that had to be read was not usable (nan, +inf, nothing finite)."""
     logprobs: Tensor
-    """float32 [B, N]: as of :class:`Verified`, and empty unless asked for, as the next ones are."""
+    """float32 [B, N]: as of :class:`Verified`, and empty unless requested, as the next ones are."""
     raw_logprobs: Tensor
     """float32 [B, N]: of ``tokens`` under ``softmax(target_logits)``."""
 

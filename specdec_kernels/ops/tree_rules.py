@@ -133,7 +133,7 @@ def verify_tree(
     ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
     same with any tree or none. Children of ``method="race"`` are met most often.
 
-    Rows of nodes that are not come to are not read. Ids and ``parents`` are checked on the CPU; on other devices, where
+    Rows of nodes that are not visited are not read. Ids and ``parents`` are checked on the CPU; on other devices, where
     looking would synchronise, a node with an id out of range is never accepted and a parent that is no earlier node
     ends the tree.
 
