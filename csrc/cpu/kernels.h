@@ -68,10 +68,6 @@ struct Arrival {
   float time;
 };
 
-// Tile i of the kPlaces that `estimate_max` looks at, of whole tiles [begin, end).
-constexpr int64_t kPlaces = 8;
-inline int64_t place_of(int64_t begin, int64_t end, int64_t i) { return begin + (end - begin) * i / kPlaces; }
-
 struct Kernels {
   const char* name;
 

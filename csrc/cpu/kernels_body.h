@@ -185,8 +185,11 @@ float estimate_max(const Row& row, int64_t begin, int64_t end) {
       largest = max_of_tile(Tile<decltype(element)>(row, begin) + 0);
       return;
     }
-    for (int64_t i = 0; i < kPlaces; ++i)
-      largest = V::max(largest, V::load(Tile<decltype(element)>(row, place_of(begin, last, i)) + 0));
+    constexpr int64_t kPlaces = 8;
+    for (int64_t i = 0; i < kPlaces; ++i) {
+      const Tile<decltype(element)> tile(row, begin + (last - begin) * i / kPlaces);
+      largest = V::max(largest, V::load(tile + 0));
+    }
   });
   return V::reduce_max(largest);
 }

@@ -109,19 +109,11 @@ class Request {
   // The target's row of a node, whose penalties count the path as output; its tiles kept in the given place of the
   // scratch.
   RowView view(int64_t node, int64_t place) {
-    if (const int64_t child = child_of(node, node); child >= 0) announce(child);
     TileSpace& space = scratch_.targets[size_t(place)];
     space.resize(tiles_of(op_.vocab));
     const uint32_t* mask = mask_of(op_.processing, op_.vocab, first_mask_ + node);
     const Source source(target_row(node), mask, adjustments_, {path_.data(), int64_t(path_.size())});
     return RowView(workers_, source, sampling_, space);
-  }
-
-  // Fetches what is read of a node's row before its pass: after the pass over its parent's it would be waited for. This
-  // and the draft's logit, fetched likewise, are 5 to 10% of a batch of 8.
-  void announce(int64_t node) const {
-    const Row row = target_row(node);
-    for (int64_t i = 0; i < kPlaces; ++i) prefetch(row, place_of(0, row.vocab / kTile, i) * kTile, 1);
   }
 
   // Looks at target row i, and at the distribution of its drafts if there are any, `token` the first of them, else -1;
