@@ -6,13 +6,19 @@ import contextlib
 import dataclasses
 import math
 
+import numpy as np
+import triton.language as tl
+from triton.language import core, random, semantic
+from triton.runtime import interpreter
+
 
 def skip_repeated_work() -> None:
     """Do once what the interpreter does for every operation."""
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(AttributeError):
         _skip_repeated_patching()
         _share_types()
-        _leave_like_operands()
+        _leave_like_types()
+        _leave_like_shapes()
         _compute_philox()
 
 
@@ -23,9 +29,6 @@ def _skip_repeated_patching() -> None:
     launch has done so already for kernels, and the first such call for Triton's own functions, whose ``core`` stays
     patched.
     """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
     patch, function = interpreter._patch_lang, interpreter.InterpretedFunction
     semantic = interpreter.interpreter_semantic
     core_patched = False
@@ -38,7 +41,7 @@ def _skip_repeated_patching() -> None:
         return self.rewrite()(*args, **kwargs)
 
     def patch_attribute(obj, name, member, builder, scope):
-        operation = getattr(member, "__wrapped__", member)  # without the one that asks for its semantics
+        operation = getattr(member, "__wrapped__", member)  # without the wrapper that checks it is called so
 
         def call(*args, **kwargs):
             kwargs["_semantic"] = semantic
@@ -53,9 +56,6 @@ def _skip_repeated_patching() -> None:
 def _share_types() -> None:
     """Tensors of one shape share it, the dtype of arrays is looked up by name, and sums are not computed once more in
     64 bits for an assertion about overflow that is left out unless debugging: all that is half of the time."""
-    from triton.language import core
-    from triton.runtime import interpreter
-
     options, lookup = interpreter.interpreter_builder.options, interpreter._get_np_dtype
     assert not options.debug
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
@@ -87,15 +87,17 @@ def _share_types() -> None:
     interpreter.TensorHandle.__post_init__ = lambda self: None
 
 
-def _leave_like_operands() -> None:
+def _filled(type, value):
+    """A tensor of one value."""
+    shape = type.shape if type.is_block() else 1
+    data = np.full(shape, value, interpreter._get_np_dtype(type.scalar))
+    return core.tensor(interpreter.TensorHandle(data, type.scalar), type)
+
+
+def _leave_like_types() -> None:
     """Two tensors of one shape and type are taken as they are, and a number as one like the tensor beside it: what the
     rules for promoting and broadcasting arrive at, which take most of the time that is left."""
-    import numpy as np
-    from triton.language import core, semantic
-    from triton.runtime import interpreter
-
-    rules = semantic.TritonSemantic
-    check, broadcast, equal = rules.binary_op_type_checking_impl, rules.broadcast_impl_value, core.dtype.__eq__
+    check = semantic.TritonSemantic.binary_op_type_checking_impl
     integers = {
         dtype.name: range(dtype.get_int_min_value(), dtype.get_int_max_value() + 1)
         for dtype in (getattr(core, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -110,9 +112,7 @@ def _leave_like_operands() -> None:
             (name in integers and kind is int and number in integers[name]) or (name in floats and kind in (int, float))
         ):
             return None
-        shape = tensor.type.shape if tensor.type.is_block() else 1
-        data = np.full(shape, number or 0, interpreter._get_np_dtype(tensor.dtype))  # -0.0 is 0.0 there
-        return core.tensor(interpreter.TensorHandle(data, tensor.dtype), tensor.type)
+        return _filled(tensor.type, number or 0)  # -0.0 is 0.0 there
 
     def check_unlike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         if type(lhs) is type(rhs) is core.tensor:
@@ -125,19 +125,34 @@ def _leave_like_operands() -> None:
                 return other, rhs
         return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
-    rules.binary_op_type_checking_impl = check_unlike
-    rules.broadcast_impl_value = lambda self, lhs, rhs: (
-        (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
-    )
-    core.dtype.__eq__ = lambda self, other: self.name == other.name if type(other) is core.dtype else equal(self, other)
+    semantic.TritonSemantic.binary_op_type_checking_impl = check_unlike
+
+
+def _leave_like_shapes() -> None:
+    """Tensors of one shape are not broadcast, those of one dtype not cast, and scalars are broadcast at once."""
+    rules, equal = semantic.TritonSemantic, core.dtype.__eq__
+    broadcast, cast = rules.broadcast_impl_value, rules.cast
+
+    def broadcast_unlike(self, lhs, rhs):
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        if not rhs.type.is_block():
+            return lhs, _filled(lhs.type.with_element_ty(rhs.dtype), rhs.handle.data)
+        if not lhs.type.is_block():
+            return _filled(rhs.type.with_element_ty(lhs.dtype), lhs.handle.data), rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_unlike(self, tensor, dtype, *rounding):
+        return tensor if tensor.dtype.name == dtype.name else cast(self, tensor, dtype, *rounding)
+
+    def equal_names(self, other):
+        return self.name == other.name if type(other) is core.dtype else equal(self, other)
+
+    rules.broadcast_impl_value, rules.cast, core.dtype.__eq__ = broadcast_unlike, cast_unlike, equal_names
 
 
 def _compute_philox() -> None:
     """Ten rounds of Triton's Philox in a few operations of NumPy's in place of 100 of the interpreter's."""
-    import numpy as np
-    from triton.language import core, random
-    from triton.runtime.interpreter import TensorHandle
-
     interpreted, low = random.philox_impl.rewrite(), 0xFFFFFFFF
 
     def philox(c0, c1, c2, c3, k0, k1, n_rounds=random.N_ROUNDS_DEFAULT):
@@ -149,7 +164,7 @@ def _compute_philox() -> None:
             a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
             c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & low, a >> 32 ^ c3 ^ k1, a & low
             k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-        handles = [TensorHandle(words.astype(np.uint32), given[0].dtype) for words in (c0, c1, c2, c3)]
+        handles = [interpreter.TensorHandle(words.astype(np.uint32), given[0].dtype) for words in (c0, c1, c2, c3)]
         return core.tuple([core.tensor(handle, given[0].type) for handle in handles])
 
     random.philox_impl.rewritten_fn[random.philox_impl.fn] = philox
