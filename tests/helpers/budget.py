@@ -14,7 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "cuda" / "budget.txt"
@@ -65,7 +65,11 @@ class Kernel:
                 reached.add(block)
                 after[block] |= table if "BRX" in names[block] else set()
                 found += after[block]
-        return [(own, {m for m in reached if n in after[m]}) for n, own in enumerate(names)]
+        before: list[set[int]] = [set() for _ in names]
+        for block in reached:
+            for following in after[block]:
+                before[following].add(block)
+        return list(zip(names, before, strict=True))
 
     @cached_property
     def bodies(self) -> list[set[int]]:
@@ -74,7 +78,7 @@ class Kernel:
         for begin, (_, before) in enumerate(self.flow):
             for end in before:
                 body, found = {begin}, [end]
-                while found:
+                while found and (0 not in body or begin == 0):  # no loop if all of the kernel leads into it
                     if (block := found.pop()) not in body:
                         body.add(block)
                         found += self.flow[block][1]
@@ -120,6 +124,7 @@ class Kernel:
         return said
 
 
+@cache
 def operation(text: str) -> str:
     """The name of an instruction, without what it depends on."""
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
