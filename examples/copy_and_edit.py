@@ -21,7 +21,7 @@ burning with curiosity she ran across the field after it
 in another moment down went Alice after it
 """.strip().splitlines()
 EDITS = {"Alice": "Tom", "she": "he", "her": "his", "sister": "brother"}
-STEPS = 1500  # twenty seconds on one core
+STEPS = 1000  # thirteen seconds on one core
 
 PAD, END = 0, 1
 names = ["<pad>", "</s>", *sorted({word for line in SENTENCES for word in line.split()} | {*EDITS.values()})]
@@ -36,7 +36,7 @@ def pair(words):
 
 def train(model, steps):
     """On random words, so that what it learns is to copy, not these sentences."""
-    rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     for _ in range(steps):
         length = rng.randint(3, 13)
         batch = [pair(rng.sample(range(2, len(names)), length)) for _ in range(16)]
