@@ -24,8 +24,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from specdec_kernels.decode.states import StateLayer
-from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops.kv import compact_kv
+from specdec_kernels.tensors import padded, to_device
 
 #: Share of columns that may be holes before they are squeezed out.
 MAX_HOLES = 0.25

@@ -26,12 +26,12 @@ from specdec_kernels.decode.protocols import (
 )
 from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
-from specdec_kernels.decode.tensors import ids_of
 from specdec_kernels.ops import BackendName, RuleName, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
 from specdec_kernels.ops.validate import whole
+from specdec_kernels.tensors import ids_of
 
 Ending = Literal["", "stop", "length", "invalid", "dead_end"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.protocols import SourcePrompt
-from specdec_kernels.decode.tensors import CPU, ids_of, padded, to_device
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, validate
 from specdec_kernels.ops.validate import whole
+from specdec_kernels.tensors import CPU, ids_of, padded, to_device
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
 Grammar = Callable[[Sequence[int]], Tensor]

@@ -29,9 +29,9 @@ from specdec_kernels.decode.protocols import (
 )
 from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
 from specdec_kernels.decode.statistics import Acceptance, Statistics
-from specdec_kernels.decode.tensors import CPU, ids_of, to_device
 from specdec_kernels.ops import BackendName, RuleName
 from specdec_kernels.ops.validate import whole
+from specdec_kernels.tensors import CPU, ids_of, to_device
 
 
 class Submission:

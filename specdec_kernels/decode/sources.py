@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.positions import Positions, listen_for_positions, told
 from specdec_kernels.decode.protocols import SourcePrompt
-from specdec_kernels.decode.tensors import padded, to_device
+from specdec_kernels.tensors import padded, to_device
 
 
 def sources_of(model: Any, prompts: Sequence[Sequence[int]]) -> EncodedSources | None:

@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from specdec_kernels.decode.mixing import Mixin, mix_in
-from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.tensors import to_device
 
 
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]

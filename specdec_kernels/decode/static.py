@@ -18,11 +18,11 @@ from specdec_kernels.decode.probe import LONGEST
 from specdec_kernels.decode.protocols import Draft, Scores
 from specdec_kernels.decode.static_cache import CachePool, StaticCache, bucket
 from specdec_kernels.decode.targets import TransformersTarget, features_of
-from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import verify_chain
 from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.trees import tree_mask, tree_positions
 from specdec_kernels.ops.validate import whole
+from specdec_kernels.tensors import to_device
 
 
 class StaticTarget(TransformersTarget):

@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import Kind, keep_paths, masks_by_kind
-from specdec_kernels.decode.tensors import padded, to_device
+from specdec_kernels.tensors import padded, to_device
 
 #: Columns of a cache are a multiple of this, so that streams of about the same length can have the same one.
 GRANULARITY = 64

@@ -18,7 +18,7 @@ from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import function
 from specdec_kernels.ops.draft_vocabulary import of_rows
 from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, unique_ids
+from specdec_kernels.ops.token_counts import TokenCounts, add_tokens, none_counted
 from specdec_kernels.ops.validate import ArgumentChecker
 
 
@@ -68,11 +68,9 @@ def _ids_or_none(ids: Tensor, vocab: int) -> Tensor:
     return ids.masked_fill((ids < 0) | (ids > vocab), vocab).int()
 
 
-def _text(check: ArgumentChecker, name: str, value: Tensor | None, length: str) -> Tensor:
-    """Ids of callers in that form, ``[B, length]``; None is empty."""
-    size, vocab = check.sizes[check.dim], check.sizes["V"]
-    if value is None:
-        return torch.empty((size, 0), dtype=torch.int32, device=check.device)
+def _text(check: ArgumentChecker, name: str, value: object, length: str) -> Tensor:
+    """Ids of callers in that form, ``[B, length]``."""
+    vocab = check.sizes["V"]
     ids = check.ids(name, value, f"{check.dim}, {length}")
     validate.within(name, ids, -1, vocab - 1, f"-1 or in [0, {vocab})")
     return _ids_or_none(ids, vocab)
@@ -81,16 +79,12 @@ def _text(check: ArgumentChecker, name: str, value: Tensor | None, length: str) 
 def _counted(check: ArgumentChecker, penalties: Penalties) -> tuple[Tensor, Tensor]:
     """The ids of prompt and output, int32 [B, M], ascending, and how often each occurs there, int32 [B, M, 2]."""
     size, vocab, kept = check.sizes[check.dim], check.sizes["V"], penalties.counts
-    texts = (
-        _text(check, "penalties.prompt", penalties.prompt, "Lp"),
-        _text(check, "penalties.output", penalties.output, "Lo"),
-    )
     if kept is None:
-        ids = unique_ids(torch.cat(texts, 1), vocab)
-        counts = torch.zeros((*ids.shape, 2), dtype=torch.int32, device=check.device)
-        for column, text in enumerate(texts):
-            count_tokens(ids, counts, column, text, vocab)
-        return ids, counts
+        counted = none_counted(size, check.device)
+        for column, (name, length) in enumerate((("prompt", "Lp"), ("output", "Lo"))):
+            if (text := getattr(penalties, name)) is not None:
+                counted = add_tokens(*counted, _text(check, f"penalties.{name}", text, length), vocab, column)
+        return counted
     if not isinstance(kept, TokenCounts):
         raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
     if penalties.prompt is not None or penalties.output is not None:
@@ -117,15 +111,18 @@ def adjustments(
         raise TypeError(f"penalties must be Penalties, got {validate.describe(penalties)}")
     if bias is not None and (not isinstance(bias, tuple) or len(bias) != 2):
         raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
+    vocab = check.sizes["V"]
     ids, counts = _counted(check, penalties)
-    biased = _text(check, "logit_bias[0]", None if bias is None else bias[0], "M")
-    end = ids.new_full((len(ids), 1), check.sizes["V"])
-    drafted = end if draft_tokens is None else _ids_or_none(draft_tokens, check.sizes["V"])
-    ids, counts = insert_ids(ids, counts, torch.cat([biased, drafted, end], 1), check.sizes["V"])
+    touched = [ids.new_full((len(ids), 1), vocab)]
+    if bias is not None:
+        touched.append(_text(check, "logit_bias[0]", bias[0], "M"))
+    if draft_tokens is not None:
+        touched.append(_ids_or_none(draft_tokens, vocab))
+    ids, counts = add_tokens(ids, counts, torch.cat(touched, 1), vocab)
     added = torch.zeros(ids.shape, dtype=torch.float32, device=check.device)
     if bias is not None:
         values = check.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{check.dim}, M")
-        added.scatter_add_(1, torch.searchsorted(ids, biased), values)
+        added.scatter_add_(1, torch.searchsorted(ids, touched[1]), values)
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     return ids, counts, added, check.columns([check.parameter(name, getattr(penalties, name)) for name in names])
 

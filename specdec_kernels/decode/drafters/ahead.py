@@ -22,8 +22,8 @@ from specdec_kernels.decode.protocols import (
     require_chain,
     revertible,
 )
-from specdec_kernels.decode.tensors import longer, to_device
 from specdec_kernels.ops.validate import whole
+from specdec_kernels.tensors import longer, to_device
 
 Result = TypeVar("Result")
 #: What each request may be continued with; None where nothing is guessed.

@@ -16,10 +16,10 @@ from specdec_kernels.decode.drafters.autoregressive import (
     drawn_children,
 )
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
-from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName
+from specdec_kernels.tensors import to_device
 
 #: How often the first, second, ... child is accepted when it is tested, later ones like the last of these; and, by its
 #: own probability among what its siblings left, as a line (at 0, rise). Of the SmolLM2 drafter at temperature 0.8 over

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
 from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
-from specdec_kernels.decode.tensors import longer, to_device
 from specdec_kernels.ops import sample
+from specdec_kernels.tensors import longer, to_device
 
 
 class FallbackDrafter:

@@ -16,8 +16,8 @@ from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, with_eight_bits
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.histories import Histories, placed_followers
-from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import DraftVocabulary
+from specdec_kernels.tensors import to_device
 
 
 class FeatureReader(Protocol):

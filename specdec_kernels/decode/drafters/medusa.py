@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
-from specdec_kernels.decode.tensors import to_device
+from specdec_kernels.tensors import to_device
 
 
 class MedusaDrafter:

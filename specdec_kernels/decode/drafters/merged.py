@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
 from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
-from specdec_kernels.decode.tensors import padded
+from specdec_kernels.tensors import padded
 
 
 class MergedDrafter:

@@ -14,8 +14,8 @@ from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
 from specdec_kernels.decode.protocols import Draft, Step
 from specdec_kernels.decode.static_cache import GRANULARITY, CachePool, StaticCache, bucket
-from specdec_kernels.decode.tensors import padded, to_device
 from specdec_kernels.ops import BackendName, sample
+from specdec_kernels.tensors import padded, to_device
 
 
 class StaticDrafter(ModelDrafter):

@@ -19,8 +19,8 @@ from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
 from specdec_kernels.decode.drafters.translation import Translation
 from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, joinable, require_chain
-from specdec_kernels.decode.tensors import to_device
 from specdec_kernels.ops import DraftVocabulary
+from specdec_kernels.tensors import to_device
 
 
 def _check_translation(translation: object) -> None:
