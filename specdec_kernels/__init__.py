@@ -10,13 +10,13 @@ from specdec_kernels.ops import (
     noise_words,
     sample,
     verify_chain,
+    verify_chain_workspace,
 )
 from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.kv import compact_kv
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
-from specdec_kernels.ops.workspace import verify_chain_workspace
 from specdec_kernels.version import __version__
 
 __all__ = [

@@ -72,16 +72,13 @@ def typical_acceptance(
     tree = checked(parents, check)
     batch, nodes = tree.shape
     target_logits = check.logits("target_logits", target_logits, "B, N, V")
-    draft_tokens = check.ids("draft_tokens", draft_tokens, "B, N")
-    draft_tokens = checked_tokens(draft_tokens, tree, target_logits.shape[-1])
+    draft_tokens = checked_tokens(check, draft_tokens, tree)
     scale = scale_of(torch.full((batch, nodes), temperature, dtype=torch.float32, device=tree.device))
     probs = distributions(target_logits.double(), Sampling.plain(scale)).probs  # nan, and below nothing, if not valid
     entropy = torch.special.entr(probs).sum(-1)
     enough = (delta * torch.exp(-entropy)).clamp(max=epsilon)
     up = tree.clamp(min=0)
-    prob = probs.gather(1, up[..., None].expand_as(probs)).gather(2, draft_tokens.long().clamp(min=0)[..., None])[
-        ..., 0
-    ]
+    prob = probs.gather(1, up[..., None].expand_as(probs)).gather(2, draft_tokens.clamp(min=0)[..., None])[..., 0]
     good = (tree >= 0) & (prob > enough.gather(1, up))
     good[:, 0] = True
     for node in range(1, nodes):
@@ -94,7 +91,7 @@ def typical_acceptance(
     drawn = verify_chain(row[:, None], nothing, seed=seed, position=position, temperature=temperature, backend=backend)
     path = tree_paths(tree, nodes - 1)[torch.arange(batch, device=tree.device), last]
     index = torch.arange(nodes, device=tree.device)
-    tokens = draft_tokens.long().gather(1, path.roll(-1, 1).clamp(min=0).long())
+    tokens = draft_tokens.gather(1, path.roll(-1, 1).clamp(min=0).long())
     tokens = torch.where(index < accepted[:, None], tokens, -1)
     tokens = torch.where(index == accepted[:, None], drawn.tokens, tokens)
     none = target_logits.new_empty((0,), dtype=torch.float32)

@@ -302,9 +302,10 @@ py::object function(const char* name, const py::capsule& library, const py::type
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, library.ptr()));
 }
 
-py::tuple connect(const py::type& tensor, const py::capsule& api, uintptr_t address, bool on_cuda,
-                  const std::array<py::type, 4>& results, const py::object& empty_strided,
-                  const std::array<py::object, 4>& dtypes) {
+py::tuple connect(uintptr_t address, bool on_cuda, bool results_by_torch, const std::array<py::type, 4>& results) {
+  const py::module_ torch = py::module_::import("torch");
+  const py::type tensor = torch.attr("Tensor");
+  const py::capsule api = tensor.attr("__dlpack_c_exchange_api__");
   const auto* table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) throw py::error_already_set();
   while (table != nullptr && table->header.version.major != DLPACK_MAJOR_VERSION)
@@ -318,8 +319,9 @@ py::tuple connect(const py::type& tensor, const py::capsule& api, uintptr_t addr
   exchange = table;
   tensor_type = type_of(tensor);
   auto* const library = new Library{entries, on_cuda ? kDLCUDA : kDLCPU, nullptr, {}, {}};  // as long as Python runs
-  if (!empty_strided.is_none()) library->empty_strided = empty_strided.inc_ref().ptr();
-  for (size_t i = 0; i < dtypes.size(); ++i) library->dtypes[i] = dtypes[i].inc_ref().ptr();
+  const auto kept = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
+  if (results_by_torch) library->empty_strided = kept("empty_strided");
+  library->dtypes = {kept("int64"), kept("int32"), kept("bool"), kept("float32")};
   const py::capsule capsule(library, kLibrary);
   return py::make_tuple(
       function<ChainArguments<TensorView>, &Entries::verify_chain>("verify_chain", capsule, results[0]),
@@ -349,10 +351,9 @@ PYBIND11_MODULE(_native, m) {
        "plain tensor."},
       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
-  m.def("connect", specdec::connect, py::arg("tensor"), py::arg("exchange"), py::arg("entries"), py::arg("on_cuda"),
-        py::arg("results"), py::arg("empty_strided"), py::arg("dtypes"),
-        "The functions `verify_chain`, `verify_tree`, `sample` and `sample_children` of a library: by torch.Tensor, its"
-        " DLPack interface, the library's entries (0: what would be run is left to whoever calls), whether its tensors "
-        "are on a GPU, the classes of results, what makes results (None: they are made here,"
-        " on a CPU) and their dtypes.");
+  m.def("connect", specdec::connect, py::arg("entries"), py::arg("on_cuda"), py::arg("results_by_torch"),
+        py::arg("results"),
+        "The functions `verify_chain`, `verify_tree`, `sample` and `sample_children` of a library: by its entries (0: "
+        "what would be run is left to whoever calls), whether its tensors are on a GPU, whether PyTorch makes the "
+        "results (else they are made here, on a CPU), and their classes.");
 }

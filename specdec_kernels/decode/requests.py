@@ -126,9 +126,7 @@ def make_requests(
     for index, (own_seed, limit, at_least) in enumerate(zip(seeds, limits, least, strict=True)):
         if own_seed is None:
             own_seed = secrets.randbits(63)
-        whole("seed", own_seed, expected="an int, a list of int, or None")
-        if not -(1 << 63) <= own_seed < 1 << 63:
-            raise ValueError(f"seed must be in [-2^63, 2^63), got {own_seed}")
+        whole("seed", own_seed, -(1 << 63), 1 << 63, expected="an int, a list of int, or None")
         whole("max_new_tokens", limit, 1, expected="an int or a list of int")
         whole("min_new_tokens", at_least, expected="an int or a list of int")
         if not 0 <= at_least <= limit:

@@ -7,13 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS, Rule
+from specdec_kernels.contract import MAX_ROWS, TILE, Rule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
-from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
-from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import NO_ADJUSTMENTS, NO_TEMPERATURE, LogitBias, Penalties
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
+from specdec_kernels.ops.fast_path import call, try_fast_path
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
@@ -30,9 +29,13 @@ __all__ = [
     "noise_words",
     "sample",
     "verify_chain",
+    "verify_chain_workspace",
 ]
 
 RuleName = Literal["token", "block", "coupled"]
+
+#: What each part of a workspace begins at a multiple of, in bytes.
+_ALIGNMENT = 256
 
 _RULES = {rule.name.lower(): int(rule) for rule in Rule}
 
@@ -107,12 +110,11 @@ def sample(
     et al., arXiv:2408.07978.
     """
     validate.flags(coupled=coupled)
-    sampling = validate.sampling(temperature, top_k, top_p, min_p)
-    drawn = processing.draw(
-        "sample", logits, draft_to_target, seed, position, row, sampling, bitmask, penalties, logit_bias, backend,
-        coupled,
+    drawn: Sample = processing.draw(
+        "sample", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
+        penalties, logit_bias, backend, coupled,
     )  # fmt: skip
-    return drawn if isinstance(drawn, Sample) else Sample(*drawn)
+    return drawn
 
 
 def verify_chain(
@@ -209,24 +211,26 @@ def verify_chain(
     Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2;
     block, Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
     """
-    validate.one_of("rule", rule, _RULES)
+    own = validate.choice("rule", rule, _RULES), logprobs, count_independent
     if count_independent and rule == "block":
         raise ValueError(
             "count_independent must be False with rule='block', got True: no draft is judged by itself there"
         )
-    heat = NO_TEMPERATURE
-    if rule != "coupled":
-        heat = processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
-    table = of_drafts(draft_to_target, draft_logits, target_logits)
-    sampling = validate.sampling(temperature, top_k, top_p, min_p)
-    if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
-        made = call.verify_chain(
-            target_logits, draft_tokens, draft_logits, draft_stats, table, *heat,
-            *validate.keys(draft_tokens, seed, position), num_draft, cu_rows, None, *sampling, bitmask,
-            *NO_ADJUSTMENTS, _RULES[rule], logprobs, count_independent, workspace,
+    drafts = processing.drafts(
+        target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, rule != "coupled"
+    )
+    keys, read = validate.per_request(
+        "draft_tokens", draft_tokens, "B", (seed, position), temperature, top_k, top_p, min_p
+    )
+    verified: Verified | None
+    if penalties is None and logit_bias is None:
+        given = (
+            target_logits, draft_tokens, *drafts, *keys, num_draft, cu_rows, *read, bitmask, *NO_ADJUSTMENTS, *own,
+            workspace,
         )  # fmt: skip
-        if made is not None:
-            return made
+        verified = try_fast_path("verify_chain", backend, given)
+        if verified is not None:
+            return verified
     validate.flags(logprobs=logprobs, count_independent=count_independent)
     check = validate.ArgumentChecker("target_logits", target_logits)
     draft_tokens = check.ids("draft_tokens", draft_tokens, "B, K")
@@ -236,23 +240,21 @@ def verify_chain(
     check.sizes["K+1"] = longest + 1
     rows = "B, K+1" if cu_rows is None else "N"
     target_logits = check.logits("target_logits", target_logits, f"{rows}, V")
-    vocab = target_logits.shape[-1]
     if cu_rows is not None:
         cu_rows = _row_offsets(check, cu_rows)
-    drafts = processing.drafts(check, "B, K", draft_logits, draft_stats, table, heat, seed, position)
+    drafts = processing.checked_drafts(check, "B, K", drafts, *keys)
     num_draft = check.optional("num_draft", num_draft, validate.ID_DTYPES, "B")
-    read = processing.distribution(check, rows, sampling, bitmask, penalties, logit_bias, draft_tokens)
-    scratch = None if workspace is None else workspaces.checked(check, workspace, longest)
-    verify = function("verify_chain", backend, target_logits.device)
+    read = processing.distribution(check, rows, read, bitmask, penalties, logit_bias, draft_tokens)
+    if workspace is not None:
+        workspace = _checked_workspace(check, workspace, longest)
+    arguments = (target_logits, draft_tokens, *drafts, num_draft, cu_rows, *read, *own, workspace)
     try:
-        return Verified(
-            *verify(target_logits, draft_tokens, *drafts, num_draft, cu_rows, *read, _RULES[rule], logprobs,
-                    count_independent, scratch)
-        )  # fmt: skip
+        verified = call("verify_chain", backend, arguments)
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI
         if target_logits.is_cpu:
-            check_ids(draft_tokens, num_draft, cu_rows, vocab)
+            check_ids(draft_tokens, num_draft, cu_rows, check.sizes["V"])
         raise
+    return verified
 
 
 def _row_offsets(check: validate.ArgumentChecker, value: object) -> Tensor:
@@ -266,6 +268,52 @@ def _row_offsets(check: validate.ArgumentChecker, value: object) -> Tensor:
                 f"cu_rows must ascend from 0 to at most {rows} in steps of 1 to {most}, got {offsets.tolist()}"
             )
     return offsets
+
+
+def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
+    """Bytes of scratch that :func:`specdec_kernels.verify_chain` needs for so many requests, drafts and tokens, on any
+    backend.
+
+    A workspace is zeroed once, before its first use. Calls that follow each other on one stream may share it, smaller
+    ones too; calls that may run side by side, such as graphs on different streams, need their own.
+
+    Args:
+        batch: requests, at most.
+        num_draft: drafts of a request, at most.
+        vocab: tokens of the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> size = verify_chain_workspace(64, 4, 151_936)
+        >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
+        >>> size
+        10528768
+    """
+    for name, value, least in (("batch", batch, 0), ("num_draft", num_draft, 0), ("vocab", vocab, 1)):
+        validate.whole(name, value, least)
+    rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
+    # Of each row the programs that came; of each request two counters (in Triton a third), and a bit for each row.
+    counters = rows + (2 + -(-(num_draft + 1) // 32)) * batch
+    # Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA
+    # twenty of every eight tiles.
+    numbers = max(4 << (tiles - 1).bit_length(), 40 * -(-tiles // 8))
+    # Of a row a backend keeps 128 bytes at most.
+    parts = (4 * counters, 128 * rows, 4 * numbers * rows)
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in parts)
+
+
+def _checked_workspace(check: validate.ArgumentChecker, workspace: object, num_draft: int) -> Tensor:
+    """A workspace that is large enough."""
+    given = check.tensor("workspace", workspace, (torch.uint8,), "bytes")
+    size = verify_chain_workspace(check.sizes["B"], num_draft, check.sizes["V"])
+    if given.shape[0] < size:
+        raise ValueError(f"workspace must have at least {size} bytes, got {validate.describe(given)}")
+    if not torch.compiler.is_compiling() and (not given.is_contiguous() or given.storage_offset() % _ALIGNMENT):
+        raise ValueError(
+            f"workspace must be contiguous from a multiple of {_ALIGNMENT} bytes on, got strides "
+            f"{list(given.stride())} from {given.storage_offset()} on"
+        )
+    return given
 
 
 def noise_words(

@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,19 +47,16 @@ class Backend:
             raise RuntimeError(f"backend={self.name!r} needs tensors on {self.device}, got tensors on {device}")
 
 
-def _operators(namespace: Any) -> dict[str, Callable[..., Any]]:
-    return {op: getattr(namespace, op).default for op in _NATIVE_OPS}
-
-
-def _reason(library: Path, needs: str) -> str:
-    """Load a library; why it does not, if so."""
+def _native(name: str, device: str, detail: str, library: Path, needs: str, namespace: str = "specdec") -> Backend:
+    """One in C++, if its library can be loaded."""
     if not library.is_file():
-        return f"{library.name} was not built ({needs})"
+        return Backend(name, device, f"{library.name} was not built ({needs})")
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{library.name} does not load: {error}"
-    return ""
+        return Backend(name, device, f"{library.name} does not load: {error}")
+    functions = {op: getattr(getattr(torch.ops, namespace), op).default for op in _NATIVE_OPS}
+    return Backend(name, device, "", detail, functions, library)
 
 
 def _reference() -> Backend:
@@ -67,11 +64,12 @@ def _reference() -> Backend:
 
 
 def _cpu() -> Backend:
-    if reason := _reason(NATIVE_LIBRARY, "pip install -e ."):
-        return Backend("cpu", "cpu", reason)
+    made = _native("cpu", "cpu", "", NATIVE_LIBRARY, "pip install -e .")
+    if made.reason:
+        return made
     isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
     isa.restype = ctypes.c_char_p
-    return Backend("cpu", "cpu", "", f"C++, {isa().decode()}", _operators(torch.ops.specdec), NATIVE_LIBRARY)
+    return replace(made, detail=f"C++, {isa().decode()}")
 
 
 def _has_gpu() -> bool:
@@ -85,36 +83,29 @@ def _cuda() -> Backend:
     suffixes = {"": "", "1": "_emulated", "threads": "_emulated_threads"}
     if emulated not in suffixes:
         return Backend("cuda", "cuda", f"SPECDEC_EMULATE_CUDA must be 1 or threads, got {emulated!r}")
-    if not emulated and torch.version.hip is not None:  # the library would answer for the device all the same
-        return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
     library = NATIVE_LIBRARY.with_name(f"libspecdec_cuda{suffixes[emulated]}.so")
     if emulated:
         _LIBRARIES.append(define("specdec_emulated", _NATIVE_OPS))
-    if reason := _reason(
-        library, "it is for tests, which need a checkout: pip install -e ." if emulated else "it takes nvcc"
-    ):
-        return Backend("cuda", "cuda", reason)
-    if emulated:
-        return Backend("cuda", "cpu", "", "CUDA C++, emulated", _operators(torch.ops.specdec_emulated), library)
-    reason = "" if _has_gpu() else "there is no GPU"
-    return Backend("cuda", "cuda", reason, "CUDA C++", _operators(torch.ops.specdec), library)
+        needs = "it is for tests, which need a checkout: pip install -e ."
+        return _native("cuda", "cpu", "CUDA C++, emulated", library, needs, "specdec_emulated")
+    if torch.version.hip is not None:  # the library would answer for the device all the same
+        return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
+    made = _native("cuda", "cuda", "CUDA C++", library, "it takes nvcc")
+    return made if made.reason or _has_gpu() else replace(made, reason="there is no GPU")
 
 
 def _triton() -> Backend:
     try:
         import triton
-    except Exception as error:  # whatever a package raises that fits neither this Python nor this torch
-        why = f"triton does not load: {error} (pip install 'specdec-kernels[gpu]' brings one that does)"
-        return Backend("triton", "cuda", why)
-    detail = f"triton {triton.__version__}"
-    interpreted = bool(triton.knobs.runtime.interpret)
-    if not interpreted and not _has_gpu():
-        reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
-        return Backend("triton", "cuda", reason, detail)
-    try:
+
+        detail, interpreted = f"triton {triton.__version__}", bool(triton.knobs.runtime.interpret)
+        if not interpreted and not _has_gpu():
+            reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
+            return Backend("triton", "cuda", reason, detail)
         kernels = importlib.import_module("specdec_kernels.triton_kernels")
-    except Exception as error:  # whatever another version of Triton raises
-        return Backend("triton", "cuda", f"its kernels do not load: {error}", detail)
+    except Exception as error:  # whatever a package raises that fits neither this Python nor this torch nor the kernels
+        why = f"triton or its kernels do not load: {error} (pip install 'specdec-kernels[gpu]' brings one that does)"
+        return Backend("triton", "cuda", why)
     functions = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"{detail}, interpreted", functions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class DraftVocabulary:
             expected = f"in [0, {vocab_size})" if outside[at] else "distinct"
             raise ValueError(f"draft_to_target must be {expected}, got {int(ids[at])} at [{at}]")
         self.draft_to_target = ids
-        self._elsewhere: dict[torch.device, DraftVocabulary] = {}
+        self._by_device = {ids.device: self}
         self.target_to_draft = torch.full((vocab_size,), -1, dtype=torch.int32, device=ids.device)
         self.target_to_draft[ids] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
 
@@ -79,27 +81,22 @@ class DraftVocabulary:
     def to(self, device: torch.device | str) -> DraftVocabulary:
         """The same on another device, where it is copied once."""
         device = torch.device(device)
-        if device == self.device:
-            return self
-        if device not in self._elsewhere:
-            moved = object.__new__(DraftVocabulary)
+        if device not in self._by_device:
+            self._by_device[device] = moved = copy(self)
             moved.draft_to_target, moved.target_to_draft = (
                 ids.to(device) for ids in (self.draft_to_target, self.target_to_draft)
             )
-            moved._elsewhere = {self.device: self}
-            self._elsewhere[device] = moved
-        return self._elsewhere[device]
+        return self._by_device[device]
 
 
-def of_rows(
-    draft_to_target: object,
-    logits: object,
-    name: str = "logits",
-    expected: str = "a DraftVocabulary, which says how many ids the target has",
-) -> Tensor | None:
-    """``draft_to_target`` of rows ``[.., Vd]`` as operators take it: the table of the target's ids."""
-    if draft_to_target is None:
-        return None
+def table_of(draft_to_target: object, name: str, logits: object, vocab: int | None = None) -> Tensor:
+    """``draft_to_target`` of rows ``name [.., Vd]`` as operators take it: the table of the target's ids. Where drafts
+    are verified there are ``vocab`` of these, so that a drafter's ids alone will do."""
+    expected = "a DraftVocabulary, which says how many ids the target has"
+    if vocab is not None:
+        expected = "int64 [Vd] or a DraftVocabulary"
+        if isinstance(draft_to_target, Tensor):
+            draft_to_target = DraftVocabulary(draft_to_target, vocab)
     if not isinstance(draft_to_target, DraftVocabulary):
         raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(draft_to_target)}")
     if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(draft_to_target):
@@ -107,19 +104,6 @@ def of_rows(
             f"{name} must have a column for each of the Vd = {len(draft_to_target)} ids of draft_to_target, got "
             f"{validate.describe(logits)}"
         )
-    return draft_to_target.target_to_draft
-
-
-def of_drafts(draft_to_target: object, draft_logits: object, target_logits: object) -> Tensor | None:
-    """The same of drafts that are verified, for which the ids alone will do."""
-    if draft_to_target is None or not isinstance(target_logits, Tensor) or target_logits.dim() == 0:
-        return None  # whatever else that is, it is said of target_logits
-    if draft_logits is None:
-        raise ValueError("draft_to_target needs the draft_logits whose columns it names, got draft_logits=None")
-    vocab = target_logits.shape[-1]
-    if isinstance(draft_to_target, Tensor):
-        draft_to_target = DraftVocabulary(draft_to_target, vocab)
-    table = of_rows(draft_to_target, draft_logits, "draft_logits", "int64 [Vd] or a DraftVocabulary")
-    if table is not None and len(table) != vocab:
+    if vocab not in (None, draft_to_target.vocab_size):
         raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {draft_to_target}")
-    return table
+    return draft_to_target.target_to_draft

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from specdec_kernels.ops import validate
@@ -81,11 +80,10 @@ def compact_kv(
 
 def _check(path: Tensor, begin: Tensor, room: int) -> None:
     """Ascending nodes, each at or behind its new place, then -1; all of them inside the cache."""
-    live = (path >= 0).long().cumprod(1).bool()
-    behind = torch.where(live, path, -1)
-    rises = live[:, 1:] & (behind[:, 1:] <= behind[:, :-1])
-    if rises.any() or (path[:, :1] > 0).any() or ((path != -1) & ~live).any():
+    earlier, later = path[:, :-1], path[:, 1:]
+    goes_on = (later == -1) | ((earlier >= 0) & (later > earlier))
+    if not goes_on.all() or (path[:, :1] > 0).any() or (path < -1).any():
         raise ValueError(f"nodes must ascend from 0, the root, with -1 behind the path, got {path.tolist()}")
-    ends = begin + behind.amax(1).clamp(min=0)
+    ends = begin + path.amax(1).clamp(min=0)
     if (begin < 0).any() or (ends >= room).any():
         raise ValueError(f"start must leave room for the nodes in {room} rows, got {begin.tolist()}")

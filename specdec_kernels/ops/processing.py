@@ -15,10 +15,9 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
-from specdec_kernels.ops.backends import function
-from specdec_kernels.ops.draft_vocabulary import of_rows
-from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.token_counts import TokenCounts, add_tokens, none_counted
+from specdec_kernels.ops.draft_vocabulary import table_of
+from specdec_kernels.ops.fast_path import call, try_fast_path
+from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, none_counted
 from specdec_kernels.ops.validate import ArgumentChecker
 
 
@@ -76,28 +75,6 @@ def _text(check: ArgumentChecker, name: str, value: object, length: str) -> Tens
     return _ids_or_none(ids, vocab)
 
 
-def _counted(check: ArgumentChecker, penalties: Penalties) -> tuple[Tensor, Tensor]:
-    """The ids of prompt and output, int32 [B, M], ascending, and how often each occurs there, int32 [B, M, 2]."""
-    size, vocab, kept = check.sizes[check.dim], check.sizes["V"], penalties.counts
-    if kept is None:
-        counted = none_counted(size, check.device)
-        for column, (name, length) in enumerate((("prompt", "Lp"), ("output", "Lo"))):
-            if (text := getattr(penalties, name)) is not None:
-                counted = add_tokens(*counted, _text(check, f"penalties.{name}", text, length), vocab, column)
-        return counted
-    if not isinstance(kept, TokenCounts):
-        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
-    if penalties.prompt is not None or penalties.output is not None:
-        raise ValueError("penalties must have either counts, or prompt and output, got both")
-    if (len(kept), kept.vocab_size) != (size, vocab):
-        raise ValueError(
-            f"penalties.counts must be of {check.dim} = {size} requests and V = {vocab} ids, got {len(kept)} and "
-            f"{kept.vocab_size}"
-        )
-    check.same_device("penalties.counts", kept.ids)
-    return kept.ids, kept.counts
-
-
 def adjustments(
     check: ArgumentChecker, penalties: Penalties | None, bias: LogitBias | None, draft_tokens: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
@@ -112,23 +89,48 @@ def adjustments(
     if bias is not None and (not isinstance(bias, tuple) or len(bias) != 2):
         raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
     vocab = check.sizes["V"]
-    ids, counts = _counted(check, penalties)
-    touched = [ids.new_full((len(ids), 1), vocab)]
-    if bias is not None:
-        touched.append(_text(check, "logit_bias[0]", bias[0], "M"))
+    texts = {
+        column: _text(check, f"penalties.{name}", text, length)
+        for column, (name, length) in enumerate((("prompt", "Lp"), ("output", "Lo")))
+        if (text := getattr(penalties, name)) is not None
+    }
+    ids, counts = _counted(check, penalties.counts, bool(texts))
+    touched = [*texts.values(), ids.new_full((len(ids), 1), vocab)]
     if draft_tokens is not None:
         touched.append(_ids_or_none(draft_tokens, vocab))
-    ids, counts = add_tokens(ids, counts, torch.cat(touched, 1), vocab)
+    if bias is not None:
+        touched.append(biased := _text(check, "logit_bias[0]", bias[0], "M"))
+    ids, counts = insert_ids(ids, counts, torch.cat(touched, 1), vocab)
+    for column, text in texts.items():
+        count_tokens(ids, counts, column, text, vocab)
     added = torch.zeros(ids.shape, dtype=torch.float32, device=check.device)
     if bias is not None:
         values = check.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{check.dim}, M")
-        added.scatter_add_(1, torch.searchsorted(ids, touched[1]), values)
+        added.scatter_add_(1, torch.searchsorted(ids, biased), values)
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     return ids, counts, added, check.columns([check.parameter(name, getattr(penalties, name)) for name in names])
 
 
+def _counted(check: ArgumentChecker, kept: object, texts: bool) -> tuple[Tensor, Tensor]:
+    """What was counted before: ids, int32 [B, M], and how often each occurs in prompt and output, int32 [B, M, 2]."""
+    size, vocab = check.sizes[check.dim], check.sizes["V"]
+    if kept is None:
+        return none_counted(size, check.device)
+    if not isinstance(kept, TokenCounts):
+        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
+    if texts:
+        raise ValueError("penalties must have either counts, or prompt and output, got both")
+    if (len(kept), kept.vocab_size) != (size, vocab):
+        raise ValueError(
+            f"penalties.counts must be of {check.dim} = {size} requests and V = {vocab} ids, got {len(kept)} and "
+            f"{kept.vocab_size}"
+        )
+    check.same_device("penalties.counts", kept.ids)
+    return kept.ids, kept.counts
+
+
 def distribution(
-    check: ArgumentChecker, rows: str, sampling: tuple[object, ...], bitmask: object, penalties: Penalties | None,
+    check: ArgumentChecker, rows: str, sampling: tuple[Any, ...], bitmask: object, penalties: Penalties | None,
     bias: LogitBias | None, draft_tokens: Tensor | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What makes distributions of logits ``[rows, V]``, as the operators take it: sampling, mask and adjustments."""
@@ -138,74 +140,74 @@ def distribution(
     return (*check.sampling(*sampling), mask, *adjustments(check, penalties, bias, draft_tokens))
 
 
-#: Temperatures of each draft's request, or one, where they are not read.
-NO_TEMPERATURE: tuple[Tensor | None, float] = (None, 1.0)
-
-
-def draft_temperature(value: object, draft_logits: object, draft_stats: object) -> tuple[Tensor | None, float]:
-    """``draft_temperature`` as operators take it, of a rule that reads ``draft_logits``: there where nothing else says
-    how they were drawn from, and nowhere else."""
-    if value is None:
-        if draft_logits is None or draft_stats is not None:
-            return NO_TEMPERATURE
+def drafts(
+    target_logits: object, logits: object, stats: object, temperature: object, draft_to_target: object, read: bool
+) -> tuple[Any, ...]:
+    """What is known of drafts beside the tokens, as operators take it: logits, stats, the table of the target's ids,
+    and temperatures of each request, or one. Rules that ``read`` the logits need either stats or temperatures."""
+    if logits is None:
+        if read and temperature is not None:
+            raise ValueError("draft_temperature needs the draft_logits that it describes, got draft_logits=None")
+        if stats is not None or draft_to_target is not None:
+            name = "draft_stats" if draft_to_target is None else "draft_to_target"
+            raise ValueError(f"{name} needs the draft_logits that it describes, got draft_logits=None")
+        return None, None, None, None, 1.0
+    table = None
+    if draft_to_target is not None and isinstance(target_logits, Tensor) and target_logits.dim():
+        table = table_of(draft_to_target, "draft_logits", logits, target_logits.shape[-1])
+    if not read or (temperature is None and stats is not None):
+        return logits, stats, table, None, 1.0
+    if temperature is None:
         raise ValueError(
             "draft_temperature must be given with draft_logits that come without draft_stats, got None: the drafts' "
             "own temperature cannot be guessed; pass the stats of sample as draft_stats, or draft_temperature= (0 if "
             "greedy)"
         )
-    if draft_logits is None:
-        raise ValueError("draft_temperature needs the draft_logits that it describes, got draft_logits=None")
-    if draft_stats is not None:
+    if stats is not None:
         raise ValueError(
             "draft_temperature must be None with draft_stats, which carry the drafts' own, got "
-            f"{validate.describe(value)}"
+            f"{validate.describe(temperature)}"
         )
-    if not isinstance(value, Tensor):
-        return None, float(validate.number("draft_temperature", value, "B"))
-    checked: Any = ArgumentChecker("draft_logits", draft_logits).parameter("draft_temperature", value)
-    return checked.contiguous(), 1.0
+    if not isinstance(temperature, Tensor):
+        return logits, None, table, None, validate.number("draft_temperature", temperature, "B")
+    each: Any = ArgumentChecker("draft_logits", logits).parameter("draft_temperature", temperature)
+    return logits, None, table, each.contiguous(), 1.0
 
 
-def drafts(
-    check: ArgumentChecker, rows: str, logits: object, stats: object, target_to_draft: Tensor | None,
-    temperature: tuple[Tensor | None, float], seed: object, position: object,
-) -> tuple[Any, ...]:  # fmt: skip
-    """What is known of drafts beside the tokens, and what noise is keyed on, as the operators take it: ``rows`` of
-    logits, as wide as the target's or, with a table of its ids, as the drafter's own."""
-    width = "V" if target_to_draft is None else "Vd"
-    if stats is not None and logits is None:
-        raise ValueError("draft_stats needs the draft_logits that it describes, got draft_logits=None")
-    read = None if logits is None else check.logits("draft_logits", logits, f"{rows}, {width}")
-    scalars = check.optional("draft_stats", stats, (torch.float32,), f"{rows}, 3")
-    check.same_device("draft_to_target", target_to_draft)
-    check.optional("draft_temperature", temperature[0], (torch.float32,), check.dim)
-    keys = check.integers("seed", seed), check.integers("position", position)
-    return read, scalars, target_to_draft, *temperature, *keys
+def checked_drafts(
+    check: ArgumentChecker, rows: str, drafts: tuple[Any, ...], seed: object, position: object
+) -> tuple[Any, ...]:
+    """The same with what the noise is keyed on: ``rows`` of logits, as wide as the target's or, with a table of its
+    ids, as the drafter's own."""
+    logits, stats, table, each, one = drafts
+    width = "V" if table is None else "Vd"
+    return (
+        None if logits is None else check.logits("draft_logits", logits, f"{rows}, {width}"),
+        check.optional("draft_stats", stats, (torch.float32,), f"{rows}, 3"),
+        check.optional("draft_to_target", table, (torch.int32,), "V"),
+        check.optional("draft_temperature", each, (torch.float32,), check.dim),
+        one,
+        check.integers("seed", seed),
+        check.integers("position", position),
+    )
 
 
 def draw(
-    op: str, logits: object, draft_to_target: object, seed: object, position: object, row: object,
-    sampling: tuple[Any, ...], mask: object, penalties: Penalties | None, bias: LogitBias | None,
-    backend: str | None, *own: object,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    op: str, logits: object, draft_to_target: object, keys: tuple[Any, ...], sampling: tuple[Any, Any, Any, Any],
+    mask: object, penalties: Penalties | None, bias: LogitBias | None, backend: str | None, *own: object,
+) -> Any:  # fmt: skip
     """What an operator that draws from rows ``logits [R, V]``, with a table ``[R, Vd]``, gives; ``own`` are its
     arguments behind those that all of them have."""
-    target_to_draft = of_rows(draft_to_target, logits)
-    if penalties is None and bias is None and (call := find_fast_path(backend, logits)) is not None:
-        made: tuple[Tensor, ...] | None = getattr(call, op)(
-            logits, target_to_draft, *validate.keys(logits, seed, position, row), None, *sampling, mask,
-            *NO_ADJUSTMENTS, *own,
-        )  # fmt: skip
-        if made is not None:
-            return made
+    table = None if draft_to_target is None else table_of(draft_to_target, "logits", logits)
+    keys, read = validate.per_request("logits", logits, "R", keys, *sampling)
+    if penalties is None and bias is None:
+        drawn = try_fast_path(op, backend, (logits, table, *keys, *read, mask, *NO_ADJUSTMENTS, *own))
+        if drawn is not None:
+            return drawn
     check = ArgumentChecker("logits", logits, "R")
-    rows = check.logits("logits", logits, "R, V" if target_to_draft is None else "R, Vd")
-    if target_to_draft is not None:
-        check.same_device("draft_to_target", target_to_draft)
-        check.sizes["V"] = len(target_to_draft)
-    keys = [check.integers(*each) for each in (("seed", seed), ("position", position), ("row", row))]
-    if not isinstance(row, int):
-        validate.within("row", keys[2], 0, MAX_ROWS - 1, f"in [0, {MAX_ROWS})")
-    read = distribution(check, "R", sampling, mask, penalties, bias)
-    drawn: tuple[Tensor, ...] = function(op, backend, rows.device)(rows, target_to_draft, *keys, *read, *own)
-    return drawn
+    rows = check.logits("logits", logits, "R, V" if table is None else "R, Vd")
+    table = check.optional("draft_to_target", table, (torch.int32,), "V")
+    seed, position, row = map(check.integers, ("seed", "position", "row"), keys)
+    validate.within("row", row, 0, MAX_ROWS - 1, f"in [0, {MAX_ROWS})")
+    read = distribution(check, "R", read, mask, penalties, bias)
+    return call(op, backend, (rows, table, seed, position, row, *read, *own))

@@ -11,27 +11,28 @@ from torch import Tensor
 from specdec_kernels.tensors import ids_of, padded, to_device
 
 
-def add_tokens(
-    ids: Tensor, counts: Tensor, tokens: Tensor, vocab: int, column: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """``ids [B, M]``, ascending, with those of ``tokens [B, N]`` among them, and their ``counts [B, M, 2]``, where the
-    tokens count in a column, if any. ``vocab`` stands for none, and behind the last id.
+def insert_ids(ids: Tensor, counts: Tensor, added: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """``ids [B, M]``, ascending, with those of ``added [B, N]`` among them, and their ``counts [B, M, 2]``; ``vocab``
+    stands for none, and behind the last.
 
     Only the N are sorted. What is returned has M + N columns; an id that was not there has a count of 0.
     """
-    tokens = tokens.sort(1).values
-    known = torch.searchsorted(ids, tokens) < torch.searchsorted(ids, tokens, right=True)
-    known[:, 1:] |= tokens[:, 1:] == tokens[:, :-1]
-    new = tokens.masked_fill(known, vocab).sort(1).values
+    added = added.sort(1).values
+    known = torch.searchsorted(ids, added) < torch.searchsorted(ids, added, right=True)
+    known[:, 1:] |= added[:, 1:] == added[:, :-1]
+    new = added.masked_fill(known, vocab).sort(1).values
     # An id goes as many places to the right as the other row has smaller ones, its own `vocab` behind the other's.
     (batch, old_size), new_size = ids.shape, new.shape[1]
     old_slots = torch.arange(old_size, device=ids.device) + torch.searchsorted(new, ids)
     new_slots = torch.arange(new_size, device=ids.device) + torch.searchsorted(ids, new, right=True)
     merged = ids.new_empty((batch, old_size + new_size)).scatter_(1, old_slots, ids).scatter_(1, new_slots, new)
-    merged_counts = counts.new_zeros((*merged.shape, 2)).scatter_(1, old_slots[..., None].expand_as(counts), counts)
-    if column is not None:
-        merged_counts[..., column].scatter_add_(1, torch.searchsorted(merged, tokens), (tokens < vocab).int())
-    return merged, merged_counts
+    merged_counts = counts.new_zeros((*merged.shape, 2))
+    return merged, merged_counts.scatter_(1, old_slots[..., None].expand_as(counts), counts)
+
+
+def count_tokens(ids: Tensor, counts: Tensor, column: int, tokens: Tensor, vocab: int) -> None:
+    """Count ``tokens [B, N]``, all of them among ``ids [B, M]``, in a column of ``counts [B, M, 2]``, in place."""
+    counts[..., column].scatter_add_(1, torch.searchsorted(ids, tokens), (tokens < vocab).int())
 
 
 def none_counted(batch: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,8 @@ class TokenCounts:
         for occurring, text in zip(self._occurring, texts, strict=True):
             occurring.update(text)
         tokens = padded(texts, self.vocab_size, torch.int32, self.ids.device)
-        self.ids, self.counts = add_tokens(self.ids, self.counts, tokens, self.vocab_size, column)
+        self.ids, self.counts = insert_ids(self.ids, self.counts, tokens, self.vocab_size)
+        count_tokens(self.ids, self.counts, column, tokens, self.vocab_size)
         self._trim()
 
     def _trim(self) -> None:

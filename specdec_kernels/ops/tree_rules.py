@@ -8,10 +8,10 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops.backends import BackendName, function
-from specdec_kernels.ops.draft_vocabulary import DraftVocabulary, of_drafts
-from specdec_kernels.ops.fast_path import find_fast_path
-from specdec_kernels.ops.processing import NO_ADJUSTMENTS, NO_TEMPERATURE, LogitBias, Penalties
+from specdec_kernels.ops.backends import BackendName
+from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
+from specdec_kernels.ops.fast_path import call, try_fast_path
+from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
 from specdec_kernels.ops.trees import checked
 
@@ -22,7 +22,8 @@ SiblingsName = Literal["iid", "without_replacement"]
 _RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
 _CHILDREN = {how.name.lower(): int(how) for how in Children}
 CHILDREN: tuple[ChildrenName, ...] = get_args(ChildrenName)
-_SIBLINGS = ("iid", "without_replacement")
+#: Whether they were drawn with replacement.
+_SIBLINGS = {"iid": True, "without_replacement": False}
 
 
 def sample_children(
@@ -84,14 +85,13 @@ def sample_children(
 
     Source: draws without replacement, Jeon et al., arXiv:2402.14160; races, Daliri et al., arXiv:2408.07978.
     """
-    validate.one_of("method", method, _CHILDREN)
+    number = validate.choice("method", method, _CHILDREN)
     validate.whole("count", count, 1, MAX_ROWS)
-    sampling = validate.sampling(temperature, top_k, top_p, min_p)
-    drawn = processing.draw(
-        "sample_children", logits, draft_to_target, seed, position, row, sampling, bitmask, penalties, logit_bias,
-        backend, count, _CHILDREN[method],
+    drawn: DrawnChildren = processing.draw(
+        "sample_children", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
+        penalties, logit_bias, backend, count, number,
     )  # fmt: skip
-    return drawn if isinstance(drawn, DrawnChildren) else DrawnChildren(*drawn)
+    return drawn
 
 
 def verify_tree(
@@ -186,46 +186,43 @@ def verify_tree(
     Source: recursive, Miao et al., arXiv:2305.09781, and Jeon et al., arXiv:2402.14160; traversal, Weng et al.,
     arXiv:2505.12398; coupled, Daliri et al., arXiv:2408.07978.
     """
-    validate.one_of("rule", rule, _RULES)
-    if siblings is not None:
-        validate.one_of("siblings", siblings, _SIBLINGS)
-    heat = NO_TEMPERATURE
-    if rule not in ("walk", "coupled"):
-        heat = processing.draft_temperature(draft_temperature, draft_logits, draft_stats)
-        if siblings is None and draft_logits is not None:
-            raise ValueError(
-                f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn "
-                "cannot be guessed, and top-k children handed over as drawn ones are the usual mistake (these go "
-                "without draft_logits)"
-            )
-    table = of_drafts(draft_to_target, draft_logits, target_logits)
-    sampling = validate.sampling(temperature, top_k, top_p, min_p)
-    if penalties is None and logit_bias is None and (call := find_fast_path(backend, target_logits)) is not None:
-        made = call.verify_tree(
-            target_logits, draft_tokens, parents, draft_logits, draft_stats, table, *heat,
-            *validate.keys(draft_tokens, seed, position), None, *sampling, bitmask, *NO_ADJUSTMENTS, _RULES[rule],
-            siblings == "iid", logprobs,
-        )  # fmt: skip
-        if made is not None:
-            return made
+    number = validate.choice("rule", rule, _RULES)
+    replacement = siblings is not None and validate.choice("siblings", siblings, _SIBLINGS)
+    reads_drafts = rule not in ("walk", "coupled")
+    drafts = processing.drafts(
+        target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, reads_drafts
+    )
+    if reads_drafts and siblings is None and draft_logits is not None:
+        raise ValueError(
+            f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn cannot "
+            "be guessed, and top-k children handed over as drawn ones are the usual mistake (these go without "
+            "draft_logits)"
+        )
+    keys, read = validate.per_request(
+        "draft_tokens", draft_tokens, "B", (seed, position), temperature, top_k, top_p, min_p
+    )
+    verified: VerifiedTree | None
+    own = number, replacement, logprobs
+    if penalties is None and logit_bias is None:
+        given = (target_logits, draft_tokens, parents, *drafts, *keys, *read, bitmask, *NO_ADJUSTMENTS, *own)
+        verified = try_fast_path("verify_tree", backend, given)
+        if verified is not None:
+            return verified
     validate.flags(logprobs=logprobs)
     check = validate.ArgumentChecker("target_logits", target_logits)
     tree = checked(parents, check)
     if tree.shape[1] > MAX_ROWS:
         raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {validate.describe(tree)}")
     target_logits = check.logits("target_logits", target_logits, "B, N, V")
-    tokens = checked_tokens(check.ids("draft_tokens", draft_tokens, "B, N"), tree, check.sizes["V"])
-    drafts = processing.drafts(check, "B, N", draft_logits, draft_stats, table, heat, seed, position)
-    read = processing.distribution(check, "B, N", sampling, bitmask, penalties, logit_bias, tokens)
-    verify = function("verify_tree", backend, target_logits.device)
-    return VerifiedTree(*verify(target_logits, tokens, tree, *drafts, *read, _RULES[rule], siblings == "iid", logprobs))
+    tokens = checked_tokens(check, draft_tokens, tree)
+    drafts = processing.checked_drafts(check, "B, N", drafts, *keys)
+    read = processing.distribution(check, "B, N", read, bitmask, penalties, logit_bias, tokens)
+    verified = call("verify_tree", backend, (target_logits, tokens, tree, *drafts, *read, *own))
+    return verified
 
 
-def checked_tokens(tokens: Tensor, tree: Tensor, vocab: int) -> Tensor:
+def checked_tokens(check: validate.ArgumentChecker, tokens: object, tree: Tensor) -> Tensor:
     """On the CPU, where looking is free, a node's id outside [0, V) is an error; elsewhere it is never accepted."""
-    if validate.readable(tokens):
-        for b, (ids, parents) in enumerate(zip(tokens.tolist(), tree.tolist(), strict=True)):
-            for n, (token, parent) in enumerate(zip(ids, parents, strict=True)):
-                if parent >= 0 and not 0 <= token < vocab:
-                    raise ValueError(f"draft_tokens must be in [0, {vocab}), got {token} at [{b}, {n}]")
-    return tokens.long()
+    ids, vocab = check.ids("draft_tokens", tokens, "B, N").long(), check.sizes["V"]
+    validate.within("draft_tokens", ids.masked_fill(tree < 0, 0), 0, vocab - 1, f"in [0, {vocab})")
+    return ids

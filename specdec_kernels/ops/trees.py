@@ -24,20 +24,23 @@ FormatName = Literal[
 
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
-#: By requests, nodes, keys and dtype of "additive": which of the kernels' layouts it is, of what elements and shape.
-_FORMATS: dict[str, Callable[[int, int, int, torch.dtype], tuple[MaskFormat, torch.dtype, tuple[int, ...]]]] = {
-    "dense": lambda b, n, keys, _: (MaskFormat.DENSE, torch.bool, (b, n, keys)),
-    "additive": lambda b, n, keys, dtype: (MaskFormat.DENSE, dtype, (b, n, keys)),
-    "packed": lambda b, n, *_: (MaskFormat.PACKED, torch.int32, (b, n, -(-n // 32))),
-    "flashinfer": lambda b, n, keys, _: (MaskFormat.FLAT_BITS, torch.uint8, (b * -(-n * keys // 8),)),
-    "sglang_full": lambda b, n, keys, _: (MaskFormat.FLAT, torch.bool, (b * n * keys,)),
-    "sglang_qlen_only": lambda b, n, *_: (MaskFormat.DENSE, torch.bool, (b * n * n,)),
-    "sglang_qlen_only_packed": lambda b, n, *_: (
-        MaskFormat.PACKED,
-        torch.uint8 if n <= 8 else torch.int16 if n <= 16 else torch.int32,
-        (b * n,),
-    ),
+_Kind = tuple[torch.dtype, tuple[int, ...]]
+
+#: Which of the kernels' layouts a format is, and of what elements and shape, by requests, nodes, keys and dtype of
+#: "additive"; whether it has a context: None where it may.
+_FORMATS: dict[str, tuple[MaskFormat, Callable[[int, int, int, torch.dtype], _Kind], bool | None]] = {
+    "dense": (MaskFormat.DENSE, lambda b, n, keys, _: (torch.bool, (b, n, keys)), None),
+    "additive": (MaskFormat.DENSE, lambda b, n, keys, dtype: (dtype, (b, n, keys)), None),
+    "packed": (MaskFormat.PACKED, lambda b, n, *_: (torch.int32, (b, n, -(-n // 32))), False),
+    "flashinfer": (MaskFormat.FLAT_BITS, lambda b, n, keys, _: (torch.uint8, (b * -(-n * keys // 8),)), True),
+    "sglang_full": (MaskFormat.FLAT, lambda b, n, keys, _: (torch.bool, (b * n * keys,)), True),
+    "sglang_qlen_only": (MaskFormat.DENSE, lambda b, n, *_: (torch.bool, (b * n * n,)), False),
+    "sglang_qlen_only_packed": (MaskFormat.PACKED, lambda b, n, *_: (_narrowest(n), (b * n,)), False),
 }
+
+
+def _narrowest(nodes: int) -> torch.dtype:
+    return torch.uint8 if nodes <= 8 else torch.int16 if nodes <= 16 else torch.int32
 
 
 class TreeLinks(NamedTuple):
@@ -55,27 +58,15 @@ def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
     if nodes == 0:
         raise ValueError(f"parents must have at least the root, got {validate.describe(tree)}")
     if validate.readable(tree):
-        for b, row in enumerate(tree.tolist()):
-            bad = _first_bad(row)
-            if bad is not None:
-                raise ValueError(
-                    f"parents must be -1 for the root, an earlier node for every other, and -1 behind the last, got "
-                    f"{row[bad]} at [{b}, {bad}]"
-                )
+        for b, row in enumerate(tree.tolist()):  # a list: tensor operations take ten times as long for a tree of 16
+            live = row.index(-1, 1) if -1 in row[1:] else nodes
+            for node, parent in enumerate(row):
+                if not (0 <= parent < node if 0 < node < live else parent == -1):
+                    raise ValueError(
+                        "parents must be -1 for the root, an earlier node for every other, and -1 behind the last, got "
+                        f"{parent} at [{b}, {node}]"
+                    )
     return tree
-
-
-def _first_bad(row: list[int]) -> int | None:
-    """The first parent that is none; a list, since tensor operations take ten times as long for a tree of 16."""
-    if row[0] != -1:
-        return 0
-    live = True
-    for node, parent in enumerate(row):
-        if node and not (live and 0 <= parent < node):
-            if parent != -1:
-                return node
-            live = False
-    return None
 
 
 def tree_positions(parents: Tensor) -> Tensor:
@@ -92,8 +83,7 @@ def tree_positions(parents: Tensor) -> Tensor:
         >>> tree_positions(torch.tensor([[-1, 0, 0, 1, 3, -1]])).tolist()
         [[0, 1, 1, 2, 3, -1]]
     """
-    tree = checked(parents)
-    return _depths(tree, _ancestors(tree)).int()
+    return _ancestors(checked(parents))[1].int()
 
 
 def tree_links(parents: Tensor) -> TreeLinks:
@@ -142,12 +132,12 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
     """
     validate.whole("depth", depth, 0)
     tree = checked(parents)
-    nodes, mask = tree.shape[1], _ancestors(tree)
-    position = _depths(tree, mask)[:, None].expand(-1, nodes, -1)
+    mask, depths = _ancestors(tree)
+    position = depths[:, None].expand_as(mask)
     # Every node goes into the column of its depth, in the rows of its descendants; the last column takes the rest.
     column = torch.where(mask & (position >= 0) & (position <= depth), position, depth + 1)
     paths = position.new_full((*tree.shape, depth + 2), -1)
-    node = torch.arange(nodes, device=tree.device).expand_as(column)
+    node = torch.arange(tree.shape[1], device=tree.device).expand_as(column)
     return paths.scatter_(2, column, node)[..., : depth + 1].int()
 
 
@@ -201,7 +191,7 @@ def tree_mask(
 
     Source: tree attention, Miao et al., arXiv:2305.09781.
     """
-    validate.one_of("format", format, FORMATS)
+    layout, kind, has_context = validate.choice("format", format, _FORMATS)
     if (dtype is not None) and format != "additive":
         raise ValueError(f"dtype goes with format='additive' alone, got dtype={dtype} with format={format!r}")
     dtype = dtype or torch.float32
@@ -212,54 +202,37 @@ def tree_mask(
     batch, nodes = tree.shape
     if format == "sglang_qlen_only_packed" and nodes > 32:
         raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
-    context, most = _context(check, format, context_lens, max_context)
-    layout, element, shape = _FORMATS[format](batch, nodes, most + nodes, dtype)
-    return _filled(tree, context, layout, element, shape, backend)
+    if has_context is False and context_lens is not None:
+        raise ValueError(f"context_lens must be None with format={format!r}, which has no context, got a tensor")
+    if has_context and context_lens is None:
+        raise ValueError(f"context_lens must be given with format={format!r}, got None")
+    if context_lens is None and max_context is not None:
+        raise ValueError(f"max_context goes with context_lens, got {max_context} without")
+    if context_lens is not None:
+        context_lens = check.ids("context_lens", context_lens, "B").long()
+        if max_context is None:
+            max_context = int(context_lens.clamp(min=0).amax()) if batch else 0
+        validate.whole("max_context", max_context, 0)
+        validate.within("context_lens", context_lens, 0, max_context, f"in [0, {max_context}]")
+        context_lens = context_lens.clamp(0, max_context)
+    return _filled(tree, context_lens, layout, kind(batch, nodes, (max_context or 0) + nodes, dtype), backend)
 
 
 def _filled(
-    tree: Tensor,
-    context: Tensor | None,
-    layout: MaskFormat,
-    element: torch.dtype,
-    shape: tuple[int, ...],
-    backend: BackendName | None = None,
+    tree: Tensor, context: Tensor | None, layout: MaskFormat, kind: _Kind, backend: BackendName | None = None
 ) -> Tensor:
     """A mask of a tree that was checked."""
-    out = torch.empty(shape, dtype=element, device=tree.device)
+    out = torch.empty(kind[1], dtype=kind[0], device=tree.device)
     if out.numel():
         function("tree_mask", backend, tree.device)(out, tree, context, int(layout))
     return out
 
 
-def _ancestors(tree: Tensor) -> Tensor:
-    """Of every node which are its ancestors and itself: bool [B, N, N]."""
-    return _filled(tree, None, MaskFormat.DENSE, torch.bool, (*tree.shape, tree.shape[1]))
-
-
-def _depths(tree: Tensor, ancestors: Tensor) -> Tensor:
-    """Of every node, -1 of those that are none."""
-    return torch.where(live_nodes(tree), ancestors.sum(-1) - 1, -1)
-
-
-def _context(
-    check: ArgumentChecker, format: str, context_lens: Tensor | None, max_context: int | None
-) -> tuple[Tensor | None, int]:
-    """The lengths of the contexts and the largest there can be."""
-    if context_lens is None:
-        if format in ("flashinfer", "sglang_full"):
-            raise ValueError(f"context_lens must be given with format={format!r}, got None")
-        if max_context is not None:
-            raise ValueError(f"max_context goes with context_lens, got {max_context} without")
-        return None, 0
-    if format in ("packed", "sglang_qlen_only", "sglang_qlen_only_packed"):
-        raise ValueError(f"context_lens must be None with format={format!r}, which has no context, got a tensor")
-    lens = check.ids("context_lens", context_lens, "B").long()
-    if max_context is None:
-        max_context = max(0, int(lens.max())) if len(lens) else 0
-    validate.whole("max_context", max_context, 0)
-    validate.within("context_lens", lens, 0, max_context, f"in [0, {max_context}]")
-    return lens.clamp(0, max_context), max_context
+def _ancestors(tree: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every node which are its ancestors and itself, bool [B, N, N], and its depth, [B, N], -1 of those that are
+    none."""
+    mask = _filled(tree, None, MaskFormat.DENSE, (torch.bool, (*tree.shape, tree.shape[1])))
+    return mask, torch.where(live_nodes(tree), mask.sum(-1) - 1, -1)
 
 
 def tree_mask_mod(

@@ -6,13 +6,15 @@ Only metadata is looked at, never data on a device, so that nothing synchronises
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
+
+T = TypeVar("T")
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
@@ -32,14 +34,16 @@ def readable(value: Tensor) -> bool:
 
 def within(name: str, value: Tensor, least: int, most: int, expected: str) -> None:
     """Where values can be looked at, they are from ``least`` to ``most``."""
-    if readable(value) and ((value < least) | (value > most)).any():
-        raise ValueError(f"{name} must be {expected}, got {value.tolist()}")
+    if readable(value) and len(bad := ((value < least) | (value > most)).nonzero()):
+        at = bad[0].tolist()
+        raise ValueError(f"{name} must be {expected}, got {int(value[tuple(at)])} at {at}")
 
 
-def one_of(name: str, value: object, names: Collection[str]) -> None:
-    """One of the names."""
-    if value not in names:
-        raise ValueError(f"{name} must be one of {sorted(names)}, got {value!r}")
+def choice(name: str, value: str, choices: Mapping[str, T]) -> T:
+    """What one of the names stands for."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
+    return choices[value]
 
 
 def flags(**named: object) -> None:
@@ -54,7 +58,7 @@ def whole(name: str, value: object, least: int | None = None, end: int | None = 
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be {expected}, got {describe(value)}")
     if (least is not None and value < least) or (end is not None and value >= end):
-        bounds = f"at least {least}" if end is None else f"in [{least}, {end})"
+        bounds = f"at least {least}" if end is None else f"in [{least}, {end})".replace(str(1 << 63), "2^63")
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
@@ -76,14 +80,6 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-#: Ints that operators take as int64: the least, the end, and both in words. Seeds may be anything, as whatever else is.
-_INTEGERS = {
-    "seed": (-(1 << 63), 1 << 63, "[-2^63, 2^63)"),
-    "position": (0, 1 << 63, "[0, 2^63)"),
-    "row": (0, MAX_ROWS, f"[0, {MAX_ROWS})"),
-}
-
-
 def number(name: str, value: object, dim: str) -> float:
     """A sampling parameter for all requests; a tensor ``[dim]`` could stand in its place."""
     in_range, expected = _RANGES[name]
@@ -93,34 +89,17 @@ def number(name: str, value: object, dim: str) -> float:
         raise TypeError(f"{name} must be {kinds} [{dim}], got {describe(value)}")
     if not in_range(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return min(value, _MOST_TOP_K) if counts else value
+    return min(value, _MOST_TOP_K) if counts else float(value)
 
 
-def sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> tuple[Any, Any, Any, Any]:
-    """Sampling parameters as operators take them: a filter that is None is off."""
-    return (
-        temperature,
-        TOP_K_OFF if top_k is None else top_k,
-        TOP_P_OFF if top_p is None else top_p,
-        MIN_P_OFF if min_p is None else min_p,
-    )
+#: Ints that operators take as int64: the least, and the end. Seeds may be anything, as whatever else is.
+_INTEGERS = {"seed": (-(1 << 63), 1 << 63), "position": (0, 1 << 63), "row": (0, MAX_ROWS)}
 
 
 def repeated(name: str, value: int, size: int, device: torch.device | None) -> Tensor:
     """An int of all requests as int64 [size]."""
-    least, end, expected = _INTEGERS.get(name, _INTEGERS["seed"])
-    if not least <= value < end:
-        raise ValueError(f"{name} must be in {expected}, got {value}")
+    whole(name, value, *_INTEGERS.get(name, _INTEGERS["seed"]))
     return torch.full((size,), value, dtype=torch.int64, device=device)
-
-
-def keys(like: object, *values: Any) -> Sequence[Any]:
-    """Seed, position and perhaps row as the fast path takes them: of each request, of which ``like`` has one a row."""
-    for each in values:
-        if type(each) is int and isinstance(like, Tensor) and like.dim():
-            named = zip(_INTEGERS, values, strict=False)
-            return [repeated(name, x, len(like), like.device) if type(x) is int else x for name, x in named]
-    return values
 
 
 #: In the order of the operators, with what changes nothing.
@@ -136,8 +115,8 @@ class ArgumentChecker:
     def __init__(self, first: str, tensor: object, dim: str = "B", **sizes: int) -> None:
         """``tensor``, the argument ``first``, says where all of them are; ``dim`` is the dimension of requests."""
         self._first, self.dim, self.sizes = first, dim, {"3": 3, **sizes}
-        self.device = tensor.device if isinstance(tensor, Tensor) else None  # whatever else it is, its check will say
-        self._on_cpu = isinstance(tensor, Tensor) and tensor.is_cpu
+        self.device = getattr(tensor, "device", None)  # whatever else it is, its check will say
+        self._on_cpu = getattr(tensor, "is_cpu", False)
 
     def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str) -> Tensor:
         """``value`` if it is a tensor of one of ``dtypes`` and of the sizes ``dims``."""
@@ -205,12 +184,38 @@ class ArgumentChecker:
             1,
         )
 
-    def sampling(self, *parameters: object) -> tuple[Tensor | None, float, int, float, float]:
+    def sampling(self, each: Tensor | None, *scalars: object) -> tuple[Any, ...]:
         """Temperature, top-k, top-p and min-p as operators take them: one float32 [requests, 4], or four scalars."""
+        if each is not None:
+            return each, *scalars
         values: list[Any] = [
             value if value is off else self.parameter(name, value)
-            for value, (name, off) in zip(parameters, _SAMPLING, strict=True)
+            for value, (name, off) in zip(scalars, _SAMPLING, strict=True)
         ]
         if any(isinstance(value, Tensor) for value in values):
-            return self.columns(values), 1.0, TOP_K_OFF, TOP_P_OFF, MIN_P_OFF
+            return self.columns(values), *(off for _, off in _SAMPLING)
         return None, *values
+
+
+def per_request(
+    first: str, like: object, dim: str, keys: tuple[Any, ...], temperature: Any, top_k: Any, top_p: Any, min_p: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Seed, position and perhaps row, and sampling parameters, as operators take them at once: ints as tensors, filters
+    that are None as off, and parameters side by side if one of them is a tensor. The argument ``first`` has a request a
+    row; what is wrong with it, and with numbers, is said later."""
+    top_k = TOP_K_OFF if top_k is None else top_k
+    top_p = TOP_P_OFF if top_p is None else top_p
+    min_p = MIN_P_OFF if min_p is None else min_p
+    sampling = None, temperature, top_k, top_p, min_p
+    one = type(temperature) is float and not (type(top_k) is Tensor or type(top_p) is Tensor or type(min_p) is Tensor)
+    ints = False
+    for key in keys:  # in a third of the time that `int in map(type, keys)` takes
+        ints |= type(key) is int
+    if (ints or not one) and isinstance(like, Tensor) and like.dim() == 2:
+        size, device = like.shape[0], like.device
+        if ints:
+            named = zip(_INTEGERS, keys, strict=False)
+            keys = tuple([repeated(name, key, size, device) if type(key) is int else key for name, key in named])
+        if not one:
+            sampling = ArgumentChecker(first, like, dim, **{dim: size}).sampling(*sampling)
+    return keys, sampling

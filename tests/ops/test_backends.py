@@ -170,7 +170,7 @@ def arguments(kind, full, rule):
         int(rule),
         full,
         full and rule != Rule.BLOCK,
-        torch.zeros(ops.workspace.verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
+        torch.zeros(ops.verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
     )
 
 

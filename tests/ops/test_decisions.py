@@ -127,8 +127,8 @@ def test_how_siblings_were_drawn_is_not_guessed(key, rule):
     ("nodes", "table", "message"),
     [
         ([[1, 2], [1, 2]], None, "nodes must ascend from 0, the root"),
-        ([[0, 1], [0, 2]], [[0], [-1]], r"page_table must be in \[0, 2\), got \[\[0\], \[-1\]\]"),
-        ([[0, 1], [0, 2]], [[0], [2]], r"page_table must be in \[0, 2\), got \[\[0\], \[2\]\]"),
+        ([[0, 1], [0, 2]], [[0], [-1]], r"page_table must be in \[0, 2\), got -1 at \[1, 0\]"),
+        ([[0, 1], [0, 2]], [[0], [2]], r"page_table must be in \[0, 2\), got 2 at \[1, 0\]"),
     ],
 )
 def test_paths_and_pages_that_are_none(nodes, table, message):

@@ -334,7 +334,7 @@ def test_a_target_without_a_number_of_ids(size):
 
 THREE = DraftVocabulary(torch.tensor([3, 0, 6]), 7)
 MISMATCHED = [
-    ({"draft_logits": None}, ValueError, "draft_to_target needs the draft_logits whose columns it names"),
+    ({"draft_logits": None}, ValueError, "draft_to_target needs the draft_logits that it describes"),
     ({"draft_to_target": [3, 0, 6]}, TypeError, r"draft_to_target must be int64 \[Vd\] or a DraftVocabulary"),
     (
         {"draft_to_target": DraftVocabulary(torch.tensor([3, 0, 6]), 9)},

@@ -21,14 +21,14 @@ from specdec_kernels import (
     sample,
     sample_children,
     verify_chain,
+    verify_chain_workspace,
     verify_tree,
 )
 from specdec_kernels.ops import BACKENDS, validate
-from specdec_kernels.ops import workspace as workspaces
 from specdec_kernels.ops.tree_rules import CHILDREN
 
 fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
-CPU = fast_path._PATHS["cpu"][None]
+CPU = fast_path._on_cpu[None]
 #: What makes a distribution of logits, as operators take it: temperature 1 and nothing else.
 PLAIN = (None, 1.0, 0, 1.0, 0.0, *[None] * 5)
 
@@ -57,11 +57,12 @@ def assert_equal(ours: Any, others: Any) -> None:
 
 
 def test_the_fast_path_is_taken_here():
-    assert fast_path.find_fast_path(None, torch.zeros(1)) is CPU
-    assert fast_path.find_fast_path("cpu", torch.zeros(1)) is CPU
-    for backend in ("reference", "no such"):
-        assert fast_path.find_fast_path(backend, torch.zeros(1)) is None
-    assert fast_path.find_fast_path(None, torch.zeros(1, device="meta")) is None
+    def taken(backend: str | None, device: str = "cpu") -> bool:
+        rows, ids = torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        return fast_path.try_fast_path("sample", backend, (rows, None, ids, ids, ids, *PLAIN, False)) is not None
+
+    assert [taken(backend) for backend in (None, "cpu", "reference", "no such")] == [True, True, False, False]
+    assert not taken(None, "meta")
 
 
 CHAINS: dict[str, dict[str, Any]] = {
@@ -180,9 +181,9 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         "a table of fewer ids": (5, torch.arange(299, dtype=torch.int32)),
         "a table without rows": (3, None),
     }
-    assert len(CPU.verify_tree(*arguments)) == 6
+    assert len(CPU["verify_tree"](*arguments)) == 6
     for index, value in wrong.values():
-        assert CPU.verify_tree(*(value if at == index else x for at, x in enumerate(arguments))) is None
+        assert CPU["verify_tree"](*(value if at == index else x for at, x in enumerate(arguments))) is None
     with pytest.raises(ValueError, match="parents must be -1 for the root"):
         verify_tree(**{**given, "parents": wrong["a later parent"][1]}, siblings="iid")
 
@@ -199,9 +200,9 @@ def test_children_of_what_is_no_row_are_refused_by_the_operators():
         (4, ids.int()),
         (10, ids.int()),
     )
-    assert len(CPU.sample_children(*given)) == 3
+    assert len(CPU["sample_children"](*given)) == 3
     for index, value in wrong:
-        assert CPU.sample_children(*(value if at == index else x for at, x in enumerate(given))) is None
+        assert CPU["sample_children"](*(value if at == index else x for at, x in enumerate(given))) is None
 
 
 def test_empty_batches():
@@ -239,10 +240,10 @@ def test_what_is_not_taken_as_it_is_comes_to_the_same(monkeypatch, options):
 
 def test_refusals_write_nothing_and_leave_no_error_behind():
     given = chain()
-    workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
+    workspace = torch.zeros(verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
     arguments = [*(given[name] for name in ("target_logits", "draft_tokens", "draft_logits")), None, None, None, 0.7]
     arguments += [given["seed"], given["position"], None, None, *PLAIN, 0, False, False, workspace]
-    call = CPU.verify_chain
+    call = CPU["verify_chain"]
     assert len(call(*arguments)) == 6
     refused: tuple[tuple[int, Any], ...] = (
         (0, given["seed"]), (0, "logits"), (1, torch.full((3, 4), 300)), (3, given["seed"]), (4, given["seed"]),
@@ -258,22 +259,30 @@ def test_refusals_write_nothing_and_leave_no_error_behind():
 
 
 def test_a_workspace_is_no_reason_to_check_in_python(monkeypatch):
-    workspace = torch.zeros(workspaces.verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
-    monkeypatch.setattr(workspaces, "checked", None)
+    workspace = torch.zeros(verify_chain_workspace(3, 4, 300), dtype=torch.uint8)
+    monkeypatch.setattr(validate.ArgumentChecker, "logits", None)
     assert verify_chain(**chain(), workspace=workspace).tokens.shape == (3, 5)
 
 
-def test_ints_are_no_reason_to_check_in_python(monkeypatch):
+def test_ints_and_parameters_of_requests_are_no_reason_to_check_in_python(monkeypatch):
     seeds, rows, parents = torch.full((3,), 5), torch.randn(3, 300), torch.arange(-1, 4).repeat(3, 1)
-    want = (
-        verify_chain(**{**chain(), "seed": seeds, "position": seeds}),
-        verify_tree(chain()["target_logits"], parents, parents, seed=seeds, position=seeds),
-        sample(rows, seed=seeds, position=seeds, row=seeds),
-    )
-    monkeypatch.setattr(validate, "ArgumentChecker", None)
-    assert_equal(verify_chain(**{**chain(), "seed": 5, "position": 5}), want[0])
-    assert_equal(verify_tree(chain()["target_logits"], parents, parents, seed=5, position=5), want[1])
-    assert_equal(sample(rows, seed=5, position=5, row=5), want[2])
+    each = {"temperature": torch.ones(3), "top_k": torch.full((3,), 9), "min_p": torch.full((3,), 0.25)}
+    one = {"temperature": 1, "top_k": 9, "min_p": 0.25}
+    tree = {"target_logits": chain()["target_logits"], "draft_tokens": parents, "parents": parents}
+
+    def results(keys, parameters):
+        named = {"seed": keys, "position": keys, **parameters}
+        return [
+            *verify_chain(**{**chain(), **named}), *verify_tree(**tree, **named), *sample(rows, row=keys, **named),
+            *sample_children(rows, 2, row=keys, **named),
+        ]  # fmt: skip
+
+    with monkeypatch.context() as patched:
+        dispatched(patched)
+        want = results(seeds, one)
+    monkeypatch.setattr(validate.ArgumentChecker, "logits", None)
+    for keys, parameters in ((5, {**one, "temperature": 1.0}), (5, one), (seeds, one), (seeds, each), (5, each)):
+        assert_equal(results(keys, parameters), want)
 
 
 class Seen(TorchDispatchMode):
@@ -302,20 +311,20 @@ def test_a_library_of_another_build_is_not_connected(monkeypatch):
     with pytest.raises(RuntimeError, match="another build"):
         fast_path.connect(ctypes.addressof(other), "cpu", False)
     monkeypatch.delattr(_native, "connect")
-    assert fast_path.connected(BACKENDS["cpu"]) is None
-    assert fast_path.connected(BACKENDS["triton"]) is None
+    assert fast_path.connected(BACKENDS["cpu"]) == {}
+    assert fast_path.connected(BACKENDS["triton"]) == {}
 
 
 def test_without_a_library_arguments_are_checked_and_results_made():
     checked = fast_path.connect(0, "cpu", True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
-    first, again = (checked.sample(rows, None, ids, ids, ids, *PLAIN, False) for _ in range(2))
+    first, again = (checked["sample"](rows, None, ids, ids, ids, *PLAIN, False) for _ in range(2))
     assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
     for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
         assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
-    assert checked.sample(rows, None, ids, ids, ids[:2], *PLAIN, False) is None
+    assert checked["sample"](rows, None, ids, ids, ids[:2], *PLAIN, False) is None
     on_gpu = fast_path.connect(0, "cuda", False)
-    assert on_gpu.sample(rows, None, ids, ids, ids, *PLAIN, False) is None
+    assert on_gpu["sample"](rows, None, ids, ids, ids, *PLAIN, False) is None
 
 
 def test_launchers_in_python_get_the_arguments_of_the_operators():
@@ -345,11 +354,11 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
         "sample_children": [rows, None, ids, ids, ids, *tail, 2, 1],
     }
     for op, arguments in calls.items():
-        got = getattr(ours, op)(*arguments)
-        assert_equal(got, getattr(CPU, op)(*arguments))
-        assert type(got) is type(getattr(CPU, op)(*arguments))
+        got = ours[op](*arguments)
+        assert_equal(got, CPU[op](*arguments))
+        assert type(got) is type(CPU[op](*arguments))
         seen.clear()
-        assert getattr(ours, op)(rows.double(), *arguments[1:]) is None
+        assert ours[op](rows.double(), *arguments[1:]) is None
         assert not seen
 
 
@@ -359,7 +368,7 @@ from specdec_kernels import sample, sample_children, verify_chain, verify_chain_
 from specdec_kernels.ops.backends import BACKENDS
 import importlib
 fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
-assert fast_path.find_fast_path("cuda", torch.zeros(1)) is not fast_path.find_fast_path(None, torch.zeros(1))
+assert fast_path._on_cpu["cuda"]["sample"] is not fast_path._on_cpu[None]["sample"]
 library = ctypes.CDLL(str(BACKENDS["cuda"].library))
 def emulate(stream=0, capturing=False):
     library.specdec_emulate(ctypes.c_void_p(stream), ctypes.c_bool(capturing), ctypes.c_bool(False))

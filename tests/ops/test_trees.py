@@ -214,11 +214,11 @@ def test_where_looking_would_synchronise_it_ends_the_tree(backend, parents):
         ({"format": "flashinfer"}, ValueError, "context_lens must be given with format='flashinfer', got None"),
         ({"format": "packed", "context_lens": torch.tensor([1])}, ValueError, "context_lens must be None with format"),
         ({"context_lens": torch.tensor([1, 2])}, ValueError, r"context_lens must have shape \[B\] = \[1\]"),
-        ({"context_lens": torch.tensor([-1])}, ValueError, r"context_lens must be in \[0, .*\], got \[-1\]"),
+        ({"context_lens": torch.tensor([-1])}, ValueError, r"context_lens must be in \[0, .*\], got -1 at \[0\]"),
         (
             {"context_lens": torch.tensor([9]), "max_context": 8},
             ValueError,
-            r"context_lens must be in \[0, 8\], got \[9\]",
+            r"context_lens must be in \[0, 8\], got 9 at \[0\]",
         ),
         ({"max_context": 8}, ValueError, "max_context goes with context_lens, got 8 without"),
         ({"format": "sglang_qlen_only_packed", "parents": trees(33)}, ValueError, "at most 32 nodes .* got 33"),
