@@ -72,23 +72,19 @@ def _idle(*_: Any) -> None:
 
 def _stand_in(backend: str) -> None:
     """Make ``backend`` take tensors on a CPU, and launch nothing."""
-    from specdec_kernels.ops import BACKENDS, Backend
-    from specdec_kernels.ops.backends import OPS
+    from specdec_kernels.ops import backends
 
     if backend == "cuda":
-        BACKENDS["cuda"].require(torch.device("cpu"))
-        library = ctypes.CDLL(str(BACKENDS["cuda"].library))
+        backends.BACKENDS["cuda"].require(torch.device("cpu"))
+        library = ctypes.CDLL(str(backends.BACKENDS["cuda"].library))
         library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(True))
         return
     stand_in_driver(_idle)
-    import importlib
-
     from specdec_kernels import triton_kernels
 
-    functions = {op: getattr(triton_kernels, op) for op in OPS}
-    BACKENDS["triton"] = made = Backend("triton", "cpu", "", "launches nothing", functions)
-    paths = importlib.import_module("specdec_kernels.ops.fast_path")
-    paths._on_cpu["triton"] = paths.connected(made)
+    functions = {op: getattr(triton_kernels, op) for op in backends.OPS}
+    made = backends.BACKENDS["triton"] = backends.Backend("triton", "cpu", "", "launches nothing", functions)
+    backends._FAST["triton", False] = backends.connected(made)
 
 
 def _calls(backend: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

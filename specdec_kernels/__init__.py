@@ -45,11 +45,12 @@ __all__ = [
     "verify_tree",
 ]
 
-# Said of every function, so written once.
-for _function in [value for name in __all__ if isinstance(value := globals()[name], FunctionType)]:
-    _function.__doc__ = f"""{_function.__doc__ or ""}
+# Said of every function, and of the classes that check what they are made of, so written once.
+_functions = [value for name in __all__ if isinstance(value := globals()[name], FunctionType)]
+for _public in (*_functions, DraftVocabulary, TokenCounts):
+    _public.__doc__ = f"""{_public.__doc__ or ""}
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is done.
 """
-    if "backend" in _function.__annotations__:
-        _function.__doc__ += "        RuntimeError: the requested backend cannot run, with the reason.\n"
+    if "backend" in _public.__annotations__:
+        _public.__doc__ += "        RuntimeError: the requested backend cannot run, with the reason.\n"

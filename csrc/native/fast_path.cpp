@@ -297,7 +297,7 @@ py::object function(const char* name, const py::capsule& library, const py::type
   };
   static PyObject* (*const function)(PyObject*, PyObject* const*, Py_ssize_t) = called;
   static PyMethodDef method{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL,
-                            "See specdec_kernels/ops/fast_path.py."};
+                            "See specdec_kernels/ops/backends.py."};
   results_of<Arguments> = type_of(results);
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, library.ptr()));
 }

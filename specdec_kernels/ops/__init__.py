@@ -9,9 +9,8 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, TILE, Rule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, function
+from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, call, function, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
-from specdec_kernels.ops.fast_path import call, try_fast_path
 from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.token_counts import TokenCounts
@@ -100,7 +99,6 @@ def sample(
         logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
 
     Example:
-        >>> import torch
         >>> drawn = sample(torch.tensor([[0.0, 9.0, 0.0]]), seed=1, position=7, temperature=0.0)
         >>> drawn.tokens.tolist()
         [1]
@@ -203,7 +201,6 @@ def verify_chain(
         return [*draft_tokens, torch.multinomial(target[-1], 1)]
 
     Example:
-        >>> import torch
         >>> target = torch.eye(4)[[1, 2, 3]][None] * 50
         >>> verify_chain(target, torch.tensor([[1, 0]]), seed=1, position=7).tokens.tolist()
         [[1, 2, -1]]
@@ -283,7 +280,6 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
         vocab: tokens of the vocabulary.
 
     Example:
-        >>> import torch
         >>> size = verify_chain_workspace(64, 4, 151_936)
         >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
         >>> size

@@ -48,7 +48,6 @@ def tree_attention(
         scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=True)
 
     Example:
-        >>> import torch
         >>> from specdec_kernels import tree_mask
         >>> packed = tree_mask(torch.tensor([[-1, 0, 0]]), "packed")
         >>> x = torch.zeros(1, 2, 3, 4)

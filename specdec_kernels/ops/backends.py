@@ -1,4 +1,10 @@
-"""Which implementations can run here, and why the others cannot."""
+"""Which implementations can run here, why the others cannot, and how an operator is called.
+
+The functions that draw and verify first take the fast path: C++ (csrc/native/fast_path.cpp) checks the arguments, and
+refuses what it could not read as it is. Where it returns None, Python checks: it says what is wrong, or brings it into
+shape and calls again. What C++ does not take even so goes through PyTorch's dispatcher, which takes as long to start as
+a row to read. Triton's launchers are in Python; there the C++ checks, and makes the results.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.autograd import profiler
 
 from specdec_kernels import reference
+from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
 from specdec_kernels.ops.schema import LIBRARY, define
 
 #: SPECDEC_LIBRARY names another build, such as one with sanitizers.
@@ -23,6 +32,10 @@ BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, on CPUs and on GPUs; matrix products it leaves to PyTorch's own kernels and to Triton.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
 OPS = (*_NATIVE_OPS, "tree_attention")
+#: What the operators return that have a fast path, in the order of `_native.connect`.
+_RESULTS = {"verify_chain": Verified, "verify_tree": VerifiedTree, "sample": Sample, "sample_children": DrawnChildren}
+#: By operator, with the arguments of its schema (`schema.py`).
+Functions = dict[str, Callable[..., Any]]
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []
 
@@ -35,7 +48,7 @@ class Backend:
     device: str
     reason: str
     detail: str = ""
-    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    functions: Functions = field(default_factory=dict)
     library: Path | None = None
     """Of a backend in C++."""
 
@@ -120,7 +133,7 @@ for _made in (_reference, _cpu, _cuda, _triton):  # Triton leaves CUDA tensors t
     _backend = _made()
     BACKENDS[_backend.name] = _backend
 
-_DISPATCHED: dict[str, Callable[..., Any]] = {op: getattr(torch.ops.specdec, op).default for op in OPS}
+_DISPATCHED: Functions = {op: getattr(torch.ops.specdec, op).default for op in OPS}
 
 
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
@@ -133,3 +146,65 @@ def function(op: str, backend: str | None, device: torch.device) -> Callable[...
     if op not in BACKENDS[backend].functions:
         raise RuntimeError(f"backend={backend!r} has no {op}: backend=None takes the one that has")
     return BACKENDS[backend].functions[op]
+
+
+def connect(entries: int, device: str, results_by_torch: bool) -> Functions:
+    """The functions of a library by the address of its entries; 0: they check, and return results yet to be written."""
+    from specdec_kernels import _native
+
+    functions = _native.connect(entries, device == "cuda", results_by_torch, tuple(_RESULTS.values()))
+    return dict(zip(_RESULTS, functions, strict=True))
+
+
+def connected(backend: Backend) -> Functions:
+    """What a backend offers, where its library, this Python and this PyTorch have what it takes."""
+    try:
+        if backend.library is None:
+            checks = connect(0, backend.device, True)
+            return {op: _launching(check, backend.functions[op]) for op, check in checks.items()}
+        entries = ctypes.CDLL(str(backend.library)).specdec_entries
+        entries.restype = ctypes.c_void_p
+        return connect(entries(), backend.device, backend.name == "cuda")
+    except (ImportError, OSError, AttributeError, TypeError, RuntimeError):
+        return {}  # another Python, an older PyTorch, or a library for tests
+
+
+def _launching(check: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a launcher in Python, which has the arguments of the operator."""
+
+    def call(*arguments: Any) -> Any:
+        out = check(*arguments)
+        if out is not None:
+            launch(*arguments, out=out)
+        return out
+
+    return call
+
+
+#: Of each backend, and of the one that the dispatcher would choose, on a CPU (False) and on a GPU (True).
+_FAST: dict[tuple[str | None, bool], Functions] = {}
+for _name in ("cuda", "triton", "cpu"):
+    if not (_backend := BACKENDS[_name]).reason:
+        _FAST[_name, _backend.device == "cuda"] = connected(_backend)
+_FAST[None, False] = _FAST.get(("cpu", False), {})
+_FAST[None, True] = _FAST.get(("cuda", True), _FAST.get(("triton", True), {}))
+
+# Names of this module: each dot is another dictionary. It is not `is_compiling`, which asks the scripts of TorchScript
+# first; tracers other than Dynamo pass tensors of their own, or watch what is dispatched.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+def try_fast_path(op: str, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+    """What an operator returns that is called at once, if it can be: not where somebody watches what is dispatched."""
+    logits = arguments[0]
+    if type(logits) is not Tensor or _is_compiling() or _dispatch_modes() or profiler._is_profiler_enabled:
+        return None
+    functions = _FAST.get((backend, logits.is_cuda))
+    return functions[op](*arguments) if functions else None
+
+
+def call(op: str, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+    """What an operator returns of arguments that were checked."""
+    made = try_fast_path(op, backend, arguments)
+    return _RESULTS[op](*function(op, backend, arguments[0].device)(*arguments)) if made is None else made

@@ -18,16 +18,12 @@ class DraftVocabulary:
             EAGLE-3 checkpoint holds how far each is from it: ``torch.arange(Vd) + d2t``.)
         vocab_size: ids of the target, V.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Equivalent to, for ``draft_logits [..., Vd]`` of :func:`verify_chain` and the other functions that take one::
 
         full = draft_logits.new_full((*draft_logits.shape[:-1], vocab_size), -torch.inf)
         full[..., draft_to_target] = draft_logits
 
     Example:
-        >>> import torch
         >>> from specdec_kernels import DraftVocabulary, sample
         >>> vocabulary = DraftVocabulary(torch.tensor([3, 0]), vocab_size=5)
         >>> vocabulary.target_to_draft.tolist()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
+from specdec_kernels.ops.backends import call, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import table_of
-from specdec_kernels.ops.fast_path import call, try_fast_path
 from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, none_counted
 from specdec_kernels.ops.validate import ArgumentChecker
 
@@ -108,25 +108,20 @@ def adjustments(
         values = check.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{check.dim}, M")
         added.scatter_add_(1, torch.searchsorted(ids, biased), values)
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return ids, counts, added, check.columns([check.parameter(name, getattr(penalties, name)) for name in names])
+    return ids, counts, added, check.columns({name: getattr(penalties, name) for name in names})
 
 
 def _counted(check: ArgumentChecker, kept: object, texts: bool) -> tuple[Tensor, Tensor]:
     """What was counted before: ids, int32 [B, M], and how often each occurs in prompt and output, int32 [B, M, 2]."""
-    size, vocab = check.sizes[check.dim], check.sizes["V"]
     if kept is None:
-        return none_counted(size, check.device)
+        return none_counted(check.sizes[check.dim], check.device)
     if not isinstance(kept, TokenCounts):
         raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
     if texts:
         raise ValueError("penalties must have either counts, or prompt and output, got both")
-    if (len(kept), kept.vocab_size) != (size, vocab):
-        raise ValueError(
-            f"penalties.counts must be of {check.dim} = {size} requests and V = {vocab} ids, got {len(kept)} and "
-            f"{kept.vocab_size}"
-        )
-    check.same_device("penalties.counts", kept.ids)
-    return kept.ids, kept.counts
+    if kept.vocab_size != (vocab := check.sizes["V"]):
+        raise ValueError(f"penalties.counts must be of V = {vocab} ids, got {kept.vocab_size}")
+    return check.tensor("penalties.counts", kept.ids, (torch.int32,), f"{check.dim}, ids"), kept.counts
 
 
 def distribution(

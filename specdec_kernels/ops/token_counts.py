@@ -52,15 +52,11 @@ class TokenCounts:
         vocab_size: columns of the logits that are penalised.
         device: of those logits.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
     Equivalent to::
 
         counts = torch.stack([torch.bincount(torch.tensor(x), minlength=vocab_size) for x in (prompt, output)], -1)
 
     Example: a loop makes it once and tells it what happens to the batch.
-        >>> import torch
         >>> from specdec_kernels import Penalties, TokenCounts, sample
         >>> counts = TokenCounts([[1, 2, 2], [0]], vocab_size=4, device="cpu")
         >>> counts.extend([[3], [0, 0]])  # what each request generated in this step

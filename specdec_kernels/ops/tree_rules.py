@@ -8,9 +8,8 @@ from torch import Tensor
 
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops.backends import BackendName
+from specdec_kernels.ops.backends import BackendName, call, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
-from specdec_kernels.ops.fast_path import call, try_fast_path
 from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import DrawnChildren, VerifiedTree
 from specdec_kernels.ops.trees import checked
@@ -146,19 +145,14 @@ def verify_tree(
             point mass. With them comes one of the next two, and ``siblings``; "walk" and "coupled" read none of the
             four.
         draft_stats: float32 [B, N, 3], as :func:`sample_children` gave them.
-        draft_temperature: float32 [B] or float, as in :func:`verify_chain`: children were drawn at that temperature,
-            without filters.
-        draft_to_target: ``draft_logits`` are [B, N, Vd], of a drafter with fewer ids than the target; as in
-            :func:`verify_chain`. ``draft_tokens`` are ids of the target.
+        draft_temperature, draft_to_target: as in :func:`verify_chain`; with the latter ``draft_logits`` are [B, N, Vd].
         siblings: how the children of a node were drawn, "without_replacement" or "iid". Children of ``"top"`` were not
             drawn: hand them over without ``draft_logits``.
-        seed: int64 [B] or int. One per request.
         position: int64 [B] or int. Tokens of the request before this step, the root among them; grows with every step.
-        temperature, top_k, top_p, min_p: of the target, one for all or [B]; as in :func:`sample`.
         bitmask: int32 [B, N, ceil(V/32)]: the ids allowed after each node.
         penalties: see :class:`Penalties`; row n counts the drafts on the path to node n as output.
         rule: see above.
-        logit_bias, logprobs, backend: as in :func:`verify_chain`.
+        seed, temperature, top_k, top_p, min_p, logit_bias, logprobs, backend: as in :func:`verify_chain`.
 
     Returns:
         :class:`VerifiedTree`. A node whose target row has a nan, a +inf or no finite logit is the end of its path: none

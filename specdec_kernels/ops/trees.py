@@ -79,7 +79,6 @@ def tree_positions(parents: Tensor) -> Tensor:
         int32 [B, N]; 0 for the root, -1 behind the last node.
 
     Example:
-        >>> import torch
         >>> tree_positions(torch.tensor([[-1, 0, 0, 1, 3, -1]])).tolist()
         [[0, 1, 1, 2, 3, -1]]
     """
@@ -96,7 +95,6 @@ def tree_links(parents: Tensor) -> TreeLinks:
         :class:`TreeLinks`.
 
     Example:
-        >>> import torch
         >>> links = tree_links(torch.tensor([[-1, 0, 0, 1]]))
         >>> links.first_child.tolist(), links.next_sibling.tolist()
         ([[1, 3, -1, -1]], [[-1, 2, -1, -1]])
@@ -126,7 +124,6 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
         int32 [B, N, depth + 1], -1 behind the node itself and for nodes that are none.
 
     Example:
-        >>> import torch
         >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), 2).tolist()
         [[[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]]
     """
@@ -185,7 +182,6 @@ def tree_mask(
             mask[:, i] |= mask[torch.arange(B), parents[:, i]]
 
     Example:
-        >>> import torch
         >>> tree_mask(torch.tensor([[-1, 0, 0, 1]])).int().tolist()
         [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]]
 

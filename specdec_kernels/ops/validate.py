@@ -6,7 +6,7 @@ Only metadata is looked at, never data on a device, so that nothing synchronises
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -103,7 +103,7 @@ def repeated(name: str, value: int, size: int, device: torch.device | None) -> T
 
 
 #: In the order of the operators, with what changes nothing.
-_SAMPLING = (("temperature", 1.0), ("top_k", TOP_K_OFF), ("top_p", TOP_P_OFF), ("min_p", MIN_P_OFF))
+_SAMPLING = {"temperature": 1.0, "top_k": TOP_K_OFF, "top_p": TOP_P_OFF, "min_p": MIN_P_OFF}
 
 
 class ArgumentChecker:
@@ -130,14 +130,9 @@ class ArgumentChecker:
                 sizes = ", ".join("*" if size is None else str(size) for size in known)
                 raise ValueError(f"{name} must have shape [{dims}] = [{sizes}], got {describe(value)}")
             self.sizes.update(zip(named, shape, strict=True))
-        if not (self._on_cpu and value.is_cpu):  # flags: comparing devices costs a microsecond
-            self.same_device(name, value)
-        return value
-
-    def same_device(self, name: str, value: Tensor | None) -> None:
-        """It is where the first argument is."""
-        if value is not None and value.device != (self.device or value.device):
+        if not (self._on_cpu and value.is_cpu) and value.device != (self.device or value.device):
             raise ValueError(f"{name} must be on {self.device} like {self._first}, got {value.device}")
+        return value
 
     def ids(self, name: str, value: object, dims: str) -> Tensor:
         """Whole numbers of either width, contiguous."""
@@ -173,28 +168,23 @@ class ArgumentChecker:
             raise ValueError(f"{name} must be {expected}, got {checked.tolist()}")
         return checked.clamp(max=_MOST_TOP_K) if name == "top_k" else checked
 
-    def columns(self, values: Sequence[float | Tensor]) -> Tensor:
-        """Parameters side by side: float32 [requests, len(values)]."""
-        size, kind = (self.sizes[self.dim],), torch.float32
-        return torch.stack(
-            [
-                x.to(kind) if isinstance(x, Tensor) else torch.full(size, x, dtype=kind, device=self.device)
-                for x in values
-            ],
-            1,
-        )
+    def columns(self, parameters: Mapping[str, object]) -> Tensor:
+        """Parameters side by side: float32 [requests, len(parameters)]."""
+        size, kind, columns = (self.sizes[self.dim],), torch.float32, []
+        for name, value in parameters.items():
+            x = self.parameter(name, value)
+            each = x.to(kind) if isinstance(x, Tensor) else torch.full(size, x, dtype=kind, device=self.device)
+            columns.append(each)
+        return torch.stack(columns, 1)
 
     def sampling(self, each: Tensor | None, *scalars: object) -> tuple[Any, ...]:
         """Temperature, top-k, top-p and min-p as operators take them: one float32 [requests, 4], or four scalars."""
         if each is not None:
             return each, *scalars
-        values: list[Any] = [
-            value if value is off else self.parameter(name, value)
-            for value, (name, off) in zip(scalars, _SAMPLING, strict=True)
-        ]
-        if any(isinstance(value, Tensor) for value in values):
-            return self.columns(values), *(off for _, off in _SAMPLING)
-        return None, *values
+        named = dict(zip(_SAMPLING, scalars, strict=True))
+        if any(isinstance(value, Tensor) for value in scalars):
+            return self.columns(named), *_SAMPLING.values()
+        return None, *(number(name, value, self.dim) for name, value in named.items())
 
 
 def per_request(

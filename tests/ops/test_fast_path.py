@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from specdec_kernels import (
     verify_chain_workspace,
     verify_tree,
 )
-from specdec_kernels.ops import BACKENDS, validate
+from specdec_kernels.ops import BACKENDS, backends, validate
 from specdec_kernels.ops.tree_rules import CHILDREN
 
-fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
-CPU = fast_path._on_cpu[None]
+CPU = backends._FAST[None, False]
 #: What makes a distribution of logits, as operators take it: temperature 1 and nothing else.
 PLAIN = (None, 1.0, 0, 1.0, 0.0, *[None] * 5)
 
@@ -47,7 +45,7 @@ def chain(dtype: torch.dtype = torch.float32, batch: int = 3, drafts: int = 4, v
 
 
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path, "_on_cpu", {})
+    monkeypatch.setattr(backends, "_FAST", {})
 
 
 def assert_equal(ours: Any, others: Any) -> None:
@@ -59,7 +57,7 @@ def assert_equal(ours: Any, others: Any) -> None:
 def test_the_fast_path_is_taken_here():
     def taken(backend: str | None, device: str = "cpu") -> bool:
         rows, ids = torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        return fast_path.try_fast_path("sample", backend, (rows, None, ids, ids, ids, *PLAIN, False)) is not None
+        return backends.try_fast_path("sample", backend, (rows, None, ids, ids, ids, *PLAIN, False)) is not None
 
     assert [taken(backend) for backend in (None, "cpu", "reference", "no such")] == [True, True, False, False]
     assert not taken(None, "meta")
@@ -309,21 +307,21 @@ def test_who_watches_what_is_dispatched_sees_it():
 def test_a_library_of_another_build_is_not_connected(monkeypatch):
     other = (ctypes.c_size_t * 4)(1, 1, 0, 0)
     with pytest.raises(RuntimeError, match="another build"):
-        fast_path.connect(ctypes.addressof(other), "cpu", False)
+        backends.connect(ctypes.addressof(other), "cpu", False)
     monkeypatch.delattr(_native, "connect")
-    assert fast_path.connected(BACKENDS["cpu"]) == {}
-    assert fast_path.connected(BACKENDS["triton"]) == {}
+    assert backends.connected(BACKENDS["cpu"]) == {}
+    assert backends.connected(BACKENDS["triton"]) == {}
 
 
 def test_without_a_library_arguments_are_checked_and_results_made():
-    checked = fast_path.connect(0, "cpu", True)
+    checked = backends.connect(0, "cpu", True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
     first, again = (checked["sample"](rows, None, ids, ids, ids, *PLAIN, False) for _ in range(2))
     assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
     for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
         assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
     assert checked["sample"](rows, None, ids, ids, ids[:2], *PLAIN, False) is None
-    on_gpu = fast_path.connect(0, "cuda", False)
+    on_gpu = backends.connect(0, "cuda", False)
     assert on_gpu["sample"](rows, None, ids, ids, ids, *PLAIN, False) is None
 
 
@@ -340,7 +338,7 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
         return launch
 
     names = ("verify_chain", "verify_tree", "sample", "sample_children")
-    ours = fast_path.connected(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}, library=None))
+    ours = backends.connected(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}, library=None))
     given, ids, rows = chain(), torch.arange(3), torch.randn(3, 300)
     first = [given[name] for name in ("target_logits", "draft_tokens", "draft_logits")]
     keys = [given["seed"], given["position"]]
@@ -365,10 +363,8 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
 HOST = """
 import ctypes, torch
 from specdec_kernels import sample, sample_children, verify_chain, verify_chain_workspace, verify_tree
-from specdec_kernels.ops.backends import BACKENDS
-import importlib
-fast_path = importlib.import_module("specdec_kernels.ops.fast_path")
-assert fast_path._on_cpu["cuda"]["sample"] is not fast_path._on_cpu[None]["sample"]
+from specdec_kernels.ops.backends import _FAST, BACKENDS
+assert _FAST["cuda", False]["sample"] is not _FAST[None, False]["sample"]
 library = ctypes.CDLL(str(BACKENDS["cuda"].library))
 def emulate(stream=0, capturing=False):
     library.specdec_emulate(ctypes.c_void_p(stream), ctypes.c_bool(capturing), ctypes.c_bool(False))

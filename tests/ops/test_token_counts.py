@@ -164,8 +164,12 @@ TEXT = torch.tensor([[1], [2]])
         (lambda c: c.select([0, 2]), ValueError, r"slots must be in \[0, 2\), got \[0, 2\]"),
         (lambda c: c.select([-1]), ValueError, r"slots must be in \[0, 2\), got \[-1\]"),
         (lambda c: use(Penalties(TEXT, counts=c)), ValueError, "either counts, or prompt and output, got both"),
-        (lambda c: use(Penalties(counts=c), vocab=7), ValueError, "B = 2 requests and V = 7 ids, got 2 and 6"),
-        (lambda c: use(Penalties(counts=c), batch=1), ValueError, "B = 1 requests and V = 6 ids, got 2 and 6"),
+        (lambda c: use(Penalties(counts=c), vocab=7), ValueError, "penalties.counts must be of V = 7 ids, got 6"),
+        (
+            lambda c: use(Penalties(counts=c), batch=1),
+            ValueError,
+            r"penalties.counts must have shape \[B, ids\] = \[1, \*\], got int32 \[2, 2\]",
+        ),
         (lambda c: use(Penalties(counts=[1])), TypeError, r"penalties.counts must be TokenCounts, got \[1\]"),
     ],
 )
