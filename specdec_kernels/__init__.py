@@ -10,7 +10,6 @@ from specdec_kernels.ops import (
     noise_words,
     sample,
     verify_chain,
-    verify_chain_workspace,
 )
 from specdec_kernels.ops.attention import tree_attention
 from specdec_kernels.ops.kv import compact_kv
@@ -18,6 +17,7 @@ from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, Verifie
 from specdec_kernels.ops.tree_rules import sample_children, verify_tree
 from specdec_kernels.ops.trees import TreeLinks, tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
 from specdec_kernels.version import __version__
+from specdec_kernels.workspace import verify_chain_workspace
 
 __all__ = [
     "DraftVocabulary",

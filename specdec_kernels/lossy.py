@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.decode.protocols import Scores, Target, TargetSession
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.backends import BackendName
@@ -65,7 +66,7 @@ def typical_acceptance(
     """
     for name, value in (("temperature", temperature), ("epsilon", epsilon), ("delta", delta)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {validate.describe(value)}")
+            raise TypeError(f"{name} must be a float, got {checks.describe(value)}")
         if not 0 < value <= (1 if name == "epsilon" else math.inf):
             raise ValueError(f"{name} must be positive{' and at most 1' if name == 'epsilon' else ''}, got {value!r}")
     check = validate.ArgumentChecker("parents", parents)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
-from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -34,19 +32,3 @@ def padded(
 def longer(x: Tensor, length: int, value: float) -> Tensor:
     """``x [B, K, ...]`` with ``value`` behind its K."""
     return functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, length - x.shape[1]), value=value)
-
-
-def ids_of(name: str, value: Any, end: int = 1 << 63) -> list[int]:
-    """Token ids in [0, end) as a list of ints.
-
-    Raises:
-        TypeError, ValueError: naming what was expected and what came.
-    """
-    try:
-        ids = [index(token) for token in (value.tolist() if isinstance(value, Tensor) else value)]
-    except TypeError:
-        raise TypeError(f"{name} must be a list of token ids, got {shortened(value)}") from None
-    for place, token in enumerate(ids):
-        if not 0 <= token < end:
-            raise ValueError(f"{name} must hold token ids in [0, {end}), got {token} at index {place}")
-    return ids

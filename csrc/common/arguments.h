@@ -1,7 +1,8 @@
 // From an operator's arguments to the structs of ops.h, for every backend in C++: behind PyTorch's dispatcher
 // (operators.h) and before it (csrc/native/fast_path.cpp). These differ in what a tensor is, torch::stable::Tensor or
 // what has its accessors; in how arguments are read, by a `next` that gives one after the other, in the order of the
-// schemas of specdec_kernels/ops/schema.py; and in how results are made, by `results.add<T>(sizes...)`, in that order.
+// schemas of specdec_kernels/reference/schema.py; and in how results are made, by `results.add<T>(sizes...)`, in that
+// order.
 #pragma once
 
 #include <optional>

@@ -1,5 +1,5 @@
 // From PyTorch's arguments to the structs of ops.h, for every backend in C++. The schemas are in
-// specdec_kernels/ops/schema.py. Stable ABI: one build serves torch 2.10 and later.
+// specdec_kernels/reference/schema.py. Stable ABI: one build serves torch 2.10 and later.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

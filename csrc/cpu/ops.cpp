@@ -1,4 +1,4 @@
-// Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/ops/schema.py. Stable ABI: one build
+// Registers the CPU kernels with PyTorch. The schemas are in specdec_kernels/reference/schema.py. Stable ABI: one build
 // serves torch 2.10 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

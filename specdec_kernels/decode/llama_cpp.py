@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode.protocols import Scores, refuse_sources
 from specdec_kernels.extras import brought_by
-from specdec_kernels.ops.validate import whole
 from specdec_kernels.tensors import CPU
 
 #: Tokens that one pass reads at most: llama.cpp's own default.

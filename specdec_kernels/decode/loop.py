@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from specdec_kernels.checks import choice, ids_of, whole
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.names import explains_names
 from specdec_kernels.decode.protocols import (
@@ -30,8 +31,6 @@ from specdec_kernels.ops import BackendName, RuleName, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
-from specdec_kernels.ops.validate import whole
-from specdec_kernels.tensors import ids_of
 
 Ending = Literal["", "stop", "length", "invalid", "dead_end"]
 
@@ -95,8 +94,7 @@ class Options:
 
     def __post_init__(self) -> None:
         whole("num_draft", self.num_draft, 0)
-        if self.rule not in _TREE_RULES:
-            raise ValueError(f"rule must be one of {sorted(_TREE_RULES)}, got {self.rule!r}")
+        choice("rule", self.rule, _TREE_RULES)
 
     def drafts(self, batch: int) -> int:
         """Drafts of each of so many requests at most."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from specdec_kernels.checks import ids_of
 from specdec_kernels.decode.cache import Kind, layer_kinds
 from specdec_kernels.decode.protocols import SourcePrompt, refuse_sources
 from specdec_kernels.decode.states import step_row_by_row
-from specdec_kernels.tensors import ids_of
 
 
 def text_config(model: Any) -> Any:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import ids_of
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
 from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.tree_rules import SiblingsName
-from specdec_kernels.tensors import ids_of, padded, to_device
+from specdec_kernels.tensors import padded, to_device
 
 Record = TypeVar("Record", "Draft", "TreeDraft", "Step")
 

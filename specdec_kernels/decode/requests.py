@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
+from specdec_kernels.checks import ids_of, whole
 from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.protocols import SourcePrompt
-from specdec_kernels.ops import LogitBias, Penalties, TokenCounts, validate
-from specdec_kernels.ops.validate import whole
-from specdec_kernels.tensors import CPU, ids_of, padded, to_device
+from specdec_kernels.ops import LogitBias, Penalties, TokenCounts
+from specdec_kernels.tensors import CPU, padded, to_device
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
 Grammar = Callable[[Sequence[int]], Tensor]
@@ -55,8 +56,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):
             if isinstance(value := getattr(self, name), Tensor):
-                raise TypeError(f"{name} must be a number, got {validate.describe(value)}")
-            validate.number(name, value, "B")
+                raise TypeError(f"{name} must be a number, got {checks.describe(value)}")
+            checks.number(name, value, "B")
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         ids_of("logit_bias", self.logit_bias)
@@ -279,9 +280,9 @@ def allowed(grammar: Grammar, history: Sequence[int], vocab: int) -> Tensor:
     """
     words, mask = -(-vocab // 32), grammar(history)
     if not isinstance(mask, Tensor) or mask.dtype != torch.int32:
-        raise TypeError(f"grammar must give int32 [{words}], a bit for each id, got {validate.describe(mask)}")
+        raise TypeError(f"grammar must give int32 [{words}], a bit for each id, got {checks.describe(mask)}")
     if mask.numel() != mask.shape[-1] or mask.numel() > words:
-        raise ValueError(f"grammar must give at most {words} words for {vocab} ids, got {validate.describe(mask)}")
+        raise ValueError(f"grammar must give at most {words} words for {vocab} ids, got {checks.describe(mask)}")
     allowed = torch.zeros(words, dtype=torch.int32, device=CPU)
     allowed[: mask.numel()] = mask.flatten().cpu()
     if vocab % 32:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.checks import ids_of, whole
 from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties
 from specdec_kernels.decode.protocols import (
     Draft,
@@ -30,8 +31,7 @@ from specdec_kernels.decode.protocols import (
 from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
 from specdec_kernels.decode.statistics import Acceptance, Statistics
 from specdec_kernels.ops import BackendName, RuleName
-from specdec_kernels.ops.validate import whole
-from specdec_kernels.tensors import CPU, ids_of, to_device
+from specdec_kernels.tensors import CPU, to_device
 
 
 class Submission:

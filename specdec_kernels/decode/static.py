@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.probe import LONGEST
 from specdec_kernels.decode.protocols import Draft, Scores
@@ -21,7 +22,6 @@ from specdec_kernels.decode.targets import TransformersTarget, features_of
 from specdec_kernels.ops import verify_chain
 from specdec_kernels.ops.results import Verified
 from specdec_kernels.ops.trees import tree_mask, tree_positions
-from specdec_kernels.ops.validate import whole
 from specdec_kernels.tensors import to_device
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.probe import Use, probe
 from specdec_kernels.decode.protocols import Scores, SourcePrompt
 from specdec_kernels.decode.sources import sources_of
 from specdec_kernels.ops.trees import tree_mask, tree_positions
-from specdec_kernels.ops.validate import whole
 from specdec_kernels.tensors import padded
 
 

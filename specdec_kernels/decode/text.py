@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode.loop import Ending
 from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
 from specdec_kernels.decode.scheduler import Scheduler, Submission
 from specdec_kernels.decode.text_stream import TextStream
-from specdec_kernels.ops.validate import whole
 
 
 @dataclass(frozen=True)

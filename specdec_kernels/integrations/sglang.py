@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.integrations.plugins import fits
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
@@ -243,7 +244,7 @@ def eagle_sample(
         if probs is None or probs.shape[-1] != rows.shape[-1]:
             raise ValueError(
                 f"draft_probs must be float32 [B, K, V] with V = {rows.shape[-1]} for rejection sampling, got "
-                f"{validate.describe(probs)}"
+                f"{checks.describe(probs)}"
             )
         normalised = probs.new_tensor([1.0, -torch.inf, 0.0]).expand(*probs.shape[:2], 3)
         rule = "block" if spec.speculative_use_block_verification else "token"

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec_kernels.contract import MAX_ROWS, TILE, Rule
+from specdec_kernels import checks
+from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, call, function, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
@@ -15,6 +16,7 @@ from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
 from specdec_kernels.ops.token_counts import TokenCounts
 from specdec_kernels.reference.verify import check_ids
+from specdec_kernels.workspace import ALIGNMENT, verify_chain_workspace
 
 __all__ = [
     "BACKENDS",
@@ -28,13 +30,9 @@ __all__ = [
     "noise_words",
     "sample",
     "verify_chain",
-    "verify_chain_workspace",
 ]
 
 RuleName = Literal["token", "block", "coupled"]
-
-#: What each part of a workspace begins at a multiple of, in bytes.
-_ALIGNMENT = 256
 
 _RULES = {rule.name.lower(): int(rule) for rule in Rule}
 
@@ -107,7 +105,7 @@ def sample(
     arXiv:1805.04833; top-p, Holtzman et al., arXiv:1904.09751; min-p, Nguyen et al., arXiv:2407.01082; coupling, Daliri
     et al., arXiv:2408.07978.
     """
-    validate.flags(coupled=coupled)
+    checks.flags(coupled=coupled)
     drawn: Sample = processing.draw(
         "sample", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
         penalties, logit_bias, backend, coupled,
@@ -208,7 +206,7 @@ def verify_chain(
     Source: token, Leviathan et al., arXiv:2211.17192, algorithm 1, and Chen et al., arXiv:2302.01318, algorithm 2;
     block, Sun et al., arXiv:2403.10444, algorithm 2; coupled, Daliri et al., arXiv:2408.07978.
     """
-    own = validate.choice("rule", rule, _RULES), logprobs, count_independent
+    own = checks.choice("rule", rule, _RULES), logprobs, count_independent
     if count_independent and rule == "block":
         raise ValueError(
             "count_independent must be False with rule='block', got True: no draft is judged by itself there"
@@ -228,12 +226,12 @@ def verify_chain(
         verified = try_fast_path("verify_chain", backend, given)
         if verified is not None:
             return verified
-    validate.flags(logprobs=logprobs, count_independent=count_independent)
+    checks.flags(logprobs=logprobs, count_independent=count_independent)
     check = validate.ArgumentChecker("target_logits", target_logits)
     draft_tokens = check.ids("draft_tokens", draft_tokens, "B, K")
     longest = draft_tokens.shape[1]
     if longest >= MAX_ROWS:
-        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {validate.describe(draft_tokens)}")
+        raise ValueError(f"draft_tokens must have fewer than {MAX_ROWS} drafts, got {checks.describe(draft_tokens)}")
     check.sizes["K+1"] = longest + 1
     rows = "B, K+1" if cu_rows is None else "N"
     target_logits = check.logits("target_logits", target_logits, f"{rows}, V")
@@ -267,46 +265,15 @@ def _row_offsets(check: validate.ArgumentChecker, value: object) -> Tensor:
     return offsets
 
 
-def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
-    """Bytes of scratch that :func:`specdec_kernels.verify_chain` needs for so many requests, drafts and tokens, on any
-    backend.
-
-    A workspace is zeroed once, before its first use. Calls that follow each other on one stream may share it, smaller
-    ones too; calls that may run side by side, such as graphs on different streams, need their own.
-
-    Args:
-        batch: requests, at most.
-        num_draft: drafts of a request, at most.
-        vocab: tokens of the vocabulary.
-
-    Example:
-        >>> size = verify_chain_workspace(64, 4, 151_936)
-        >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
-        >>> size
-        10528768
-    """
-    for name, value, least in (("batch", batch, 0), ("num_draft", num_draft, 0), ("vocab", vocab, 1)):
-        validate.whole(name, value, least)
-    rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
-    # Of each row the programs that came; of each request two counters (in Triton a third), and a bit for each row.
-    counters = rows + (2 + -(-(num_draft + 1) // 32)) * batch
-    # Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA
-    # twenty of every eight tiles.
-    numbers = max(4 << (tiles - 1).bit_length(), 40 * -(-tiles // 8))
-    # Of a row a backend keeps 128 bytes at most.
-    parts = (4 * counters, 128 * rows, 4 * numbers * rows)
-    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in parts)
-
-
 def _checked_workspace(check: validate.ArgumentChecker, workspace: object, num_draft: int) -> Tensor:
     """A workspace that is large enough."""
     given = check.tensor("workspace", workspace, (torch.uint8,), "bytes")
     size = verify_chain_workspace(check.sizes["B"], num_draft, check.sizes["V"])
     if given.shape[0] < size:
-        raise ValueError(f"workspace must have at least {size} bytes, got {validate.describe(given)}")
-    if not torch.compiler.is_compiling() and (not given.is_contiguous() or given.storage_offset() % _ALIGNMENT):
+        raise ValueError(f"workspace must have at least {size} bytes, got {checks.describe(given)}")
+    if not torch.compiler.is_compiling() and (not given.is_contiguous() or given.storage_offset() % ALIGNMENT):
         raise ValueError(
-            f"workspace must be contiguous from a multiple of {_ALIGNMENT} bytes on, got strides "
+            f"workspace must be contiguous from a multiple of {ALIGNMENT} bytes on, got strides "
             f"{list(given.stride())} from {given.storage_offset()} on"
         )
     return given
@@ -333,6 +300,6 @@ def noise_words(
     seed = check.tensor("seed", seed, (torch.int64,), "R").contiguous()
     position = check.integers("position", position)
     for name, value in (("tag", tag), ("first", first), ("counters", counters)):
-        validate.whole(name, value, 0, 1 << 32)
+        checks.whole(name, value, 0, 1 << 32)
     words: Tensor = function("noise_words", backend, seed.device)(seed, position, tag, first, counters)
     return words

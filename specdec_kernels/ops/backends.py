@@ -22,7 +22,7 @@ from torch.autograd import profiler
 
 from specdec_kernels import reference
 from specdec_kernels.ops.results import DrawnChildren, Sample, Verified, VerifiedTree
-from specdec_kernels.ops.schema import LIBRARY, define
+from specdec_kernels.reference.schema import LIBRARY, define
 
 #: SPECDEC_LIBRARY names another build, such as one with sanitizers.
 NATIVE_LIBRARY = Path(
@@ -34,7 +34,7 @@ _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "nois
 OPS = (*_NATIVE_OPS, "tree_attention")
 #: What the operators return that have a fast path, in the order of `_native.connect`.
 _RESULTS = {"verify_chain": Verified, "verify_tree": VerifiedTree, "sample": Sample, "sample_children": DrawnChildren}
-#: By operator, with the arguments of its schema (`schema.py`).
+#: By operator, with the arguments of its schema (`reference/schema.py`).
 Functions = dict[str, Callable[..., Any]]
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []

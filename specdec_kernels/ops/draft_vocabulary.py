@@ -7,6 +7,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.ops import validate
 
 
@@ -40,9 +41,9 @@ class DraftVocabulary:
     def __init__(self, draft_to_target: Tensor, vocab_size: int) -> None:
         check = validate.ArgumentChecker("draft_to_target", draft_to_target)
         ids = check.ids("draft_to_target", draft_to_target, "Vd").long()
-        validate.whole("vocab_size", vocab_size, 1, 1 << 31)
+        checks.whole("vocab_size", vocab_size, 1, 1 << 31)
         if len(ids) == 0:
-            raise ValueError(f"draft_to_target must have at least one id, got {validate.describe(draft_to_target)}")
+            raise ValueError(f"draft_to_target must have at least one id, got {checks.describe(draft_to_target)}")
         ascending, places = ids.sort(stable=True)
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[places[1:]] = ascending[1:] == ascending[:-1]
@@ -94,11 +95,11 @@ def table_of(draft_to_target: object, name: str, logits: object, vocab: int | No
         if isinstance(draft_to_target, Tensor):
             draft_to_target = DraftVocabulary(draft_to_target, vocab)
     if not isinstance(draft_to_target, DraftVocabulary):
-        raise TypeError(f"draft_to_target must be {expected}, got {validate.describe(draft_to_target)}")
+        raise TypeError(f"draft_to_target must be {expected}, got {checks.describe(draft_to_target)}")
     if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(draft_to_target):
         raise ValueError(
             f"{name} must have a column for each of the Vd = {len(draft_to_target)} ids of draft_to_target, got "
-            f"{validate.describe(logits)}"
+            f"{checks.describe(logits)}"
         )
     if vocab not in (None, draft_to_target.vocab_size):
         raise ValueError(f"draft_to_target must be of the V = {vocab} ids of target_logits, got a {draft_to_target}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BackendName, function
 
@@ -48,21 +49,21 @@ def compact_kv(
         [0.0, 1.0, 3.0, 3.0, 4.0]
     """
     if not isinstance(caches, (list, tuple)) or not caches:
-        raise TypeError(f"caches must be a list of at least one tensor, got {validate.describe(caches)}")
+        raise TypeError(f"caches must be a list of at least one tensor, got {checks.describe(caches)}")
     paged = page_table is not None
     dims = "pages, page size, H, D" if paged else "B, H, S, D"
     first = caches[0]
     for index, cache in enumerate(caches):
         name = f"caches[{index}]"
         if not isinstance(cache, Tensor) or cache.dim() != 4:
-            raise TypeError(f"{name} must be a tensor [{dims}], got {validate.describe(cache)}")
+            raise TypeError(f"{name} must be a tensor [{dims}], got {checks.describe(cache)}")
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous along D (stride 1), got strides {list(cache.stride())}")
         alike = (cache.shape, cache.dtype, cache.stride()) == (first.shape, first.dtype, first.stride())
         if not alike or cache.device != first.device:
             raise ValueError(
-                f"{name} must have shape, dtype, strides and device of caches[0], {validate.describe(first)} "
-                f"{first.stride()}, got {validate.describe(cache)} {cache.stride()}"
+                f"{name} must have shape, dtype, strides and device of caches[0], {checks.describe(first)} "
+                f"{first.stride()}, got {checks.describe(cache)} {cache.stride()}"
             )
     check = validate.ArgumentChecker("caches", first, **({} if paged else {"B": first.shape[0]}))
     path = check.ids("nodes", nodes, "B, N").long()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import call, try_fast_path
@@ -85,9 +86,9 @@ def adjustments(
         return NO_ADJUSTMENTS
     penalties = Penalties() if penalties is None else penalties
     if not isinstance(penalties, Penalties):
-        raise TypeError(f"penalties must be Penalties, got {validate.describe(penalties)}")
+        raise TypeError(f"penalties must be Penalties, got {checks.describe(penalties)}")
     if bias is not None and (not isinstance(bias, tuple) or len(bias) != 2):
-        raise TypeError(f"logit_bias must be LogitBias, got {validate.describe(bias)}")
+        raise TypeError(f"logit_bias must be LogitBias, got {checks.describe(bias)}")
     vocab = check.sizes["V"]
     texts = {
         column: _text(check, f"penalties.{name}", text, length)
@@ -116,7 +117,7 @@ def _counted(check: ArgumentChecker, kept: object, texts: bool) -> tuple[Tensor,
     if kept is None:
         return none_counted(check.sizes[check.dim], check.device)
     if not isinstance(kept, TokenCounts):
-        raise TypeError(f"penalties.counts must be TokenCounts, got {validate.describe(kept)}")
+        raise TypeError(f"penalties.counts must be TokenCounts, got {checks.describe(kept)}")
     if texts:
         raise ValueError("penalties must have either counts, or prompt and output, got both")
     if kept.vocab_size != (vocab := check.sizes["V"]):
@@ -161,10 +162,10 @@ def drafts(
     if stats is not None:
         raise ValueError(
             "draft_temperature must be None with draft_stats, which carry the drafts' own, got "
-            f"{validate.describe(temperature)}"
+            f"{checks.describe(temperature)}"
         )
     if not isinstance(temperature, Tensor):
-        return logits, None, table, None, validate.number("draft_temperature", temperature, "B")
+        return logits, None, table, None, checks.number("draft_temperature", temperature, "B")
     each: Any = ArgumentChecker("draft_logits", logits).parameter("draft_temperature", temperature)
     return logits, None, table, each.contiguous(), 1.0
 

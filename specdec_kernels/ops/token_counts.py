@@ -8,7 +8,8 @@ from operator import index
 import torch
 from torch import Tensor
 
-from specdec_kernels.tensors import ids_of, padded, to_device
+from specdec_kernels.checks import ids_of
+from specdec_kernels.tensors import padded, to_device
 
 
 def insert_ids(ids: Tensor, counts: Tensor, added: Tensor, vocab: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, call, try_fast_path
@@ -84,8 +85,8 @@ def sample_children(
 
     Source: draws without replacement, Jeon et al., arXiv:2402.14160; races, Daliri et al., arXiv:2408.07978.
     """
-    number = validate.choice("method", method, _CHILDREN)
-    validate.whole("count", count, 1, MAX_ROWS)
+    number = checks.choice("method", method, _CHILDREN)
+    checks.whole("count", count, 1, MAX_ROWS)
     drawn: DrawnChildren = processing.draw(
         "sample_children", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
         penalties, logit_bias, backend, count, number,
@@ -180,8 +181,8 @@ def verify_tree(
     Source: recursive, Miao et al., arXiv:2305.09781, and Jeon et al., arXiv:2402.14160; traversal, Weng et al.,
     arXiv:2505.12398; coupled, Daliri et al., arXiv:2408.07978.
     """
-    number = validate.choice("rule", rule, _RULES)
-    replacement = siblings is not None and validate.choice("siblings", siblings, _SIBLINGS)
+    number = checks.choice("rule", rule, _RULES)
+    replacement = siblings is not None and checks.choice("siblings", siblings, _SIBLINGS)
     reads_drafts = rule not in ("walk", "coupled")
     drafts = processing.drafts(
         target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, reads_drafts
@@ -202,11 +203,11 @@ def verify_tree(
         verified = try_fast_path("verify_tree", backend, given)
         if verified is not None:
             return verified
-    validate.flags(logprobs=logprobs)
+    checks.flags(logprobs=logprobs)
     check = validate.ArgumentChecker("target_logits", target_logits)
     tree = checked(parents, check)
     if tree.shape[1] > MAX_ROWS:
-        raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {validate.describe(tree)}")
+        raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {checks.describe(tree)}")
     target_logits = check.logits("target_logits", target_logits, "B, N, V")
     tokens = checked_tokens(check, draft_tokens, tree)
     drafts = processing.checked_drafts(check, "B, N", drafts, *keys)

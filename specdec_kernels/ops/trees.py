@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.contract import MaskFormat
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import BackendName, function
@@ -56,7 +57,7 @@ def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
     tree = (check or ArgumentChecker("parents", parents)).ids("parents", parents, "B, N").long()
     nodes = tree.shape[1]
     if nodes == 0:
-        raise ValueError(f"parents must have at least the root, got {validate.describe(tree)}")
+        raise ValueError(f"parents must have at least the root, got {checks.describe(tree)}")
     if validate.readable(tree):
         for b, row in enumerate(tree.tolist()):  # a list: tensor operations take ten times as long for a tree of 16
             live = row.index(-1, 1) if -1 in row[1:] else nodes
@@ -127,7 +128,7 @@ def tree_paths(parents: Tensor, depth: int) -> Tensor:
         >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), 2).tolist()
         [[[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]]
     """
-    validate.whole("depth", depth, 0)
+    checks.whole("depth", depth, 0)
     tree = checked(parents)
     mask, depths = _ancestors(tree)
     position = depths[:, None].expand_as(mask)
@@ -187,7 +188,7 @@ def tree_mask(
 
     Source: tree attention, Miao et al., arXiv:2305.09781.
     """
-    layout, kind, has_context = validate.choice("format", format, _FORMATS)
+    layout, kind, has_context = checks.choice("format", format, _FORMATS)
     if (dtype is not None) and format != "additive":
         raise ValueError(f"dtype goes with format='additive' alone, got dtype={dtype} with format={format!r}")
     dtype = dtype or torch.float32
@@ -208,7 +209,7 @@ def tree_mask(
         context_lens = check.ids("context_lens", context_lens, "B").long()
         if max_context is None:
             max_context = int(context_lens.clamp(min=0).amax()) if batch else 0
-        validate.whole("max_context", max_context, 0)
+        checks.whole("max_context", max_context, 0)
         validate.within("context_lens", context_lens, 0, max_context, f"in [0, {max_context}]")
         context_lens = context_lens.clamp(0, max_context)
     return _filled(tree, context_lens, layout, kind(batch, nodes, (max_context or 0) + nodes, dtype), backend)

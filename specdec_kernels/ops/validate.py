@@ -1,30 +1,21 @@
-"""Checks of what callers pass. Written once, here: no backend checks a shape again.
+"""Checks of the tensors that callers pass. Written once, here: no backend checks a shape again.
 
 Only metadata is looked at, never data on a device, so that nothing synchronises.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec_kernels.checks import MOST_TOP_K, RANGES, describe, number, whole
 from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
-
-T = TypeVar("T")
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
-
-
-def describe(value: object) -> str:
-    """``float32 [4, 7]`` for a tensor, the repr for anything else."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return repr(value)
 
 
 def readable(value: Tensor) -> bool:
@@ -37,59 +28,6 @@ def within(name: str, value: Tensor, least: int, most: int, expected: str) -> No
     if readable(value) and len(bad := ((value < least) | (value > most)).nonzero()):
         at = bad[0].tolist()
         raise ValueError(f"{name} must be {expected}, got {int(value[tuple(at)])} at {at}")
-
-
-def choice(name: str, value: str, choices: Mapping[str, T]) -> T:
-    """What one of the names stands for."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
-    return choices[value]
-
-
-def flags(**named: object) -> None:
-    """Each True or False."""
-    for name, value in named.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {describe(value)}")
-
-
-def whole(name: str, value: object, least: int | None = None, end: int | None = None, expected: str = "an int") -> None:
-    """An int, from ``least`` on and below ``end`` where they are given; ``expected`` is what may stand in its place."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
-    if (least is not None and value < least) or (end is not None and value >= end):
-        bounds = f"at least {least}" if end is None else f"in [{least}, {end})".replace(str(1 << 63), "2^63")
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
-#: The largest float32; a larger number would be infinite where float32 is all there is.
-_MOST = torch.finfo(torch.float32).max
-
-#: More than any vocabulary, and a whole number in float32.
-_MOST_TOP_K = 1 << 24
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
-    "top_k": (lambda x: x >= 0, "at least 1 (or 0: off)"),
-    "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
-    "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
-    "draft_temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
-    "repetition_penalty": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
-    "presence_penalty": (math.isfinite, "finite (0: off)"),
-    "frequency_penalty": (math.isfinite, "finite (0: off)"),
-}
-
-
-def number(name: str, value: object, dim: str) -> float:
-    """A sampling parameter for all requests; a tensor ``[dim]`` could stand in its place."""
-    in_range, expected = _RANGES[name]
-    counts = name == "top_k"
-    if isinstance(value, bool) or not isinstance(value, int if counts else (int, float)):
-        kinds = "an int or int64" if counts else "a float or float32"
-        raise TypeError(f"{name} must be {kinds} [{dim}], got {describe(value)}")
-    if not in_range(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return min(value, _MOST_TOP_K) if counts else float(value)
 
 
 #: Ints that operators take as int64: the least, and the end. Seeds may be anything, as whatever else is.
@@ -162,11 +100,11 @@ class ArgumentChecker:
         """A sampling parameter: one number for all requests, or a tensor with one each."""
         if not isinstance(value, Tensor):
             return number(name, value, self.dim)
-        in_range, expected = _RANGES[name]
+        in_range, expected = RANGES[name]
         checked = self.tensor(name, value, ID_DTYPES if name == "top_k" else (torch.float32,), self.dim)
         if readable(checked) and not all(map(in_range, checked.tolist())):
             raise ValueError(f"{name} must be {expected}, got {checked.tolist()}")
-        return checked.clamp(max=_MOST_TOP_K) if name == "top_k" else checked
+        return checked.clamp(max=MOST_TOP_K) if name == "top_k" else checked
 
     def columns(self, parameters: Mapping[str, object]) -> Tensor:
         """Parameters side by side: float32 [requests, len(parameters)]."""

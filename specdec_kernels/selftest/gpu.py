@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain, verify_chain_workspace
+from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.tree_rules import ChildrenName, TreeRuleName, sample_children, verify_tree
 from specdec_kernels.selftest.common import BATCH, EVERYTHING, Report, Selection
+from specdec_kernels.workspace import verify_chain_workspace
 
 #: As large as in use, with a last tile that is not full.
 VOCAB, DRAFTS = 32_003, 3

@@ -8,7 +8,7 @@ from forms import pairwise, some
 from processes import run_python
 from typer.testing import CliRunner
 
-from specdec_kernels import ops, selftest
+from specdec_kernels import ops, selftest, verify_chain_workspace
 from specdec_kernels.cli import main
 from specdec_kernels.contract import Rule
 from specdec_kernels.ops.validate import ArgumentChecker
@@ -170,7 +170,7 @@ def arguments(kind, full, rule):
         int(rule),
         full,
         full and rule != Rule.BLOCK,
-        torch.zeros(ops.verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
+        torch.zeros(verify_chain_workspace(2, 3, 50), dtype=torch.uint8) if full else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode.protocols import (
     Draft,
     Drafter,
@@ -22,7 +23,6 @@ from specdec_kernels.decode.protocols import (
     require_chain,
     revertible,
 )
-from specdec_kernels.ops.validate import whole
 from specdec_kernels.tensors import longer, to_device
 
 Result = TypeVar("Result")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.ops import BackendName, DraftVocabulary, sample
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName, sample_children
-from specdec_kernels.ops.validate import whole
 from specdec_kernels.tensors import padded, to_device
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from specdec_kernels.checks import whole
 from specdec_kernels.decode.drafters.histories import Histories
 from specdec_kernels.decode.drafters.shared_history import SharedHistory, SharedText
 from specdec_kernels.decode.protocols import Draft, SourcePrompt, Step
-from specdec_kernels.ops.validate import whole
 
 
 class NGramDrafter:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from specdec_kernels.ops.validate import whole
-from specdec_kernels.tensors import ids_of
+from specdec_kernels.checks import ids_of, whole
 
 #: Runs of so many tokens are looked for, longer ones first. Two tokens are found everywhere in many texts.
 RUNS = (8, 4)

@@ -1,6 +1,6 @@
 """The torch operators: the reference is their schema and the fallback of every device, their fakes stand here.
 
-Compiled backends only add implementations for a device (`backends.py`), so the dispatcher is the if/else ladder.
+Compiled backends only add implementations for a device (`ops/backends.py`), so the dispatcher is the if/else ladder.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""How much scratch the kernels take, which callers may hand in so that verification allocates nothing.
+
+`workspace_bytes` in csrc/common/ops.h is the same.
+"""
+
+from __future__ import annotations
+
+from specdec_kernels.checks import whole
+from specdec_kernels.contract import TILE
+
+#: What each part begins at a multiple of, and bytes that a backend keeps of a row, at most.
+ALIGNMENT, PLACE_BYTES = 256, 128
+#: Of each row the programs that came; of each request two counters, and a bit for each row
+#: (Triton has a third counter there).
+COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
+#: Tables of a row, of target and draft: in Triton two numbers of every tile, up to a power of two of them; in CUDA
+#: twenty of every eight tiles.
+NUMBERS_A_TILE, TILES_A_SPAN, NUMBERS_A_SPAN, NUMBER_BYTES = 4, 8, 40, 4
+
+
+def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
+    """Bytes of scratch that :func:`specdec_kernels.verify_chain` needs for so many requests, drafts and tokens, on any
+    backend.
+
+    A workspace is zeroed once, before its first use. Calls that follow each other on one stream may share it, smaller
+    ones too; calls that may run side by side, such as graphs on different streams, need their own.
+
+    Args:
+        batch: requests, at most.
+        num_draft: drafts of a request, at most.
+        vocab: tokens of the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> size = verify_chain_workspace(64, 4, 151_936)
+        >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
+        >>> size
+        10528768
+    """
+    for name, value, least in (("batch", batch, 0), ("num_draft", num_draft, 0), ("vocab", vocab, 1)):
+        whole(name, value, least)
+    rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
+    counters = rows + (COUNTERS_A_REQUEST + -(-(num_draft + 1) // COUNTER_BITS)) * batch
+    numbers = max(NUMBERS_A_TILE << (tiles - 1).bit_length(), NUMBERS_A_SPAN * -(-tiles // TILES_A_SPAN))
+    parts = (counters * COUNTER_BYTES, rows * PLACE_BYTES, rows * numbers * NUMBER_BYTES)
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
