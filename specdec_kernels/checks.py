@@ -22,7 +22,7 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-def choice(name: str, value: str, choices: Mapping[str, T]) -> T:
+def choice(name: str, value: str, choices: Mapping[Any, T]) -> T:
     """What one of the names stands for."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")

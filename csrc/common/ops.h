@@ -189,7 +189,7 @@ enum class Rule { token = 0, block = 1, coupled = 2 };
 enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
 enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
 
-// What verify_chain_workspace (specdec_kernels/ops/workspace.py) asks for: enough for any backend.
+// What verify_chain_workspace (specdec_kernels/workspace.py) asks for: enough for any backend.
 constexpr int64_t kWorkspaceAlignment = 256;
 inline int64_t workspace_bytes(int64_t batch, int64_t rows, int64_t vocab) {
   const auto aligned = [](int64_t size) {

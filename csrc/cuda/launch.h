@@ -69,7 +69,7 @@ struct Plan {
   int64_t table_bytes, place_bytes, counter_bytes;
 
   // The counters lie at the begin of the memory, all else at its end, so that calls of different sizes never write over
-  // each other's counters. Callers are told a size that is at least this (specdec_kernels/ops/workspace.py).
+  // each other's counters. Callers are told a size that is at least this (specdec_kernels/workspace.py).
   int64_t bytes() const { return counter_bytes + place_bytes + table_bytes; }
   void set_memory(void* memory, int64_t size) {
     auto* const end = static_cast<unsigned char*>(memory) + size / kWorkspaceAlignment * kWorkspaceAlignment;

@@ -74,10 +74,8 @@ def sample(
         top_k: int64 or int32 [R] or int, at least 1; None, 0 and whatever is not below V are off.
         top_p: float32 [R] or float, in (0, 1]; None or 1 is off.
         min_p: float32 [R] or float, in [0, 1]; None or 0 is off.
-        bitmask: int32 [R, ceil(V/32)], bit ``v % 32`` of word ``v // 32`` set where id v is allowed (xgrammar's
-            layout).
-        penalties: see :class:`Penalties`, with R requests.
-        logit_bias: see :class:`LogitBias`, with R requests.
+        bitmask: int32 [R, ceil(V/32)]: bit ``v % 32`` of word ``v // 32`` is set where id v is allowed (as xgrammar's).
+        penalties, logit_bias: see :class:`Penalties` and :class:`LogitBias`, with R requests.
         coupled: draw with the noise of the absolute position ``position + row``, the draft side of
             ``verify_chain(rule="coupled")``; it must not be used with the other rules.
         draft_to_target: the logits are [R, Vd], of a drafter with fewer ids than its target. Tokens, ``bitmask``
@@ -106,11 +104,10 @@ def sample(
     et al., arXiv:2408.07978.
     """
     checks.flags(coupled=coupled)
-    drawn: Sample = processing.draw(
-        "sample", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
+    return processing.draw(
+        Sample, logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
         penalties, logit_bias, backend, coupled,
     )  # fmt: skip
-    return drawn
 
 
 def verify_chain(
@@ -150,8 +147,7 @@ def verify_chain(
     ``"coupled"`` accepts a draft iff it is what the target draws with the same noise: the text is a function of seed
     and target logits, the same with any drafter, any K, or none. Drafts of ``sample(coupled=True)`` are accepted most.
 
-    Ids and ``cu_rows`` are checked on the CPU; on other devices, where looking would synchronise, an id out of range
-    ends the draft.
+    Ids and ``cu_rows`` are checked on the CPU; elsewhere, as looking would synchronise, a wrong id ends the draft.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, K+1, V]; row i is the target's after i drafts. With ``cu_rows``
@@ -208,22 +204,16 @@ def verify_chain(
     """
     own = checks.choice("rule", rule, _RULES), logprobs, count_independent
     if count_independent and rule == "block":
-        raise ValueError(
-            "count_independent must be False with rule='block', got True: no draft is judged by itself there"
-        )
-    drafts = processing.drafts(
-        target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, rule != "coupled"
-    )
-    keys, read = validate.per_request(
-        "draft_tokens", draft_tokens, "B", (seed, position), temperature, top_k, top_p, min_p
-    )
-    verified: Verified | None
+        raise ValueError("count_independent must be False with rule='block', where no draft is judged alone, got True")
+    reads = rule != "coupled"
+    drafts = processing.drafts(target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, reads)
+    keys, read = validate.per_request("B", draft_tokens, (seed, position), temperature, top_k, top_p, min_p)
     if penalties is None and logit_bias is None:
         given = (
             target_logits, draft_tokens, *drafts, *keys, num_draft, cu_rows, *read, bitmask, *NO_ADJUSTMENTS, *own,
             workspace,
         )  # fmt: skip
-        verified = try_fast_path("verify_chain", backend, given)
+        verified = try_fast_path(Verified, backend, given)
         if verified is not None:
             return verified
     checks.flags(logprobs=logprobs, count_independent=count_independent)
@@ -244,12 +234,11 @@ def verify_chain(
         workspace = _checked_workspace(check, workspace, longest)
     arguments = (target_logits, draft_tokens, *drafts, num_draft, cu_rows, *read, *own, workspace)
     try:
-        verified = call("verify_chain", backend, arguments)
+        return call(Verified, backend, arguments)
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI
         if target_logits.is_cpu:
             check_ids(draft_tokens, num_draft, cu_rows, check.sizes["V"])
         raise
-    return verified
 
 
 def _row_offsets(check: validate.ArgumentChecker, value: object) -> Tensor:

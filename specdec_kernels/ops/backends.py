@@ -1,9 +1,8 @@
 """Which implementations can run here, why the others cannot, and how an operator is called.
 
-The functions that draw and verify first take the fast path: C++ (csrc/native/fast_path.cpp) checks the arguments, and
-refuses what it could not read as it is. Where it returns None, Python checks: it says what is wrong, or brings it into
-shape and calls again. What C++ does not take even so goes through PyTorch's dispatcher, which takes as long to start as
-a row to read. Triton's launchers are in Python; there the C++ checks, and makes the results.
+The functions that draw and verify first take the fast path: C++ (csrc/native/fast_path.cpp) returns None of arguments
+that it could not read as they are. Then Python says what is wrong, or brings it into shape and calls again; what is not
+taken even so goes through PyTorch's dispatcher, which takes as long to start as a row to read.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +30,14 @@ NATIVE_LIBRARY = Path(
 BackendName = Literal["reference", "cpu", "cuda", "triton"]
 #: What the C++ has, on CPUs and on GPUs; matrix products it leaves to PyTorch's own kernels and to Triton.
 _NATIVE_OPS = ("verify_chain", "verify_tree", "sample", "sample_children", "noise_words", "tree_mask", "compact_kv")
+#: Asked without CUDA: what has started CUDA can no longer fork, as servers do.
+_HAS_GPU = torch.cuda.device_count() > 0
 OPS = (*_NATIVE_OPS, "tree_attention")
-#: What the operators return that have a fast path, in the order of `_native.connect`.
-_RESULTS = {"verify_chain": Verified, "verify_tree": VerifiedTree, "sample": Sample, "sample_children": DrawnChildren}
+#: Which operator returns what, of those that have a fast path, in the order of `_native.connect`.
+_OPERATORS: dict[type[Any], str] = {
+    Verified: "verify_chain", VerifiedTree: "verify_tree", Sample: "sample", DrawnChildren: "sample_children"
+}  # fmt: skip
+Result = TypeVar("Result", Verified, VerifiedTree, Sample, DrawnChildren)
 #: By operator, with the arguments of its schema (`reference/schema.py`).
 Functions = dict[str, Callable[..., Any]]
 #: What has to outlive the operators it defines.
@@ -72,10 +76,6 @@ def _native(name: str, device: str, detail: str, library: Path, needs: str, name
     return Backend(name, device, "", detail, functions, library)
 
 
-def _reference() -> Backend:
-    return Backend("reference", "any", "", "PyTorch, float64", {op: getattr(reference, op) for op in OPS})
-
-
 def _cpu() -> Backend:
     made = _native("cpu", "cpu", "", NATIVE_LIBRARY, "pip install -e .")
     if made.reason:
@@ -83,11 +83,6 @@ def _cpu() -> Backend:
     isa = ctypes.CDLL(str(NATIVE_LIBRARY)).specdec_cpu_isa
     isa.restype = ctypes.c_char_p
     return replace(made, detail=f"C++, {isa().decode()}")
-
-
-def _has_gpu() -> bool:
-    """Whether there is one, asked without CUDA: what has started CUDA can no longer fork, as servers do."""
-    return torch.cuda.device_count() > 0
 
 
 def _cuda() -> Backend:
@@ -104,7 +99,7 @@ def _cuda() -> Backend:
     if torch.version.hip is not None:  # the library would answer for the device all the same
         return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
     made = _native("cuda", "cuda", "CUDA C++", library, "it takes nvcc")
-    return made if made.reason or _has_gpu() else replace(made, reason="there is no GPU")
+    return made if made.reason or _HAS_GPU else replace(made, reason="there is no GPU")
 
 
 def _triton() -> Backend:
@@ -112,7 +107,7 @@ def _triton() -> Backend:
         import triton
 
         detail, interpreted = f"triton {triton.__version__}", bool(triton.knobs.runtime.interpret)
-        if not interpreted and not _has_gpu():
+        if not interpreted and not _HAS_GPU:
             reason = "there is no GPU, and TRITON_INTERPRET=1 was not set before the import of specdec_kernels"
             return Backend("triton", "cuda", reason, detail)
         kernels = importlib.import_module("specdec_kernels.triton_kernels")
@@ -128,18 +123,18 @@ def _triton() -> Backend:
     return Backend("triton", "cuda", "", detail, functions)
 
 
-BACKENDS: dict[str, Backend] = {}
-for _made in (_reference, _cpu, _cuda, _triton):  # Triton leaves CUDA tensors to the CUDA C++ where that has the op
+_REFERENCE = {op: getattr(reference, op) for op in OPS}
+BACKENDS = {"reference": Backend("reference", "any", "", "PyTorch, float64", _REFERENCE)}
+for _made in (_cpu, _cuda, _triton):  # Triton leaves CUDA tensors to the CUDA C++ where that has the op
     _backend = _made()
     BACKENDS[_backend.name] = _backend
-
-_DISPATCHED: Functions = {op: getattr(torch.ops.specdec, op).default for op in OPS}
 
 
 def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
     """The implementation of an op: the dispatcher's choice for ``None``, else exactly the requested one."""
     if backend is None:
-        return _DISPATCHED[op]
+        dispatched: Callable[..., Any] = getattr(torch.ops.specdec, op).default
+        return dispatched
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
     BACKENDS[backend].require(device)
@@ -148,29 +143,28 @@ def function(op: str, backend: str | None, device: torch.device) -> Callable[...
     return BACKENDS[backend].functions[op]
 
 
-def connect(entries: int, device: str, results_by_torch: bool) -> Functions:
-    """The functions of a library by the address of its entries; 0: they check, and return results yet to be written."""
-    from specdec_kernels import _native
-
-    functions = _native.connect(entries, device == "cuda", results_by_torch, tuple(_RESULTS.values()))
-    return dict(zip(_RESULTS, functions, strict=True))
-
-
-def connected(backend: Backend) -> Functions:
-    """What a backend offers, where its library, this Python and this PyTorch have what it takes."""
+def connected(backend: Backend) -> dict[type[Any], Callable[..., Any]]:
+    """What C++ offers of a backend, by results, where its library, this Python and this PyTorch have what it takes."""
+    entries = 0  # of a backend in Python, which is called when its arguments were checked and its results made
     try:
-        if backend.library is None:
-            checks = connect(0, backend.device, True)
-            return {op: _launching(check, backend.functions[op]) for op, check in checks.items()}
-        entries = ctypes.CDLL(str(backend.library)).specdec_entries
-        entries.restype = ctypes.c_void_p
-        return connect(entries(), backend.device, backend.name == "cuda")
+        from specdec_kernels import _native
+
+        if backend.library is not None:
+            entries_of = ctypes.CDLL(str(backend.library)).specdec_entries
+            entries_of.restype = ctypes.c_void_p
+            entries = entries_of()
+        by_torch = not entries or backend.name == "cuda"
+        made = _native.connect(entries, backend.device == "cuda", by_torch, tuple(_OPERATORS))
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError):
         return {}  # another Python, an older PyTorch, or a library for tests
+    functions = dict(zip(_OPERATORS, made, strict=True))
+    if entries:
+        return functions
+    return {result: _launching(check, backend.functions[_OPERATORS[result]]) for result, check in functions.items()}
 
 
 def _launching(check: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a launcher in Python, which has the arguments of the operator."""
+    """Of Triton's launchers, which have the arguments of the operators: C++ checks these, and makes the results."""
 
     def call(*arguments: Any) -> Any:
         out = check(*arguments)
@@ -182,7 +176,7 @@ def _launching(check: Callable[..., Any], launch: Callable[..., Any]) -> Callabl
 
 
 #: Of each backend, and of the one that the dispatcher would choose, on a CPU (False) and on a GPU (True).
-_FAST: dict[tuple[str | None, bool], Functions] = {}
+_FAST: dict[tuple[str | None, bool], dict[type[Any], Callable[..., Any]]] = {}
 for _name in ("cuda", "triton", "cpu"):
     if not (_backend := BACKENDS[_name]).reason:
         _FAST[_name, _backend.device == "cuda"] = connected(_backend)
@@ -195,16 +189,17 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
-def try_fast_path(op: str, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+def try_fast_path(result: type[Result], backend: str | None, arguments: tuple[Any, ...]) -> Result | None:
     """What an operator returns that is called at once, if it can be: not where somebody watches what is dispatched."""
     logits = arguments[0]
     if type(logits) is not Tensor or _is_compiling() or _dispatch_modes() or profiler._is_profiler_enabled:
         return None
     functions = _FAST.get((backend, logits.is_cuda))
-    return functions[op](*arguments) if functions else None
+    made: Result | None = functions[result](*arguments) if functions else None
+    return made
 
 
-def call(op: str, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+def call(result: type[Result], backend: str | None, arguments: tuple[Any, ...]) -> Result:
     """What an operator returns of arguments that were checked."""
-    made = try_fast_path(op, backend, arguments)
-    return _RESULTS[op](*function(op, backend, arguments[0].device)(*arguments)) if made is None else made
+    made = try_fast_path(result, backend, arguments)
+    return result(*function(_OPERATORS[result], backend, arguments[0].device)(*arguments)) if made is None else made

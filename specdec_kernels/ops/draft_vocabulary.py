@@ -89,12 +89,11 @@ class DraftVocabulary:
 def table_of(draft_to_target: object, name: str, logits: object, vocab: int | None = None) -> Tensor:
     """``draft_to_target`` of rows ``name [.., Vd]`` as operators take it: the table of the target's ids. Where drafts
     are verified there are ``vocab`` of these, so that a drafter's ids alone will do."""
-    expected = "a DraftVocabulary, which says how many ids the target has"
-    if vocab is not None:
-        expected = "int64 [Vd] or a DraftVocabulary"
-        if isinstance(draft_to_target, Tensor):
-            draft_to_target = DraftVocabulary(draft_to_target, vocab)
+    if vocab is not None and isinstance(draft_to_target, Tensor):
+        draft_to_target = DraftVocabulary(draft_to_target, vocab)
     if not isinstance(draft_to_target, DraftVocabulary):
+        expected = "a DraftVocabulary, which says how many ids the target has"
+        expected = expected if vocab is None else "int64 [Vd] or a DraftVocabulary"
         raise TypeError(f"draft_to_target must be {expected}, got {checks.describe(draft_to_target)}")
     if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] != len(draft_to_target):
         raise ValueError(

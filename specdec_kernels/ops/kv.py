@@ -48,43 +48,31 @@ def compact_kv(
         >>> cache.flatten().tolist()
         [0.0, 1.0, 3.0, 3.0, 4.0]
     """
-    if not isinstance(caches, (list, tuple)) or not caches:
+    if not isinstance(caches, (list, tuple)) or not caches or not isinstance(caches[0], Tensor):
         raise TypeError(f"caches must be a list of at least one tensor, got {checks.describe(caches)}")
-    paged = page_table is not None
-    dims = "pages, page size, H, D" if paged else "B, H, S, D"
     first = caches[0]
+    check = validate.ArgumentChecker("caches[0]", first)
     for index, cache in enumerate(caches):
         name = f"caches[{index}]"
-        if not isinstance(cache, Tensor) or cache.dim() != 4:
-            raise TypeError(f"{name} must be a tensor [{dims}], got {checks.describe(cache)}")
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            raise ValueError(f"{name} must be contiguous along D (stride 1), got strides {list(cache.stride())}")
-        alike = (cache.shape, cache.dtype, cache.stride()) == (first.shape, first.dtype, first.stride())
-        if not alike or cache.device != first.device:
+        check.tensor(name, cache, (first.dtype,), "B, H, S, D" if page_table is None else "pages, page size, H, D")
+        if cache.stride() != first.stride() or (cache.stride(-1) != 1 and cache.shape[-1] > 1):
             raise ValueError(
-                f"{name} must have shape, dtype, strides and device of caches[0], {checks.describe(first)} "
-                f"{first.stride()}, got {checks.describe(cache)} {cache.stride()}"
+                f"{name} must be contiguous along D (stride 1), with the strides of caches[0], {first.stride()}, got "
+                f"{cache.stride()}"
             )
-    check = validate.ArgumentChecker("caches", first, **({} if paged else {"B": first.shape[0]}))
     path = check.ids("nodes", nodes, "B, N").long()
-    begin = check.integers("start", start)
-    capacity = first.shape[2]
+    begin, capacity = check.integers("start", start), first.shape[2]
     if page_table is not None:
         page_table = check.ids("page_table", page_table, "B, M").long()
         validate.within("page_table", page_table, 0, len(first) - 1, f"in [0, {len(first)})")
         capacity = page_table.shape[1] * first.shape[1]
     if validate.readable(path):
-        _check(path, begin, capacity)
+        earlier, later = path[:, :-1], path[:, 1:]
+        goes_on = (later == -1) | ((earlier >= 0) & (later > earlier))
+        if not goes_on.all() or (path[:, :1] > 0).any() or (path < -1).any():
+            raise ValueError(f"nodes must ascend from 0, the root, with -1 behind the path, got {path.tolist()}")
+        ends = begin + path.amax(1).clamp(min=0)
+        if (begin < 0).any() or (ends >= capacity).any():
+            raise ValueError(f"start must leave room for the nodes in {capacity} rows, got {begin.tolist()}")
     if path.numel() and first.numel():
         function("compact_kv", backend, first.device)(list(caches), path, begin, page_table)
-
-
-def _check(path: Tensor, begin: Tensor, room: int) -> None:
-    """Ascending nodes, each at or behind its new place, then -1; all of them inside the cache."""
-    earlier, later = path[:, :-1], path[:, 1:]
-    goes_on = (later == -1) | ((earlier >= 0) & (later > earlier))
-    if not goes_on.all() or (path[:, :1] > 0).any() or (path < -1).any():
-        raise ValueError(f"nodes must ascend from 0, the root, with -1 behind the path, got {path.tolist()}")
-    ends = begin + path.amax(1).clamp(min=0)
-    if (begin < 0).any() or (ends >= room).any():
-        raise ValueError(f"start must leave room for the nodes in {room} rows, got {begin.tolist()}")

@@ -16,9 +16,9 @@ from torch import Tensor
 from specdec_kernels import checks
 from specdec_kernels.contract import MAX_ROWS
 from specdec_kernels.ops import validate
-from specdec_kernels.ops.backends import call, try_fast_path
+from specdec_kernels.ops.backends import Result, call, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import table_of
-from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids, none_counted
+from specdec_kernels.ops.token_counts import TokenCounts, count_tokens, insert_ids
 from specdec_kernels.ops.validate import ArgumentChecker
 
 
@@ -115,7 +115,8 @@ def adjustments(
 def _counted(check: ArgumentChecker, kept: object, texts: bool) -> tuple[Tensor, Tensor]:
     """What was counted before: ids, int32 [B, M], and how often each occurs in prompt and output, int32 [B, M, 2]."""
     if kept is None:
-        return none_counted(check.sizes[check.dim], check.device)
+        ids = torch.empty((check.sizes[check.dim], 0), dtype=torch.int32, device=check.device)
+        return ids, ids.new_empty((*ids.shape, 2))
     if not isinstance(kept, TokenCounts):
         raise TypeError(f"penalties.counts must be TokenCounts, got {checks.describe(kept)}")
     if texts:
@@ -160,10 +161,8 @@ def drafts(
             "greedy)"
         )
     if stats is not None:
-        raise ValueError(
-            "draft_temperature must be None with draft_stats, which carry the drafts' own, got "
-            f"{checks.describe(temperature)}"
-        )
+        got = checks.describe(temperature)
+        raise ValueError(f"draft_temperature must be None with draft_stats, which carry the drafts' own, got {got}")
     if not isinstance(temperature, Tensor):
         return logits, None, table, None, checks.number("draft_temperature", temperature, "B")
     each: Any = ArgumentChecker("draft_logits", logits).parameter("draft_temperature", temperature)
@@ -189,15 +188,15 @@ def checked_drafts(
 
 
 def draw(
-    op: str, logits: object, draft_to_target: object, keys: tuple[Any, ...], sampling: tuple[Any, Any, Any, Any],
+    result: type[Result], logits: object, draft_to_target: object, keys: tuple[Any, ...], sampling: tuple[Any, ...],
     mask: object, penalties: Penalties | None, bias: LogitBias | None, backend: str | None, *own: object,
-) -> Any:  # fmt: skip
+) -> Result:  # fmt: skip
     """What an operator that draws from rows ``logits [R, V]``, with a table ``[R, Vd]``, gives; ``own`` are its
     arguments behind those that all of them have."""
     table = None if draft_to_target is None else table_of(draft_to_target, "logits", logits)
-    keys, read = validate.per_request("logits", logits, "R", keys, *sampling)
+    keys, sampling = validate.per_request("R", logits, keys, *sampling)
     if penalties is None and bias is None:
-        drawn = try_fast_path(op, backend, (logits, table, *keys, *read, mask, *NO_ADJUSTMENTS, *own))
+        drawn = try_fast_path(result, backend, (logits, table, *keys, *sampling, mask, *NO_ADJUSTMENTS, *own))
         if drawn is not None:
             return drawn
     check = ArgumentChecker("logits", logits, "R")
@@ -205,5 +204,5 @@ def draw(
     table = check.optional("draft_to_target", table, (torch.int32,), "V")
     seed, position, row = map(check.integers, ("seed", "position", "row"), keys)
     validate.within("row", row, 0, MAX_ROWS - 1, f"in [0, {MAX_ROWS})")
-    read = distribution(check, "R", read, mask, penalties, bias)
-    return call(op, backend, (rows, table, seed, position, row, *read, *own))
+    read: tuple[Any, ...] = distribution(check, "R", sampling, mask, penalties, bias)
+    return call(result, backend, (rows, table, seed, position, row, *read, *own))

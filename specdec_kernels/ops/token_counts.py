@@ -36,12 +36,6 @@ def count_tokens(ids: Tensor, counts: Tensor, column: int, tokens: Tensor, vocab
     counts[..., column].scatter_add_(1, torch.searchsorted(ids, tokens), (tokens < vocab).int())
 
 
-def none_counted(batch: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """The ids and counts of requests without a token."""
-    ids = torch.empty((batch, 0), dtype=torch.int32, device=device)
-    return ids, ids.new_empty((batch, 0, 2))
-
-
 class TokenCounts:
     """How often each token occurs in the prompts and outputs of a batch: what :class:`Penalties` needs of the texts.
 
@@ -79,7 +73,8 @@ class TokenCounts:
         self.vocab_size = vocab_size
         # The host knows how many ids occur, so that the device need not be asked.
         self._occurring: list[set[int]] = [set() for _ in prompts]
-        self.ids, self.counts = none_counted(len(prompts), device)
+        self.ids = torch.empty((len(prompts), 0), dtype=torch.int32, device=device)
+        self.counts = self.ids.new_empty((len(prompts), 0, 2))
         self._count("prompts", prompts, 0)
 
     def __len__(self) -> int:

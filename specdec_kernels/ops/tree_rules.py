@@ -23,7 +23,7 @@ _RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
 _CHILDREN = {how.name.lower(): int(how) for how in Children}
 CHILDREN: tuple[ChildrenName, ...] = get_args(ChildrenName)
 #: Whether they were drawn with replacement.
-_SIBLINGS = {"iid": True, "without_replacement": False}
+SIBLINGS = {"iid": True, "without_replacement": False}
 
 
 def sample_children(
@@ -87,11 +87,10 @@ def sample_children(
     """
     number = checks.choice("method", method, _CHILDREN)
     checks.whole("count", count, 1, MAX_ROWS)
-    drawn: DrawnChildren = processing.draw(
-        "sample_children", logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
+    return processing.draw(
+        DrawnChildren, logits, draft_to_target, (seed, position, row), (temperature, top_k, top_p, min_p), bitmask,
         penalties, logit_bias, backend, count, number,
     )  # fmt: skip
-    return drawn
 
 
 def verify_tree(
@@ -119,13 +118,11 @@ def verify_tree(
 ) -> VerifiedTree:
     """Decide which path of a tree to keep and draw the next token: the text has exactly the target's distribution.
 
-    ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one.
-    Exact for any children, and the best there is for children that were not drawn from anything (``method="top"``,
-    n-grams).
+    ``"walk"`` draws from the target at the root and goes down to the child that was drawn, as long as there is one:
+    exact for any children, and the best there is for those that were drawn from nothing (``method="top"``, n-grams).
 
-    ``"recursive"`` tests the children of a node one after the other, each against what its rejected siblings left of
-    the target; draws from what the last one left. On a chain it is rule ``"token"`` of :func:`verify_chain`, bit for
-    bit.
+    ``"recursive"`` tests the children of a node in turn, each against what its rejected siblings left of the target;
+    draws from what the last one left. On a chain it is rule ``"token"`` of :func:`verify_chain`, bit for bit.
 
     ``"traversal"`` goes bottom-up: a node's children first, then the node itself, by a chance that takes all of them
     into account. On a chain it is rule ``"block"``, bit for bit.
@@ -133,18 +130,16 @@ def verify_tree(
     ``"coupled"`` walks with the noise of the absolute position: the text is a function of seed and target logits, the
     same with any tree or none. Children of ``method="race"`` are met most often.
 
-    Rows of nodes that are not visited are not read. Ids and ``parents`` are checked on the CPU; on other devices, where
-    looking would synchronise, a node with an id out of range is never accepted and a parent that is no earlier node
-    ends the tree.
+    Rows of nodes that are not visited are not read. Ids and ``parents`` are checked on the CPU; elsewhere, as looking
+    would synchronise, an id out of range is never accepted and a parent that is no earlier node ends the tree.
 
     Args:
         target_logits: float32, bfloat16 or float16 [B, N, V]; row n is the target's after the path to node n.
         draft_tokens: int64 or int32 [B, N]; of the root it is the last token of the text, and not looked at.
         parents: int64 or int32 [B, N]: -1 for node 0, the root; an earlier node for every other; -1 behind the last.
             The children of a node are tested in the order of their indices, which must be the order they were drawn in.
-        draft_logits: logits [B, N, V]; row n is what the children of node n were drawn from. ``None``: each draft is a
-            point mass. With them comes one of the next two, and ``siblings``; "walk" and "coupled" read none of the
-            four.
+        draft_logits: logits [B, N, V]; row n is what the children of node n were drawn from. ``None``: point masses.
+            With them comes one of the next two, and ``siblings``; "walk" and "coupled" read none of the four.
         draft_stats: float32 [B, N, 3], as :func:`sample_children` gave them.
         draft_temperature, draft_to_target: as in :func:`verify_chain`; with the latter ``draft_logits`` are [B, N, Vd].
         siblings: how the children of a node were drawn, "without_replacement" or "iid". Children of ``"top"`` were not
@@ -182,25 +177,20 @@ def verify_tree(
     arXiv:2505.12398; coupled, Daliri et al., arXiv:2408.07978.
     """
     number = checks.choice("rule", rule, _RULES)
-    replacement = siblings is not None and checks.choice("siblings", siblings, _SIBLINGS)
-    reads_drafts = rule not in ("walk", "coupled")
-    drafts = processing.drafts(
-        target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, reads_drafts
-    )
-    if reads_drafts and siblings is None and draft_logits is not None:
+    replacement = siblings is not None and checks.choice("siblings", siblings, SIBLINGS)
+    reads = rule not in ("walk", "coupled")
+    drafts = processing.drafts(target_logits, draft_logits, draft_stats, draft_temperature, draft_to_target, reads)
+    if reads and siblings is None and draft_logits is not None:
         raise ValueError(
-            f"siblings must be one of {sorted(_SIBLINGS)} with draft_logits, got None: how children were drawn cannot "
+            f"siblings must be one of {sorted(SIBLINGS)} with draft_logits, got None: how children were drawn cannot "
             "be guessed, and top-k children handed over as drawn ones are the usual mistake (these go without "
             "draft_logits)"
         )
-    keys, read = validate.per_request(
-        "draft_tokens", draft_tokens, "B", (seed, position), temperature, top_k, top_p, min_p
-    )
-    verified: VerifiedTree | None
+    keys, read = validate.per_request("B", draft_tokens, (seed, position), temperature, top_k, top_p, min_p)
     own = number, replacement, logprobs
     if penalties is None and logit_bias is None:
         given = (target_logits, draft_tokens, parents, *drafts, *keys, *read, bitmask, *NO_ADJUSTMENTS, *own)
-        verified = try_fast_path("verify_tree", backend, given)
+        verified = try_fast_path(VerifiedTree, backend, given)
         if verified is not None:
             return verified
     checks.flags(logprobs=logprobs)
@@ -212,8 +202,7 @@ def verify_tree(
     tokens = checked_tokens(check, draft_tokens, tree)
     drafts = processing.checked_drafts(check, "B, N", drafts, *keys)
     read = processing.distribution(check, "B, N", read, bitmask, penalties, logit_bias, tokens)
-    verified = call("verify_tree", backend, (target_logits, tokens, tree, *drafts, *read, *own))
-    return verified
+    return call(VerifiedTree, backend, (target_logits, tokens, tree, *drafts, *read, *own))
 
 
 def checked_tokens(check: validate.ArgumentChecker, tokens: object, tree: Tensor) -> Tensor:

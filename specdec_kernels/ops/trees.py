@@ -7,7 +7,7 @@ node is an earlier one. A request with fewer nodes ends with -1. A chain of K dr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from specdec_kernels.reference.trees import live_nodes
 FormatName = Literal[
     "dense", "additive", "packed", "flashinfer", "sglang_full", "sglang_qlen_only", "sglang_qlen_only_packed"
 ]
-
-FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 _Kind = tuple[torch.dtype, tuple[int, ...]]
 
@@ -59,15 +57,20 @@ def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
     if nodes == 0:
         raise ValueError(f"parents must have at least the root, got {checks.describe(tree)}")
     if validate.readable(tree):
-        for b, row in enumerate(tree.tolist()):  # a list: tensor operations take ten times as long for a tree of 16
-            live = row.index(-1, 1) if -1 in row[1:] else nodes
-            for node, parent in enumerate(row):
-                if not (0 <= parent < node if 0 < node < live else parent == -1):
-                    raise ValueError(
-                        "parents must be -1 for the root, an earlier node for every other, and -1 behind the last, got "
-                        f"{parent} at [{b}, {node}]"
-                    )
+        for b, row in enumerate(tree.tolist()):
+            if (node := first_bad(row)) is not None:
+                raise ValueError(
+                    "parents must be -1 for the root, an earlier node for every other, and -1 behind the last, got "
+                    f"{row[node]} at [{b}, {node}]"
+                )
     return tree
+
+
+def first_bad(row: list[int]) -> int | None:
+    """The first parent that is none; a list, since tensor operations take ten times as long for a tree of 16."""
+    live = row.index(-1, 1) if -1 in row[1:] else len(row)
+    bad = (node for node, up in enumerate(row) if not (0 <= up < node if 0 < node < live else up == -1))
+    return next(bad, None)
 
 
 def tree_positions(parents: Tensor) -> Tensor:
@@ -101,13 +104,11 @@ def tree_links(parents: Tensor) -> TreeLinks:
         ([[1, 3, -1, -1]], [[-1, 2, -1, -1]])
     """
     tree = checked(parents)
-    nodes, live = tree.shape[1], live_nodes(tree)
-    index = torch.arange(nodes, device=tree.device)
-    parent = torch.where(live, tree, -2)
+    index = torch.arange(tree.shape[1], device=tree.device)
+    parent = torch.where(live_nodes(tree), tree, -2)
 
     def first(candidates: Tensor) -> Tensor:
-        found = torch.where(candidates, index, nodes).amin(-1)
-        return torch.where(found < nodes, found, -1).int()
+        return torch.where(candidates.any(-1), candidates.int().argmax(-1), -1).int()
 
     children = parent[:, None, :] == index[:, None]
     siblings = (parent[:, None, :] == parent[:, :, None]) & (parent[:, :, None] >= 0) & (index > index[:, None])
@@ -199,10 +200,9 @@ def tree_mask(
     batch, nodes = tree.shape
     if format == "sglang_qlen_only_packed" and nodes > 32:
         raise ValueError(f"parents must have at most 32 nodes with format={format!r}, got {nodes}")
-    if has_context is False and context_lens is not None:
-        raise ValueError(f"context_lens must be None with format={format!r}, which has no context, got a tensor")
-    if has_context and context_lens is None:
-        raise ValueError(f"context_lens must be given with format={format!r}, got None")
+    if has_context not in (None, context_lens is not None):
+        needed = "given" if has_context else "None"
+        raise ValueError(f"context_lens must be {needed} with format={format!r}, got {checks.describe(context_lens)}")
     if context_lens is None and max_context is not None:
         raise ValueError(f"max_context goes with context_lens, got {max_context} without")
     if context_lens is not None:

@@ -126,11 +126,11 @@ class ArgumentChecker:
 
 
 def per_request(
-    first: str, like: object, dim: str, keys: tuple[Any, ...], temperature: Any, top_k: Any, top_p: Any, min_p: Any
+    dim: str, like: object, keys: tuple[Any, ...], temperature: Any, top_k: Any, top_p: Any, min_p: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Seed, position and perhaps row, and sampling parameters, as operators take them at once: ints as tensors, filters
-    that are None as off, and parameters side by side if one of them is a tensor. The argument ``first`` has a request a
-    row; what is wrong with it, and with numbers, is said later."""
+    that are None as off, and parameters side by side if one of them is a tensor. ``like``, the ``draft_tokens [B, K]``
+    or ``logits [R, V]``, has a request a row; what is wrong with it, and with numbers, is said later."""
     top_k = TOP_K_OFF if top_k is None else top_k
     top_p = TOP_P_OFF if top_p is None else top_p
     min_p = MIN_P_OFF if min_p is None else min_p
@@ -145,5 +145,6 @@ def per_request(
             named = zip(_INTEGERS, keys, strict=False)
             keys = tuple([repeated(name, key, size, device) if type(key) is int else key for name, key in named])
         if not one:
-            sampling = ArgumentChecker(first, like, dim, **{dim: size}).sampling(*sampling)
+            check = ArgumentChecker("draft_tokens" if dim == "B" else "logits", like, dim, **{dim: size})
+            sampling = check.sampling(*sampling)
     return keys, sampling

@@ -43,7 +43,7 @@ for vocab in (1, 127, 128, 129, 5000):
 for nodes in (1, 9, 33, 65):
     parents = torch.arange(-1, nodes - 1).repeat(3, 1)
     parents[1, nodes // 2 + 1 :] = -1
-    for format in trees.FORMATS:
+    for format in trees._FORMATS:
         if nodes <= 32 or format != "sglang_qlen_only_packed":
             flat = format in ("dense", "additive", "flashinfer", "sglang_full")
             for backend in ("cpu", "cuda"):

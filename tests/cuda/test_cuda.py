@@ -68,11 +68,11 @@ print(report.requests, report.wrong[:3])
 MASKS = """
 import torch
 from specdec_kernels import tree_mask
-from specdec_kernels.ops.trees import FORMATS
+from specdec_kernels.ops.trees import _FORMATS
 for nodes in (9, 33):
     parents = torch.full((2, nodes), -1)
     parents[0, 1:7], parents[1, 1:9] = torch.tensor([0, 0, 1, 1, 3, 2]), torch.arange(8)
-    for format in FORMATS:
+    for format in _FORMATS:
         context = None if "packed" in format or "qlen" in format else torch.tensor([70, 3])
         if nodes <= 32 or format != "sglang_qlen_only_packed":
             ours, others = (tree_mask(parents, format, context_lens=context, backend=name) for name in ("cuda", "cpu"))

@@ -56,7 +56,7 @@ VERIFY = [
     (
         {"rule": "block", "count_independent": True},
         ValueError,
-        "count_independent must be False with rule='block', got True",
+        "count_independent must be False with rule='block', .* got True",
     ),
     ({"top_k": -1}, ValueError, r"top_k must be at least 1 \(or 0: off\), got -1"),
     ({"top_k": 2.0}, TypeError, r"top_k must be an int or int64 \[B\], got 2.0"),

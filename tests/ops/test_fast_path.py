@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_kernels import (
     DraftVocabulary,
+    Sample,
     _native,
     sample,
     sample_children,
@@ -26,7 +27,7 @@ from specdec_kernels import (
 from specdec_kernels.ops import BACKENDS, backends, validate
 from specdec_kernels.ops.tree_rules import CHILDREN
 
-CPU = backends._FAST[None, False]
+CPU = {op: backends._FAST[None, False].get(result) for result, op in backends._OPERATORS.items()}
 #: What makes a distribution of logits, as operators take it: temperature 1 and nothing else.
 PLAIN = (None, 1.0, 0, 1.0, 0.0, *[None] * 5)
 
@@ -57,7 +58,7 @@ def assert_equal(ours: Any, others: Any) -> None:
 def test_the_fast_path_is_taken_here():
     def taken(backend: str | None, device: str = "cpu") -> bool:
         rows, ids = torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        return backends.try_fast_path("sample", backend, (rows, None, ids, ids, ids, *PLAIN, False)) is not None
+        return backends.try_fast_path(Sample, backend, (rows, None, ids, ids, ids, *PLAIN, False)) is not None
 
     assert [taken(backend) for backend in (None, "cpu", "reference", "no such")] == [True, True, False, False]
     assert not taken(None, "meta")
@@ -304,24 +305,29 @@ def test_who_watches_what_is_dispatched_sees_it():
     assert "specdec::verify_chain" in {event.key for event in profile.key_averages()}
 
 
+def connect(entries: int, on_cuda: bool, by_torch: bool) -> dict[str, Any]:
+    results = backends._OPERATORS
+    return dict(zip(results.values(), _native.connect(entries, on_cuda, by_torch, tuple(results)), strict=True))
+
+
 def test_a_library_of_another_build_is_not_connected(monkeypatch):
     other = (ctypes.c_size_t * 4)(1, 1, 0, 0)
     with pytest.raises(RuntimeError, match="another build"):
-        backends.connect(ctypes.addressof(other), "cpu", False)
+        connect(ctypes.addressof(other), False, False)
     monkeypatch.delattr(_native, "connect")
     assert backends.connected(BACKENDS["cpu"]) == {}
     assert backends.connected(BACKENDS["triton"]) == {}
 
 
 def test_without_a_library_arguments_are_checked_and_results_made():
-    checked = backends.connect(0, "cpu", True)
+    checked = connect(0, False, True)
     rows, ids = torch.randn(3, 50), torch.arange(3)
     first, again = (checked["sample"](rows, None, ids, ids, ids, *PLAIN, False) for _ in range(2))
     assert len({x.untyped_storage().data_ptr() for x in (*first, *again)}) == 6, "each is a tensor of its own"
     for made, real in zip(first, sample(rows, seed=ids, position=ids, row=ids), strict=True):
         assert (made.dtype, made.shape, made.stride()) == (real.dtype, real.shape, real.stride())
     assert checked["sample"](rows, None, ids, ids, ids[:2], *PLAIN, False) is None
-    on_gpu = backends.connect(0, "cuda", False)
+    on_gpu = connect(0, True, False)
     assert on_gpu["sample"](rows, None, ids, ids, ids, *PLAIN, False) is None
 
 
@@ -339,6 +345,7 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
 
     names = ("verify_chain", "verify_tree", "sample", "sample_children")
     ours = backends.connected(replace(BACKENDS["cpu"], functions={op: launcher(op) for op in names}, library=None))
+    ours = {op: ours[result] for result, op in backends._OPERATORS.items()}
     given, ids, rows = chain(), torch.arange(3), torch.randn(3, 300)
     first = [given[name] for name in ("target_logits", "draft_tokens", "draft_logits")]
     keys = [given["seed"], given["position"]]
@@ -364,7 +371,7 @@ HOST = """
 import ctypes, torch
 from specdec_kernels import sample, sample_children, verify_chain, verify_chain_workspace, verify_tree
 from specdec_kernels.ops.backends import _FAST, BACKENDS
-assert _FAST["cuda", False]["sample"] is not _FAST[None, False]["sample"]
+assert _FAST["cuda", False] is not _FAST[None, False]
 library = ctypes.CDLL(str(BACKENDS["cuda"].library))
 def emulate(stream=0, capturing=False):
     library.specdec_emulate(ctypes.c_void_p(stream), ctypes.c_bool(capturing), ctypes.c_bool(False))

@@ -112,7 +112,7 @@ CACHE = torch.zeros(2, 2, 5, 8)
         (
             (X, CACHE, CACHE, PACKED, LENS + 2),
             ValueError,
-            r"context_lens must be in \[0, S - N\] = \[0, 2\], got \[2, 3\]",
+            r"context_lens must be in \[0, S - N\] = \[0, 2\], got 3 at \[1\]",
         ),
     ],
 )

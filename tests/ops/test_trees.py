@@ -9,7 +9,7 @@ from random_trees import trees
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from specdec_kernels import tree_links, tree_mask, tree_mask_mod, tree_paths, tree_positions
-from specdec_kernels.ops.trees import FORMATS, live_nodes
+from specdec_kernels.ops.trees import _FORMATS, live_nodes
 
 #: Where words of 8, 16, 32 and 64 bits begin and end (case 30), and more nodes than any of them holds.
 SIZES = (1, 31, 32, 33, 64, 65, 257)
@@ -66,7 +66,7 @@ def expected(parents, format):
 MASKS = [
     (nodes, format)
     for nodes in (*SIZES, 8, 9, 16)
-    for format in FORMATS
+    for format in _FORMATS
     if nodes <= 32 or format != "sglang_qlen_only_packed"
 ]
 
