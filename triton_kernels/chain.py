@@ -24,7 +24,7 @@ from specdec_kernels.triton_kernels.request import (
     store_state,
 )
 from specdec_kernels.triton_kernels.residual import TARGET, draw_last, measured_mass
-from specdec_kernels.triton_kernels.rows import load_logits, log_prob, token_of
+from specdec_kernels.triton_kernels.rows import DRAFTS, NUMBERS, load_logits, log_prob, token_of
 
 # Where the first row would have the token drawn from it: how many drafts rule block can accept.
 USABLE = DRAWN
@@ -36,14 +36,14 @@ def judge_draft(
 ):  # fmt: skip
     """Of row i, whose tables are made, store all that a rule asks for: so whether its draft passes on its own, by its
     uniform."""
-    target, valid = distribution_of(rows, i, sampling, key, race_tag(TARGET, i), table, True, ENTRIES, TILES)
+    target, valid = distribution_of(rows, i, sampling, key, race_tag(TARGET, i), None, table, ENTRIES, TILES)
     token = tl.full([], -1, tl.int64)
     if i + 1 < tree.nodes:
         token = token_of(tree, i + 1)
     # A greedy target accepts its argmax and draws its argmax: there no distribution of the draft matters.
     tested = (token >= 0) & valid
     needed = tested & (target.argmax < 0)
-    draft, draft_prob, usable = draft_distribution(drafts, i, token, needed, key, table + 2 * ENTRIES, ENTRIES)
+    draft, draft_prob, usable = draft_distribution(drafts, i, token, needed, key, table + DRAFTS * ENTRIES, ENTRIES)
     tested = tested & usable
     prob = tl.full([], 0.0, tl.float64)
     if tested:
@@ -103,7 +103,7 @@ def kept_by_block_rule(rows, key, tables, states, ENTRIES: tl.constexpr):
         if kept < usable:
             left = tl.full([], 1.0, tl.float64)
             if wants_mass(kept, states):
-                left = threshold * measured_mass(rows, tables + (4 * kept + 2) * ENTRIES, ENTRIES)
+                left = threshold * measured_mass(rows, tables + (NUMBERS * kept + DRAFTS) * ENTRIES, ENTRIES)
             threshold = left / (left + 1.0 - threshold)
         if uniform(key.seed, key.position, kept - 1) < threshold:
             deciding = tl.full([], 0, tl.int1)
@@ -128,9 +128,7 @@ def chain_is_valid(tree, end, states, IS_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def end_chain(
-    rows, drafts, end, key, tables, states, IS_BLOCK: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
+def end_chain(rows, drafts, end, key, tables, states, IS_BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
     """The token that ends the step where the path ends in row ``end``."""
     state = states + end * STATE
     path_prob = tl.full([], 1.0, tl.float64)
@@ -139,5 +137,5 @@ def end_chain(
         path_prob = tl.load(state + PATH_PROB)
         rejected = end < tl.load(states + USABLE).to(tl.int64)
     target, _draft, divided = load_state(state, path_prob)
-    table = tables + end * 4 * ENTRIES
-    return draw_last(rows, drafts, end, target, divided, None, rejected, key, table, ENTRIES, TILES)
+    table = tables + end * NUMBERS * ENTRIES
+    return draw_last(rows, drafts, end, target, divided, None, rejected, key, table, ENTRIES)

@@ -1,17 +1,46 @@
-"""What of a row top-k, top-p and min-p keep, found from its table and the tiles that can have it."""
+"""What top-k, then top-p, then min-p keep of a row, without sorting it, and hardly ever by going over it again: the
+largest logits of the tiles are in the table, and only the few tiles whose largest is not below the k-th largest of them
+can hold what top-k keeps. Those logits are gathered, and what is kept of them is found by bisection."""
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from specdec_kernels.triton_kernels.rows import first_of_groups, gap, grouped_tiles, ids_of, load_logits, load_table
+from specdec_kernels.triton_kernels.rows import (
+    LIST,
+    TILE,
+    VISITED,
+    ids_of,
+    in_tiles,
+    load_logits,
+    load_table,
+    measured,
+    store_tiles,
+    weights_from,
+)
 
 # The least float there is.
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+# How many more tiles than the k may have a logit not below the bound: of top-k 50, 64 tiles.
+SLACK = tl.constexpr(15.0)
+
+
+class Listed(NamedTuple):
+    """The tiles of a row that have logits not below some bound."""
+
+    rows: Any
+    i: Any
+    tiles: Any
+    """Pointer to their numbers, as floats, in the row's table; behind them logits are gathered."""
+    count: Any
+    top: Any
+    """The row's largest logit, which weighs 1."""
 
 
 @triton.jit
@@ -21,108 +50,162 @@ def has_top_k(top_k, rows):
 
 
 @triton.jit
-def compare(x, weights, pivot):
-    """Of finite values [M, N] not below ``pivot``: (how many, their weight, the smallest); and the largest below."""
-    above = (x >= pivot) & (x > float("-inf"))
-    count = tl.sum(tl.sum(above.to(tl.int32), axis=1))
-    weight = tl.sum(tl.sum(tl.where(above, weights, 0.0), axis=1))
-    least = tl.min(tl.min(tl.where(above, x, float("inf")), axis=1))
-    return count, weight, least, tl.max(tl.max(tl.where(above, float("-inf"), x), axis=1))
+def list_tiles(rows, i, top, bound, table, ENTRIES: tl.constexpr):
+    """Those that have a logit not below ``bound``."""
+    tiles = tl.arange(0, ENTRIES)
+    maxima, _sums = load_table(table, tiles, rows.vocab, ENTRIES)
+    some = (maxima >= bound) & (maxima > float("-inf"))
+    slots = tl.cumsum(some.to(tl.int32), 0)
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tl.store(table + LIST * ENTRIES + slots - 1, tiles.to(tl.float32), mask=some)
+    tl.debug_barrier()
+    return Listed(rows, i, table + LIST * ENTRIES, tl.max(slots), top)
 
 
 @triton.jit
-def compare_logits(rows, i, scale, top, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """The same of the logits of row i by their exp(scale * (logit - top)): of the tiles that have one not below
-    ``pivot``, ``TILES`` at a time. The others are known by their maxima."""
-    tiles = grouped_tiles(ENTRIES, TILES)
-    maxima, _sums = load_table(table, tiles, rows.vocab, ENTRIES)
-    some = maxima >= pivot
-    waiting = tl.where(some, -maxima, float("inf"))
-    count = tl.full([], 0, tl.int32)
+def load_listed(listed, start):
+    """(``VISITED`` of the tiles, their ids, their logits); behind the last, tiles without ids."""
+    slots = start + tl.arange(0, VISITED)
+    there = slots < listed.count
+    tiles = tl.load(listed.tiles + slots, mask=there, other=0.0).to(tl.int32)
+    tiles = tl.where(there, tiles, tl.cdiv(listed.rows.vocab, TILE))
+    ids = ids_of(listed.rows, tiles)
+    return tiles, in_tiles(ids), in_tiles(load_logits(listed.rows, listed.i, ids))
+
+
+@triton.jit
+def above(x, weights, bound):
+    """Of finite values not below ``bound``: their weight, the smallest; and the largest one below."""
+    some = (x >= bound) & (x > float("-inf"))
+    least = tl.min(tl.where(some, x, float("inf")))
+    return tl.sum(tl.where(some, weights, 0.0)), least, tl.max(tl.where(some, float("-inf"), x))
+
+
+@triton.jit
+def all_above(listed, scale, bound):
+    """The same of all logits of the tiles, by their exp(scale * (logit - top))."""
     mass = tl.full([], 0.0, tl.float32)
     least = tl.full([], float("inf"), tl.float32)
-    below = tl.max(tl.max(tl.where(some, float("-inf"), maxima), axis=1))
-    while tl.min(waiting) < float("inf"):
-        _first, own = first_of_groups(waiting, tiles, ENTRIES)
-        waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
-        logits = load_logits(rows, i, ids_of(own))
-        more, weight, smallest, largest = compare(logits, tl.exp(gap(scale, logits, top)), pivot)
-        count += more
-        mass += weight
+    below = tl.full([], float("-inf"), tl.float32)
+    for start in tl.range(0, listed.count, VISITED, num_stages=1):
+        _tiles, _ids, logits = load_listed(listed, start)
+        more, smallest, largest = above(logits, weights_from(listed.top, scale, logits), bound)
+        mass += more
         least = tl.minimum(least, smallest)
         below = tl.maximum(below, largest)
-    return count, mass, least, below
+    return mass, least, below
 
 
 @triton.jit
-def filter_pivot(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """What top-k, then top-p, then min-p keep of a valid row is what is not below this.
+def gather(listed, scale, bound, ENTRIES: tl.constexpr):
+    """(how many logits of the tiles are not below ``bound``, their weight); as many as there are places for are left
+    behind the list."""
+    count = tl.full([], 0, tl.int32)
+    mass = tl.full([], 0.0, tl.float32)
+    for start in tl.range(0, listed.count, VISITED, num_stages=1):
+        _tiles, _ids, logits = load_listed(listed, start)
+        x = tl.reshape(logits, [VISITED * TILE])
+        some = (x >= bound) & (x > float("-inf"))
+        slots = listed.count + count + tl.cumsum(some.to(tl.int32), 0)
+        tl.store(listed.tiles + slots - 1, x, mask=some & (slots <= ENTRIES))
+        count += tl.sum(some.to(tl.int32))
+        mass += tl.sum(tl.where(some, weights_from(listed.top, scale, x), 0.0))
+    tl.debug_barrier()
+    return count, mass
 
-    The largest logit such that what is not below it reaches a goal is found by bisection by value; both ends move on to
-    the next logit there is, so it ends with the answer. That is done up to three times: the k-th largest maximum of a
-    tile bounds the k-th largest logit from below, and that what top-p keeps of it."""
-    scale, top_k, top_p, min_p = sampling
-    of_tiles = has_top_k(top_k, rows)
-    by_number = of_tiles
-    low = tl.full([], float("-inf"), tl.float32)  # reaches the goal; -inf: not known
-    kept = total.to(tl.float32)  # the weight of what is not below that; less than 0: not known
-    high = top  # the largest that may do so
-    distance = 1.0 / scale
-    goal = tl.where(by_number, top_k.to(tl.float32), top_p * kept)
-    searching = by_number | (top_p < 1.0)
+
+@triton.jit
+def threshold(goal, slack, low, high, distance, x, weights, listed):
+    """The largest value such that what is not below it has ``goal`` in weight, or one with no more than ``slack``
+    beyond; what is not below ``low`` does. Of values ``x``, or of all logits of ``listed`` tiles, whose weights go by a
+    scale. Bisection by value; both ends move on to the next one there is."""
+    searching = low < high
     while searching:
-        pivot = 0.5 * low + 0.5 * high
+        bound = 0.5 * low + 0.5 * high
         if low == float("-inf"):
-            pivot = tl.maximum(high - distance, LEAST)
+            bound = tl.maximum(high - distance, LEAST)
             distance *= 2.0
-        pivot = tl.where(pivot > low, pivot, high)
-        if (kept < 0) & (of_tiles == 0):
-            pivot = low
-        if of_tiles:
-            maxima, sums = load_table(table, grouped_tiles(ENTRIES, TILES), rows.vocab, ENTRIES)
-            count, weight, least, below = compare(maxima, sums, pivot)
+        bound = tl.where(bound > low, bound, high)
+        if x is None:
+            mass, least, below = all_above(listed, weights, bound)
         else:
-            count, weight, least, below = compare_logits(rows, i, scale, top, pivot, table, ENTRIES, TILES)
-        reached = tl.where(by_number, count.to(tl.float32), weight)
-        if reached >= goal:
+            mass, least, below = above(x, weights, bound)
+        if mass >= goal:
             low = least
-            kept = tl.where(of_tiles, -1.0, weight)
-            if by_number & (reached == goal):
-                high = least
         else:
             high = tl.maximum(below, low)
-        if (low >= high) & ((kept >= 0) | of_tiles):
-            searching = of_tiles | (by_number & (top_p < 1.0))
-            if of_tiles == 0:
-                by_number = tl.full([], 0, tl.int1)
-                goal = top_p * kept
-            of_tiles = tl.full([], 0, tl.int1)
-            high = top
+        searching = (low < high) & ((mass < goal) | (mass > goal + slack))
+    return low
+
+
+@triton.jit
+def filter_bound(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr):
+    """What top-k, then top-p, then min-p keep of a valid row is what is not below this."""
+    scale, top_k, top_p, min_p = sampling
+    limited = has_top_k(top_k, rows)
+    k, goal = top_k.to(tl.float32), top_p * total.to(tl.float32)
+    low = tl.full([], float("-inf"), tl.float32)
+    if limited:
+        maxima, _sums = load_table(table, tl.arange(0, ENTRIES), rows.vocab, ENTRIES)
+        low = threshold(k, SLACK, low, top, 1.0 / scale, maxima, 1.0, None)
+    # Without top-k, what is gathered is what weighs e^-4 of the largest, or less until it has the mass for top-p.
+    gap = tl.full([], 4.0, tl.float32)
+    bound = low
+    listed, count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    gathering = tl.where(limited, low > float("-inf"), top_p < 1.0)
+    while gathering:
+        if limited == 0:
+            bound = tl.maximum(top - gap / scale, LEAST)
+            gap *= 2.0
+        tiles = list_tiles(rows, i, top, bound, table, ENTRIES)
+        listed = tiles.count
+        count, mass = gather(tiles, scale, bound, ENTRIES)
+        reached = limited | (mass >= goal)
+        low = tl.where(reached, bound, low)
+        gathering = (reached == 0) & (gap < 80.0)
+    gathered = (low > float("-inf")) & (listed + count <= ENTRIES)
+    slots = tl.arange(0, ENTRIES)
+    some = slots < tl.where(gathered, count, 0)
+    near = tl.load(table + LIST * ENTRIES + listed + slots, mask=some, other=float("-inf"))
+    if gathered == 0:  # min-p alone, or what keeps more than there are places for
+        listed = list_tiles(rows, i, top, low, table, ENTRIES).count
+    tiles = Listed(rows, i, table + LIST * ENTRIES, listed, top)
+    for search in range(0, 2):
+        by_mass = search > 0
+        own_scale = tl.where(by_mass, scale, 0.0)
+        weights = weights_from(top, own_scale, near)
+        if tl.where(by_mass, top_p < 1.0, limited):
+            if gathered:
+                if by_mass & limited:
+                    goal = top_p * above(near, weights, low)[0]
+                wanted = tl.where(by_mass, goal, k)
+                low = threshold(wanted, 0.0, low, top, 1.0 / scale, near, weights, None)
+            else:
+                if by_mass & limited:
+                    goal = top_p * all_above(tiles, scale, low)[0]
+                wanted = tl.where(by_mass, goal, k)
+                low = threshold(wanted, 0.0, low, top, 1.0 / scale, None, own_scale, tiles)
     if min_p > 0.0:
         low = tl.maximum(low, top + tl.log(min_p) / scale)
     return low
 
 
 @triton.jit
-def drop_below(rows, i, scale, pivot, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """Leave in the table of row i what is not below ``pivot``; the smallest logit of that."""
-    tiles = grouped_tiles(ENTRIES, TILES)
+def drop_below(rows, i, scale, race, bound, top, table, ENTRIES: tl.constexpr):
+    """Leave in the table of row i what is not below ``bound``; the smallest logit of that."""
+    tiles = tl.arange(0, ENTRIES)
     maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
-    some = maxima >= pivot
-    least = tl.full([], float("inf"), tl.float32)
-    waiting = tl.where(some, -maxima, float("inf"))
-    tl.debug_barrier()  # everybody has read what is overwritten now
+    some = maxima >= bound
+    listed = list_tiles(rows, i, top, bound, table, ENTRIES)
     tl.store(table + tiles, tl.where(some, maxima, float("-inf")))
     tl.store(table + ENTRIES + tiles, tl.where(some, sums, 0.0))
     tl.debug_barrier()
-    while tl.min(waiting) < float("inf"):
-        first, own = first_of_groups(waiting, tiles, ENTRIES)
-        waiting = tl.where(tiles == own[:, None], float("inf"), waiting)
-        there = first < float("inf")
-        logits = load_logits(rows, i, ids_of(own))
-        kept = logits >= pivot
+    least = tl.full([], float("inf"), tl.float32)
+    for start in tl.range(0, listed.count, VISITED, num_stages=1):
+        own, ids, logits = load_listed(listed, start)
+        kept = logits >= bound
         least = tl.minimum(least, tl.min(tl.where(kept, logits, float("inf"))))
-        weights = tl.exp(gap(scale, tl.where(kept, logits, float("-inf")), tl.where(there, -first, 0.0)[:, None]))
-        tl.store(table + ENTRIES + own, tl.sum(weights, axis=1), mask=there)
+        found = measured(tl.where(kept, logits, float("-inf")), ids, scale, race)
+        store_tiles(table, own, tl.cdiv(rows.vocab, TILE), found, ENTRIES)
     tl.debug_barrier()
     return least

@@ -13,6 +13,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specdec_kernels.contract import TILE
+from specdec_kernels.triton_kernels.rows import VISITED
 
 try:
     from specdec_kernels._native import launch_key
@@ -50,8 +51,8 @@ class LaunchConfig:
 
 
 def entries(vocab: int) -> int:
-    """Of the table of a row: its tiles, up to a power of two."""
-    return power_of_two(-(-vocab // TILE))
+    """Of the table of a row: its tiles, up to a power of two, and no fewer than are visited at a time."""
+    return max(power_of_two(-(-vocab // TILE)), VISITED.value)
 
 
 def power_of_two(least: int) -> int:
@@ -60,23 +61,32 @@ def power_of_two(least: int) -> int:
 
 
 @cache
-def launch_config(vocab: int, platform: str, large: bool) -> LaunchConfig:
-    """The launch for ``platform``: "cuda", "hip" or "interpreter"; ``large``: of a kernel that takes all registers.
+def launch_config(vocab: int, platform: str, tiles: int, large: bool) -> LaunchConfig:
+    """The launch for ``platform``: "cuda", "hip" or "interpreter"; ``tiles`` of a block, at most; ``large``: of a
+    kernel that takes all registers.
 
-    A thread loads 16 bytes of bfloat16 at a time. 16 tiles over 8 warps spill nowhere, provided that ptxas (CUDA 12.9)
-    is told how many registers it may use: left to itself it spilled a kilobyte of the large kernels. The others do with
-    128, so that a multiprocessor runs two programs at a time. The interpreter takes 0.1 ms an operation whatever its
-    size, so there a block is a whole row.
+    ptxas (CUDA 12.9) is told how many there are: left to itself it spilled a kilobyte of the large kernels. The others
+    do with 128, so that a multiprocessor runs two programs at a time. The interpreter takes 0.1 ms an operation
+    whatever its size, so there a block is a whole row.
     """
-    limit = 255 if large else 128
-    tiles, warps, registers = {"cuda": (16, 8, limit), "hip": (16, 8, None), "interpreter": (1024, 1, None)}[platform]
+    registers = {"cuda": 255 if large else 128}.get(platform)
+    tiles, warps = (1024, 1) if platform == "interpreter" else (tiles, 8)
     return LaunchConfig(min(tiles, entries(vocab)), entries(vocab), warps, registers)
 
 
-def config_for(vocab: int, device: torch.device, *processing: Tensor | None, large: bool = False) -> LaunchConfig:
+def config_for(
+    vocab: int, device: torch.device, *processing: Tensor | None, large: bool = False, race: bool = False
+) -> LaunchConfig:
     """The launch for rows of ``vocab`` ids; ``large`` are the kernels for trees and for the block rule, and all where
-    there is any ``processing`` of the logits."""
-    return launch_config(vocab, _platform_of(device), large or any(x is not None for x in processing))
+    there is any ``processing`` of the logits; ``race``: rows are measured with the race of all ids.
+
+    A thread of 8 warps has 32 ids of a block of 64 tiles, so that what a block costs beside its ids is little, and asks
+    for those of the next one before it sums them: 16 KB of bfloat16 a program. Of what takes more registers for an id
+    it has fewer.
+    """
+    processed = any(x is not None for x in processing)
+    tiles = 16 if processed else 32 if race else 64
+    return launch_config(vocab, _platform_of(device), tiles, large or processed)
 
 
 def _platform_of(device: torch.device) -> str:

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.contract import Purpose
+from specdec_kernels.contract import Level, Purpose
 
 ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
+TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
+FLAT_RACE = tl.constexpr(int(Purpose.COUPLED) | int(Level.TOKEN) << 8)
 
 # log1p(f) = f - f^2 / 2 + f^3 P(f) on [-1/4, 1/2], to 5e-9; the fit of csrc/cpu/polynomials.h.
 _P0 = tl.constexpr(3.333344912e-1)
@@ -23,6 +25,8 @@ _P4 = tl.constexpr(1.447840050e-1)
 _P5 = tl.constexpr(-1.316119653e-1)
 _P6 = tl.constexpr(1.046299571e-1)
 _P7 = tl.constexpr(-4.507446709e-2)
+_LN2 = tl.constexpr(0.6931471805599453)
+_THREE_QUARTERS = tl.constexpr(0x3F400000)  # its bits
 
 
 @triton.jit
@@ -36,14 +40,20 @@ def counter_words(seed, position, tag, index):
 
 @triton.jit
 def exponentials(seed, position, tag, entry):
-    """Standard exponentials of the race entries ``entry``: -log1p(-u), u = (word + 1/2) / 2^32."""
-    w0, w1, w2, w3 = counter_words(seed, position, tag, (entry // 4).to(tl.uint32))
-    which = entry % 4
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    """Standard exponentials of the race entries ``entry``: -log1p(-u), u = (word + 1/2) / 2^32. Four that follow each
+    other in the last dimension do so in the race, and share their words."""
+    even, _odd = tl.split(tl.reshape(entry, (entry.numel // 4, 2, 2)))
+    first, _third = tl.split(even)
+    w0, w1, w2, w3 = counter_words(seed, position, tag, first.to(tl.uint32) // 4)
+    word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), entry.shape)
     small = word < 0x80000000
     half = (tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
-    # Near u = 0, where winners are, a GPU's approximate logarithm has no relative precision left: a polynomial has.
-    f = -tl.where(half < 0.25, half, 0.0)
+    # The logarithm of x = 2^exponent (1 + f). Near u = 0, where winners are, 1 - u has no relative precision left.
+    x = tl.where(small, 1.0 - half, half)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - _THREE_QUARTERS) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    f = tl.where(small & (half < 0.25), -half, f)
     # Every kernel has to find the same bits, so what is fused is said.
     series = tl.fma(f, _P7, _P6)
     series = tl.fma(series, f, _P5)
@@ -52,9 +62,8 @@ def exponentials(seed, position, tag, entry):
     series = tl.fma(series, f, _P2)
     series = tl.fma(series, f, _P1)
     series = tl.fma(series, f, _P0)
-    near_zero = tl.fma(f * f, tl.fma(f, series, -0.5), f)
-    elsewhere = tl.log(tl.where(small, 1.0 - half, half))
-    return -tl.where(small & (half < 0.25), near_zero, elsewhere)
+    log1p = tl.fma(f * f, tl.fma(f, series, -0.5), f)
+    return tl.fma(exponent.to(tl.float32), -_LN2, -log1p)
 
 
 @triton.jit

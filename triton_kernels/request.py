@@ -94,9 +94,9 @@ def measure_draft(drafts, i, part, slices, table, ENTRIES: tl.constexpr, TILES: 
     if (drafts.flags & DRAFT_LOGITS != 0) & (drafts.flags & DRAFT_STATS == 0) & (drafts.scale < float("inf")):
         # Apart, so that whole rows are loaded 16 bytes at a time, blocks ahead.
         if drafts.flags & REDUCED != 0:
-            measure(drafts.reduced, i, drafts.scale, part, slices, table, ENTRIES, TILES)
+            measure(drafts.reduced, i, drafts.scale, None, part, slices, table, ENTRIES, TILES)
         else:
-            measure(drafts.rows, i, drafts.scale, part, slices, table, ENTRIES, TILES)
+            measure(drafts.rows, i, drafts.scale, None, part, slices, table, ENTRIES, TILES)
 
 
 @triton.jit

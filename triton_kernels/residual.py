@@ -23,13 +23,13 @@ from specdec_kernels.triton_kernels.noise import exponentials
 from specdec_kernels.triton_kernels.request import OWN_FACTOR, STATE, load_draft_logits, next_child
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
-    STAGES,
     TILE,
     block_ids,
     first_of_groups,
     grouped_tiles,
     ids_in,
     ids_of,
+    in_tiles,
     load_logits,
     probs,
     slice_of,
@@ -107,10 +107,10 @@ def measure_residual(
 ):  # fmt: skip
     """One of the ``slices`` of row i: what the residual's tiles weigh, written to ``sums [ENTRIES]``."""
     first, last = slice_of(rows.vocab, part, slices, TILES)
-    for start in tl.range(first, last, TILES, num_stages=STAGES):
-        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(start, TILES))
+    for start in tl.range(first, last, TILES, num_stages=1):
+        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(rows, start, TILES))
         own = start + tl.arange(0, TILES)
-        tl.store(sums + own, tl.sum(weights, axis=1), mask=own < last)
+        tl.store(sums + own, tl.sum(in_tiles(weights), axis=1), mask=own < last)
 
 
 @triton.jit
@@ -121,26 +121,24 @@ def measured_mass(rows, sums, ENTRIES: tl.constexpr):
 
 
 @triton.jit
-def draw_residual(
-    rows, drafts, i, target, draft, rejected, key, tag, table, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
+def draw_residual(rows, drafts, i, target, draft, rejected, key, tag, table, ENTRIES: tl.constexpr):
     """A token of what is left by the two-level race; ``NO_ID`` where nothing is.
 
     The row's own tiles bound the residual's: no tile can arrive before its bound does. So tiles are visited in the
     order of their bounds, of every group one at a time, until none of the others can win. That is exact, and about 1 /
     (what is left of the probability) tiles are visited, which is one on average."""
-    tiles = grouped_tiles(ENTRIES, TILES)
+    tiles = grouped_tiles(ENTRIES)
     weights = tile_weights(rows, target, table, tiles, ENTRIES)
-    bounds = exponentials(key.seed, key.position, tag, tiles.to(tl.int64)) / weights
+    bounds = exponentials(key.seed, key.position, tag, tiles) / weights
     bounds = tl.where(weights > 0, bounds, float("inf"))
     best = tl.full([], float("inf"), tl.float32)
     winner = tl.full([], ENTRIES, tl.int32)  # in 32 bits: registers are scarce here
     # The bounds and the weights are rounded apart: leave room for that.
     while tl.min(bounds) * 0.9999 < best:
-        _first, own = first_of_groups(bounds, tiles, ENTRIES)
-        bounds = tl.where(tiles == own[:, None], float("inf"), bounds)
-        left = tl.sum(residuals(rows, drafts, i, target, draft, rejected, ids_of(own)), axis=1)
-        times = exponentials(key.seed, key.position, tag, own.to(tl.int64)) / left
+        first, own = first_of_groups(bounds, tiles, ENTRIES)
+        bounds = tl.where(tiles == own[None, :], float("inf"), bounds)
+        left = tl.sum(in_tiles(residuals(rows, drafts, i, target, draft, rejected, ids_of(rows, own))), axis=1)
+        times = first * tile_weights(rows, target, table, own, ENTRIES) / left
         times = tl.where(left > 0, times, float("inf"))
         earliest = tl.min(times)
         tile = first_arrival(times, own, ENTRIES)
@@ -156,16 +154,14 @@ def draw_residual(
 
 
 @triton.jit
-def draw_last(
-    rows, drafts, i, target, draft, rejected, use_residual, key, table, ENTRIES: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
+def draw_last(rows, drafts, i, target, draft, rejected, use_residual, key, table, ENTRIES: tl.constexpr):
     """The token that ends the step in row i."""
     tag = race_tag(TARGET, i)
     drawn = target.argmax
     if drawn < 0:
         drawn = tl.full([], NO_ID, tl.int64)
         if use_residual:
-            drawn = draw_residual(rows, drafts, i, target, draft, rejected, key, tag, table, ENTRIES, TILES)
+            drawn = draw_residual(rows, drafts, i, target, draft, rejected, key, tag, table, ENTRIES)
         if drawn == NO_ID:
             drawn = draw_from_row(rows, i, target, key, tag)
     return drawn

@@ -11,17 +11,22 @@ import triton.language as tl
 
 from specdec_kernels.contract import STEEP as _STEEP
 from specdec_kernels.contract import TILE as _TILE
+from specdec_kernels.triton_kernels.noise import FLAT_RACE, exponentials
 
 TILE = tl.constexpr(_TILE)
 STEEP = tl.constexpr(_STEEP)
-# Blocks of a row that are requested before the first is there, and one: 20 KB of bfloat16 a program, since a
-# multiprocessor needs 30 KB under way to keep its memory busy (gpu/measured.md: 12 KB were not enough).
-STAGES = tl.constexpr(6)
-# Of reduced rows the columns are what is requested ahead: two blocks of them are no more bytes than five of bfloat16.
-REDUCED_STAGES = tl.constexpr(3)
+LOG2E = tl.constexpr(1.4426950408889634)
+# Lanes of a warp that have a tile: each loads 16 bytes of every line of 128 that it lies in. So a warp loads four whole
+# lines at a time, and what is reduced over a tile takes three shuffles, and no other warp.
+LANES = tl.constexpr(8)
+# Numbers of every tile in the table of a row: what is `measured`; from the third on, where there is no race, the same
+# of the row that its draft was drawn from, or the weights of a residual; and at last what filters list.
+NUMBERS, DRAFTS, LIST = tl.constexpr(5), tl.constexpr(2), tl.constexpr(4)
+# Tiles that are visited at a time, where few are visited: a thread has eight ids of them.
+VISITED = tl.constexpr(16)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
-NO_ID = tl.constexpr(1 << 40)
+NO_ID = tl.constexpr((1 << 31) - 1)
 
 
 class Tree(NamedTuple):
@@ -151,40 +156,61 @@ def adjusted(x, tree, processing, i, ids):
 
 
 @triton.jit
-def load_logits(rows, i, ids):
-    """float32 logits of ``ids`` in row i; -inf past its end."""
-    inside = ids < rows.vocab
+def load_raw(rows, i, ids, wanted):
+    """Logits of ``ids`` in row i as they lie in memory; -inf past its end, and where they are not ``wanted``."""
+    inside = (ids < rows.vocab) & wanted
     columns = ids
     if rows.reduced is not None:
         columns = tl.load(rows.reduced.columns + ids, mask=inside, other=-1)
         inside = columns.to(tl.uint32) < rows.reduced.width.to(tl.uint32)
-    x = tl.load(rows.logits + i * rows.stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.load(rows.logits + i * rows.stride + columns, mask=inside, other=float("-inf"))
+
+
+@triton.jit
+def processed(rows, i, ids, raw):
+    """The same in float32, after what is done to them."""
+    x = raw.to(tl.float32)
     if rows.processing is not None:
         if rows.processing.count > 0:
             x = adjusted(x, rows.tree, rows.processing, i, ids)
         if rows.processing.masked:
             words = rows.processing.mask + i * ((rows.vocab + 31) // 32)
-            bits = tl.load(words + ids // 32, mask=inside, other=0) >> (ids % 32).to(tl.int32)
+            bits = tl.load(words + ids // 32, mask=ids < rows.vocab, other=0) >> (ids % 32).to(tl.int32)
             x = tl.where(bits & 1 != 0, x, float("-inf"))
     return x
 
 
 @triton.jit
-def ids_of(tiles):
-    """Ids of some tiles: [.., TILE]."""
-    return tiles[:, None].to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+def load_logits(rows, i, ids):
+    """float32 logits of ``ids`` in row i; -inf past its end."""
+    return processed(rows, i, ids, load_raw(rows, i, ids, True))
 
 
 @triton.jit
-def block_ids(start, TILES: tl.constexpr):
-    """Ids of a block that starts at tile ``start``: [TILES, TILE]."""
-    return ids_of(start + tl.arange(0, TILES))
+def ids_of(rows, tiles):
+    """Ids of some tiles, by the lines of 128 bytes that their logits lie in: [lines, tiles, ids of a line]. Where there
+    are fewer tiles than for four a warp, lines are twice as long, so that no warp has half a tile."""
+    LINE: tl.constexpr = (2048 if tiles.shape[0] < 32 else 1024) // rows.logits.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, TILE // LINE)[:, None, None] * LINE + tl.arange(0, LINE)[None, None, :]
+    return tiles.to(tl.int32)[None, :, None] * TILE + lines
+
+
+@triton.jit
+def block_ids(rows, start, TILES: tl.constexpr):
+    """The same of a block that starts at tile ``start``."""
+    return ids_of(rows, start + tl.arange(0, TILES))
+
+
+@triton.jit
+def in_tiles(x):
+    """What is known of ids of tiles: [tiles, TILE]. Nothing moves."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], TILE))
 
 
 @triton.jit
 def ids_in(tile):
     """Ids of one tile: [TILE]."""
-    return tile * TILE + tl.arange(0, TILE)
+    return tile.to(tl.int32) * TILE + tl.arange(0, TILE)
 
 
 @triton.jit
@@ -194,17 +220,33 @@ def usable_base(maximum):
 
 
 @triton.jit
-def gap(scale, x, base):
-    """scale * (x - base), in halves: the difference of two floats may be none."""
-    return 2.0 * scale * (0.5 * x - 0.5 * base)
+def gap(base, scale, x):
+    """scale * (x - base) to base 2; in halves: the difference of two floats may be none."""
+    return (0.5 * x - 0.5 * usable_base(base)) * (2.0 * LOG2E * scale)
 
 
 @triton.jit
-def tile_sums(logits, scale):
+def weights_from(base, scale, x):
+    """exp(scale * (x - base)), 0 where that is no normal float."""
+    return tl.exp2(gap(base, scale, x))
+
+
+@triton.jit
+def measured(logits, ids, scale, race):
     """Of tiles of logits [.., TILE] the largest, and the sum of exp(scale * (logit - that)). A nan or +inf shows in the
-    sum and not in the maximum."""
-    maxima = tl.max(tl.where(logits < float("inf"), logits, float("-inf")), axis=1)
-    return maxima, tl.sum(tl.exp(gap(scale, logits, usable_base(maxima)[:, None])), axis=1)
+    sum; then the maximum says nothing. With a ``race`` of all ids also who of the tile comes first by these weights:
+    when, and who."""
+    maxima = tl.max(logits, axis=1)
+    gaps = gap(maxima[:, None], scale, logits)
+    sums = tl.sum(tl.exp2(gaps), axis=1)
+    if race is None:
+        return maxima, sums
+    else:  # noqa: RET505 - of a constant: one of the two is compiled
+        # The largest has weight 1, so none without weight comes first.
+        times = exponentials(race.seed, race.position, tl.full([], FLAT_RACE, tl.int64), ids) * tl.exp2(-gaps)
+        first = tl.min(times, axis=1)
+        winners = tl.min(tl.where(times == first[:, None], ids, NO_ID), axis=1)
+        return maxima, sums, first, winners.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -216,34 +258,47 @@ def slice_of(vocab, part, slices, TILES: tl.constexpr):
 
 
 @triton.jit
-def measure(rows, i, scale, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """One of the ``slices`` of row i: of each tile the largest logit and the sum of exp(scale * (logit
-    - that)), written to ``table [2, ENTRIES]``.
+def measure(rows, i, scale, race, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """What is ``measured`` of the tiles of one of the ``slices`` of row i, written to ``table [2 or 4, ENTRIES]``.
 
     All else that is asked about a row is read from its table, so it does not matter which program measured which tile.
     """
     first, last = slice_of(rows.vocab, part, slices, TILES)
-    for start in tl.range(first, last, TILES, num_stages=STAGES if rows.reduced is None else REDUCED_STAGES):
-        maxima, sums = tile_sums(load_logits(rows, i, block_ids(start, TILES)), scale)
-        own = start + tl.arange(0, TILES)
-        tl.store(table + own, maxima, mask=own < last)
-        tl.store(table + ENTRIES + own, sums, mask=own < last)
+    ahead = load_raw(rows, i, block_ids(rows, first, TILES), first < last)
+    for start in tl.range(first, last, TILES, num_stages=1):
+        raw = ahead  # the next block comes while this one is summed
+        ahead = load_raw(rows, i, block_ids(rows, start + TILES, TILES), start + TILES < last)
+        ids = block_ids(rows, start, TILES)
+        found = measured(in_tiles(processed(rows, i, ids, raw)), in_tiles(ids), scale, race)
+        store_tiles(table, start + tl.arange(0, TILES), last, found, ENTRIES)
 
 
 @triton.jit
-def grouped_tiles(ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """All tiles, dealt out to ``TILES`` groups: [TILES, ENTRIES // TILES]."""
-    columns = tl.arange(0, ENTRIES // TILES)[None, :]
-    return columns * TILES + tl.arange(0, TILES)[:, None]
+def store_tiles(table, tiles, last, found, ENTRIES: tl.constexpr):
+    """The numbers that were ``found`` of ``tiles`` before ``last`` into a table. Each lane of a tile knows all of them
+    and stores one: with the lanes in the shape, and nothing said of neighbours, Triton leaves the numbers where they
+    are, and no warp waits for the others."""
+    lane = tl.arange(0, LANES)[None, :]
+    slots = tl.max_contiguous(tiles[:, None] + lane * ENTRIES, (1, 1))
+    own = found[0][:, None]
+    for number in tl.static_range(1, len(found)):
+        own = tl.where(lane < number, own, found[number][:, None])
+    tl.store(table + slots, own, mask=(lane < len(found)) & (tiles < last)[:, None])
+
+
+@triton.jit
+def grouped_tiles(ENTRIES: tl.constexpr):
+    """All tiles, dealt out to ``VISITED`` groups: [ENTRIES // VISITED, VISITED]."""
+    return tl.arange(0, ENTRIES // VISITED)[:, None] * VISITED + tl.arange(0, VISITED)[None, :]
 
 
 @triton.jit
 def first_of_groups(keys, tiles, ENTRIES: tl.constexpr):
-    """Of each group its smallest key, and the tile that has it: [TILES]. Where that is inf, ENTRIES: a tile without
+    """Of each group its smallest key, and the tile that has it: [VISITED]. Where that is inf, ENTRIES: a tile without
     ids."""
-    smallest = tl.min(keys, axis=1)
-    found = (keys == smallest[:, None]) & (keys < float("inf"))
-    return smallest, tl.min(tl.where(found, tiles, ENTRIES), axis=1)
+    smallest = tl.min(keys, axis=0)
+    found = (keys == smallest[None, :]) & (keys < float("inf"))
+    return smallest, tl.min(tl.where(found, tiles, ENTRIES), axis=0)
 
 
 @triton.jit
@@ -270,11 +325,19 @@ def scalars_of(scale, cutoff, total, top):
 
 
 @triton.jit
-def largest_token(rows, i, top, tile):
-    """The first id in ``tile`` that has the row's largest logit; 0 where no logit is finite."""
-    ids = ids_in(tile)
-    token = tl.min(tl.where(load_logits(rows, i, ids) == top, ids, NO_ID))
-    return tl.where(top > float("-inf"), token, 0)
+def largest_finite(rows, i, first, last, TILES: tl.constexpr):
+    """The first of the largest finite logits of some tiles of row i; 0 where none is finite."""
+    token = tl.full([], 0, tl.int32)
+    best = tl.full([], float("-inf"), tl.float32)
+    for start in tl.range(first, last, TILES, num_stages=1):
+        ids = block_ids(rows, start, TILES)
+        logits = load_logits(rows, i, ids)
+        logits = tl.where(logits < float("inf"), logits, float("-inf"))
+        top = tl.max(logits)
+        if top > best:
+            token = tl.min(tl.where(logits == top, ids, NO_ID))
+            best = top
+    return token.to(tl.int64)
 
 
 @triton.jit
@@ -297,7 +360,8 @@ def fma(x, y, z):
 def probs(logits, distribution):
     """[logit >= cutoff] * exp(scale * logit - logsumexp), the logsumexp as a sum of two floats."""
     high, low = split(distribution.logsumexp)
-    return tl.where(logits < distribution.cutoff, 0.0, tl.exp(fma(logits, distribution.scale, -high) - low))
+    weights = tl.exp2((fma(logits, distribution.scale, -high) - low) * LOG2E)
+    return tl.where(logits < distribution.cutoff, 0.0, weights)
 
 
 @triton.jit

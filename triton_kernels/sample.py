@@ -28,7 +28,9 @@ from specdec_kernels.triton_kernels.distribution import (
 from specdec_kernels.triton_kernels.launch import config_for, empty, launch, scratch, slices_of
 from specdec_kernels.triton_kernels.residual import Drawn, draw_residual, measure_residual, measured_mass
 from specdec_kernels.triton_kernels.rows import (
+    DRAFTS,
     NO_ID,
+    NUMBERS,
     Key,
     Reduced,
     Rows,
@@ -50,10 +52,10 @@ def draw_without(
     rows, i, distribution, before, key, tag, table, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """A token by the two-level race, none of those drawn ``before``; ``NO_ID`` where they left nothing."""
-    drawn = draw_residual(rows, None, i, distribution, None, before, key, tag, table, ENTRIES, TILES)
+    drawn = draw_residual(rows, None, i, distribution, None, before, key, tag, table, ENTRIES)
     if drawn < NO_ID:
         if probs(load_logits(rows, i, drawn), distribution) < NOTHING_LEFT:
-            sums = table + 2 * ENTRIES
+            sums = table + DRAFTS * ENTRIES
             measure_residual(rows, None, i, distribution, None, before, 0, 1, sums, ENTRIES, TILES)
             tl.debug_barrier()
             if measured_mass(rows, sums, ENTRIES) < NOTHING_LEFT:
@@ -84,12 +86,15 @@ def sample_kernel(
         reduced = Reduced(target_to_draft_ptr, draft_width)
     rows = Rows(logits_ptr + r * row_stride, 0, vocab, tree, processing, reduced)
     here = tl.full([], 0, tl.int64)
-    table = tables_ptr + r * 3 * ENTRIES
-    measure(rows, here, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+    table = tables_ptr + r * NUMBERS * ENTRIES
+    row = tl.load(row_ptr + r)
+    race = None
+    if METHOD == "coupled":
+        race = Key(key.seed, key.position + row)
+    measure(rows, here, table_scale(sampling[0]), race, part, slices, table, ENTRIES, TILES)
     if arrive(counters_ptr + r, slices - 1):
-        row = tl.load(row_ptr + r)
         tag = race_tag(DRAFT, row)
-        distribution, valid = distribution_of(rows, here, sampling, key, tag, table, METHOD == "one", ENTRIES, TILES)
+        distribution, valid = distribution_of(rows, here, sampling, key, tag, race, table, ENTRIES, TILES)
         tokens = tokens_ptr + r * count
         value = tl.full([], float("-inf"), tl.float32)
         token = tl.full([], -1, tl.int64)
@@ -105,7 +110,7 @@ def sample_kernel(
             elif METHOD == "one":
                 drawn = draw_from_row(rows, here, distribution, key, tag)
             elif METHOD == "coupled":
-                drawn = flat_race(rows, here, distribution, key, row, TILES)
+                drawn = flat_race(rows, distribution, table, ENTRIES)
             elif (METHOD == "top") | (METHOD == "race"):
                 if token < NO_ID:
                     at_row = Key(key.seed, key.position + row)
@@ -143,8 +148,9 @@ def launch_sample(
         out = empty(logits, (torch.int64, drawn), (torch.float32, drawn), (torch.float32, (rows, 3)))
     tokens, logprobs, stats = out
     if rows:
-        config = config_for(vocab, logits.device, bitmask, edit_ids, large=target_to_draft is not None)
-        counters, _, tables = scratch(logits.device, rows, 0, rows * 3 * config.entries)
+        large, race = target_to_draft is not None, method == "coupled"
+        config = config_for(vocab, logits.device, bitmask, edit_ids, large=large, race=race)
+        counters, _, tables = scratch(logits.device, rows, 0, rows * NUMBERS.value * config.entries)
         slices = slices_of(rows, config, logits.device)
         launch(
             sample_kernel, rows * slices, logits, instead(target_to_draft, counters), seed, position, row,

@@ -32,7 +32,6 @@ from specdec_kernels.triton_kernels.request import (
     OWN_FACTOR,
     PATH_PROB,
     STATE,
-    depth_of,
     draft_distribution,
     drafted_prob,
     load_draft_logits,
@@ -42,9 +41,11 @@ from specdec_kernels.triton_kernels.request import (
 )
 from specdec_kernels.triton_kernels.residual import TARGET, Rejected, draw_last, without_children
 from specdec_kernels.triton_kernels.rows import (
-    STAGES,
+    DRAFTS,
+    NUMBERS,
     TILE,
     block_ids,
+    in_tiles,
     load_logits,
     log_prob,
     parent_of,
@@ -57,17 +58,14 @@ LEAST_DIFFERENCE = tl.constexpr(_LEAST_DIFFERENCE)
 
 @triton.jit
 def judge_node(
-    rows, tree, node, sampling, key, table, states, IS_COUPLED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr
+    rows, tree, node, sampling, key, race, table, states, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """Rules walk and coupled: store what is drawn from a node's row, and its child that is that token."""
     tag = race_tag(TARGET, node)
-    target, valid = distribution_of(rows, node, sampling, key, tag, table, not IS_COUPLED, ENTRIES, TILES)
+    target, valid = distribution_of(rows, node, sampling, key, tag, race, table, ENTRIES, TILES)
     drawn = target.argmax
     if drawn < 0:
-        if IS_COUPLED:
-            drawn = flat_race(rows, node, target, key, depth_of(tree, node), TILES)
-        else:
-            drawn = draw_from_row(rows, node, target, key, tag)
+        drawn = draw_from_row(rows, node, target, key, tag) if race is None else flat_race(rows, target, table, ENTRIES)
     child = tree.nodes
     if valid:
         child = next_child(tree, node, node, drawn)
@@ -80,11 +78,11 @@ def judge_node(
 @triton.jit
 def init_node(rows, drafts, tree, node, sampling, key, table, states, ENTRIES: tl.constexpr, TILES: tl.constexpr):
     """Rules recursive and traversal: the state of a node that was not visited."""
-    target, valid = distribution_of(rows, node, sampling, key, race_tag(TARGET, node), table, True, ENTRIES, TILES)
+    target, valid = distribution_of(rows, node, sampling, key, race_tag(TARGET, node), None, table, ENTRIES, TILES)
     child = next_child(tree, node, node, None)
     needed = valid & (child < tree.nodes) & (target.argmax < 0)
     token = tl.load(tree.tokens + child * tree.stride, mask=child < tree.nodes, other=0).to(tl.int64)
-    draft, _prob, usable = draft_distribution(drafts, node, token, needed, key, table + 2 * ENTRIES, ENTRIES)
+    draft, _prob, usable = draft_distribution(drafts, node, token, needed, key, table + DRAFTS * ENTRIES, ENTRIES)
     if needed:
         while (child < tree.nodes) & usable:
             usable = usable & (drafted_prob(drafts, node, draft, token_of(tree, child)) < float("inf"))
@@ -105,10 +103,10 @@ def draft_left(drafts, tree, node, draft, last, drafted, TILES: tl.constexpr):
     left = 1.0 - drafted
     if (drafts.flags & DRAFT_LOGITS != 0) & (left < LEAST_DIFFERENCE):
         sums = tl.zeros([TILES], tl.float32)
-        for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=STAGES):
-            ids = block_ids(start, TILES)
+        for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=1):
+            ids = block_ids(drafts.rows, start, TILES)
             weights = without_children(probs(load_draft_logits(drafts, node, ids), draft), ids, tree, node, last)
-            sums += tl.sum(weights, axis=1)
+            sums += tl.sum(in_tiles(weights), axis=1)
         left = tl.sum(sums).to(tl.float64)
         left = tl.where(left < NOTHING_LEFT, 0.0, left)
     return left
@@ -217,9 +215,9 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, 
 
 
 @triton.jit
-def end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+def end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES: tl.constexpr):
     """Rules recursive and traversal: the token that ends the step where the path ends at node ``end``."""
     target, divided, rejected = load_residual(tree, end, states)
     some = (rejected.last > end) & (rejected.last < ENDED)
-    table = tables + end * 4 * ENTRIES
-    return draw_last(rows, drafts, end, target, divided, rejected, some, key, table, ENTRIES, TILES)
+    table = tables + end * NUMBERS * ENTRIES
+    return draw_last(rows, drafts, end, target, divided, rejected, some, key, table, ENTRIES)

@@ -69,7 +69,18 @@ from specdec_kernels.triton_kernels.request import (
     next_child,
 )
 from specdec_kernels.triton_kernels.residual import measure_residual, measured_mass
-from specdec_kernels.triton_kernels.rows import Key, Reduced, Rows, Tree, measure, parent_of, processing_of, token_of
+from specdec_kernels.triton_kernels.rows import (
+    DRAFTS,
+    NUMBERS,
+    Key,
+    Reduced,
+    Rows,
+    Tree,
+    measure,
+    parent_of,
+    processing_of,
+    token_of,
+)
 from specdec_kernels.triton_kernels.trees import (
     end_tree,
     init_node,
@@ -173,7 +184,7 @@ def verify_kernel(
     # Behind the states of the nodes of a tree, the one that is visited, and whether all rows that were are valid.
     states = states_ptr + (first + b if IS_TREE else first) * STATE
     visited = states + nodes * STATE
-    tables = tables_ptr + first * 4 * ENTRIES
+    tables = tables_ptr + first * NUMBERS * ENTRIES
 
     end = tl.full([], -1, tl.int64)
     drawn = tl.full([], -1, tl.int64)
@@ -182,18 +193,21 @@ def verify_kernel(
     i = (own // slices).to(tl.int64)
     if i < there:
         part = own % slices
-        table = tables + i * 4 * ENTRIES
+        race = None
+        if RULE == "coupled":
+            race = Key(key.seed, key.position + (depth_of(tree, i) if IS_TREE else i))
+        table = tables + i * NUMBERS * ENTRIES
         if is_needed(frontier, tree, i, every):
-            measure(rows, i, table_scale(sampling[0]), part, slices, table, ENTRIES, TILES)
+            measure(rows, i, table_scale(sampling[0]), race, part, slices, table, ENTRIES, TILES)
             if not BY_DRAW:
                 some = next_child(tree, i, i, None) < live if IS_TREE else i + 1 < live
                 if some & (sampling[0] < float("inf")):
-                    measure_draft(drafts, i, part, slices, table + 2 * ENTRIES, ENTRIES, TILES)
+                    measure_draft(drafts, i, part, slices, table + DRAFTS * ENTRIES, ENTRIES, TILES)
         if arrive(arrived + i, slices - 1):
             # Where a program of this row read nothing, what it saw of the path can be seen here.
             if is_needed(frontier, tree, i, every):
                 if BY_DRAW:
-                    judge_node(rows, tree, i, sampling, key, table, states, RULE == "coupled", ENTRIES, TILES)
+                    judge_node(rows, tree, i, sampling, key, race, table, states, ENTRIES, TILES)
                 elif IS_TREE:
                     init_node(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
                 else:
@@ -202,7 +216,7 @@ def verify_kernel(
                     end = follow(arrived, frontier, states, i)
                     if RULE == "token":  # here, since at the end Triton 3.6.0 has too few registers for it
                         if end >= 0:
-                            drawn = end_chain(rows, drafts, end, key, tables, states, False, ENTRIES, TILES)
+                            drawn = end_chain(rows, drafts, end, key, tables, states, False, ENTRIES)
             if arrive(done, (there - 1).to(tl.int32)):
                 if not BY_MASS:
                     if not IS_TREE:
@@ -228,7 +242,7 @@ def verify_kernel(
                 if seen(frontier) < ENDED:
                     node = tl.load(visited).to(tl.int64)
                     target, divided, rejected = load_residual(tree, node, states)
-                    sums = tables + (4 * node + 2) * ENTRIES
+                    sums = tables + (NUMBERS * node + DRAFTS) * ENTRIES
                     measure_residual(rows, drafts, node, target, divided, rejected, part, parts, sums, ENTRIES, TILES)
                     resumed = arrive(arrived, parts - 1)
                     if resumed:
@@ -238,7 +252,7 @@ def verify_kernel(
                 row = (later // parts).to(tl.int64)
                 if wants_mass(row, states):
                     target, divided = load_divided(states + row * STATE)
-                    sums = tables + (4 * row + 2) * ENTRIES
+                    sums = tables + (NUMBERS * row + DRAFTS) * ENTRIES
                     measure_residual(rows, drafts, row, target, divided, None, part, parts, sums, ENTRIES, TILES)
         if resumed:
             wanted = tl.full([], 1, tl.int32)
@@ -279,9 +293,9 @@ def verify_kernel(
         if BY_DRAW:
             drawn = tl.load(states + end * STATE + DRAWN).to(tl.int64)
         elif IS_TREE:
-            drawn = end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES, TILES)
+            drawn = end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES)
         elif RULE == "block":
-            drawn = end_chain(rows, drafts, end, key, tables, states, True, ENTRIES, TILES)
+            drawn = end_chain(rows, drafts, end, key, tables, states, True, ENTRIES)
         node, token = end, drawn
         slot = first + depth
         while slot >= first:
@@ -289,7 +303,7 @@ def verify_kernel(
             if IS_TREE:
                 tl.store(out_nodes_ptr + slot, node.to(tl.int32))
             if flags & LOGPROBS != 0:
-                table = tables + node * 4 * ENTRIES
+                table = tables + node * NUMBERS * ENTRIES
                 score, raw_score = logprobs_of(
                     rows, plain, node, token, key, table, states + node * STATE, ENTRIES, TILES
                 )
@@ -315,8 +329,9 @@ def launch_verify(
     if not batch:
         return
     is_tree = parents is not None
-    config = config_for(vocab, device, bitmask, edit_ids, large=is_tree or rule == "block")  # a walk spills with 128
-    sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * 4 * config.entries
+    large = is_tree or rule == "block"  # a walk spills with 128
+    config = config_for(vocab, device, bitmask, edit_ids, large=large, race=rule == "coupled")
+    sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * NUMBERS.value * config.entries
     at_rest, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
     slices = slices_of(batch * nodes, config, device)
     passes, parts = 0, 1

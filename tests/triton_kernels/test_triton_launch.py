@@ -46,11 +46,12 @@ def launched(monkeypatch):
             in_order(self, order[size][x], y, z)
 
         monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-        for module in modules:
-            monkeypatch.setattr(module, "slices_of", lambda *_: slices)
+        monkeypatch.setattr(module("rows"), "VISITED", type(module("rows").VISITED)(tiles))
+        for each in modules:
+            monkeypatch.setattr(each, "slices_of", lambda *_: slices)
             # Blocks of two tiles, so that there are slices to take.
             monkeypatch.setattr(
-                module,
+                each,
                 "config_for",
                 lambda vocab, *_, **__: launch.LaunchConfig(tiles, launch.entries(vocab), 1),
             )
@@ -199,7 +200,7 @@ def test_a_residual_is_drawn_from_a_few_tiles(launched, monkeypatch, rule, kind)
     launched(1, False, tiles=16)
     visits.clear()
     all_tiles = verify_chain(*positional, **given)
-    assert (16, 128) in visits
+    assert (2, 16, 64) in visits  # lines of 256 bytes
     for one, other in zip(few, all_tiles, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
@@ -221,7 +222,7 @@ def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, f
     real = filters_module.load_logits
 
     def counting(rows, i, ids):
-        first = ids.handle.data[:, 0]
+        first = ids.handle.data[0, :, 0]
         looked.update((first[first < VOCAB] // 128).tolist())  # a group without tiles has none of the ids
         return real(rows, i, ids)
 
@@ -310,10 +311,10 @@ def test_launches_are_chosen_by_pure_functions():
     from specdec_kernels.triton_kernels.attention import AttentionConfig, attention_config, context_splits
     from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, slices
 
-    assert launch_config(128_256, "cuda", large=True) == LaunchConfig(16, 1024, 8, 255)
-    assert launch_config(100, "cuda", large=False) == LaunchConfig(1, 1, 8, 128)
-    assert launch_config(128_256, "hip", large=True).named == {"ENTRIES": 1024, "TILES": 16, "num_warps": 8}
-    assert launch_config(128_256, "interpreter", large=False).tiles == 1024
+    assert launch_config(128_256, "cuda", 64, large=True) == LaunchConfig(64, 1024, 8, 255)
+    assert launch_config(100, "cuda", 64, large=False) == LaunchConfig(16, 16, 8, 128)
+    assert launch_config(128_256, "hip", 16, large=True).named == {"ENTRIES": 1024, "TILES": 16, "num_warps": 8}
+    assert launch_config(128_256, "interpreter", 64, large=False).tiles == 1024
     # Rows, blocks of a row, multiprocessors.
     assert slices(5, 64, 132) == 64  # one request: as many as there are blocks
     assert slices(320, 64, 132) == 2
