@@ -45,14 +45,13 @@ def judge_draft(
     needed = tested & (target.argmax < 0)
     draft, draft_prob, usable = draft_distribution(drafts, i, token, needed, key, table + DRAFTS * ENTRIES, ENTRIES)
     tested = tested & usable
-    prob = tl.full([], 0.0, tl.float64)
-    if tested:
-        prob = tl.exp(log_prob(load_logits(rows, i, token), target, token))
-    # Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
-    passed = tested & (uniform(key.seed, key.position, i) * draft_prob < prob)
+    logit = load_logits(rows, i, tl.maximum(token, 0))
+    prob = tl.where(tested, tl.exp(log_prob(logit, target, token)), 0.0)
     state = states + i * STATE
     store_state(state, target, draft, tl.full([], 1.0, tl.float64), valid)
     tl.store(state + TESTED, tested.to(tl.float64))
+    # Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
+    passed = tested & (uniform(key.seed, key.position, i) * draft_prob < prob)
     tl.store(state + NEXT, tl.where(passed, i + 1, -1).to(tl.float64))
     tl.store(state + PROB, prob)
     tl.store(state + DRAFT_PROB, draft_prob)

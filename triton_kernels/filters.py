@@ -17,7 +17,6 @@ from specdec_kernels.triton_kernels.rows import (
     TILE,
     VISITED,
     ids_of,
-    in_tiles,
     load_logits,
     load_table,
     measured,
@@ -50,8 +49,8 @@ def has_top_k(top_k, rows):
 
 
 @triton.jit
-def list_tiles(rows, i, top, bound, table, ENTRIES: tl.constexpr):
-    """Those that have a logit not below ``bound``."""
+def list_tiles(rows, bound, table, ENTRIES: tl.constexpr):
+    """Write the numbers of those that have a logit not below ``bound``; how many there are."""
     tiles = tl.arange(0, ENTRIES)
     maxima, _sums = load_table(table, tiles, rows.vocab, ENTRIES)
     some = (maxima >= bound) & (maxima > float("-inf"))
@@ -59,7 +58,7 @@ def list_tiles(rows, i, top, bound, table, ENTRIES: tl.constexpr):
     tl.debug_barrier()  # everybody has read what is overwritten now
     tl.store(table + LIST * ENTRIES + slots - 1, tiles.to(tl.float32), mask=some)
     tl.debug_barrier()
-    return Listed(rows, i, table + LIST * ENTRIES, tl.max(slots), top)
+    return tl.max(slots)
 
 
 @triton.jit
@@ -69,8 +68,8 @@ def load_listed(listed, start):
     there = slots < listed.count
     tiles = tl.load(listed.tiles + slots, mask=there, other=0.0).to(tl.int32)
     tiles = tl.where(there, tiles, tl.cdiv(listed.rows.vocab, TILE))
-    ids = ids_of(listed.rows, tiles)
-    return tiles, in_tiles(ids), in_tiles(load_logits(listed.rows, listed.i, ids))
+    ids = ids_of(tiles)
+    return tiles, ids, load_logits(listed.rows, listed.i, ids)
 
 
 @triton.jit
@@ -104,12 +103,13 @@ def gather(listed, scale, bound, ENTRIES: tl.constexpr):
     mass = tl.full([], 0.0, tl.float32)
     for start in tl.range(0, listed.count, VISITED, num_stages=1):
         _tiles, _ids, logits = load_listed(listed, start)
-        x = tl.reshape(logits, [VISITED * TILE])
-        some = (x >= bound) & (x > float("-inf"))
-        slots = listed.count + count + tl.cumsum(some.to(tl.int32), 0)
-        tl.store(listed.tiles + slots - 1, x, mask=some & (slots <= ENTRIES))
-        count += tl.sum(some.to(tl.int32))
-        mass += tl.sum(tl.where(some, weights_from(listed.top, scale, x), 0.0))
+        some = (logits >= bound) & (logits > float("-inf"))
+        inside = tl.cumsum(some.to(tl.int32), 1)
+        of_tiles = tl.sum(some.to(tl.int32), axis=1)
+        slots = listed.count + count + (tl.cumsum(of_tiles, 0) - of_tiles)[:, None] + inside
+        tl.store(listed.tiles + slots - 1, logits, mask=some & (slots <= ENTRIES))
+        count += tl.sum(of_tiles)
+        mass += tl.sum(tl.where(some, weights_from(listed.top, scale, logits), 0.0))
     tl.debug_barrier()
     return count, mass
 
@@ -143,6 +143,7 @@ def filter_bound(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr):
     """What top-k, then top-p, then min-p keep of a valid row is what is not below this."""
     scale, top_k, top_p, min_p = sampling
     limited = has_top_k(top_k, rows)
+    list_ptr = table + LIST * ENTRIES
     k, goal = top_k.to(tl.float32), top_p * total.to(tl.float32)
     low = tl.full([], float("-inf"), tl.float32)
     if limited:
@@ -157,19 +158,18 @@ def filter_bound(rows, i, sampling, top, total, table, ENTRIES: tl.constexpr):
         if limited == 0:
             bound = tl.maximum(top - gap / scale, LEAST)
             gap *= 2.0
-        tiles = list_tiles(rows, i, top, bound, table, ENTRIES)
-        listed = tiles.count
-        count, mass = gather(tiles, scale, bound, ENTRIES)
+        listed = list_tiles(rows, bound, table, ENTRIES)
+        count, mass = gather(Listed(rows, i, list_ptr, listed, top), scale, bound, ENTRIES)
         reached = limited | (mass >= goal)
         low = tl.where(reached, bound, low)
         gathering = (reached == 0) & (gap < 80.0)
     gathered = (low > float("-inf")) & (listed + count <= ENTRIES)
     slots = tl.arange(0, ENTRIES)
     some = slots < tl.where(gathered, count, 0)
-    near = tl.load(table + LIST * ENTRIES + listed + slots, mask=some, other=float("-inf"))
+    near = tl.load(list_ptr + listed + slots, mask=some, other=float("-inf"))
     if gathered == 0:  # min-p alone, or what keeps more than there are places for
-        listed = list_tiles(rows, i, top, low, table, ENTRIES).count
-    tiles = Listed(rows, i, table + LIST * ENTRIES, listed, top)
+        listed = list_tiles(rows, low, table, ENTRIES)
+    tiles = Listed(rows, i, list_ptr, listed, top)
     for search in range(0, 2):
         by_mass = search > 0
         own_scale = tl.where(by_mass, scale, 0.0)
@@ -196,7 +196,7 @@ def drop_below(rows, i, scale, race, bound, top, table, ENTRIES: tl.constexpr):
     tiles = tl.arange(0, ENTRIES)
     maxima, sums = load_table(table, tiles, rows.vocab, ENTRIES)
     some = maxima >= bound
-    listed = list_tiles(rows, i, top, bound, table, ENTRIES)
+    listed = Listed(rows, i, table + LIST * ENTRIES, list_tiles(rows, bound, table, ENTRIES), top)
     tl.store(table + tiles, tl.where(some, maxima, float("-inf")))
     tl.store(table + ENTRIES + tiles, tl.where(some, sums, 0.0))
     tl.debug_barrier()

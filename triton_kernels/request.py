@@ -12,7 +12,14 @@ import triton.language as tl
 
 from specdec_kernels.triton_kernels.arguments import DRAFT_LOGITS, DRAFT_STATS, DRAFT_TEMPERATURES, REDUCED
 from specdec_kernels.triton_kernels.distribution import raw_distribution, scale_of, summary
-from specdec_kernels.triton_kernels.rows import Distribution, load_logits, log_prob, measure, parent_of, scalars_of
+from specdec_kernels.triton_kernels.rows import (
+    Distribution,
+    load_logits,
+    log_prob,
+    measure,
+    parent_of,
+    scalars_of,
+)
 
 # Nodes that are loaded at a time.
 WINDOW = tl.constexpr(32)
@@ -25,9 +32,9 @@ IS_VALID, IS_UPDATED = tl.constexpr(1), tl.constexpr(2)
 # the token drawn from it; the draft's probability under target and draft.
 TESTED, NEXT, DRAWN = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
 PROB, DRAFT_PROB = tl.constexpr(14), tl.constexpr(15)
-# Of those: the mass of its residual; the draft's probability of its rejected children, their factor (see `Rejected`),
-# the last child that was visited; and as a rejected sibling its own factor.
-MASS, DRAFTED, FACTOR = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
+# Of those: the mass of its residual; what its rejected children left of the draft, their factor (see `Rejected`), the
+# last child that was visited; and as a rejected sibling its own factor.
+MASS, LEFT, FACTOR = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
 LAST, OWN_FACTOR = tl.constexpr(14), tl.constexpr(15)
 STATE = tl.constexpr(16)
 
@@ -92,9 +99,10 @@ def measure_draft(drafts, i, part, slices, table, ENTRIES: tl.constexpr, TILES: 
     """``measure`` the row that draft i was drawn from, unless that needs no table: there are the scalars that it would
     be requested, or no logits, or the draft was drawn greedily."""
     if (drafts.flags & DRAFT_LOGITS != 0) & (drafts.flags & DRAFT_STATS == 0) & (drafts.scale < float("inf")):
-        # Apart, so that whole rows are loaded 16 bytes at a time, blocks ahead.
+        # Apart, so that whole rows are loaded 16 bytes at a time; and columns, which take registers, of few tiles.
+        FEW: tl.constexpr = 16
         if drafts.flags & REDUCED != 0:
-            measure(drafts.reduced, i, drafts.scale, None, part, slices, table, ENTRIES, TILES)
+            measure(drafts.reduced, i, drafts.scale, None, part, slices, table, ENTRIES, FEW)
         else:
             measure(drafts.rows, i, drafts.scale, None, part, slices, table, ENTRIES, TILES)
 

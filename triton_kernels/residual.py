@@ -24,6 +24,7 @@ from specdec_kernels.triton_kernels.request import OWN_FACTOR, STATE, load_draft
 from specdec_kernels.triton_kernels.rows import (
     NO_ID,
     TILE,
+    VISITED,
     block_ids,
     first_of_groups,
     grouped_tiles,
@@ -33,6 +34,7 @@ from specdec_kernels.triton_kernels.rows import (
     load_logits,
     probs,
     slice_of,
+    store_tiles,
     token_of,
 )
 
@@ -106,11 +108,11 @@ def measure_residual(
     rows, drafts, i, target, draft, rejected, part, slices, sums, ENTRIES: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
     """One of the ``slices`` of row i: what the residual's tiles weigh, written to ``sums [ENTRIES]``."""
-    first, last = slice_of(rows.vocab, part, slices, TILES)
-    for start in tl.range(first, last, TILES, num_stages=1):
-        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(rows, start, TILES))
-        own = start + tl.arange(0, TILES)
-        tl.store(sums + own, tl.sum(in_tiles(weights), axis=1), mask=own < last)
+    HALF: tl.constexpr = TILES // 2 if TILES > VISITED else TILES  # of a block, since two rows are loaded
+    first, last = slice_of(rows.vocab, part, slices, HALF)
+    for start in tl.range(first, last, HALF, num_stages=1):
+        weights = residuals(rows, drafts, i, target, draft, rejected, block_ids(rows, start, HALF))
+        store_tiles(sums, start + tl.arange(0, HALF), last, (tl.sum(in_tiles(weights), axis=1),), ENTRIES)
 
 
 @triton.jit
@@ -136,8 +138,8 @@ def draw_residual(rows, drafts, i, target, draft, rejected, key, tag, table, ENT
     # The bounds and the weights are rounded apart: leave room for that.
     while tl.min(bounds) * 0.9999 < best:
         first, own = first_of_groups(bounds, tiles, ENTRIES)
-        bounds = tl.where(tiles == own[None, :], float("inf"), bounds)
-        left = tl.sum(in_tiles(residuals(rows, drafts, i, target, draft, rejected, ids_of(rows, own))), axis=1)
+        bounds = tl.where(tiles == own[:, None], float("inf"), bounds)
+        left = tl.sum(residuals(rows, drafts, i, target, draft, rejected, ids_of(own)), axis=1)
         times = first * tile_weights(rows, target, table, own, ENTRIES) / left
         times = tl.where(left > 0, times, float("inf"))
         earliest = tl.min(times)

@@ -187,18 +187,18 @@ def load_logits(rows, i, ids):
 
 
 @triton.jit
-def ids_of(rows, tiles):
-    """Ids of some tiles, by the lines of 128 bytes that their logits lie in: [lines, tiles, ids of a line]. Where there
-    are fewer tiles than for four a warp, lines are twice as long, so that no warp has half a tile."""
-    LINE: tl.constexpr = (2048 if tiles.shape[0] < 32 else 1024) // rows.logits.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, TILE // LINE)[:, None, None] * LINE + tl.arange(0, LINE)[None, None, :]
-    return tiles.to(tl.int32)[None, :, None] * TILE + lines
+def ids_of(tiles):
+    """Ids of some tiles: [.., TILE]."""
+    return tiles.to(tl.int32)[:, None] * TILE + tl.arange(0, TILE)[None, :]
 
 
 @triton.jit
 def block_ids(rows, start, TILES: tl.constexpr):
-    """The same of a block that starts at tile ``start``."""
-    return ids_of(rows, start + tl.arange(0, TILES))
+    """Ids of a block that starts at tile ``start``, by the lines of 128 bytes that their logits lie in: [lines, TILES,
+    ids of a line]. Where it has fewer tiles than four a warp, lines are twice as long, so that none has half a tile."""
+    LINE: tl.constexpr = (2048 if TILES < 32 else 1024) // rows.logits.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, TILE // LINE)[:, None, None] * LINE + tl.arange(0, LINE)[None, None, :]
+    return (start + tl.arange(0, TILES)).to(tl.int32)[None, :, None] * TILE + lines
 
 
 @triton.jit
@@ -288,17 +288,18 @@ def store_tiles(table, tiles, last, found, ENTRIES: tl.constexpr):
 
 @triton.jit
 def grouped_tiles(ENTRIES: tl.constexpr):
-    """All tiles, dealt out to ``VISITED`` groups: [ENTRIES // VISITED, VISITED]."""
-    return tl.arange(0, ENTRIES // VISITED)[:, None] * VISITED + tl.arange(0, VISITED)[None, :]
+    """All tiles, in ``VISITED`` groups: [VISITED, ENTRIES // VISITED]. A warp has whole ones."""
+    SIZE: tl.constexpr = ENTRIES // VISITED
+    return tl.arange(0, VISITED)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
 
 
 @triton.jit
 def first_of_groups(keys, tiles, ENTRIES: tl.constexpr):
     """Of each group its smallest key, and the tile that has it: [VISITED]. Where that is inf, ENTRIES: a tile without
     ids."""
-    smallest = tl.min(keys, axis=0)
-    found = (keys == smallest[None, :]) & (keys < float("inf"))
-    return smallest, tl.min(tl.where(found, tiles, ENTRIES), axis=0)
+    smallest = tl.min(keys, axis=1)
+    found = (keys == smallest[:, None]) & (keys < float("inf"))
+    return smallest, tl.min(tl.where(found, tiles, ENTRIES), axis=1)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from specdec_kernels.contract import LEAST_DIFFERENCE as _LEAST_DIFFERENCE
-from specdec_kernels.triton_kernels.arguments import DRAFT_LOGITS, REPLACEMENT
+from specdec_kernels.triton_kernels.arguments import REPLACEMENT
 from specdec_kernels.triton_kernels.arrivals import ENDED
 from specdec_kernels.triton_kernels.distribution import (
     NOTHING_LEFT,
@@ -20,13 +20,13 @@ from specdec_kernels.triton_kernels.distribution import (
 )
 from specdec_kernels.triton_kernels.noise import uniform
 from specdec_kernels.triton_kernels.request import (
-    DRAFTED,
     DRAWN,
     FACTOR,
     FLAGS,
     IS_UPDATED,
     IS_VALID,
     LAST,
+    LEFT,
     MASS,
     NEXT,
     OWN_FACTOR,
@@ -43,13 +43,13 @@ from specdec_kernels.triton_kernels.residual import TARGET, Rejected, draw_last,
 from specdec_kernels.triton_kernels.rows import (
     DRAFTS,
     NUMBERS,
-    TILE,
     block_ids,
     in_tiles,
     load_logits,
     log_prob,
     parent_of,
     probs,
+    slice_of,
     token_of,
 )
 
@@ -90,26 +90,37 @@ def init_node(rows, drafts, tree, node, sampling, key, table, states, ENTRIES: t
     state = states + node * STATE
     store_state(state, target, draft, tl.full([], 1.0, tl.float64), valid.to(tl.int32) * IS_VALID + IS_UPDATED)
     tl.store(state + MASS, tl.full([], 1.0, tl.float64))
-    tl.store(state + DRAFTED, tl.full([], 0.0, tl.float64))
+    tl.store(state + LEFT, tl.full([], 1.0, tl.float64))
     tl.store(state + FACTOR, tl.full([], float("inf"), tl.float64))
     # No child is left to visit where a distribution is not usable.
     tl.store(state + LAST, tl.where(valid & usable, node, ENDED).to(tl.float64))
 
 
 @triton.jit
-def draft_left(drafts, tree, node, draft, last, drafted, TILES: tl.constexpr):
-    """What the siblings up to ``last`` left of the draft's distribution: one minus what they took, summed anew where
-    that would have no digits left."""
-    left = 1.0 - drafted
-    if (drafts.flags & DRAFT_LOGITS != 0) & (left < LEAST_DIFFERENCE):
-        sums = tl.zeros([TILES], tl.float32)
-        for start in tl.range(0, tl.cdiv(drafts.rows.vocab, TILE), TILES, num_stages=1):
-            ids = block_ids(drafts.rows, start, TILES)
-            weights = without_children(probs(load_draft_logits(drafts, node, ids), draft), ids, tree, node, last)
-            sums += tl.sum(in_tiles(weights), axis=1)
-        left = tl.sum(sums).to(tl.float64)
-        left = tl.where(left < NOTHING_LEFT, 0.0, left)
-    return left
+def has_to_sum(drafts, draft, state):
+    """Whether what its tested children left of a node's draft is summed: one minus what they took would have no digits
+    left. A target without a distribution has a draft without one."""
+    return (drafts.flags & REPLACEMENT == 0) & (draft.argmax < 0) & (tl.load(state + LEFT) < LEAST_DIFFERENCE)
+
+
+@triton.jit
+def measure_left(drafts, node, rejected, part, slices, sums, ENTRIES: tl.constexpr, TILES: tl.constexpr):
+    """One of the ``slices`` of a node's draft: what of its tiles the rejected children left, to ``sums [ENTRIES]``."""
+    _target, draft, _divided = load_state(rejected.states + node * STATE, tl.full([], 1.0, tl.float64))
+    first, last = slice_of(drafts.rows.vocab, part, slices, TILES)
+    for start in tl.range(first, last, TILES, num_stages=1):
+        ids = block_ids(drafts.rows, start, TILES)
+        weights = probs(load_draft_logits(drafts, node, ids), draft)
+        weights = without_children(weights, ids, rejected.tree, node, rejected.last)
+        own = start + tl.arange(0, TILES)
+        tl.store(sums + own, tl.sum(in_tiles(weights), axis=1), mask=own < last)
+
+
+@triton.jit
+def store_left(state, left):
+    """What its children left of a node's draft, after it was summed."""
+    tl.debug_barrier()  # everybody has read what is overwritten now
+    tl.store(state + LEFT, tl.where(left < NOTHING_LEFT, 0.0, left))
 
 
 @triton.jit
@@ -136,7 +147,7 @@ def load_residual(tree, node, states):
 
 
 @triton.jit
-def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, TILES: tl.constexpr):
+def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr):
     """Rules recursive and traversal, from where they stopped: whether they ended, or want the mass of the residual of
     the node at ``visited``. Recursive goes down to the first child that passes; traversal goes down to any child that
     may be on the path, and up again where a node fails."""
@@ -158,7 +169,7 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, 
         path_prob = tl.load(state + PATH_PROB)
         if going:
             if child < tree.nodes:
-                mass, drafted = tl.load(state + MASS), tl.load(state + DRAFTED)
+                mass, left = tl.load(state + MASS), tl.load(state + LEFT)
                 token = token_of(tree, child)
                 certain = draft.argmax >= 0
                 # An earlier sibling of the same token: rejected before, with a factor of its own.
@@ -170,7 +181,7 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, 
                 own = factor
                 if drafts.flags & REPLACEMENT == 0:
                     if certain == 0:
-                        left_of_draft = draft_left(drafts, tree, node, draft, last, drafted, TILES)
+                        left_of_draft = left
                         known = new & (left_of_draft > 0)
                         conditional = tl.where(known, prob / tl.where(left_of_draft > 0, left_of_draft, 1.0), 0.0)
                     if new == 0:
@@ -191,7 +202,7 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr, 
                         removed = path_prob * left_of_draft / mass
                         factor = tl.where(factor == float("inf"), removed, 1.0 / (1.0 / factor + 1.0 / removed))
                     tl.store(state + FACTOR, factor)
-                    tl.store(state + DRAFTED, drafted + tl.where(new, prob, 0.0))
+                    tl.store(state + LEFT, left - tl.where(new, prob, 0.0))
                     tl.store(state + LAST, child.to(tl.float64))
                     tl.store(state + FLAGS, tl.full([], IS_VALID, tl.float64))
                     tl.store(states + child * STATE + OWN_FACTOR, tl.where(new, factor, own))

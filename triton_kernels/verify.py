@@ -83,9 +83,12 @@ from specdec_kernels.triton_kernels.rows import (
 )
 from specdec_kernels.triton_kernels.trees import (
     end_tree,
+    has_to_sum,
     init_node,
     judge_node,
     load_residual,
+    measure_left,
+    store_left,
     update_residual,
     visit,
 )
@@ -214,9 +217,6 @@ def verify_kernel(
                     judge_draft(rows, drafts, tree, i, sampling, key, table, states, ENTRIES, TILES)
                 if not BY_MASS:
                     end = follow(arrived, frontier, states, i)
-                    if RULE == "token":  # here, since at the end Triton 3.6.0 has too few registers for it
-                        if end >= 0:
-                            drawn = end_chain(rows, drafts, end, key, tables, states, False, ENTRIES)
             if arrive(done, (there - 1).to(tl.int32)):
                 if not BY_MASS:
                     if not IS_TREE:
@@ -241,12 +241,18 @@ def verify_kernel(
                 wait(frontier, later // parts + 1)
                 if seen(frontier) < ENDED:
                     node = tl.load(visited).to(tl.int64)
+                    state = states + node * STATE
                     target, divided, rejected = load_residual(tree, node, states)
                     sums = tables + (NUMBERS * node + DRAFTS) * ENTRIES
                     measure_residual(rows, drafts, node, target, divided, rejected, part, parts, sums, ENTRIES, TILES)
+                    left = has_to_sum(drafts, divided, state)
+                    if left:
+                        measure_left(drafts, node, rejected, part, parts, sums + ENTRIES, ENTRIES, TILES)
                     resumed = arrive(arrived, parts - 1)
                     if resumed:
-                        update_residual(states + node * STATE, measured_mass(rows, sums, ENTRIES))
+                        if left:
+                            store_left(state, measured_mass(rows, sums + ENTRIES, ENTRIES))
+                        update_residual(state, measured_mass(rows, sums, ENTRIES))
             else:
                 wait(frontier, 1)
                 row = (later // parts).to(tl.int64)
@@ -257,7 +263,7 @@ def verify_kernel(
         if resumed:
             wanted = tl.full([], 1, tl.int32)
             if IS_TREE:
-                if visit(rows, drafts, tree, key, states, visited, RULE == "recursive", TILES):
+                if visit(rows, drafts, tree, key, states, visited, RULE == "recursive"):
                     wanted = tl.full([], ENDED, tl.int32)
                     end = tl.load(visited).to(tl.int64)
             tl.atomic_add(frontier, wanted, sem="release")
@@ -294,8 +300,8 @@ def verify_kernel(
             drawn = tl.load(states + end * STATE + DRAWN).to(tl.int64)
         elif IS_TREE:
             drawn = end_tree(rows, drafts, tree, end, key, tables, states, ENTRIES)
-        elif RULE == "block":
-            drawn = end_chain(rows, drafts, end, key, tables, states, True, ENTRIES)
+        else:
+            drawn = end_chain(rows, drafts, end, key, tables, states, RULE == "block", ENTRIES)
         node, token = end, drawn
         slot = first + depth
         while slot >= first:
@@ -329,8 +335,8 @@ def launch_verify(
     if not batch:
         return
     is_tree = parents is not None
-    large = is_tree or rule == "block"  # a walk spills with 128
-    config = config_for(vocab, device, bitmask, edit_ids, large=large, race=rule == "coupled")
+    large, race = rule in ("recursive", "traversal"), rule == "coupled"
+    config = config_for(vocab, device, bitmask, edit_ids, large=large, race=race)
     sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * NUMBERS.value * config.entries
     at_rest, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
     slices = slices_of(batch * nodes, config, device)

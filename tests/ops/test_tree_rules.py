@@ -324,6 +324,23 @@ def test_thirty_three_siblings(verify, rule):
     assert result.nodes[0, :3].tolist() == [0, 33, -1]
 
 
+def test_siblings_that_take_nearly_all_of_their_draft(verify):
+    """What two of them leave is 4e-8 of it: one minus what they took would have no digits of that left."""
+    batch = 16
+    draft = torch.full((batch, 4, 200), -torch.inf)
+    draft[..., :4] = torch.tensor([0.0, -0.4, -17.0, -17.5])
+    target = torch.full((batch, 4, 200), -torch.inf)
+    target[..., 2:4] = 0.0
+    tree = torch.tensor([[0, 0, 1, 2]]).expand(batch, 4), torch.tensor([[-1, 0, 0, 0]]).expand(batch, 4)
+    keys = {"seed": torch.arange(batch), "position": torch.arange(batch) * 3}
+    drafts = {"draft_logits": draft, "draft_temperature": 1.0, "siblings": "without_replacement"}
+    result = verify(target, *tree, **keys, **drafts, rule="recursive")
+    # The third child is what is left of the draft by 0.62 and of the target by 0.5: it is accepted by 0.8.
+    passed = [oracle.Noise(seed, 3 * seed).uniform(2) < 0.5 * (1 + np.exp(-0.5)) for seed in range(batch)]
+    assert 0 < sum(passed) < batch
+    assert result.num_accepted.tolist() == passed
+
+
 @pytest.mark.parametrize("rule", [*RULES, "coupled"])
 def test_a_row_that_is_not_usable_ends_its_path_alone(verify, rule):
     generator = torch.Generator().manual_seed(5)
