@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from specdec_kernels.decode import tensors as tensors_module
+from specdec_kernels import tensors as tensors_module
 
 ATEN = torch.ops.aten
 #: What the size of the result is read for.
