@@ -77,8 +77,9 @@ def launch_config(vocab: int, platform: str, tiles: int, large: bool) -> LaunchC
 def config_for(
     vocab: int, device: torch.device, *processing: Tensor | None, large: bool = False, race: bool = False
 ) -> LaunchConfig:
-    """The launch for rows of ``vocab`` ids; ``large`` are the kernels that go back to nodes of a tree, and all where
-    there is any ``processing`` of the logits; ``race``: rows are measured with the race of all ids.
+    """The launch for rows of ``vocab`` ids; ``large`` are the kernels for trees (by Triton 3.8 and 3.9 a walk spills
+    with 128 registers), and all where there is any ``processing`` of the logits; ``race``: rows are measured with the
+    race of all ids.
 
     A thread of 8 warps has 32 ids of a block of 64 tiles, so that what a block costs beside its ids is little, and asks
     for those of the next one before it sums them: 16 KB of bfloat16 a program. Of what takes more registers for an id

@@ -63,14 +63,14 @@ def judge_node(
     """Rules walk and coupled: store what is drawn from a node's row, and its child that is that token."""
     tag = race_tag(TARGET, node)
     target, valid = distribution_of(rows, node, sampling, key, tag, race, table, ENTRIES, TILES)
+    state = states + node * STATE
+    store_state(state, target, target, tl.full([], 1.0, tl.float64), valid)
     drawn = target.argmax
     if drawn < 0:
         drawn = draw_from_row(rows, node, target, key, tag) if race is None else flat_race(rows, target, table, ENTRIES)
     child = tree.nodes
     if valid:
         child = next_child(tree, node, node, drawn)
-    state = states + node * STATE
-    store_state(state, target, target, tl.full([], 1.0, tl.float64), valid)
     tl.store(state + DRAWN, drawn.to(tl.float64))
     tl.store(state + NEXT, tl.where(child < tree.nodes, child, -1).to(tl.float64))
 

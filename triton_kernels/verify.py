@@ -335,8 +335,7 @@ def launch_verify(
     if not batch:
         return
     is_tree = parents is not None
-    large, race = rule in ("recursive", "traversal"), rule == "coupled"
-    config = config_for(vocab, device, bitmask, edit_ids, large=large, race=race)
+    config = config_for(vocab, device, bitmask, edit_ids, large=is_tree, race=rule == "coupled")
     sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * NUMBERS.value * config.entries
     at_rest, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
     slices = slices_of(batch * nodes, config, device)
