@@ -13,29 +13,29 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
   using Base = VerifyProgram<T, Op, By::acceptance>;
 
  public:
-  SPECDEC_DEVICE CrewProgram(const ThreadBlock& block, const Op& op, const Workspace& work, const Part& part)
-      : Base(block, op, work, part), first_span_(block.warp() * work.slices + part.slice) {}
+  SPECDEC_DEVICE CrewProgram(const Op& op, const Workspace& work, const Part& part)
+      : Base(op, work, part), first_span_(block::warp() * work.slices + part.slice) {}
 
  protected:
-  using Base::counters, Base::slice_, Base::target, Base::block_, Base::work_;
+  using Base::counters, Base::slice_, Base::target, Base::work_;
 
   // What every block wrote before, each sees behind.
   SPECDEC_DEVICE void meet() {
-    block_.sync();
+    block::sync();
     if (work_.slices > 1) {
       due_ += uint32_t(work_.slices);
-      if (block_.rank() == 0) {
+      if (block::rank() == 0) {
         add_to(counters(), 1);
         while (glance(counters()) < due_) wait_a_little();
         acquire();
       }
     }
-    block_.sync();
+    block::sync();
   }
   // The last block of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
-    block_.sync();
-    if (block_.rank() != 0 || come_to(counters() + 1, uint32_t(work_.slices - 1)) != uint32_t(work_.slices - 1)) return;
+    block::sync();
+    if (block::rank() != 0 || come_to(counters() + 1, uint32_t(work_.slices - 1)) != uint32_t(work_.slices - 1)) return;
     acquire();
     put(counters(), 0u);
   }
@@ -67,20 +67,20 @@ class CrewProgram : protected VerifyProgram<T, Op, By::acceptance> {
       SPECDEC_UNROLL_BY(2)
       for (int u = 0; u < kLoads; ++u) {
         float w[kElements];
-        weigh(span * kSpan + load_offset(block_, u), w);
+        weigh(span * kSpan + load_offset(u), w);
         SPECDEC_UNROLL
         for (int e = 0; e < kElements; ++e) mass += w[e];
       }
-      mass = block_.in_warp(mass, Plus());
-      if (block_.lane() == 0) put(sums + span, mass);
+      mass = block::in_warp(mass, std::plus<>());
+      if (block::lane() == 0) put(sums + span, mass);
     }
   }
   // Their total, in an order that does not depend on who went over which span.
   SPECDEC_DEVICE float total_of(const float* sums) const {
     float sum = 0.0f;
     SPECDEC_ROLLED
-    for (int span = block_.rank(); span < work_.spans; span += kThreads) sum += fresh(sums + span);
-    return block_.reduce(sum, Plus());
+    for (int span = block::rank(); span < work_.spans; span += kThreads) sum += fresh(sums + span);
+    return block::reduce(sum, std::plus<>());
   }
 
  private:

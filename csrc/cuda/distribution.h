@@ -63,14 +63,14 @@ SPECDEC_DEVICE Mass mass_of(const Row<T>& row) {
   const Together together{row.sampling().scale2()};
   Mass all;
   SPECDEC_ROLLED
-  for (int span = row.block.rank(); span < row.table().spans; span += kThreads) {
+  for (int span = block::rank(); span < row.table().spans; span += kThreads) {
     Mass mass{fresh(row.table().base(span)), 0.0f};
     const Four low = fresh(row.table().four_sums(2 * span)), high = fresh(row.table().four_sums(2 * span + 1));
     SPECDEC_UNROLL
     for (int k = 0; k < 4; ++k) mass.sum += low.x[k] + high.x[k];
     all = together(all, mass);
   }
-  return row.block.reduce(all, together);
+  return block::reduce(all, together);
 }
 
 // The first of the largest finite logits among some ids of a row; 0 where none is finite.
@@ -80,7 +80,7 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
   row.for_ids(begin, end, [&](int id, float x) {
     if (x > -INFINITY && x < INFINITY) largest = Earlier()(largest, {-x, id});
   });
-  largest = row.block.reduce(largest, Earlier());
+  largest = block::reduce(largest, Earlier());
   return largest.id == kNobody ? 0 : largest.id;
 }
 
@@ -100,9 +100,10 @@ SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
   if (sampling.greedy() || !d.valid) {
     int begin = 0, end = row.vocab();
     if (d.valid) {  // it is in the first span with that base
-      int span = row.block.rank();
+      int span = block::rank();
       while (span < row.table().spans && fresh(row.table().base(span)) != mass.top) span += kThreads;
-      begin = row.block.reduce(span, Smaller()) * kSpan, end = Smaller()(begin + kSpan, end);
+      begin = block::reduce(span, [](int a, int b) { return std::min(a, b); }) * kSpan,
+      end = std::min(begin + kSpan, end);
     }
     d.cutoff = mass.top, d.argmax = largest_finite(row, begin, end);
     return d;
@@ -123,16 +124,15 @@ SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
 // probability) of them. `weigh(first, w)` gives the weights of four ids. kNobody where there is no weight.
 template <class T, class F>
 SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
-  const ThreadBlock& block = row.block;
   const Table table = row.table();
   const Probabilities probability = probabilities_of(d);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
   const int tiles = table.spans * kTilesOfSpan;
-  Four* const bounds = block.memory().bounds;  // each is read by the thread that writes it
+  Four* const bounds = block::memory().bounds;  // each is read by the thread that writes it
   Arrived best;
   for (int begin = 0; begin < tiles; begin += 4 * kBounds) {
     SPECDEC_ROLLED
-    for (int quad = block.rank(); quad < kBounds; quad += kThreads) {
+    for (int quad = block::rank(); quad < kBounds; quad += kThreads) {
       const int first = begin + 4 * quad;
       const bool there = first < tiles;
       const Words words = philox(noise, uint32_t(first / 4));
@@ -150,24 +150,24 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
     for (;;) {
       Arrived next;
       SPECDEC_ROLLED
-      for (int quad = block.rank(); quad < kBounds; quad += kThreads) {
+      for (int quad = block::rank(); quad < kBounds; quad += kThreads) {
         const Four bound = bounds[quad];
         SPECDEC_UNROLL
         for (int k = 0; k < 4; ++k)
           if (bound.x[k] < next.time) next = {bound.x[k], begin + 4 * quad + k};
       }
       const int mine = next.id;
-      next = block.first_in_warp(next);
+      next = block::first_in_warp(next);
       // The bounds and the weights are rounded apart: leave room for that.
       const bool may_win = next.time * 0.9999f < best.time;
-      if (!block.any(may_win)) break;
+      if (!block::any(may_win)) break;
       Arrived here;
       if (may_win) {
         if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
         const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
         float sum = 0.0f;
         SPECDEC_ROLLED
-        for (int offset = 4 * block.lane(); offset < kTileIds; offset += 4 * kLanes) {
+        for (int offset = 4 * block::lane(); offset < kTileIds; offset += 4 * kLanes) {
           float w[4];
           weigh(next.id * kTileIds + offset, w);
           const Words words = philox(inside, uint32_t(offset / 4));
@@ -177,11 +177,11 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
             take_part(here, exponential(words.w[k]), w[k], next.id * kTileIds + offset + k);
           }
         }
-        sum = block.in_warp(sum, Plus());
-        here = block.first_in_warp(here);
+        sum = block::in_warp(sum, std::plus<>());
+        here = block::first_in_warp(here);
         if (here.id != kNobody) here.time = quotient(next.time * weight, sum);
       }
-      best = Earlier()(best, block.reduce(here, Earlier()));
+      best = Earlier()(best, block::reduce(here, Earlier()));
     }
   }
   return best.id;
@@ -201,25 +201,24 @@ SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noi
 // The winner of the race of all ids of a row that was measured with it. Where filters keep some only, those race anew.
 template <class T>
 SPECDEC_DEVICE int flat_race(const Row<T>& row, const Distribution& d, const Noise& noise) {
-  const ThreadBlock& block = row.block;
   const Table table = row.table();
   const Probabilities probability = probabilities_of(d);
   Arrived first;
   SPECDEC_ROLLED
-  for (int span = block.rank(); !d.filtered() && span < table.spans; span += kThreads) {
+  for (int span = block::rank(); !d.filtered() && span < table.spans; span += kThreads) {
     const float share = probability(fresh(table.base(span)));
     const float time = quotient(fresh(table.time(span)), share);
     if (share > 0.0f && time < INFINITY) first = Earlier()(first, {time, bits_of(fresh(table.winner(span)))});
   }
-  for (int span = block.warp(); d.filtered() && span < table.spans; span += kWarps) {
+  for (int span = block::warp(); d.filtered() && span < table.spans; span += kWarps) {
     if (fresh(table.base(span)) < d.cutoff) continue;
     SPECDEC_ROLLED
     for (int u = 0; u < kLoads; ++u) {
-      const int id = span * kSpan + load_offset(block, u);
-      race(block, row.load(id), id, probability, noise, first);
+      const int id = span * kSpan + load_offset(u);
+      race(row.load(id), id, probability, noise, first);
     }
   }
-  return block.reduce(first, Earlier()).id;
+  return block::reduce(first, Earlier()).id;
 }
 
 }  // namespace specdec::cuda

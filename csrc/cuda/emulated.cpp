@@ -48,7 +48,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool to
     for (const int64_t* index = begin; index < end; ++index) {
       current = {&block, rank, *index};
       kernel(arguments...);
-      ThreadBlock::sync();  // what one block wrote, the next reads
+      block::sync();  // what one block wrote, the next reads
     }
   };
   const int64_t at_once = together ? blocks : 1, each = blocks / at_once;

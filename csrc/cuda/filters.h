@@ -45,19 +45,19 @@ struct BothAbove {
 template <class T>
 SPECDEC_SELDOM Above all_above(const Row<T> row, const Weights weight, float pivot) {
   Above own;
-  for (int span = row.block.warp(); span < row.table().spans; span += kWarps) {
+  for (int span = block::warp(); span < row.table().spans; span += kWarps) {
     const float top = fresh(row.table().base(span));
     if (top < pivot) {  // nothing to find
       own.below = fmaxf(own.below, top);
       continue;
     }
     for (int u = 0; u < kLoads; ++u) {
-      const auto v = row.load(span * kSpan + load_offset(row.block, u));
+      const auto v = row.load(span * kSpan + load_offset(u));
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e) own = BothAbove()(own, {v.at(e), weight(v.at(e)), pivot});
     }
   }
-  return row.block.reduce(own, BothAbove());
+  return block::reduce(own, BothAbove());
 }
 
 // The largest value such that what is not below it has `goal` in mass, or one with hardly more than that; what is not
@@ -70,7 +70,7 @@ SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value
     if (found.mass >= goal)
       low = order_of(found.least);
     else
-      high = Larger()(order_of(found.below), low);
+      high = std::max(order_of(found.below), low);
     if (found.mass >= goal && found.mass < goal + slack) break;
   }
   return float_in_order(low);
@@ -78,7 +78,6 @@ SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value
 
 template <class T>
 struct Filter {
-  const ThreadBlock& block;
   const Row<T>& row;
   const Sampling sampling;
   const Mass& all;
@@ -113,7 +112,7 @@ struct Filter {
   static constexpr Weights kCount{0.0f, 0.0f};  // one of each
 
   SPECDEC_DEVICE int tiles() const { return row.table().spans * kTilesOfSpan; }
-  SPECDEC_DEVICE decltype(BlockMemory::found)& memory() const { return block.memory().found; }
+  SPECDEC_DEVICE decltype(BlockMemory::found)& memory() const { return block::memory().found; }
   SPECDEC_DEVICE Weights weight() const { return {sampling.scale2(), all.top}; }
   // What min-p keeps.
   SPECDEC_DEVICE float floor() const {
@@ -127,7 +126,7 @@ struct Filter {
     float own[kCached];
     SPECDEC_UNROLL
     for (int c = 0; c < kCached; ++c) {
-      const int tile = c * kThreads + block.rank();
+      const int tile = c * kThreads + block::rank();
       own[c] = tile < tiles() ? fresh(row.table().top(tile)) : -INFINITY;
     }
     constexpr float kSlack = 15.0f;  // of top-k 50, 64 tiles: what a block loads at a time
@@ -136,9 +135,9 @@ struct Filter {
       SPECDEC_UNROLL
       for (const float top : own) found = BothAbove()(found, {top, 1.0f, pivot});
       SPECDEC_ROLLED
-      for (int tile = kCached * kThreads + block.rank(); tile < tiles(); tile += kThreads)
+      for (int tile = kCached * kThreads + block::rank(); tile < tiles(); tile += kThreads)
         found = BothAbove()(found, {fresh(row.table().top(tile)), 1.0f, pivot});
-      return block.reduce(found, BothAbove());
+      return block::reduce(found, BothAbove());
     });
   }
 
@@ -149,18 +148,18 @@ struct Filter {
     mass = 0.0f;
     SPECDEC_ROLLED
     for (int first = 0; first < tiles(); first += kThreads, listed += more) {
-      const int tile = first + block.rank();
+      const int tile = first + block::rank();
       const bool may = tile < tiles() && fresh(row.table().top(tile)) >= pivot;
-      const int at = listed + block.before(may, more);
+      const int at = listed + block::before(may, more);
       if (may && at < kListed) memory().list[at] = tile;
     }
-    block.sync();
+    block::sync();
     if (listed > kListed) return kKept + 1;
     for (int first = 0; first < listed; first += kWarps * kTilesOfSpan, count += more) {
       const auto for_found = [&](const auto& f) {
         SPECDEC_UNROLL
         for (int u = 0; u < kLoads; ++u) {
-          const int offset = load_offset(block, u), entry = first + block.warp() * kTilesOfSpan + offset / kTileIds;
+          const int offset = load_offset(u), entry = first + block::warp() * kTilesOfSpan + offset / kTileIds;
           if (entry >= listed) continue;
           const auto v = row.load(memory().list[entry] * kTileIds + offset % kTileIds);
           SPECDEC_UNROLL
@@ -170,14 +169,14 @@ struct Filter {
       };
       int own = 0;
       for_found([&](float) { ++own; });
-      int at = count + block.before(own, more);
+      int at = count + block::before(own, more);
       for_found([&](float x) {  // they are loaded again, and not all kept meanwhile
         const float own_weight = weight()(x);
         if (at < kKept) memory().values[at] = x, memory().weights[at] = own_weight;
         ++at, mass += own_weight;
       });
     }
-    mass = block.reduce(mass, Plus());  // and all see what was gathered
+    mass = block::reduce(mass, std::plus<>());  // and all see what was gathered
     return count;
   }
 
@@ -185,8 +184,8 @@ struct Filter {
   // mass above than `goal`, or than its share of what top-k left: equal logits stay or go together.
   SPECDEC_DEVICE Kept ranked(int count, bool limited, float goal) const {
     float left = 0.0f;
-    block.sync();  // the list has been read
-    for (int j = block.rank(); j < count; j += kThreads) {
+    block::sync();  // the list has been read
+    for (int j = block::rank(); j < count; j += kThreads) {
       const float value = memory().values[j];
       int larger = 0;
       float mass = 0.0f;
@@ -196,21 +195,21 @@ struct Filter {
       if (kept) left += memory().weights[j];
       memory().list[j] = bits_of(kept ? mass : INFINITY);  // only this thread reads it
     }
-    if (limited) goal = sampling.top_p * block.reduce(left, Plus());
+    if (limited) goal = sampling.top_p * block::reduce(left, std::plus<>());
     Above found;
-    for (int j = block.rank(); j < count; j += kThreads) {
+    for (int j = block::rank(); j < count; j += kThreads) {
       const float value = memory().values[j], mass = float_of_bits(memory().list[j]);
       if (mass < INFINITY && (sampling.top_p >= 1.0f || mass < goal || mass == 0.0f) && value >= floor())
         found = BothAbove()(found, {value, memory().weights[j], value});
     }
-    found = block.reduce(found, BothAbove());
+    found = block::reduce(found, BothAbove());
     return {found.least, found.mass};
   }
 };
 
 template <class T>
 SPECDEC_SELDOM Kept kept_by(const Row<T> row, const Mass all) {
-  return Filter<T>{row.block, row, row.sampling(), all}.kept();
+  return Filter<T>{row, row.sampling(), all}.kept();
 }
 
 }  // namespace specdec::cuda

@@ -9,17 +9,16 @@ namespace {
 template <class T>
 class MaskRow {
  public:
-  SPECDEC_DEVICE MaskRow(const ThreadBlock& block, const TreeMask& op, int64_t row)
-      : block_(block),
-        op_(op),
+  SPECDEC_DEVICE MaskRow(const TreeMask& op, int64_t row)
+      : op_(op),
         request_(row / op.nodes),
         query_(row % op.nodes),
         parents_(op.parents + request_ * op.nodes),
-        live_(live_nodes(block, parents_, int(op.nodes))),
+        live_(live_nodes(parents_, int(op.nodes))),
         length_(op.context_lens ? op.context_lens[request_] : 0) {}
 
   SPECDEC_DEVICE void write() const {
-    const int64_t lane = block_.lane(), row = request_ * op_.nodes + query_, all = op_.batch * op_.room;
+    const int64_t lane = block::lane(), row = request_ * op_.nodes + query_, all = op_.batch * op_.room;
     int64_t width = op_.room / op_.nodes, begin = request_ * op_.room, used = all;
     if (op_.format == MaskFormat::flat || op_.format == MaskFormat::flat_bits) {  // each behind the others
       width = length_ + op_.nodes, begin = used = 0;
@@ -27,7 +26,7 @@ class MaskRow {
         const int64_t count = flat_elements(op_.context_lens[b] + op_.nodes);
         begin += b < request_ ? count : 0, used += count;
       }
-      begin = block_.in_warp(begin, Plus()), used = block_.in_warp(used, Plus());
+      begin = block::in_warp(begin, std::plus<>()), used = block::in_warp(used, std::plus<>());
     }
     T* const out = static_cast<T*>(op_.out) + begin;
     if (op_.format == MaskFormat::packed)
@@ -53,14 +52,14 @@ class MaskRow {
                    : op_.element == MaskElement::bf16 ? 0xFF80u
                    : op_.element == MaskElement::f16  ? 0xFC00u
                                                       : 0);
-    for (int64_t key = block_.lane(); key < width; key += kLanes) out[key] = attends(query_, key) ? T(no == 0) : no;
+    for (int64_t key = block::lane(); key < width; key += kLanes) out[key] = attends(query_, key) ? T(no == 0) : no;
   }
 
   // A bit for each key; of a word of less than 32, the low ones.
   SPECDEC_DEVICE void write_words(T* out, int64_t width) const {
     for (int64_t word = 0; word < width; ++word) {
-      const uint32_t bits = block_.bits([&](int bit) { return attends(query_, word * 8 * int(sizeof(T)) + bit); });
-      if (block_.lane() == 0) out[word] = T(bits);
+      const uint32_t bits = block::bits([&](int bit) { return attends(query_, word * 8 * int(sizeof(T)) + bit); });
+      if (block::lane() == 0) out[word] = T(bits);
     }
   }
 
@@ -85,7 +84,6 @@ class MaskRow {
     return T(bits);
   }
 
-  const ThreadBlock& block_;
   const TreeMask& op_;
   const int64_t request_, query_;
   const int64_t* const parents_;
@@ -94,9 +92,8 @@ class MaskRow {
 
 template <class T>
 SPECDEC_KERNEL void tree_mask_kernel(SPECDEC_PARAMETER TreeMask op) {
-  const ThreadBlock block;
-  const int64_t row = block_index() * kWarps + block.warp();
-  if (row < op.batch * op.nodes) MaskRow<T>(block, op, row).write();
+  const int64_t row = block_index() * kWarps + block::warp();
+  if (row < op.batch * op.nodes) MaskRow<T>(op, row).write();
 }
 
 template <class T>
@@ -118,7 +115,7 @@ struct Caches {
 // ascending order nothing is overwritten before it has moved, and no thread waits for another.
 template <class T>
 SPECDEC_KERNEL void compact_kv_kernel(SPECDEC_PARAMETER CompactKv op, SPECDEC_PARAMETER Caches caches, int64_t count) {
-  const int64_t index = block_index() * kThreads + ThreadBlock::rank(), columns = op.row_bytes / int64_t(sizeof(T));
+  const int64_t index = block_index() * kThreads + block::rank(), columns = op.row_bytes / int64_t(sizeof(T));
   const int64_t column = index % columns, head = index / columns % op.heads;
   const int64_t request = index / columns / op.heads % op.batch, cache = index / columns / op.heads / op.batch;
   if (cache >= count) return;

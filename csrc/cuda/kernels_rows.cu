@@ -6,7 +6,7 @@ namespace specdec::cuda {
 namespace {
 
 SPECDEC_KERNEL void noise_words_kernel(SPECDEC_PARAMETER NoiseWords op) {
-  noise_program(op, block_index() * kThreads + ThreadBlock::rank());
+  noise_program(op, block_index() * kThreads + block::rank());
 }
 
 }  // namespace

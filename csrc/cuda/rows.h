@@ -26,13 +26,10 @@ SPECDEC_DEVICE T one(const T* p) {
 template <class T>
 SPECDEC_DEVICE T uniform_value(T x) {
 #ifdef __CUDACC__
-  uint32_t words[sizeof(T) / 4];
-  memcpy(words, &x, sizeof(T));
-  SPECDEC_UNROLL
-  for (uint32_t& word : words) word = __reduce_or_sync(~0u, word);
-  memcpy(&x, words, sizeof(T));
-#endif
+  return by_words<uint32_t>(x, [](uint32_t word, int) { return __reduce_or_sync(~0u, word); });
+#else
   return x;
+#endif
 }
 
 // x[at] where the compiler does not know the index, which would put all of x into memory.
@@ -120,8 +117,8 @@ SPECDEC_DEVICE float adjusted(const Rows& all, int i, int adjustment, int id, fl
 
 // Logits of any dtype, to which is done what specdec_kernels/ops/processing.py says as they are loaded; they are never
 // written.
-SPECDEC_SELDOM Eight<float> processed_logits(const ThreadBlock block, Which which, int i, int first) {
-  const Rows& all = block.memory().rows[which];
+SPECDEC_SELDOM Eight<float> processed_logits(Which which, int i, int first) {
+  const Rows& all = block::memory().rows[which];
   Eight<float> v;
   const auto load = [&](auto type) {
     const auto raw = eight_of(begin_of<typename decltype(type)::type>(all, i), first, all.vocab, all.columns);
@@ -133,7 +130,7 @@ SPECDEC_SELDOM Eight<float> processed_logits(const ThreadBlock block, Which whic
     case DType::bf16: load(TypeOf<BFloat16>()); break;
     default: load(TypeOf<Half>());
   }
-  const int end = Smaller()(first + kElements, all.vocab);
+  const int end = std::min(first + kElements, all.vocab);
   int adjustment = int(first_adjustment(all.adjustments, first));
   SPECDEC_ROLLED
   for (; adjustment < all.adjustments.count; ++adjustment) {
@@ -152,7 +149,7 @@ SPECDEC_SELDOM Eight<float> processed_logits(const ThreadBlock block, Which whic
 
 SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& all, int request) {
   const SamplingParameters own = all.of(request);
-  const int top_k = int(Smaller()(own.top_k, int64_t(std::numeric_limits<int>::max())));
+  const int top_k = int(std::min(own.top_k, int64_t(std::numeric_limits<int>::max())));
   return {scale_of(own.temperature), top_k, own.top_p, own.min_p};
 }
 
@@ -189,11 +186,10 @@ SPECDEC_DEVICE Rows described(const Logits& logits, int64_t begin, int64_t vocab
 // Row i of some that the block's memory describes.
 template <class T>
 struct Row {
-  ThreadBlock block;
   Which which;
   int i;
 
-  SPECDEC_DEVICE const Rows& all() const { return block.memory().rows[which]; }
+  SPECDEC_DEVICE const Rows& all() const { return block::memory().rows[which]; }
   SPECDEC_DEVICE const T* begin() const { return begin_of<T>(all(), i); }
   SPECDEC_DEVICE int vocab() const { return all().vocab; }
   SPECDEC_DEVICE const Sampling& sampling() const { return all().sampling; }
@@ -204,7 +200,7 @@ struct Row {
   // The logits of eight ids from `first`, a multiple of eight; -inf past the end of the row.
   SPECDEC_DEVICE auto load(int first) const {
     if constexpr (std::is_same_v<T, Mixed>)
-      return processed_logits(block, which, i, first);
+      return processed_logits(which, i, first);
     else
       return eight_of(begin(), first, vocab(), {});
   }
@@ -224,7 +220,7 @@ struct Row {
   // f(id, logit) on ids from `first`, a multiple of eight, to before `end`, by a block.
   template <class F>
   SPECDEC_DEVICE void for_ids(int first, int end, const F& f) const {
-    for (first += block.rank() * kElements; first < end; first += kThreads * kElements) {
+    for (first += block::rank() * kElements; first < end; first += kThreads * kElements) {
       const auto v = load(first);
       SPECDEC_UNROLL
       for (int e = 0; e < kElements; ++e)
@@ -246,8 +242,7 @@ struct Weights {
 // `id`; `first` is the warp's. An exponential is not below its uniform, so most need no logarithm to be seen to come
 // later than that one.
 template <class Loaded, class Weight>
-SPECDEC_DEVICE void race(const ThreadBlock& block, const Loaded& v, int id, const Weight& weight, const Noise& noise,
-                         Arrived& first) {
+SPECDEC_DEVICE void race(const Loaded& v, int id, const Weight& weight, const Noise& noise, Arrived& first) {
   Words quads[kElements / 4];
   philox(noise, uint32_t(id / 4), 1, quads);
   uint32_t early = 0;
@@ -257,28 +252,28 @@ SPECDEC_DEVICE void race(const ThreadBlock& block, const Loaded& v, int id, cons
     early |= uint32_t(float(quads[e / 4].w[e % 4]) * (0.999f * 0x1p-32f) < first.time * weight(v.at(e))) << e;
   SPECDEC_ROLLED
   for (; early != 0; early &= early - 1) {
-    const int at = first_bit(early);
+    const int at = std::countr_zero(early);
     const uint32_t word = at < 4 ? at_of(quads[0].w, at) : at_of(quads[1].w, at - 4);
     take_part(first, exponential(word), weight(as_float(at_of(v.x, at))), id + at);
   }
-  first = block.first_in_warp(first);
+  first = block::first_in_warp(first);
 }
 
 // One span, of which a lane has its loads; `used(u)` is called once the u-th is not needed any more.
 template <bool kRace, Sums kSums, class Loaded, class F>
-SPECDEC_DEVICE void measure_span(const ThreadBlock& block, int span, int own_tile, float scale2, const Noise& noise,
-                                 const Table& table, const Loaded (&v)[kLoads], const F& used) {
+SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noise& noise, const Table& table,
+                                 const Loaded (&v)[kLoads], const F& used) {
   float x[kLoads], own[kOwnTiles], top = -INFINITY;
   const int first_tile = kTilesOfSpan * span + own_tile;
   SPECDEC_UNROLL
   for (int u = 0; u < kLoads; ++u) x[u] = v[u].top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
   if constexpr (kSums == Sums::with_tops) {
-    block.per_tile(x, LargerOrNan(), own);
+    block::per_tile(x, LargerOrNan(), own);
     for (int k = 0; k < kOwnTiles; ++k)
-      if (block.leads_tile()) put(table.top(first_tile + k), own[k]);
+      if (block::leads_tile()) put(table.top(first_tile + k), own[k]);
   }
-  top = block.in_warp(top, LargerOrNan());
-  if (block.lane() == 0) put(table.base(span), top);
+  top = block::in_warp(top, LargerOrNan());
+  if (block::lane() == 0) put(table.base(span), top);
   const Weights weight{scale2, top};
   Arrived first;
   SPECDEC_UNROLL
@@ -288,28 +283,27 @@ SPECDEC_DEVICE void measure_span(const ThreadBlock& block, int span, int own_til
       SPECDEC_UNROLL
       for (int e = 1; e < kElements; ++e) x[u] += weight(v[u].at(e));
     }
-    if constexpr (kRace) race(block, v[u], span * kSpan + load_offset(block, u), weight, noise, first);
+    if constexpr (kRace) race(v[u], span * kSpan + load_offset(u), weight, noise, first);
     used(u);
   }
   if constexpr (kSums == Sums::none) return;
-  block.per_tile(x, Plus(), own);
+  block::per_tile(x, std::plus<>(), own);
   for (int k = 0; k < kOwnTiles; ++k)
-    if (block.leads_tile()) put(table.sum(first_tile + k), own[k]);
-  if (kRace && block.lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
+    if (block::leads_tile()) put(table.sum(first_tile + k), own[k]);
+  if (kRace && block::lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
 }
 
 // Spans that take more than to load them whole and to add them up: at the end of a row, of rows that lie at odd
 // addresses, of logits that are processed, and of races, which take ten times what a sum does.
 template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
-  const ThreadBlock& block = row.block;
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   for (; span < end; span += stride) {
     decltype(row.load(0)) v[kLoads];
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u] = row.load(span * kSpan + load_offset(block, u));
-    measure_span<kRace, Sums::with_tops>(block, span, block.own_tile(), scale2, noise, table, v, [](int) {});
+    for (int u = 0; u < kLoads; ++u) v[u] = row.load(span * kSpan + load_offset(u));
+    measure_span<kRace, Sums::with_tops>(span, block::own_tile(), scale2, noise, table, v, [](int) {});
   }
 }
 
@@ -317,23 +311,22 @@ SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int 
 // not.
 template <Sums kSums, class T>
 SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int stride) {
-  const ThreadBlock& block = row.block;
   const T* const begin = uniform_value(row.begin());
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   Eight<T> v[kLoads];
-  uint32_t own_tile = uint32_t(block.own_tile());
+  uint32_t own_tile = uint32_t(block::own_tile());
   compute_here(own_tile);  // and not for every span
   if (span < end) {
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u].load(begin + (span * kSpan + load_offset(block, u)));
+    for (int u = 0; u < kLoads; ++u) v[u].load(begin + (span * kSpan + load_offset(u)));
   }
   for (; span < end; span += stride) {
     // What has been summed makes room for the same part of the next span, which comes while the rest is summed. Behind
     // the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to other
     // registers first.
-    const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(block, 0)) : begin;
-    measure_span<false, kSums>(block, span, int(own_tile), scale2, {}, table, v,
+    const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(0)) : begin;
+    measure_span<false, kSums>(span, int(own_tile), scale2, {}, table, v,
                                [&](int u) { v[u].load(next + u * kLanes * kElements); });
   }
   return span;
@@ -344,7 +337,7 @@ template <bool kRace, bool kWhole = true, class T>
 SPECDEC_DEVICE void measure(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
   span = uniform_value(span);
   if constexpr (kWhole && !std::is_same_v<T, Mixed>) {
-    const int whole = reinterpret_cast<uintptr_t>(row.begin()) % 16 == 0 ? Smaller()(row.vocab() / kSpan, end) : 0;
+    const int whole = reinterpret_cast<uintptr_t>(row.begin()) % 16 == 0 ? std::min(row.vocab() / kSpan, end) : 0;
     const Sums sums = row.sums();
     if (sums == Sums::none)
       span = measure_whole<Sums::none>(row, span, whole, stride);
@@ -359,8 +352,8 @@ SPECDEC_DEVICE void measure(const Row<T>& row, int span, int end, int stride, co
 // A whole row anew, by one block, which sees it behind.
 template <class T>
 SPECDEC_SELDOM void measure_anew(const Row<T> row) {
-  measure_carefully<false>(row, row.block.warp(), row.table().spans, kWarps, {});
-  row.block.sync();
+  measure_carefully<false>(row, block::warp(), row.table().spans, kWarps, {});
+  block::sync();
 }
 
 }  // namespace specdec::cuda

@@ -17,23 +17,22 @@ SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
 template <class T, bool kRace>
 class SampleProgram {
  public:
-  SPECDEC_DEVICE SampleProgram(const ThreadBlock& block, const Sample& op, const Workspace& work, const Part& part)
-      : block_(block),
-        op_(op),
+  SPECDEC_DEVICE SampleProgram(const Sample& op, const Workspace& work, const Part& part)
+      : op_(op),
         work_(work),
         r_(part.request),
         slice_(part.slice),
         seed_(uint64_t(given(op.seed + r_))),
         position_(uint64_t(given(op.position + r_))),
         row_of_step_(uint64_t(given(op.row + r_))),
-        row_{block, kTargetRows, 0} {
-    if (block.rank() == 0) {
-      Rows& rows = block.memory().rows[kTargetRows] =
+        row_{kTargetRows, 0} {
+    if (block::rank() == 0) {
+      Rows& rows = block::memory().rows[kTargetRows] =
           described(op.logits, r_ * op.logits.row_stride, op.vocab, sampling_of(op.sampling, r_), work.table(r_));
       rows.columns = {op.target_to_draft, int(op.logits.width)};
       rows.mask = mask_of(op.processing, op.vocab, r_), rows.adjustments = adjustments_of(op.processing, r_);
     }
-    block.sync();
+    block::sync();
   }
 
   SPECDEC_DEVICE void run() {
@@ -51,11 +50,11 @@ class SampleProgram {
 
   // Measures this block's slice; whether it is the last to, and goes on. Then the distribution is known, and written.
   SPECDEC_DEVICE bool measured() {
-    const int begin = slice_ * work_.length, end = Smaller()(begin + work_.length, work_.spans);
-    measure<kRace>(row_, begin + block_.warp(), end, kWarps, coupled_noise());
-    if (when_all_came(block_, work_.counters + r_, work_.slices, [] { return 1; }) == 0) return false;
+    const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
+    measure<kRace>(row_, begin + block::warp(), end, kWarps, coupled_noise());
+    if (when_all_came(work_.counters + r_, work_.slices, [] { return 1; }) == 0) return false;
     d_ = distribution_of(row_);
-    if (block_.rank() == 0) {
+    if (block::rank() == 0) {
       op_.out_stats[3 * r_] = d_.valid ? d_.scale : NAN;
       op_.out_stats[3 * r_ + 1] = d_.valid ? d_.cutoff : NAN;
       op_.out_stats[3 * r_ + 2] = d_.valid ? d_.logsumexp() : NAN;
@@ -64,12 +63,11 @@ class SampleProgram {
   }
 
   SPECDEC_DEVICE void write(int64_t* token, float* logprob, int drawn) const {
-    if (block_.rank() != 0) return;
+    if (block::rank() != 0) return;
     *token = drawn == kNobody ? -1 : drawn;
     *logprob = drawn != kNobody && d_.valid ? float(d_.log_prob(row_.logit(drawn), drawn)) : NAN;
   }
 
-  const ThreadBlock& block_;
   const Sample& op_;
   const Workspace& work_;
   const int r_, slice_;
@@ -81,9 +79,8 @@ class SampleProgram {
 // Siblings come out of few rows, so one kernel does for any dtype.
 class ChildrenProgram : SampleProgram<Mixed, false> {
  public:
-  SPECDEC_DEVICE ChildrenProgram(const ThreadBlock& block, const SampleChildren& op, const Workspace& work,
-                                 const Part& part)
-      : SampleProgram(block, op.common, work, part), count_(int(op.count)), how_(op.how) {}
+  SPECDEC_DEVICE ChildrenProgram(const SampleChildren& op, const Workspace& work, const Part& part)
+      : SampleProgram(op.common, work, part), count_(int(op.count)), how_(op.how) {}
 
   // Fewer than `count` where the distribution has no more to give.
   SPECDEC_DEVICE void run() {
@@ -100,7 +97,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
         if (last.id != kNobody) last = next_best(last);
         drawn = last.id;
       } else {
-        block_.sync();  // the tokens before were written by one thread
+        block::sync();  // the tokens before were written by one thread
         drawn = draw_without(tokens, how_ == Children::iid ? 0 : child, noise(child));
       }
       write(tokens + child, op_.out_logprobs + int64_t(r_) * count_ + child, drawn);
@@ -123,7 +120,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
       }
       if (here.time > last.time || (here.time == last.time && here.id > last.id)) best = Earlier()(best, here);
     });
-    return block_.reduce(best, Earlier());
+    return block::reduce(best, Earlier());
   }
 
   // A token by the two-level race, none of the first `count`; kNobody where they left nothing.
@@ -142,7 +139,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     if (drawn == kNobody || probability(row_.logit(drawn)) >= float(kNothingLeft)) return drawn;
     float share = 0.0f;
     row_.for_ids(0, row_.vocab(), [&](int id, float x) { share += left(id, x); });
-    return block_.reduce(share, Plus()) < float(kNothingLeft) ? kNobody : drawn;
+    return block::reduce(share, std::plus<>()) < float(kNothingLeft) ? kNobody : drawn;
   }
 
   const int count_;

@@ -22,8 +22,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool to
 
 template <class Program, class Op>
 SPECDEC_KERNEL void program_kernel(SPECDEC_PARAMETER Op op, SPECDEC_PARAMETER Workspace work) {
-  const ThreadBlock block;
-  Program(block, op, work, part_of(op, unsigned(block_index()), unsigned(work.slices))).run();
+  Program(op, work, part_of(op, unsigned(block_index()), unsigned(work.slices))).run();
 }
 
 template <class Op>

@@ -5,9 +5,11 @@
 // 16 bytes of bfloat16, `kLoads` times. Half a warp takes a tile at a time.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
@@ -41,31 +43,21 @@
 
 namespace specdec::cuda {
 
+#ifdef __CUDACC__
+constexpr int kThreads = 256;
+static_assert(kThreads == 32 * kChunkSpans);
+#else
+constexpr int kThreads = SPECDEC_EMULATED_THREADS;
+#endif
+constexpr int kLanes = kThreads == 1 ? 1 : 32, kWarps = kThreads / kLanes;
 constexpr int kTileIds = int(kTile), kSpan = int(kSpanIds), kTilesOfSpan = int(kSpanTiles);
-// Neighbouring ids that a lane loads at a time.
-constexpr int kElements = 8;
+// Neighbouring ids that a lane loads at a time, and how often it does in a span; tiles of a span whose results it has,
+// after those of its warp were combined.
+constexpr int kElements = 8, kLoads = kSpan / (kElements * kLanes), kOwnTiles = kLanes == 1 ? kTilesOfSpan : 1;
 
 SPECDEC_DEVICE float float_of_bits(int bits) { return std::bit_cast<float>(bits); }
 SPECDEC_DEVICE int bits_of(float x) { return std::bit_cast<int>(x); }
 
-struct Smaller {
-  template <class T>
-  SPECDEC_DEVICE T operator()(T a, T b) const {
-    return b < a ? b : a;
-  }
-};
-struct Larger {
-  template <class T>
-  SPECDEC_DEVICE T operator()(T a, T b) const {
-    return a < b ? b : a;
-  }
-};
-struct Plus {
-  template <class T>
-  SPECDEC_DEVICE T operator()(T a, T b) const {
-    return a + b;
-  }
-};
 // The larger one; nan if either is: so the largest logit of a row says whether the row is valid.
 struct LargerOrNan {
   SPECDEC_DEVICE float operator()(float a, float b) const {
@@ -150,7 +142,20 @@ struct BlockMemory {
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
   };
   Rows rows[3];
+  alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };
+
+// x by its words, each replaced by f(word, its number).
+template <class Word, class T, class F>
+SPECDEC_DEVICE T by_words(T x, const F& f) {
+  static_assert(sizeof(T) % sizeof(Word) == 0);
+  Word words[sizeof(T) / sizeof(Word)];
+  memcpy(words, &x, sizeof(T));
+  SPECDEC_UNROLL
+  for (int k = 0; k < int(sizeof(T) / sizeof(Word)); ++k) words[k] = f(words[k], k);
+  memcpy(&x, words, sizeof(T));
+  return x;
+}
 
 }  // namespace specdec::cuda
 
@@ -158,26 +163,7 @@ struct BlockMemory {
 
 namespace specdec::cuda {
 
-constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
-constexpr int kLoads = kSpan / (kElements * kLanes);
-// Tiles of a span whose results a lane has, after those of its warp were combined.
-constexpr int kOwnTiles = 1;
-
-static_assert(kWarps == kChunkSpans);
-
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
-
-// x by its words, each replaced by f(word, its number).
-template <class Word, class T, class F>
-__device__ __forceinline__ T by_words(T x, const F& f) {
-  static_assert(sizeof(T) % sizeof(Word) == 0);
-  Word words[sizeof(T) / sizeof(Word)];
-  memcpy(words, &x, sizeof(T));
-#pragma unroll
-  for (int k = 0; k < int(sizeof(T) / sizeof(Word)); ++k) words[k] = f(words[k], k);
-  memcpy(&x, words, sizeof(T));
-  return x;
-}
 
 // What blocks of this launch wrote, and writing it. It is not read from this multiprocessor's own cache.
 template <class T>
@@ -195,8 +181,6 @@ __device__ __forceinline__ void put(T* p, const T& x) {
     by_words<uint4>(x, [&](uint4 word, int k) { return __stcg(reinterpret_cast<uint4*>(p) + k, word), word; });
 }
 
-__device__ __forceinline__ int count_bits(uint32_t word) { return __popc(word); }
-__device__ __forceinline__ int first_bit(uint32_t word) { return __ffs(int(word)) - 1; }
 // Within a few units in the last place, the logarithm up to a half.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ float log_of_small(float x) { return __logf(x); }
@@ -229,107 +213,22 @@ __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
 __device__ __forceinline__ void compute_here(uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
 
+namespace block {
+
+__device__ __forceinline__ int rank() { return int(threadIdx.x); }
+__device__ __forceinline__ void sync() { __syncthreads(); }
+__device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x) != 0; }
+__device__ __forceinline__ BlockMemory& memory() {
+  __shared__ BlockMemory own;
+  return own;
+}
+// What the lane has whose number differs in the bits of a mask.
 template <class T>
 __device__ __forceinline__ T shuffled(T x, int mask) {
   return by_words<uint32_t>(x, [&](uint32_t word, int) { return __shfl_xor_sync(~0u, word, mask); });
 }
 
-class ThreadBlock {
- public:
-  __device__ __forceinline__ static int rank() { return int(threadIdx.x); }
-  __device__ __forceinline__ static int lane() { return rank() % kLanes; }
-  __device__ __forceinline__ static int warp() { return rank() / kLanes; }
-  __device__ __forceinline__ void sync() const { __syncthreads(); }
-
-  __device__ __forceinline__ static BlockMemory& memory() {
-    __shared__ BlockMemory own;
-    return own;
-  }
-
-  // Over the lanes of a warp, known to all of them. The order does not depend on the lane, nor does the result.
-  template <class T, class F>
-  __device__ __forceinline__ T in_warp(T x, const F& combine) const {
-#pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
-    return x;
-  }
-
-  // The earliest of a warp, known to all of its lanes.
-  __device__ __forceinline__ Arrived first_in_warp(const Arrived& mine) const {
-    Arrived first;  // times are not negative: their bits are in their order
-    first.time = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(mine.time)));
-    first.id = int(__reduce_min_sync(~0u, mine.time == first.time ? unsigned(mine.id) : unsigned(kNobody)));
-    return first;
-  }
-
-  // Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
-  // together, so that it takes five shuffles and not sixteen. Tile own_tile() is left to this lane and three more.
-  template <class F>
-  __device__ __forceinline__ void per_tile(const float (&x)[kLoads], const F& combine, float (&own)[kOwnTiles]) const {
-    const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not memory
-    const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
-    const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
-    const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
-    float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));
-    mine = combine(mine, shuffled(mine, 2));
-    own[0] = combine(mine, shuffled(mine, 1));
-  }
-  __device__ __forceinline__ static int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
-  __device__ __forceinline__ static bool leads_tile() { return lane() % 4 == 0; }
-
-  // The word of the bits f(0), ..., f(31), known to the warp.
-  template <class F>
-  __device__ __forceinline__ uint32_t bits(const F& f) const {
-    return __ballot_sync(~0u, f(lane()));
-  }
-
-  // Over the whole block, known to all.
-  template <class T, class F>
-  __device__ __forceinline__ T reduce(T x, const F& combine) const {
-    __shared__ alignas(16) unsigned char scratch[kWarps * 16];
-    static_assert(sizeof(T) <= 16);
-    T* shared = reinterpret_cast<T*>(scratch);
-    x = in_warp(x, combine);
-    sync();  // an earlier result may still be read
-    if (lane() == 0) shared[warp()] = x;
-    sync();
-    x = shared[0];
-#pragma unroll
-    for (int other = 1; other < kWarps; ++other) x = combine(x, shared[other]);
-    // Or the values of all warps would stay in registers.
-    return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
-  }
-  __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
-  // The sum of `x` over the threads before this one; and over all.
-  __device__ __forceinline__ int before(int x, int& all) const {
-    __shared__ int shared[kWarps];
-    int sum = x;
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, step);
-      if (lane() >= step) sum += other;
-    }
-    sync();
-    if (lane() == kLanes - 1) shared[warp()] = sum;
-    sync();
-    int ahead = 0;
-    all = 0;
-#pragma unroll
-    for (int other = 0; other < kWarps; ++other) {
-      if (other < warp()) ahead += shared[other];
-      all += shared[other];
-    }
-    return ahead + sum - x;
-  }
-  // What the first thread has.
-  __device__ __forceinline__ int of_first(int x) const {
-    __shared__ int shared;
-    sync();
-    if (rank() == 0) shared = x;
-    sync();
-    return shared;
-  }
-};
+}  // namespace block
 
 }  // namespace specdec::cuda
 
@@ -339,35 +238,136 @@ class ThreadBlock {
 
 namespace specdec::cuda {
 
+// Of a block and its warps. All of their threads come, and all know the result.
+namespace block {
+
+SPECDEC_DEVICE int lane() { return rank() % kLanes; }
+SPECDEC_DEVICE int warp() { return rank() / kLanes; }
+
+// The order does not depend on the lane, nor does the result.
+template <class T, class F>
+SPECDEC_DEVICE T in_warp(T x, const F& combine) {
+  SPECDEC_UNROLL
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x = combine(x, shuffled(x, mask));
+  return x;
+}
+
+SPECDEC_DEVICE Arrived first_in_warp(const Arrived& mine) {
+#ifdef __CUDACC__
+  Arrived first;  // times are not negative: their bits are in their order
+  first.time = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(mine.time)));
+  first.id = int(__reduce_min_sync(~0u, mine.time == first.time ? unsigned(mine.id) : unsigned(kNobody)));
+  return first;
+#else
+  return in_warp(mine, Earlier());
+#endif
+}
+
+// The word of the bits f(0), ..., f(31).
+template <class F>
+SPECDEC_DEVICE uint32_t bits(const F& f) {
+#ifdef __CUDACC__
+  return __ballot_sync(~0u, f(lane()));
+#else
+  uint32_t word = 0;
+  for (int bit = lane(); bit < 32; bit += kLanes) word |= uint32_t(f(bit)) << bit;
+  return in_warp(word, std::plus<>());
+#endif
+}
+
+// The first number from `begin` on of which f is true; `end` if there is none.
+template <class F>
+SPECDEC_DEVICE int first_where(int begin, int end, const F& f) {
+  SPECDEC_ROLLED
+  for (; begin < end; begin += 32) {
+    const uint32_t hits = bits([&](int bit) { return begin + bit < end && f(begin + bit); });
+    if (hits != 0) return begin + std::countr_zero(hits);
+  }
+  return end;
+}
+
+// Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
+// together, so that it takes five shuffles and not sixteen. Tile own_tile() is left to this lane and three more.
+template <class F>
+SPECDEC_DEVICE void per_tile(const float (&x)[4], const F& combine, float (&own)[1]) {
+  const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not memory
+  const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
+  const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
+  const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
+  float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));
+  mine = combine(mine, shuffled(mine, 2));
+  own[0] = combine(mine, shuffled(mine, 1));
+}
+SPECDEC_DEVICE int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
+SPECDEC_DEVICE bool leads_tile() { return lane() % 4 == 0; }
+
+// What the first lane of each warp has, known to all, in the block's memory until this is called again.
+template <class T>
+SPECDEC_DEVICE const T* of_warps(const T& x) {
+  static_assert(sizeof(T) <= 16);
+  T* const shared = reinterpret_cast<T*>(memory().scratch);
+  sync();  // an earlier result may still be read
+  if (lane() == 0) shared[warp()] = x;
+  sync();
+  return shared;
+}
+
+// Over the whole block.
+template <class T, class F>
+SPECDEC_DEVICE T reduce(T x, const F& combine) {
+  const T* const each = of_warps(in_warp(x, combine));
+  x = each[0];
+  SPECDEC_UNROLL
+  for (int other = 1; other < kWarps; ++other) x = combine(x, each[other]);
+  // Or the values of all warps would stay in registers.
+  return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
+}
+
+// The sum of `x` over the threads before this one; and over all.
+SPECDEC_DEVICE int before(int x, int& all) {
+  int sum = x, ahead = 0;
+  SPECDEC_UNROLL
+  for (int mask = 1; mask < kLanes; mask *= 2) {
+    const int other = shuffled(sum, mask);
+    ahead += (lane() & mask) != 0 ? other : 0, sum += other;
+  }
+  const int* const each = of_warps(sum);
+  all = 0;
+  SPECDEC_UNROLL
+  for (int other = 0; other < kWarps; ++other) {
+    if (other < warp()) ahead += each[other];
+    all += each[other];
+  }
+  return ahead;
+}
+
+// What the first thread has.
+SPECDEC_DEVICE int of_first(int x) { return of_warps(x)[0]; }
+
+}  // namespace block
+
 // What `last()` returns to the first thread of the last of `blocks` blocks to arrive at a counter, which is 0 again
 // then; 0 for the others. The last one sees what all of them wrote before.
 template <class F>
-SPECDEC_DEVICE int when_all_came(const ThreadBlock& block, uint32_t* counter, int blocks, const F& last) {
-  block.sync();  // all threads have written
+SPECDEC_DEVICE int when_all_came(uint32_t* counter, int blocks, const F& last) {
+  block::sync();  // all threads have written
   int code = 0;
-  if (block.rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
+  if (block::rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
     acquire();
     code = last();
   }
-  return block.of_first(code);
+  return block::of_first(code);
 }
 
 // Nodes of a tree before the first one without a parent among the earlier.
-SPECDEC_DEVICE int live_nodes(const ThreadBlock& block, const int64_t* parents, int nodes) {
-  SPECDEC_ROLLED
-  for (int first = 0; first < nodes; first += 32) {
-    const uint32_t ends = block.bits([&](int bit) {
-      const int node = first + bit;
-      if (node >= nodes) return true;
-      const int64_t up = given(parents + node);
-      return node == 0 ? up != -1 : up < 0 || up >= node;
-    });
-    if (ends != 0) return first + first_bit(ends);
-  }
-  return nodes;
+SPECDEC_DEVICE int live_nodes(const int64_t* parents, int nodes) {
+  return block::first_where(0, nodes, [&](int node) {
+    const int64_t up = given(parents + node);
+    return node == 0 ? up != -1 : up < 0 || up >= node;
+  });
 }
 
 // Where the u-th load of a lane begins in a span.
-SPECDEC_DEVICE int load_offset(const ThreadBlock& block, int u) { return (u * kLanes + block.lane()) * kElements; }
+SPECDEC_DEVICE int load_offset(int u) { return (u * kLanes + block::lane()) * kElements; }
 
 }  // namespace specdec::cuda

@@ -26,11 +26,11 @@ template <class T>
 class DescendProgram : CrewProgram<T, VerifyTree> {
   using Base = CrewProgram<T, VerifyTree>;
   using Base::all_, Base::dense, Base::draft, Base::live_, Base::meet, Base::next_child, Base::op_, Base::parent,
-      Base::slice_, Base::target, Base::block_, Base::token, Base::uniform_of, Base::work_;
+      Base::slice_, Base::target, Base::token, Base::uniform_of, Base::work_;
 
  public:
-  SPECDEC_DEVICE DescendProgram(const ThreadBlock& block, const VerifyTree& op, const Workspace& work, const Part& part)
-      : Base(block, op, work, part),
+  SPECDEC_DEVICE DescendProgram(const VerifyTree& op, const Workspace& work, const Part& part)
+      : Base(op, work, part),
         nodes_(static_cast<Node*>(work.places) + (int64_t(part.request) * work.slices + part.slice) * op.common.rows),
         recursive_(op.rule == TreeRule::recursive) {}
 
@@ -48,9 +48,9 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
  private:
   SPECDEC_DEVICE Node state_of(int node) const { return fresh(nodes_ + node); }
   SPECDEC_DEVICE void store_state(int node, const Node& state) const {
-    block_.sync();  // all have read what is overwritten now
-    if (block_.rank() == 0) put(nodes_ + node, state);
-    block_.sync();
+    block::sync();  // all have read what is overwritten now
+    if (block::rank() == 0) put(nodes_ + node, state);
+    block::sync();
   }
 
   // The distributions of a node, and a fresh state. Whether its row and its children's distributions are usable.
@@ -86,9 +86,9 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   // f(child) for the children tested so far whose tokens lie in [begin, begin + count).
   template <class F>
   SPECDEC_DEVICE void for_tested(int node, int last, int begin, int count, const F& f) const {
-    const int behind = Smaller()(last + 1, live_);
+    const int behind = std::min(last + 1, live_);
     const auto next = [&](int after) {
-      return Base::first_where(after + 1, behind, [&](int child) {
+      return block::first_where(after + 1, behind, [&](int child) {
         return Base::is_child(child, node) && token(child) >= begin && token(child) - begin < count;
       });
     };
@@ -172,7 +172,7 @@ class DescendProgram : CrewProgram<T, VerifyTree> {
   SPECDEC_DEVICE double test(int node, int child, const Node& state) {
     const bool certain = is_certain(state);
     const int64_t id = token(child);
-    const bool fresh = child == Base::first_where(node + 1, child, [&](int earlier) {
+    const bool fresh = child == block::first_where(node + 1, child, [&](int earlier) {
                          return Base::is_child(earlier, node) && token(earlier) == id;
                        });
     const double prob = Base::drafted_prob(node, state.draft, int(id));

@@ -37,9 +37,8 @@ enum class By { acceptance, draw, race };
 template <class T, class Op, By kBy>
 class VerifyProgram {
  public:
-  SPECDEC_DEVICE VerifyProgram(const ThreadBlock& block, const Op& op, const Workspace& work, const Part& part)
-      : block_(block),
-        op_(op),
+  SPECDEC_DEVICE VerifyProgram(const Op& op, const Workspace& work, const Part& part)
+      : op_(op),
         all_(op.common),
         work_(work),
         b_(part.request),
@@ -47,8 +46,8 @@ class VerifyProgram {
         slice_(part.slice),
         rows_(int(all_.rows)),
         live_(count_live()) {
-    if (block.rank() == 0) describe_rows();
-    block.sync();
+    if (block::rank() == 0) describe_rows();
+    block::sync();
   }
 
   // One row, by the blocks that share it. Rows come after those whose outcome decides on them, so where blocks start in
@@ -57,11 +56,11 @@ class VerifyProgram {
   SPECDEC_DEVICE void run() {
     if (row_ >= live_) return;
     // Asked once for all threads: it may change meanwhile.
-    if (!work_.in_waves || !block_.any(is_settled())) {
-      const int begin = slice_ * work_.length, end = Smaller()(begin + work_.length, work_.spans);
-      measure_node(row_, begin + block_.warp(), end, kWarps);
+    if (!work_.in_waves || !block::any(is_settled())) {
+      const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
+      measure_node(row_, begin + block::warp(), end, kWarps);
     }
-    const int code = when_all_came(block_, counters() + row_, work_.slices, [&] { return is_settled() ? 2 : 1; });
+    const int code = when_all_came(counters() + row_, work_.slices, [&] { return is_settled() ? 2 : 1; });
     if (code == 0) return;
     const bool decides = code == 1 && settle(judge(row_));
     leave();
@@ -112,28 +111,18 @@ class VerifyProgram {
   SPECDEC_DEVICE int64_t token(int node) const { return all_.tokens[first_token() + node * all_.token_strides[1]]; }
   SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < all_.vocab; }
 
-  // The first number from `begin` on of which f is true; `end` if there is none.
-  template <class F>
-  SPECDEC_DEVICE int first_where(int begin, int end, const F& f) const {
-    SPECDEC_ROLLED
-    for (; begin < end; begin += 32) {
-      const uint32_t hits = block_.bits([&](int bit) { return begin + bit < end && f(begin + bit); });
-      if (hits != 0) return begin + first_bit(hits);
-    }
-    return end;
-  }
   // A chain ends before -1, or another id that is none; the root's row is requested even where there is no tree.
   SPECDEC_DEVICE int count_live() const {
     if constexpr (kIsChain)
-      return first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });
+      return block::first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });
     else
-      return Larger()(live_nodes(block_, parents(), rows_), 1);
+      return std::max(live_nodes(parents(), rows_), 1);
   }
   // A node whose token is none is no child.
   SPECDEC_DEVICE bool is_child(int child, int node) const { return parent(child) == node && is_token(token(child)); }
   // The first child of a node behind `after`; the number of nodes if there is none.
   SPECDEC_DEVICE int next_child(int node, int after) const {
-    return first_where(after + 1, live_, [&](int child) { return is_child(child, node); });
+    return block::first_where(after + 1, live_, [&](int child) { return is_child(child, node); });
   }
 
   // --- rows, and what is found of them -------------------------------------------------------------------------------
@@ -146,7 +135,7 @@ class VerifyProgram {
     // Where a row that is not visited may not be measured, two tables serve all of a request.
     const int64_t first = 2 * (work_.ahead ? request() * rows_ : request());
     const int64_t floats = work_.ahead ? 2 * Table::floats(work_.spans) : 0;
-    Rows* const rows = block_.memory().rows;
+    Rows* const rows = block::memory().rows;
     Rows& target = rows[kTargetRows] =
         described(all_.target, begin, all_.vocab, sampling_of(all_.sampling, int(request())), work_.table(first));
     target.floats_a_table = floats;
@@ -160,8 +149,8 @@ class VerifyProgram {
                   {all_.draft_stats ? 1.0f : all_.draft_scale(request())}, work_.table(first + 1));
     draft.floats_a_table = floats, draft.columns = {all_.target_to_draft, int(all_.draft.width)};
   }
-  SPECDEC_DEVICE Row<T> target(int i) const { return {block_, kTargetRows, i}; }
-  SPECDEC_DEVICE Row<T> draft(int i) const { return {block_, kDraftRows, i}; }
+  SPECDEC_DEVICE Row<T> target(int i) const { return {kTargetRows, i}; }
+  SPECDEC_DEVICE Row<T> draft(int i) const { return {kDraftRows, i}; }
   SPECDEC_DEVICE Judged* judged() const { return static_cast<Judged*>(work_.places) + request() * rows_; }
 
   // Whether drafts were drawn from rows of logits; and whether the row that a node's were has to be measured.
@@ -177,7 +166,7 @@ class VerifyProgram {
     const int rows = kBy == By::acceptance && measures_draft(i) ? 2 : 1;
     SPECDEC_ROLLED
     for (int which = kTargetRows; which < rows; ++which)
-      measure<kRace, kWhole>(Row<T>{block_, Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
+      measure<kRace, kWhole>(Row<T>{Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
   }
 
   // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave `d`, a point mass,
@@ -226,7 +215,7 @@ class VerifyProgram {
   template <class State>
   SPECDEC_DEVICE void write_path(int end, int drawn, bool valid, const State* found) const {
     const int depth = depth_of(end);
-    if (block_.rank() == 0) all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid;
+    if (block::rank() == 0) all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid;
     SPECDEC_ROLLED
     for (int i = rows_ - 1; i > depth; --i) write(i, -1, -1, found);
     int64_t id = drawn;
@@ -241,21 +230,21 @@ class VerifyProgram {
   template <class State>
   SPECDEC_DEVICE void write(int i, int node, int64_t id, const State* found) const {
     const int64_t at = request() * rows_ + i;
-    if (block_.rank() == 0) {
+    if (block::rank() == 0) {
       all_.out_tokens[at] = id;
       if constexpr (!kIsChain) op_.out_nodes[at] = node;
     }
     if (all_.out_logprobs == nullptr) return;
     float logprob = NAN, raw_logprob = NAN;
     if (node >= 0) {
-      const Row<T> raw{block_, kRawRows, node};
+      const Row<T> raw{kRawRows, node};
       measure_anew(raw);
       const Mass mass = mass_of(raw);
       if (mass.valid()) raw_logprob = (raw.logit(int(id)) - mass.top) - logf(mass.sum);
       const Distribution d = fresh(found + node).target;
       if (d.valid) logprob = float(d.log_prob(target(node).logit(int(id)), int(id)));
     }
-    if (block_.rank() == 0) all_.out_logprobs[at] = logprob, all_.out_raw_logprobs[at] = raw_logprob;
+    if (block::rank() == 0) all_.out_logprobs[at] = logprob, all_.out_raw_logprobs[at] = raw_logprob;
   }
 
   // --- by rows -------------------------------------------------------------------------------------------------------
@@ -297,7 +286,7 @@ class VerifyProgram {
       while (child < live_ && token(child) != found.drawn) child = next_child(i, child);
       if (child < live_) found.next = child;
     }
-    if (block_.rank() == 0) put(judged() + i, found);
+    if (block::rank() == 0) put(judged() + i, found);
     return found.next;
   }
 
@@ -313,23 +302,23 @@ class VerifyProgram {
   // Settles this row, and those that are passed by. Whether those were the last of the request.
   SPECDEC_DEVICE bool settle(int next) const {
     int more = 0;
-    block_.sync();  // what was judged is written
+    block::sync();  // what was judged is written
     SPECDEC_ROLLED
-    for (int word = block_.warp(); 32 * word < live_; word += kWarps) {
-      const uint32_t bits = block_.bits([&](int bit) {
+    for (int word = block::warp(); 32 * word < live_; word += kWarps) {
+      const uint32_t bits = block::bits([&](int bit) {
         const int node = 32 * word + bit;
         return node < live_ && (node == row_ || passed_by(node, next));
       });
-      if (block_.lane() == 0 && bits != 0) more += count_bits(bits & ~set_bits(settled_bits() + word, bits));
+      if (block::lane() == 0 && bits != 0) more += std::popcount(bits & ~set_bits(settled_bits() + word, bits));
     }
-    more = block_.reduce(more, Plus());
-    return block_.of_first(block_.rank() == 0 && more > 0 &&
+    more = block::reduce(more, std::plus<>());
+    return block::of_first(block::rank() == 0 && more > 0 &&
                            int(add_to(rows_settled(), uint32_t(more))) + more == live_);
   }
 
   // Once all blocks of a row have come. The last row of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
-    if (block_.rank() != kThreads - 1) return;  // not who has most to do
+    if (block::rank() != kThreads - 1) return;  // not who has most to do
     if (come_to(rows_done(), uint32_t(live_ - 1)) != uint32_t(live_ - 1)) return;
     acquire();
     put(rows_settled(), 0u);
@@ -352,10 +341,10 @@ class VerifyProgram {
     if constexpr (kIsChain) {
       int independent = 0;
       SPECDEC_ROLLED
-      for (int i = block_.rank(); op_.independent && i + 1 < live_; i += kThreads)
+      for (int i = block::rank(); op_.independent && i + 1 < live_; i += kThreads)
         independent += fresh(&judged()[i].next) >= 0;
-      independent = op_.independent ? block_.reduce(independent, Plus()) : -1;
-      if (block_.rank() != 0) return;
+      independent = op_.independent ? block::reduce(independent, std::plus<>()) : -1;
+      if (block::rank() != 0) return;
       op_.out_counters[2 * request()] = live_ - 1, op_.out_counters[2 * request() + 1] = independent;
     }
   }
@@ -368,7 +357,6 @@ class VerifyProgram {
     if (row.draft.argmax >= 0) set_at(w, row.draft.argmax - first, 0.0f);
   }
 
-  const ThreadBlock& block_;
   const Op& op_;
   const Verification& all_;
   const Workspace& work_;

@@ -2,23 +2,12 @@
 // where those of a block do, so that a thread sanitizer finds where one does not wait.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <barrier>
-#include <bit>
-#include <numeric>
 #include <thread>
 
-#ifndef SPECDEC_EMULATED_THREADS
-#define SPECDEC_EMULATED_THREADS 1
-#endif
-
 namespace specdec::cuda {
-
-constexpr int kThreads = SPECDEC_EMULATED_THREADS, kLanes = kThreads == 1 ? 1 : 32, kWarps = kThreads / kLanes;
-constexpr int kLoads = kSpan / (kElements * kLanes);
-constexpr int kOwnTiles = kLanes == 1 ? kTilesOfSpan : 1;
 
 template <class T>
 T fresh(const T* p) {
@@ -28,8 +17,6 @@ template <class T>
 void put(T* p, const T& x) {
   *p = x;
 }
-inline int count_bits(uint32_t word) { return std::popcount(word); }
-inline int first_bit(uint32_t word) { return std::countr_zero(word); }
 inline float quotient(float a, float b) { return a / b; }
 inline float log_of_small(float x) { return logf(x); }
 inline float ex2(float x) { return exp2f(x); }
@@ -51,14 +38,14 @@ inline void wait_a_little() { std::this_thread::yield(); }
 
 // What the threads of a block share.
 struct BlockState {
-  struct Warp : std::barrier<> {
-    Warp() : std::barrier<>(kLanes) {}
+  struct Warp {
+    std::barrier<> all{kLanes};
+    struct alignas(16) {
+      unsigned char bytes[16];
+    } slots[2][kLanes]{};
   };
   std::barrier<> all{kThreads};
   std::array<Warp, kWarps> warps;
-  struct alignas(16) {
-    unsigned char bytes[16];
-  } slots[kThreads]{};
   BlockMemory memory{};
 };
 
@@ -67,89 +54,46 @@ struct Thread {
   BlockState* block;
   int rank;
   int64_t block_index;
+  int shuffles = 0;
 };
 inline constinit thread_local Thread current{};
 inline int64_t block_index() { return current.block_index; }
 
-class ThreadBlock {
- public:
-  static int rank() { return kThreads == 1 ? 0 : current.rank; }
-  static int lane() { return rank() % kLanes; }
-  static int warp() { return rank() / kLanes; }
-  static BlockMemory& memory() { return current.block->memory; }
-  static void sync() {
-    if constexpr (kThreads > 1) current.block->all.arrive_and_wait();
-  }
+namespace block {
 
-  // As shuffles do, each with its opposite.
-  template <class T, class F>
-  static T in_warp(const T& x, const F& combine) {
-    return folded(of_warp(x), combine);
-  }
-  static Arrived first_in_warp(const Arrived& mine) { return in_warp(mine, Earlier()); }
-  // A tile has sixteen of the pieces that follow each other through the lanes and their loads.
-  template <class F>
-  static void per_tile(const float (&x)[kLoads], const F& combine, float (&own)[kOwnTiles]) {
-    constexpr int kPieces = kTileIds / kElements;
-    std::array<float, kSpan / kElements> all;
-    for (int u = 0; u < kLoads; ++u) std::ranges::copy(of_warp(x[u]), all.begin() + u * kLanes);
-    for (int k = 0; k < kOwnTiles; ++k) {
-      std::array<float, kPieces> tile;
-      std::copy_n(all.begin() + (own_tile() + k) * kPieces, kPieces, tile.begin());
-      own[k] = folded(tile, combine);
-    }
-  }
-  static int own_tile() { return kLanes == 1 ? 0 : (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
-  static bool leads_tile() { return lane() % 4 == 0; }
-  template <class F>
-  static uint32_t bits(const F& f) {
-    uint32_t word = 0;
-    for (int bit = lane(); bit < 32; bit += kLanes) word |= uint32_t(f(bit)) << bit;
-    return in_warp(word, Plus());
-  }
+inline int rank() { return kThreads == 1 ? 0 : current.rank; }
+inline BlockMemory& memory() { return current.block->memory; }
+inline void sync() {
+  if constexpr (kThreads > 1) current.block->all.arrive_and_wait();
+}
+template <class T, class F>
+T reduce(T x, const F& combine);
+inline bool any(bool x) { return reduce(int(x), std::plus<>()) != 0; }
 
-  template <class T, class F>
-  static T reduce(const T& x, const F& combine) {
-    const auto all = of_block(x);
-    return std::accumulate(all.begin() + 1, all.end(), all[0], combine);
-  }
-  static bool any(bool x) { return reduce(int(x), Larger()) != 0; }
-  static int before(int x, int& all) {
-    const auto each = of_block(x);
-    all = std::accumulate(each.begin(), each.end(), 0);
-    return std::accumulate(each.begin(), each.begin() + rank(), 0);
-  }
-  static int of_first(int x) { return of_block(x)[0]; }
+template <class T>
+T shuffled(T x, int mask) {
+  BlockState::Warp& warp = current.block->warps[rank() / kLanes];
+  auto& slots = warp.slots[++current.shuffles % 2];  // those of the last one may still be read
+  static_assert(sizeof(T) <= sizeof slots[0]);
+  std::memcpy(&slots[rank() % kLanes], &x, sizeof(T));
+  warp.all.arrive_and_wait();
+  std::memcpy(static_cast<void*>(&x), &slots[(rank() ^ mask) % kLanes], sizeof(T));
+  return x;
+}
 
- private:
-  // What threads that wait for each other have, from the first of them on.
-  template <int kCount, class T>
-  static std::array<T, kCount> exchanged(const T& x, std::barrier<>& barrier, int first) {
-    static_assert(sizeof(T) <= sizeof(BlockState::slots[0]));
-    std::array<T, kCount> all{x};
-    if constexpr (kCount > 1) {
-      std::memcpy(&current.block->slots[rank()], &x, sizeof(T));
-      barrier.arrive_and_wait();
-      for (int k = 0; k < kCount; ++k)
-        std::memcpy(static_cast<void*>(&all[k]), &current.block->slots[first + k], sizeof(T));
-      barrier.arrive_and_wait();  // all have read what the next call overwrites
-    }
-    return all;
+// A thread that is a warp has sixteen loads of each tile, which it combines as the lanes of one do.
+template <class F>
+void per_tile(const float (&x)[kSpan / kElements], const F& combine, float (&own)[kTilesOfSpan]) {
+  constexpr int kPieces = kTileIds / kElements;
+  for (int tile = 0; tile < kTilesOfSpan; ++tile) {
+    float each[kPieces];
+    std::copy_n(x + tile * kPieces, kPieces, each);
+    for (int half = kPieces / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) each[k] = combine(each[k], each[k + half]);
+    own[tile] = each[0];
   }
-  template <class T>
-  static std::array<T, kLanes> of_warp(const T& x) {
-    return exchanged<kLanes>(x, current.block->warps[warp()], warp() * kLanes);
-  }
-  template <class T>
-  static std::array<T, kThreads> of_block(const T& x) {
-    return exchanged<kThreads>(x, current.block->all, 0);
-  }
-  template <class T, size_t kCount, class F>
-  static T folded(std::array<T, kCount> all, const F& combine) {
-    for (size_t half = kCount / 2; half > 0; half /= 2)
-      for (size_t k = 0; k < half; ++k) all[k] = combine(all[k], all[k + half]);
-    return all[0];
-  }
-};
+}
+
+}  // namespace block
 
 }  // namespace specdec::cuda
