@@ -16,6 +16,9 @@ COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
 #: Tables of a row, of target and draft: in Triton five numbers of every tile, up to a power of two of them, no fewer
 #: than sixteen; in CUDA twenty for each of every eight tiles.
 NUMBERS_A_TILE, LEAST_TILES, TILES_A_SPAN, NUMBERS_A_SPAN, NUMBER_BYTES = 5, 16, 8, 40, 4
+#: Bytes that each block of CUDA keeps of a row, where blocks share requests; and how many blocks do at most, if it is
+#: not one for each request.
+STATE_BYTES, MOST_BLOCKS = 48, 1024
 
 
 def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
@@ -35,13 +38,15 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
         >>> size = verify_chain_workspace(64, 4, 151_936)
         >>> workspace = torch.zeros(size, dtype=torch.uint8)  # on the GPU: device="cuda"
         >>> size
-        13150208
+        13395968
     """
     for name, value, least in (("batch", batch, 0), ("num_draft", num_draft, 0), ("vocab", vocab, 1)):
         whole(name, value, least)
     rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
     counters = rows + (COUNTERS_A_REQUEST + -(-(num_draft + 1) // COUNTER_BITS)) * batch
+    spans = -(-tiles // TILES_A_SPAN)
     of_triton = NUMBERS_A_TILE << (max(tiles, LEAST_TILES) - 1).bit_length()
-    numbers = max(of_triton, NUMBERS_A_SPAN * -(-tiles // TILES_A_SPAN))
-    parts = (counters * COUNTER_BYTES, rows * PLACE_BYTES, rows * numbers * NUMBER_BYTES)
+    numbers = max(of_triton, NUMBERS_A_SPAN * spans)
+    states = min(batch * spans, max(batch, MOST_BLOCKS)) * (num_draft + 1)
+    parts = (counters * COUNTER_BYTES, rows * PLACE_BYTES, states * STATE_BYTES, rows * numbers * NUMBER_BYTES)
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)

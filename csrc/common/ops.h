@@ -189,16 +189,19 @@ enum class Rule { token = 0, block = 1, coupled = 2 };
 enum class TreeRule { walk = 0, recursive = 1, traversal = 2, coupled = 3 };
 enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
 
-// What verify_chain_workspace (specdec_kernels/workspace.py) asks for: enough for any backend.
-constexpr int64_t kWorkspaceAlignment = 256;
+// What verify_chain_workspace (specdec_kernels/workspace.py) asks for: enough for any backend. Blocks that share
+// requests, if not one each, are this many at most.
+constexpr int64_t kWorkspaceAlignment = 256, kMostBlocks = 1024;
 inline int64_t workspace_bytes(int64_t batch, int64_t rows, int64_t vocab) {
   const auto aligned = [](int64_t size) {
     return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
   const int64_t all = batch * rows, tiles = tiles_of(vocab), spans = (tiles + 7) / 8;
   const int64_t counters = all + (2 + (rows + 31) / 32) * batch;
-  const int64_t numbers = std::max(4 * int64_t(std::bit_ceil(uint64_t(tiles))), 40 * spans);
-  return aligned(counters * 4) + aligned(all * 128) + aligned(all * numbers * 4);
+  const auto of_triton = 5 * int64_t(std::bit_ceil(uint64_t(std::max(tiles, int64_t(16)))));
+  const int64_t numbers = std::max(of_triton, 40 * spans);
+  const int64_t blocks = std::min(batch * spans, std::max(batch, kMostBlocks));
+  return aligned(counters * 4) + aligned(all * 128) + aligned(blocks * rows * 48) + aligned(all * numbers * 4);
 }
 
 struct VerifyChain {

@@ -1,13 +1,13 @@
 // From the table of a row to its distribution (algorithms.md, 7), and draws from it.
 #pragma once
 
-#include "rows.h"
+#include "filters.h"
 
 namespace specdec::cuda {
 
 // What tokens are drawn from: [x >= cutoff] * exp(scale * (x - base) - log_total), or the point mass on `argmax` where
 // that is one. The base of a row that was measured is its largest logit; of scalars that were handed over it is 0.
-struct Distribution {
+struct alignas(16) Distribution {
   float scale = 1.0f, cutoff = -INFINITY, base = 0.0f, log_total = 0.0f;
   int argmax = -1;
   bool valid = true;
@@ -42,25 +42,13 @@ SPECDEC_SELDOM double prob_of(const Distribution d, float x, int id) {
   return prob > 1e-30f && prob < INFINITY ? double(prob) : exp(d.log_prob(x, id));
 }
 
-// A sum of weights relative to the largest logit among them.
-struct Mass {
-  float top = -INFINITY, sum = 0.0f;
-
-  SPECDEC_DEVICE bool valid() const { return top > -INFINITY && top < INFINITY; }
-};
-struct Together {
-  float scale2;
-
-  SPECDEC_DEVICE Mass operator()(const Mass& a, const Mass& b) const {
-    const Weights weight{scale2, LargerOrNan()(a.top, b.top)};
-    return {weight.base, a.sum * weight(a.top) + b.sum * weight(b.top)};
-  }
-};
-
 // Of a row whose table is made. A warp's lanes read whole tables of spans: eight neighbouring sums and their base.
 template <class T>
 SPECDEC_DEVICE Mass mass_of(const Row<T>& row) {
-  const Together together{row.sampling().scale2()};
+  const auto together = [scale2 = row.sampling().scale2()](const Mass& a, const Mass& b) {
+    const Weights weight{scale2, LargerOrNan()(a.top, b.top)};
+    return Mass{weight.base, a.sum * weight(a.top) + b.sum * weight(b.top)};
+  };
   Mass all;
   SPECDEC_ROLLED
   for (int span = block::rank(); span < row.table().spans; span += kThreads) {
@@ -73,6 +61,14 @@ SPECDEC_DEVICE Mass mass_of(const Row<T>& row) {
   return block::reduce(all, together);
 }
 
+// The log-probability of a token of a row that is measured anew.
+template <class T>
+SPECDEC_SELDOM float logprob_anew(const Row<T> row, int id) {
+  measure_anew(row);
+  const Mass mass = mass_of(row);
+  return mass.valid() ? (row.logit(id) - mass.top) - logf(mass.sum) : NAN;
+}
+
 // The first of the largest finite logits among some ids of a row; 0 where none is finite.
 template <class T>
 SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
@@ -83,12 +79,6 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
   largest = block::reduce(largest, Earlier());
   return largest.id == kNobody ? 0 : largest.id;
 }
-
-}  // namespace specdec::cuda
-
-#include "filters.h"
-
-namespace specdec::cuda {
 
 // The distribution of a row whose table is made. Greedy is the point mass on the largest logit; so is, for what is
 // drawn then, a row that is not valid, on its largest finite one.
@@ -191,11 +181,7 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
 template <class T>
 SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noise& noise) {
   const Probabilities probability = probabilities_of(d);
-  return draw(row, d, noise, [&](int first, float (&w)[4]) {
-    row.load(first, w);
-    SPECDEC_UNROLL
-    for (float& weight : w) weight = probability(weight);
-  });
+  return draw(row, d, noise, [&](int first, float (&w)[4]) { row.load(first, w, probability); });
 }
 
 // The winner of the race of all ids of a row that was measured with it. Where filters keep some only, those race anew.

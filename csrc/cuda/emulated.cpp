@@ -11,21 +11,18 @@
 #include <random>
 #include <thread>
 
-#include "workspace.h"
+#include "thread_block.h"
 
 namespace specdec::cuda {
 namespace {
 
 // What is in memory before a launch is anything but the counters, which are 0 before and after.
 void poison(const auto&) {}
-void poison(const Workspace& work) {
-  std::memset(work.places, 0xFF, size_t(work.place_bytes));
-  std::memset(work.tables, 0xFF, size_t(work.table_bytes));
-}
+void poison(const Plan& plan) { std::memset(plan.judged, 0xFF, size_t(plan.bytes() - plan.counter_bytes)); }
 void check_counters(const auto&) {}
-void check_counters(const Workspace& work) {
-  for (int64_t i = 0; i < work.counter_bytes / int64_t(sizeof(uint32_t)); ++i)
-    STD_TORCH_CHECK(work.counters[i] == 0, "a counter was left at ", work.counters[i]);
+void check_counters(const Plan& plan) {
+  for (int64_t i = 0; i < plan.counter_bytes / int64_t(sizeof(uint32_t)); ++i)
+    STD_TORCH_CHECK(plan.counters[i] == 0, "a counter was left at ", plan.counters[i]);
 }
 
 std::mutex launches;  // follow each other on a stream

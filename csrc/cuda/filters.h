@@ -3,7 +3,9 @@
 // them can hold what top-k keeps. Those logits are gathered, and each counts what is above it.
 #pragma once
 
-#include "distribution.h"
+#include <numeric>
+
+#include "rows.h"
 
 namespace specdec::cuda {
 
@@ -18,29 +20,18 @@ SPECDEC_DEVICE int order_of(float x) {
   return bits ^ (bits >> 31 & 0x7FFFFFFF);
 }
 SPECDEC_DEVICE float float_in_order(int order) { return float_of_bits(order ^ (order >> 31 & 0x7FFFFFFF)); }
-// The upper one of the middle; low < high.
-SPECDEC_DEVICE int middle_of(int low, int high) {
-  return int(unsigned(low) + (unsigned(high) - unsigned(low) + 1) / 2);
-}
 
 // Of finite logits that are not below a pivot: the sum of their weights, the smallest; and the largest one below.
 struct Above {
   float mass = 0.0f, least = INFINITY, below = -INFINITY;
 
-  Above() = default;
-  SPECDEC_DEVICE Above(float x, float weight, float pivot) {
-    if (x >= pivot && x > -INFINITY)
-      mass = weight, least = x;
-    else
-      below = x;
+  SPECDEC_DEVICE Above operator+(const Above& other) const {
+    return {mass + other.mass, fminf(least, other.least), fmaxf(below, other.below)};
   }
 };
-struct BothAbove {
-  SPECDEC_DEVICE Above operator()(Above a, const Above& b) const {
-    a.mass += b.mass, a.least = fminf(a.least, b.least), a.below = fmaxf(a.below, b.below);
-    return a;
-  }
-};
+SPECDEC_DEVICE Above above(float x, float weight, float pivot) {
+  return x >= pivot && x > -INFINITY ? Above{.mass = weight, .least = x} : Above{.below = x};
+}
 
 template <class T>
 SPECDEC_SELDOM Above all_above(const Row<T> row, const Weights weight, float pivot) {
@@ -54,19 +45,20 @@ SPECDEC_SELDOM Above all_above(const Row<T> row, const Weights weight, float piv
     for (int u = 0; u < kLoads; ++u) {
       const auto v = row.load(span * kSpan + load_offset(u));
       SPECDEC_UNROLL
-      for (int e = 0; e < kElements; ++e) own = BothAbove()(own, {v.at(e), weight(v.at(e)), pivot});
+      for (int e = 0; e < kElements; ++e) own = own + above(v.at(e), weight(v.at(e)), pivot);
     }
   }
-  return block::reduce(own, BothAbove());
+  return block::reduce(own, std::plus<>());
 }
 
 // The largest value such that what is not below it has `goal` in mass, or one with hardly more than that; what is not
 // below `low_value` does. Bisection by value; both ends move on to the next one there is.
 template <class F>
-SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value, float high_value, const F& above) {
+SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value, float high_value,
+                                        const F& all_above) {
   int low = order_of(low_value), high = order_of(high_value);
   while (low < high) {
-    const Above found = above(float_in_order(middle_of(low, high)));
+    const Above found = all_above(float_in_order(std::midpoint(high, low)));
     if (found.mass >= goal)
       low = order_of(found.least);
     else
@@ -133,11 +125,11 @@ struct Filter {
     return threshold_for_mass(float(k), kSlack, -INFINITY, all.top, [&](float pivot) {
       Above found;
       SPECDEC_UNROLL
-      for (const float top : own) found = BothAbove()(found, {top, 1.0f, pivot});
+      for (const float top : own) found = found + above(top, 1.0f, pivot);
       SPECDEC_ROLLED
       for (int tile = kCached * kThreads + block::rank(); tile < tiles(); tile += kThreads)
-        found = BothAbove()(found, {fresh(row.table().top(tile)), 1.0f, pivot});
-      return block::reduce(found, BothAbove());
+        found = found + above(fresh(row.table().top(tile)), 1.0f, pivot);
+      return block::reduce(found, std::plus<>());
     });
   }
 
@@ -200,9 +192,9 @@ struct Filter {
     for (int j = block::rank(); j < count; j += kThreads) {
       const float value = memory().values[j], mass = float_of_bits(memory().list[j]);
       if (mass < INFINITY && (sampling.top_p >= 1.0f || mass < goal || mass == 0.0f) && value >= floor())
-        found = BothAbove()(found, {value, memory().weights[j], value});
+        found = found + above(value, memory().weights[j], value);
     }
-    found = block::reduce(found, BothAbove());
+    found = block::reduce(found, std::plus<>());
     return {found.least, found.mass};
   }
 };

@@ -2,8 +2,4 @@
 #include "crew.h"
 #include "start.h"
 
-namespace specdec::cuda {
-
-template cudaError_t launch(const VerifyChain&, const Plan&, cudaStream_t);
-
-}  // namespace specdec::cuda
+template cudaError_t specdec::cuda::launch(const VerifyChain&, const Plan&, cudaStream_t);

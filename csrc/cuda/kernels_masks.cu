@@ -5,105 +5,75 @@
 namespace specdec::cuda {
 namespace {
 
-// The row of a mask that says which keys a node attends to, by a warp. T: what an element is written as.
+// Which keys a node of a request attends to, as an element of a mask: T is what that is written as.
 template <class T>
-class MaskRow {
- public:
-  SPECDEC_DEVICE MaskRow(const TreeMask& op, int64_t row)
-      : op_(op),
-        request_(row / op.nodes),
-        query_(row % op.nodes),
-        parents_(op.parents + request_ * op.nodes),
-        live_(live_nodes(parents_, int(op.nodes))),
-        length_(op.context_lens ? op.context_lens[request_] : 0) {}
+struct MaskRow {
+  const TreeMask& op;
+  const int64_t request, length = op.context_lens ? op.context_lens[request] : 0;
+  const int64_t* const parents = op.parents + request * op.nodes;
+  const int live = live_nodes(parents, int(op.nodes));
 
-  SPECDEC_DEVICE void write() const {
-    const int64_t lane = block::lane(), row = request_ * op_.nodes + query_, all = op_.batch * op_.room;
-    int64_t width = op_.room / op_.nodes, begin = request_ * op_.room, used = all;
-    if (op_.format == MaskFormat::flat || op_.format == MaskFormat::flat_bits) {  // each behind the others
-      width = length_ + op_.nodes, begin = used = 0;
-      for (int64_t b = lane; b < op_.batch; b += kLanes) {
-        const int64_t count = flat_elements(op_.context_lens[b] + op_.nodes);
-        begin += b < request_ ? count : 0, used += count;
-      }
-      begin = block::in_warp(begin, std::plus<>()), used = block::in_warp(used, std::plus<>());
+  // Bits of `count` keys, of one node: of those before the tree, its ancestors, and itself.
+  SPECDEC_DEVICE uint32_t attended(int64_t node, int64_t first, int64_t count) const {
+    const int64_t before = std::clamp<int64_t>(length - first, 0, count);
+    uint32_t bits = before == 32 ? ~0u : (1u << before) - 1;
+    for (bool more = before < count; more && length + node >= first; node = parents[node]) {
+      if (length + node < first + count) bits |= 1u << (length + node - first);
+      more = node > 0 && node < live;
     }
-    T* const out = static_cast<T*>(op_.out) + begin;
-    if (op_.format == MaskFormat::packed)
-      write_words(out + query_ * width, width);
-    else if (op_.format != MaskFormat::flat_bits)
-      write_keys(out + query_ * width, width);
-    else  // rows begin anywhere in a byte: those of a request are shared by all of its warps
-      for (int64_t byte = query_ * kLanes + lane; byte < flat_elements(width); byte += op_.nodes * kLanes)
-        out[byte] = packed_byte(byte, width);
-    // What no request uses is 0.
-    for (int64_t i = used + row * kLanes + lane; i < all; i += op_.batch * op_.nodes * kLanes)
-      static_cast<T*>(op_.out)[i] = 0;
+    return bits;
   }
-
- private:
-  SPECDEC_DEVICE int64_t flat_elements(int64_t width) const {
-    return op_.format == MaskFormat::flat ? op_.nodes * width : (op_.nodes * width + 7) / 8;
-  }
-
-  SPECDEC_DEVICE void write_keys(T* out, int64_t width) const {
-    // Where it does not attend, minus infinity if the mask is added to scores.
-    const T no = T(op_.element == MaskElement::f32    ? 0xFF800000u
-                   : op_.element == MaskElement::bf16 ? 0xFF80u
-                   : op_.element == MaskElement::f16  ? 0xFC00u
-                                                      : 0);
-    for (int64_t key = block::lane(); key < width; key += kLanes) out[key] = attends(query_, key) ? T(no == 0) : no;
-  }
-
-  // A bit for each key; of a word of less than 32, the low ones.
-  SPECDEC_DEVICE void write_words(T* out, int64_t width) const {
-    for (int64_t word = 0; word < width; ++word) {
-      const uint32_t bits = block::bits([&](int bit) { return attends(query_, word * 8 * int(sizeof(T)) + bit); });
-      if (block::lane() == 0) out[word] = T(bits);
-    }
-  }
-
-  // Whether a key is before the tree, among a node's ancestors, or the node. Parents come before children, so a walk
-  // that has reached the key's node or passed it is over.
-  SPECDEC_DEVICE bool attends(int64_t query, int64_t key) const {
-    const int64_t node = key - length_;
-    if (node < 0) return true;
-    if (query < live_)
-      while (query > node) query = parents_[query];
-    return query == node;
-  }
-
-  // Eight keys of rows that follow each other without a gap.
-  SPECDEC_DEVICE T packed_byte(int64_t byte, int64_t width) const {
+  // Of rows that follow each other without a gap, a byte.
+  SPECDEC_DEVICE uint32_t byte_of(int64_t byte, int64_t width) const {
     uint32_t bits = 0;
-    int64_t query = byte * 8 / width, key = byte * 8 % width;
-    for (int bit = 0; bit < 8 && query < op_.nodes; ++bit) {
-      bits |= uint32_t(attends(query, key)) << bit;
-      if (++key == width) key = 0, ++query;
+    int64_t node = byte * 8 / width, key = byte * 8 % width;
+    for (int64_t bit = 0, count; bit < 8 && node < op.nodes; bit += count, key = 0, ++node) {
+      count = std::min(8 - bit, width - key);
+      bits |= attended(node, key, count) << bit;
     }
-    return T(bits);
+    return bits;
   }
-
-  const TreeMask& op_;
-  const int64_t request_, query_;
-  const int64_t* const parents_;
-  const int64_t live_, length_;
+  // Elements of a flat mask that a request with such a context has.
+  SPECDEC_DEVICE int64_t flat_elements(int64_t context) const {
+    const int64_t keys = op.nodes * (context + op.nodes);
+    return op.format == MaskFormat::flat ? keys : (keys + 7) / 8;
+  }
 };
 
+// A row of the mask by a warp; but rows of bits that begin anywhere in a byte by all warps of the request together.
 template <class T>
 SPECDEC_KERNEL void tree_mask_kernel(SPECDEC_PARAMETER TreeMask op) {
-  const int64_t row = block_index() * kWarps + block::warp();
-  if (row < op.batch * op.nodes) MaskRow<T>(op, row).write();
+  const int64_t row = block_index() * kWarps + block::warp(), lane = block::lane(), all = op.batch * op.room;
+  if (row >= op.batch * op.nodes) return;
+  const MaskRow<T> mask{op, row / op.nodes};
+  const int64_t node = row % op.nodes;
+  int64_t width = op.room / op.nodes, begin = mask.request * op.room, used = all;
+  if (op.format == MaskFormat::flat || op.format == MaskFormat::flat_bits) {  // each request behind the others
+    width = mask.length + op.nodes, begin = used = 0;
+    for (int64_t b = lane; b < op.batch; b += kLanes) {
+      const int64_t count = mask.flat_elements(op.context_lens[b]);
+      begin += b < mask.request ? count : 0, used += count;
+    }
+    begin = block::in_warp(begin, std::plus<>()), used = block::in_warp(used, std::plus<>());
+  }
+  T* const out = static_cast<T*>(op.out);
+  // Where a node does not attend: minus infinity if the mask is added to scores.
+  const T no = T(op.element == MaskElement::f32    ? 0xFF800000u
+                 : op.element == MaskElement::bf16 ? 0xFF80u
+                 : op.element == MaskElement::f16  ? 0xFC00u
+                                                   : 0);
+  const int64_t keys = op.format == MaskFormat::packed ? 8 * int64_t(sizeof(T)) : 1;
+  if (op.format == MaskFormat::flat_bits)
+    for (int64_t i = node * kLanes + lane; i < mask.flat_elements(mask.length); i += op.nodes * kLanes)
+      out[begin + i] = T(mask.byte_of(i, width));
+  else
+    for (int64_t i = lane; i < width; i += kLanes) {
+      const uint32_t bits = mask.attended(node, i * keys, keys);
+      out[begin + node * width + i] = keys > 1 ? T(bits) : bits != 0 ? T(no == 0) : no;
+    }
+  // What no request uses is 0.
+  for (int64_t i = used + row * kLanes + lane; i < all; i += op.batch * op.nodes * kLanes) out[i] = 0;
 }
-
-template <class T>
-cudaError_t launch_mask(const TreeMask& op, cudaStream_t stream) {
-  return launch_kernel(tree_mask_kernel<T>, (op.batch * op.nodes + kWarps - 1) / kWarps, false, stream, op);
-}
-
-struct alignas(16) Bytes16 {
-  uint64_t words[2];
-};
 
 // Caches of one launch: their addresses go with it, so that nothing is copied to the device before.
 constexpr int kCachesALaunch = 256;
@@ -131,38 +101,42 @@ SPECDEC_KERNEL void compact_kv_kernel(SPECDEC_PARAMETER CompactKv op, SPECDEC_PA
   }
 }
 
-template <class T>
-cudaError_t launch_moves(const CompactKv& op, const Caches& caches, int64_t count, cudaStream_t stream) {
-  const int64_t threads = op.row_bytes / int64_t(sizeof(T)) * op.heads * op.batch * count;
-  return launch_kernel(compact_kv_kernel<T>, (threads + kThreads - 1) / kThreads, false, stream, op, caches, count);
-}
-
 }  // namespace
 
 cudaError_t launch(const TreeMask& op, cudaStream_t stream) {
+  const auto written_as = [&](auto word) {
+    const int64_t blocks = (op.batch * op.nodes + kWarps - 1) / kWarps;
+    return launch_kernel(tree_mask_kernel<decltype(word)>, blocks, false, stream, op);
+  };
   switch (op.element) {
     case MaskElement::f32:
-    case MaskElement::word32: return launch_mask<uint32_t>(op, stream);
+    case MaskElement::word32: return written_as(uint32_t());
     case MaskElement::word16:
     case MaskElement::bf16:
-    case MaskElement::f16: return launch_mask<uint16_t>(op, stream);
-    default: return launch_mask<uint8_t>(op, stream);
+    case MaskElement::f16: return written_as(uint16_t());
+    default: return written_as(uint8_t());
   }
 }
 
 // By the widest type that divides all that an address is made of.
-cudaError_t launch(const CompactKv& op, char* const* data, int64_t count, cudaStream_t stream) {
+cudaError_t launch(const CompactKv& op, const std::vector<char*>& data, cudaStream_t stream) {
+  const auto count = int64_t(data.size());
   cudaError_t error = cudaSuccess;
   for (int64_t first = 0; first < count && error == cudaSuccess; first += kCachesALaunch) {
     const int64_t some = std::min<int64_t>(kCachesALaunch, count - first);
     Caches caches{};
     uint64_t all = uint64_t(op.row_bytes | op.head_stride | op.token_stride | op.outer_stride);
-    for (int64_t i = 0; i < some; ++i) all |= reinterpret_cast<uintptr_t>(caches.data[i] = data[first + i]);
-    error = all % 16 == 0  ? launch_moves<Bytes16>(op, caches, some, stream)
-            : all % 8 == 0 ? launch_moves<uint64_t>(op, caches, some, stream)
-            : all % 4 == 0 ? launch_moves<uint32_t>(op, caches, some, stream)
-            : all % 2 == 0 ? launch_moves<uint16_t>(op, caches, some, stream)
-                           : launch_moves<uint8_t>(op, caches, some, stream);
+    for (int64_t i = 0; i < some; ++i) all |= reinterpret_cast<uintptr_t>(caches.data[i] = data[size_t(first + i)]);
+    const auto moved_by = [&](auto word) {
+      const int64_t threads = op.row_bytes / int64_t(sizeof word) * op.heads * op.batch * some;
+      const int64_t blocks = (threads + kThreads - 1) / kThreads;
+      return launch_kernel(compact_kv_kernel<decltype(word)>, blocks, false, stream, op, caches, some);
+    };
+    error = all % 16 == 0  ? moved_by(Four())
+            : all % 8 == 0 ? moved_by(uint64_t())
+            : all % 4 == 0 ? moved_by(uint32_t())
+            : all % 2 == 0 ? moved_by(uint16_t())
+                           : moved_by(uint8_t());
   }
   return error;
 }

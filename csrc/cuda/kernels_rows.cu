@@ -6,7 +6,11 @@ namespace specdec::cuda {
 namespace {
 
 SPECDEC_KERNEL void noise_words_kernel(SPECDEC_PARAMETER NoiseWords op) {
-  noise_program(op, block_index() * kThreads + block::rank());
+  const int64_t index = block_index() * kThreads + block::rank(), r = index / op.counters;
+  if (r >= op.rows) return;
+  const uint32_t counter = uint32_t(op.first + index % op.counters);
+  const Words words = philox({uint64_t(op.seed[r]), uint64_t(op.position[r]), op.tag}, counter);
+  for (int word = 0; word < 4; ++word) op.out[4 * index + word] = int64_t(words.w[word]);
 }
 
 }  // namespace

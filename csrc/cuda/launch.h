@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <utility>
+#include <vector>
 
 #include "../common/elements.h"
 #include "../common/ops.h"
@@ -23,8 +23,8 @@ constexpr int64_t kBlocksAProcessor = 4;
 // are not needed are found out by blocks that have not started.
 constexpr int64_t kMostChunks = 8;
 
-// What is known of a row takes so many bytes at most.
-constexpr int64_t kPlaceBytes = 128;
+// What is known of a row once it was judged (verify.h), and what each block of a crew knows of it (crew.h).
+constexpr int64_t kJudgedBytes = 80, kStateBytes = 48;
 
 // How an operation works. By rows: each block has a slice of a row, and no block waits for another (verify.h). By
 // crews: the blocks that share a request go through its rows together, and wait for each other after each pass
@@ -36,61 +36,65 @@ bool by_crews(const Op&) {
   return false;
 }
 
-// What every operation on rows of logits says of them.
+// What operations on rows of logits have in common: how many requests, and rows of each; and whether logits are
+// processed as they are loaded, or drafts have another dtype, or a vocabulary of their own.
+struct Shape {
+  int64_t requests, rows, vocab;
+  DType dtype;
+  bool mixed;
+};
+inline bool is_processed(const Processing& processing) {
+  return processing.bitmask != nullptr || processing.ids != nullptr;
+}
+inline Shape shape_of(const Verification& all) {
+  const bool drafts_differ =
+      all.draft.data != nullptr && (all.draft.dtype != all.target.dtype || all.target_to_draft != nullptr);
+  return {all.batch, all.rows, all.vocab, all.target.dtype, is_processed(all.processing) || drafts_differ};
+}
+inline Shape shape_of(const Sample& op) {
+  return {op.rows, 1, op.vocab, op.logits.dtype, is_processed(op.processing) || op.target_to_draft != nullptr};
+}
 template <class Op>
-SPECDEC_SHARED const auto& common_of(const Op& op) {
-  if constexpr (requires { op.common; })
-    return op.common;
-  else
-    return op;
+Shape shape_of(const Op& op) {
+  return shape_of(op.common);
 }
-SPECDEC_SHARED inline int64_t requests_of(const Verification& all) { return all.batch; }
-SPECDEC_SHARED inline int64_t requests_of(const Sample& all) { return all.rows; }
-inline int64_t rows_of_request(const Verification& all) { return all.rows; }
-inline int64_t rows_of_request(const Sample&) { return 1; }
-inline const Logits& logits_of(const Verification& all) { return all.target; }
-inline const Logits& logits_of(const Sample& all) { return all.logits; }
-inline bool drafts_differ(const Verification& all) {
-  return all.draft.data != nullptr && (all.draft.dtype != all.target.dtype || all.target_to_draft != nullptr);
-}
-inline bool drafts_differ(const Sample& op) { return op.target_to_draft != nullptr; }
 
 // How an operation is launched, and its scratch. Results do not depend on how it is cut.
 struct Plan {
-  float* tables = nullptr;       // two of each row, of target and draft
-  void* places = nullptr;        // what is known of each row, as the program has it
+  float* tables = nullptr;  // two of each row, of target and draft
+  void *states = nullptr, *judged = nullptr;
   uint32_t* counters = nullptr;  // of each request (verify.h, crew.h): who uses them leaves them 0, as they were
-  int spans;                     // of a row
+  int requests, spans;           // spans of a row
   int slices;                    // blocks that share a row, or a request
   int length;                    // spans of each slice of a row
   bool in_waves;                 // blocks start after others have ended, and may find that they are not needed
   bool ahead;                    // a tree's rows are measured before any is visited
   int64_t blocks;
-  int64_t table_bytes, place_bytes, counter_bytes;
+  int64_t table_bytes, state_bytes, judged_bytes, counter_bytes;
 
   // The counters lie at the begin of the memory, all else at its end, so that calls of different sizes never write over
   // each other's counters. Callers are told a size that is at least this (specdec_kernels/workspace.py).
-  int64_t bytes() const { return counter_bytes + place_bytes + table_bytes; }
+  int64_t bytes() const { return counter_bytes + judged_bytes + state_bytes + table_bytes; }
   void set_memory(void* memory, int64_t size) {
     auto* const end = static_cast<unsigned char*>(memory) + size / kWorkspaceAlignment * kWorkspaceAlignment;
     counters = static_cast<uint32_t*>(memory);
-    places = end - table_bytes - place_bytes;
     tables = reinterpret_cast<float*>(end - table_bytes);
+    states = end - table_bytes - state_bytes;
+    judged = end - table_bytes - state_bytes - judged_bytes;
   }
 };
 
-// For a GPU with so many multiprocessors, and a request at least.
+// For a GPU with so many multiprocessors.
 template <class Op>
 Plan plan_of(const Op& op, int64_t processors) {
-  const auto& all = common_of(op);
-  const int64_t requests = requests_of(all), rows_each = rows_of_request(all), rows = requests * rows_each;
-  const int64_t spans = std::max<int64_t>((all.vocab + kSpanIds - 1) / kSpanIds, 1);
-  const int64_t on_device = kBlocksAProcessor * processors;  // blocks at a time
-  int64_t slices, length = spans, blocks, places = rows, measured = rows;
+  const auto [requests, rows_each, vocab, dtype, mixed] = shape_of(op);
+  const int64_t rows = requests * rows_each, spans = std::max<int64_t>((vocab + kSpanIds - 1) / kSpanIds, 1);
+  const int64_t on_device = std::min(kBlocksAProcessor * processors, kMostBlocks);  // blocks at a time
+  int64_t slices, length = spans, blocks, measured = rows;
   bool ahead = true;
   if (by_crews(op)) {
     // All that the GPU has at a time, as long as each has a span of a row and a multiprocessor to itself.
-    slices = std::clamp<int64_t>(on_device / requests, 1, std::min(spans, processors));
+    slices = std::clamp<int64_t>(on_device / std::max<int64_t>(requests, 1), 1, std::min(spans, processors));
     blocks = requests * slices;
   } else {
     // Some waves of blocks, so that few wait for the last ones.
@@ -107,45 +111,41 @@ Plan plan_of(const Op& op, int64_t processors) {
       // visits all nodes, or there are so few that they keep no multiprocessor busy.
       ahead = op.rule == TreeRule::traversal ? requests < on_device : rows <= processors;
       measured = ahead ? rows : requests;
-      places = rows * slices;
     }
   }
   const auto aligned = [](int64_t size) {
     return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
-  return {.spans = int(spans),
+  return {.requests = int(requests),
+          .spans = int(spans),
           .slices = int(slices),
           .length = int(length),
           .in_waves = !by_crews(op) && blocks > on_device,
           .ahead = ahead,
           .blocks = blocks,
           .table_bytes = aligned(measured * 2 * spans * kSpanFloats * int64_t(sizeof(float))),
-          .place_bytes = aligned(places * kPlaceBytes),
+          .state_bytes = aligned(by_crews(op) ? rows * slices * kStateBytes : 0),
+          .judged_bytes = aligned(rows * kJudgedBytes),
           .counter_bytes = aligned(requests * (rows_each + 2 + (rows_each + 31) / 32) * int64_t(sizeof(uint32_t)))};
 }
 
-// Scratch that the caller passed, of a chain.
-template <class Op>
-std::pair<void*, int64_t> passed_workspace(const Op& op) {
-  if constexpr (requires { op.workspace; })
-    return {op.workspace, op.workspace_bytes};
-  else
-    return {nullptr, 0};
+// Which part of the work a block has: of rows, first rows of all requests first; of a crew, its block of it.
+struct Part {
+  int request, row, slice;
+};
+SPECDEC_SHARED inline Part part_of(const Plan& plan, unsigned index) {
+  const unsigned requests = unsigned(plan.requests), slices = unsigned(plan.slices), rest = index / requests;
+  return {int(index % requests), int(rest / slices), int(rest % slices)};
 }
 
-// Kernels are compiled for each dtype, and once for rows whose logits are processed as they are loaded, whose drafts
-// have another dtype, or a vocabulary of their own: f(Mixed), with what stands for it.
+// Kernels are compiled for each dtype, and once for mixed rows: f(TypeOf<Mixed>()), with what stands for the dtype.
 template <class T>
-struct TypeOf {
-  using type = T;
-};
+using TypeOf = std::type_identity<T>;
 struct Mixed;
-template <class Op, class F>
-auto with_dtype(const Op& op, const F& f) {
-  const auto& all = common_of(op);
-  const Processing& processing = all.processing;
-  if (processing.bitmask != nullptr || processing.ids != nullptr || drafts_differ(all)) return f(TypeOf<Mixed>());
-  switch (logits_of(all).dtype) {
+template <class F>
+auto with_dtype(const Shape& shape, const F& f) {
+  if (shape.mixed) return f(TypeOf<Mixed>());
+  switch (shape.dtype) {
     case DType::bf16: return f(TypeOf<BFloat16>());
     case DType::f16: return f(TypeOf<Half>());
     default: return f(TypeOf<float>());
@@ -157,6 +157,6 @@ cudaError_t launch(const Op&, const Plan&, cudaStream_t);
 cudaError_t launch(const NoiseWords&, cudaStream_t);
 cudaError_t launch(const TreeMask&, cudaStream_t);
 // Caches of any number go in several launches; their addresses travel with them.
-cudaError_t launch(const CompactKv&, char* const* caches, int64_t count, cudaStream_t);
+cudaError_t launch(const CompactKv&, const std::vector<char*>& caches, cudaStream_t);
 
 }  // namespace specdec::cuda

@@ -105,34 +105,31 @@ Scratch scratch_for(const Plan& plan, int32_t device, cudaStream_t stream) {
 
 template <class Op>
 void run(const Op& op, int32_t index) {
-  if (requests_of(common_of(op)) == 0) return;
+  Plan plan = plan_of(op, processors_of(index));
+  if (plan.blocks == 0) return;
   const OnDevice on(index);
   const cudaStream_t stream = on.stream();
-  Plan plan = plan_of(op, processors_of(index));
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  if constexpr (requires { op.workspace; }) memory = op.workspace, bytes = op.workspace_bytes;
   Scratch own;
-  if (const auto [memory, bytes] = passed_workspace(op); memory != nullptr) {
-    STD_TORCH_CHECK(bytes >= plan.bytes(), "workspace must have at least ", plan.bytes(), " bytes, got ", bytes);
-    plan.set_memory(memory, bytes);
-  } else {
-    own = scratch_for(plan, index, stream);
-    plan.set_memory(own.memory.mutable_data_ptr(), own.bytes);
-  }
+  if (memory == nullptr)
+    own = scratch_for(plan, index, stream), memory = own.memory.mutable_data_ptr(), bytes = own.bytes;
+  STD_TORCH_CHECK(bytes >= plan.bytes(), "workspace must have at least ", plan.bytes(), " bytes, got ", bytes);
+  plan.set_memory(memory, bytes);
   check(launch(op, plan, stream));
 }
 
-void run(const NoiseWords& op, int32_t index) {
+// What needs no scratch.
+template <class Op, class... More>
+void run_alone(int32_t index, const Op& op, const More&... more) {
   const OnDevice on(index);
-  check(launch(op, on.stream()));
+  check(launch(op, more..., on.stream()));
 }
-
-void run(const TreeMask& op, const Tensor& like) {
-  const OnDevice on(like.get_device_index());
-  check(launch(op, on.stream()));
-}
-
+void run(const NoiseWords& op, int32_t index) { run_alone(index, op); }
+void run(const TreeMask& op, const Tensor& like) { run_alone(like.get_device_index(), op); }
 void run(const CompactKv& op, const std::vector<char*>& caches, const Tensor& like) {
-  const OnDevice on(like.get_device_index());
-  check(launch(op, caches.data(), int64_t(caches.size()), on.stream()));
+  run_alone(like.get_device_index(), op, caches);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SPECDEC_LIBRARY, SPECDEC_KEY, m) {

@@ -22,16 +22,6 @@ SPECDEC_DEVICE T one(const T* p) {
   return {p == nullptr ? none : given(reinterpret_cast<const uint16_t*>(p))};
 }
 
-// What all lanes of a warp have alike, so that it takes none of their registers.
-template <class T>
-SPECDEC_DEVICE T uniform_value(T x) {
-#ifdef __CUDACC__
-  return by_words<uint32_t>(x, [](uint32_t word, int) { return __reduce_or_sync(~0u, word); });
-#else
-  return x;
-#endif
-}
-
 // x[at] where the compiler does not know the index, which would put all of x into memory.
 template <class T, int kCount>
 SPECDEC_DEVICE T at_of(const T (&x)[kCount], int at) {
@@ -51,16 +41,6 @@ template <class T>
 struct alignas(16) Eight {
   T x[kElements];
 
-  SPECDEC_DEVICE void load(const T* p) {
-#ifdef __CUDACC__
-    uint4 words[sizeof x / 16];
-    SPECDEC_UNROLL
-    for (int k = 0; k < int(sizeof x / 16); ++k) words[k] = __ldcs(reinterpret_cast<const uint4*>(p) + k);
-    memcpy(x, words, sizeof x);
-#else
-    std::memcpy(x, p, sizeof x);
-#endif
-  }
   SPECDEC_DEVICE float at(int e) const {
     if constexpr (std::is_same_v<T, BFloat16>) {  // where two lie in a word, the upper one is there without a shift
       uint32_t pair;
@@ -86,6 +66,11 @@ struct alignas(16) Eight {
 };
 
 template <class T>
+SPECDEC_DEVICE Eight<T> eight_at(const T* p) {
+  return streamed(reinterpret_cast<const Eight<T>*>(p));
+}
+
+template <class T>
 SPECDEC_DEVICE const T* begin_of(const Rows& all, int i) {
   return static_cast<const T*>(all.logits.data) + i * all.logits.row_stride;
 }
@@ -93,11 +78,9 @@ SPECDEC_DEVICE const T* begin_of(const Rows& all, int i) {
 // The logits of eight ids from `first`; -inf past the end of the row, and where it has no column for an id.
 template <class T>
 SPECDEC_DEVICE Eight<T> eight_of(const T* row, int first, int vocab, const Columns& columns) {
+  if (columns.all() && first + kElements <= vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0)
+    return eight_at(row + first);
   Eight<T> v;
-  if (columns.all() && first + kElements <= vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    v.load(row + first);
-    return v;
-  }
   SPECDEC_UNROLL
   for (int e = 0; e < kElements; ++e) {
     const int column = first + e < vocab ? columns.of(first + e) : -1;
@@ -174,12 +157,13 @@ struct Table {
   SPECDEC_DEVICE const Four* four_tops(int k) const { return reinterpret_cast<const Four*>(top(4 * k)); }
 };
 
-// The rows of a request, from an element of the logits on.
+// The rows of a request, from an element of the logits on, the first one's table by its number.
 SPECDEC_DEVICE Rows described(const Logits& logits, int64_t begin, int64_t vocab, const Sampling& sampling,
-                              const Table& first) {
+                              const Plan& work, int64_t first_table) {
   Rows rows;
   rows.logits = logits, rows.logits.data = address(logits, begin);
-  rows.vocab = int(vocab), rows.spans = first.spans, rows.sampling = sampling, rows.tables = first.at;
+  rows.vocab = int(vocab), rows.spans = work.spans, rows.sampling = sampling;
+  rows.tables = work.tables + first_table * Table::floats(work.spans);
   return rows;
 }
 
@@ -204,12 +188,15 @@ struct Row {
     else
       return eight_of(begin(), first, vocab(), {});
   }
-  // Of as many ids as there are places, a part of such eight.
-  template <int kCount>
-  SPECDEC_DEVICE void load(int first, float (&x)[kCount]) const {
+  // f(logit) of as many ids as there are places, a part of such eight.
+  template <int kCount, class F = std::identity>
+  SPECDEC_DEVICE void load(int first, float (&x)[kCount], const F& f = {}) const {
     const auto v = load(first / kElements * kElements);
     SPECDEC_UNROLL
-    for (int k = 0; k < kCount; ++k) x[k] = first % kElements == 0 ? v.at(k) : v.at(k + kElements - kCount);
+    for (int k = 0; k < kCount; ++k) {
+      const float low = v.at(k), high = v.at(k + kElements - kCount);  // values to choose from, not memory
+      x[k] = f(first % kElements == 0 ? low : high);
+    }
   }
   SPECDEC_DEVICE float logit(int id) const {
     if constexpr (std::is_same_v<T, Mixed>)
@@ -238,6 +225,13 @@ struct Weights {
   }
 };
 
+// A sum of weights relative to the largest logit among them.
+struct Mass {
+  float top = -INFINITY, sum = 0.0f;
+
+  SPECDEC_DEVICE bool valid() const { return top > -INFINITY && top < INFINITY; }
+};
+
 // The race of all ids: the coupled rule's draw, its noise keyed on the absolute position. Eight ids of each lane, from
 // `id`; `first` is the warp's. An exponential is not below its uniform, so most need no logarithm to be seen to come
 // later than that one.
@@ -263,15 +257,11 @@ SPECDEC_DEVICE void race(const Loaded& v, int id, const Weight& weight, const No
 template <bool kRace, Sums kSums, class Loaded, class F>
 SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noise& noise, const Table& table,
                                  const Loaded (&v)[kLoads], const F& used) {
-  float x[kLoads], own[kOwnTiles], top = -INFINITY;
+  float x[kLoads], top = -INFINITY;
   const int first_tile = kTilesOfSpan * span + own_tile;
   SPECDEC_UNROLL
   for (int u = 0; u < kLoads; ++u) x[u] = v[u].top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
-  if constexpr (kSums == Sums::with_tops) {
-    block::per_tile(x, LargerOrNan(), own);
-    for (int k = 0; k < kOwnTiles; ++k)
-      if (block::leads_tile()) put(table.top(first_tile + k), own[k]);
-  }
+  if constexpr (kSums == Sums::with_tops) block::put_tiles(x, LargerOrNan(), table.top(first_tile));
   top = block::in_warp(top, LargerOrNan());
   if (block::lane() == 0) put(table.base(span), top);
   const Weights weight{scale2, top};
@@ -287,9 +277,7 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
     used(u);
   }
   if constexpr (kSums == Sums::none) return;
-  block::per_tile(x, std::plus<>(), own);
-  for (int k = 0; k < kOwnTiles; ++k)
-    if (block::leads_tile()) put(table.sum(first_tile + k), own[k]);
+  block::put_tiles(x, std::plus<>(), table.sum(first_tile));
   if (kRace && block::lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
 }
 
@@ -319,7 +307,7 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
   compute_here(own_tile);  // and not for every span
   if (span < end) {
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u].load(begin + (span * kSpan + load_offset(u)));
+    for (int u = 0; u < kLoads; ++u) v[u] = eight_at(begin + (span * kSpan + load_offset(u)));
   }
   for (; span < end; span += stride) {
     // What has been summed makes room for the same part of the next span, which comes while the rest is summed. Behind
@@ -327,7 +315,7 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
     // registers first.
     const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(0)) : begin;
     measure_span<false, kSums>(span, int(own_tile), scale2, {}, table, v,
-                               [&](int u) { v[u].load(next + u * kLanes * kElements); });
+                               [&](int u) { v[u] = eight_at(next + u * kLanes * kElements); });
   }
   return span;
 }

@@ -1,23 +1,15 @@
-// `sample`, `sample_children` and `noise_words`.
+// `sample` and `sample_children`.
 #pragma once
 
-#include "workspace.h"
+#include "distribution.h"
 
 namespace specdec::cuda {
-
-// `noise_words`: one counter.
-SPECDEC_DEVICE void noise_program(const NoiseWords& op, int64_t index) {
-  if (index >= op.rows * op.counters) return;
-  const int64_t r = index / op.counters, counter = index % op.counters;
-  const Words words = philox({uint64_t(op.seed[r]), uint64_t(op.position[r]), op.tag}, uint32_t(op.first + counter));
-  for (int word = 0; word < 4; ++word) op.out[4 * index + word] = int64_t(words.w[word]);
-}
 
 // One row. kRace: it is measured with the race of all ids.
 template <class T, bool kRace>
 class SampleProgram {
  public:
-  SPECDEC_DEVICE SampleProgram(const Sample& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE SampleProgram(const Sample& op, const Plan& work, const Part& part)
       : op_(op),
         work_(work),
         r_(part.request),
@@ -28,7 +20,7 @@ class SampleProgram {
         row_{kTargetRows, 0} {
     if (block::rank() == 0) {
       Rows& rows = block::memory().rows[kTargetRows] =
-          described(op.logits, r_ * op.logits.row_stride, op.vocab, sampling_of(op.sampling, r_), work.table(r_));
+          described(op.logits, r_ * op.logits.row_stride, op.vocab, sampling_of(op.sampling, r_), work, r_);
       rows.columns = {op.target_to_draft, int(op.logits.width)};
       rows.mask = mask_of(op.processing, op.vocab, r_), rows.adjustments = adjustments_of(op.processing, r_);
     }
@@ -52,7 +44,7 @@ class SampleProgram {
   SPECDEC_DEVICE bool measured() {
     const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
     measure<kRace>(row_, begin + block::warp(), end, kWarps, coupled_noise());
-    if (when_all_came(work_.counters + r_, work_.slices, [] { return 1; }) == 0) return false;
+    if (!comes_last(work_.counters + r_, work_.slices)) return false;
     d_ = distribution_of(row_);
     if (block::rank() == 0) {
       op_.out_stats[3 * r_] = d_.valid ? d_.scale : NAN;
@@ -69,7 +61,7 @@ class SampleProgram {
   }
 
   const Sample& op_;
-  const Workspace& work_;
+  const Plan& work_;
   const int r_, slice_;
   const uint64_t seed_, position_, row_of_step_;
   const Row<T> row_;
@@ -79,7 +71,7 @@ class SampleProgram {
 // Siblings come out of few rows, so one kernel does for any dtype.
 class ChildrenProgram : SampleProgram<Mixed, false> {
  public:
-  SPECDEC_DEVICE ChildrenProgram(const SampleChildren& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE ChildrenProgram(const SampleChildren& op, const Plan& work, const Part& part)
       : SampleProgram(op.common, work, part), count_(int(op.count)), how_(op.how) {}
 
   // Fewer than `count` where the distribution has no more to give.
@@ -148,7 +140,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
 
 template <class F>
 auto with_program(const Sample& op, const F& f) {
-  return with_dtype(op, [&](auto type) {
+  return with_dtype(shape_of(op), [&](auto type) {
     using T = typename decltype(type)::type;
     return op.coupled ? f(TypeOf<SampleProgram<T, true>>()) : f(TypeOf<SampleProgram<T, false>>());
   });

@@ -1,7 +1,7 @@
 // How kernels are started.
 #pragma once
 
-#include "workspace.h"
+#include "thread_block.h"
 
 namespace specdec::cuda {
 
@@ -21,8 +21,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool to
 #endif  // else emulated.cpp has it
 
 template <class Program, class Op>
-SPECDEC_KERNEL void program_kernel(SPECDEC_PARAMETER Op op, SPECDEC_PARAMETER Workspace work) {
-  Program(op, work, part_of(op, unsigned(block_index()), unsigned(work.slices))).run();
+SPECDEC_KERNEL void program_kernel(SPECDEC_PARAMETER Op op, SPECDEC_PARAMETER Plan plan) {
+  Program(op, plan, part_of(plan, unsigned(block_index()))).run();
 }
 
 template <class Op>
@@ -30,7 +30,7 @@ cudaError_t launch(const Op& op, const Plan& plan, cudaStream_t stream) {
   const bool together = by_crews(op) && plan.slices > 1;
   return with_program(op, [&](auto type) {
     const auto kernel = program_kernel<typename decltype(type)::type, Op>;
-    return launch_kernel(kernel, plan.blocks, together, stream, op, Workspace{plan});
+    return launch_kernel(kernel, plan.blocks, together, stream, op, plan);
   });
 }
 

@@ -29,8 +29,6 @@
 #define SPECDEC_SELDOM inline __device__ __noinline__
 #define SPECDEC_UNROLL _Pragma("unroll")
 #define SPECDEC_ROLLED _Pragma("unroll 1")
-#define SPECDEC_PRAGMA(text) _Pragma(#text)
-#define SPECDEC_UNROLL_BY(count) SPECDEC_PRAGMA(unroll(count))
 #else
 #define SPECDEC_KERNEL inline
 #define SPECDEC_PARAMETER const
@@ -38,7 +36,6 @@
 #define SPECDEC_SELDOM inline
 #define SPECDEC_UNROLL
 #define SPECDEC_ROLLED
-#define SPECDEC_UNROLL_BY(count)
 #endif
 
 namespace specdec::cuda {
@@ -51,9 +48,8 @@ constexpr int kThreads = SPECDEC_EMULATED_THREADS;
 #endif
 constexpr int kLanes = kThreads == 1 ? 1 : 32, kWarps = kThreads / kLanes;
 constexpr int kTileIds = int(kTile), kSpan = int(kSpanIds), kTilesOfSpan = int(kSpanTiles);
-// Neighbouring ids that a lane loads at a time, and how often it does in a span; tiles of a span whose results it has,
-// after those of its warp were combined.
-constexpr int kElements = 8, kLoads = kSpan / (kElements * kLanes), kOwnTiles = kLanes == 1 ? kTilesOfSpan : 1;
+// Neighbouring ids that a lane loads at a time, and how often it does in a span.
+constexpr int kElements = 8, kLoads = kSpan / (kElements * kLanes);
 
 SPECDEC_DEVICE float float_of_bits(int bits) { return std::bit_cast<float>(bits); }
 SPECDEC_DEVICE int bits_of(float x) { return std::bit_cast<int>(x); }
@@ -142,6 +138,8 @@ struct BlockMemory {
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
   };
   Rows rows[3];
+  int live;                                        // rows of a request that the path may come to
+  alignas(16) unsigned char visited[160];          // what a crew knows of the node that it visits (crew.h)
   alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };
 
@@ -165,6 +163,11 @@ namespace specdec::cuda {
 
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 
+// What is read once.
+template <class T>
+__device__ __forceinline__ T streamed(const T* p) {
+  return by_words<uint4>(T{}, [&](uint4, int k) { return __ldcs(reinterpret_cast<const uint4*>(p) + k); });
+}
 // What blocks of this launch wrote, and writing it. It is not read from this multiprocessor's own cache.
 template <class T>
 __device__ __forceinline__ T fresh(const T* p) {
@@ -212,6 +215,12 @@ __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
 // What follows from a number is computed where it is used, though the compiler could do it earlier and keep it.
 __device__ __forceinline__ void compute_here(uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
+
+// What all lanes of a warp have alike, so that it takes none of their registers.
+template <class T>
+__device__ __forceinline__ T uniform_value(T x) {
+  return by_words<uint32_t>(x, [](uint32_t word, int) { return __reduce_or_sync(~0u, word); });
+}
 
 namespace block {
 
@@ -287,19 +296,20 @@ SPECDEC_DEVICE int first_where(int begin, int end, const F& f) {
 }
 
 // Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
-// together, so that it takes five shuffles and not sixteen. Tile own_tile() is left to this lane and three more.
+// together, so that it takes five shuffles and not sixteen. That of tile own_tile() is this lane's and three others',
+// the first of which writes it.
+SPECDEC_DEVICE int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
 template <class F>
-SPECDEC_DEVICE void per_tile(const float (&x)[4], const F& combine, float (&own)[1]) {
+SPECDEC_DEVICE void put_tiles(const float (&x)[4], const F& combine, float* own) {
   const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not memory
   const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
   const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
   const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
   float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));
   mine = combine(mine, shuffled(mine, 2));
-  own[0] = combine(mine, shuffled(mine, 1));
+  mine = combine(mine, shuffled(mine, 1));
+  if (lane() % 4 == 0) put(own, mine);
 }
-SPECDEC_DEVICE int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
-SPECDEC_DEVICE bool leads_tile() { return lane() % 4 == 0; }
 
 // What the first lane of each warp has, known to all, in the block's memory until this is called again.
 template <class T>
@@ -341,22 +351,15 @@ SPECDEC_DEVICE int before(int x, int& all) {
   return ahead;
 }
 
-// What the first thread has.
-SPECDEC_DEVICE int of_first(int x) { return of_warps(x)[0]; }
-
 }  // namespace block
 
-// What `last()` returns to the first thread of the last of `blocks` blocks to arrive at a counter, which is 0 again
-// then; 0 for the others. The last one sees what all of them wrote before.
-template <class F>
-SPECDEC_DEVICE int when_all_came(uint32_t* counter, int blocks, const F& last) {
+// Whether this block is the last of so many to arrive at a counter, which is 0 again then. The last one sees what all
+// of them wrote before.
+SPECDEC_DEVICE bool comes_last(uint32_t* counter, int blocks) {
   block::sync();  // all threads have written
-  int code = 0;
-  if (block::rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1)) {
-    acquire();
-    code = last();
-  }
-  return block::of_first(code);
+  const bool last = block::rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1);
+  if (last) acquire();
+  return block::any(last);
 }
 
 // Nodes of a tree before the first one without a parent among the earlier.

@@ -2,15 +2,27 @@
 // that go by rows: token, walk and coupled.
 #pragma once
 
-#include "workspace.h"
+#include "distribution.h"
 
 namespace specdec::cuda {
 
-// (target - draft)+ of an id, where the draft was divided by a factor; of a drafter that is certain of its token, all
-// of the target. Of the rejected tokens themselves nothing is left: those are set apart.
+// What is known of a row once it was judged.
+struct alignas(16) Judged {
+  Distribution target, draft;
+  int drawn;   // the token that ends the path here, where that is known; else -1
+  int next;    // the child where the path goes on; else -1
+  int usable;  // whether its distributions are: the target's, and that of its children
+};
+static_assert(sizeof(Judged) <= kJudgedBytes);
+
+// What rejecting children of a node one after the other leaves of its target, up to a factor: (target - draft /
+// factor)+ with one number, and nothing of the rejected tokens, each of which was rejected since less was left of it
+// than the draft's probability. So it does not matter that siblings drawn without replacement were not drawn from
+// those. Of a drafter that is certain of its tokens, and where nothing was rejected, it is all of the target but those.
 struct Residual {
   Probabilities target, draft;
   bool certain;
+  int node, last;  // the last child that was tested; the node itself if none was
 
   SPECDEC_DEVICE float operator()(float target_logit, float draft_logit) const {
     const float prob = target(target_logit);
@@ -20,16 +32,6 @@ struct Residual {
   }
 };
 
-// All that a rule asks of a row once it was judged.
-struct alignas(16) Judged {
-  Distribution target, draft;
-  double prob = 0.0, draft_prob = 1.0;  // of the draft, under target and draft
-  int drawn = -1;                       // the token that ends the path here, where that is known
-  int next = -1;                        // the child where the path goes on
-  bool tested = false;                  // its distributions are usable, and it has a draft if the rule tests drafts
-};
-static_assert(sizeof(Judged) <= kPlaceBytes);
-
 // What tells whether the path goes on: a draft that its uniform accepts, a child that has the token drawn from the row,
 // or one that has the first of the race of all ids.
 enum class By { acceptance, draw, race };
@@ -37,16 +39,16 @@ enum class By { acceptance, draw, race };
 template <class T, class Op, By kBy>
 class VerifyProgram {
  public:
-  SPECDEC_DEVICE VerifyProgram(const Op& op, const Workspace& work, const Part& part)
+  SPECDEC_DEVICE VerifyProgram(const Op& op, const Plan& work, const Part& part)
       : op_(op),
         all_(op.common),
         work_(work),
         b_(part.request),
         row_(part.row),
         slice_(part.slice),
-        rows_(int(all_.rows)),
-        live_(count_live()) {
-    if (block::rank() == 0) describe_rows();
+        rows_(int(all_.rows)) {
+    const int live = count_live();
+    if (block::rank() == 0) describe_rows(), block::memory().live = live;
     block::sync();
   }
 
@@ -54,20 +56,19 @@ class VerifyProgram {
   // that order, those of rows that the path is known to pass by find that out and read nothing. The last block of the
   // row judges it, and whoever completes the path decides.
   SPECDEC_DEVICE void run() {
-    if (row_ >= live_) return;
+    if (row_ >= live()) return;
     // Asked once for all threads: it may change meanwhile.
     if (!work_.in_waves || !block::any(is_settled())) {
       const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
       measure_node(row_, begin + block::warp(), end, kWarps);
     }
-    const int code = when_all_came(counters() + row_, work_.slices, [&] { return is_settled() ? 2 : 1; });
-    if (code == 0) return;
-    const bool decides = code == 1 && settle(judge(row_));
+    if (!comes_last(counters() + row_, work_.slices)) return;
+    const bool decides = !block::any(is_settled()) && settle(judge(row_));
     leave();
     if (!decides) return;
     int end = 0;
     for (int next = 0; next >= 0; next = fresh(&judged()[end].next)) end = next;
-    end_at(end, 1.0, true);
+    finish(end, std::min(end + 1, live() - 1), 1.0);
   }
 
  protected:
@@ -79,6 +80,7 @@ class VerifyProgram {
     compute_here(request);
     return int64_t(request);
   }
+  SPECDEC_DEVICE static int live() { return block::memory().live; }
   SPECDEC_DEVICE uint64_t seed() const { return uint64_t(given(all_.seed + request())); }
   SPECDEC_DEVICE uint64_t position() const { return uint64_t(given(all_.position + request())); }
   // Of the test of a node's token.
@@ -88,8 +90,7 @@ class VerifyProgram {
     return {seed(), position() + uint64_t(depth_of(i)), kCoupled | kTokenRace << 8};
   }
 
-  // --- the tree: row i is that of node i, whose token was drafted from its parent's row ------------------------------
-
+  // Row i is that of node i, whose token was drafted from its parent's row.
   SPECDEC_DEVICE const int64_t* parents() const {
     if constexpr (kIsChain)
       return nullptr;
@@ -122,10 +123,9 @@ class VerifyProgram {
   SPECDEC_DEVICE bool is_child(int child, int node) const { return parent(child) == node && is_token(token(child)); }
   // The first child of a node behind `after`; the number of nodes if there is none.
   SPECDEC_DEVICE int next_child(int node, int after) const {
-    return block::first_where(after + 1, live_, [&](int child) { return is_child(child, node); });
+    if (kIsChain) return after == node ? node + 1 : live();
+    return block::first_where(after + 1, live(), [&](int child) { return is_child(child, node); });
   }
-
-  // --- rows, and what is found of them -------------------------------------------------------------------------------
 
   SPECDEC_DEVICE void describe_rows() const {
     int64_t first_row = request() * all_.rows, begin = request() * all_.target.request_stride;
@@ -137,7 +137,7 @@ class VerifyProgram {
     const int64_t floats = work_.ahead ? 2 * Table::floats(work_.spans) : 0;
     Rows* const rows = block::memory().rows;
     Rows& target = rows[kTargetRows] =
-        described(all_.target, begin, all_.vocab, sampling_of(all_.sampling, int(request())), work_.table(first));
+        described(all_.target, begin, all_.vocab, sampling_of(all_.sampling, int(request())), work_, first);
     target.floats_a_table = floats;
     rows[kRawRows] = target, rows[kRawRows].sampling = {};
     target.mask = mask_of(all_.processing, all_.vocab, first_row);
@@ -146,17 +146,17 @@ class VerifyProgram {
     target.first_draft = first_token(), target.draft_stride = all_.token_strides[1];
     Rows& draft = rows[kDraftRows] =
         described(all_.draft, request() * all_.draft.request_stride, all_.vocab,
-                  {all_.draft_stats ? 1.0f : all_.draft_scale(request())}, work_.table(first + 1));
+                  {all_.draft_stats ? 1.0f : all_.draft_scale(request())}, work_, first + 1);
     draft.floats_a_table = floats, draft.columns = {all_.target_to_draft, int(all_.draft.width)};
   }
   SPECDEC_DEVICE Row<T> target(int i) const { return {kTargetRows, i}; }
   SPECDEC_DEVICE Row<T> draft(int i) const { return {kDraftRows, i}; }
-  SPECDEC_DEVICE Judged* judged() const { return static_cast<Judged*>(work_.places) + request() * rows_; }
+  SPECDEC_DEVICE Judged* judged() const { return static_cast<Judged*>(work_.judged) + request() * rows_; }
 
   // Whether drafts were drawn from rows of logits; and whether the row that a node's were has to be measured.
   SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && !draft(0).sampling().greedy(); }
   SPECDEC_DEVICE bool measures_draft(int i) const {
-    return dense() && all_.draft_stats == nullptr && !target(i).sampling().greedy() && next_child(i, i) < live_;
+    return dense() && all_.draft_stats == nullptr && !target(i).sampling().greedy() && next_child(i, i) < live();
   }
 
   // The spans `span`, span + stride, ... before `end` of all that is measured of a node, by a warp.
@@ -184,71 +184,125 @@ class VerifyProgram {
     return d.argmax >= 0 || !dense() ? 1.0 : prob_of(d, draft(i).logit(id), id);
   }
 
-  // The weights of ids of row i from `first` on: what is left of the target.
+  // Judges a row whose tables are made, and writes what a rule asks of it, each as soon as it is known. The child where
+  // the path goes on, or -1.
+  SPECDEC_DEVICE int judge(int i) const {
+    const Row<T> row = target(i);
+    Judged& found = judged()[i];
+    int child = next_child(i, i), next = -1;
+    const Distribution d = distribution_of(row);
+    int drawn = d.argmax;
+    bool usable = d.valid;
+    if (block::rank() == 0) put(&found.target, d);
+    if constexpr (kBy == By::acceptance) {
+      const int id = child < live() ? int(token(child)) : -1;
+      const double prob = kIsChain && id >= 0 ? prob_of(d, row.logit(id), id) : 0.0;
+      Distribution drafts{.argmax = id};
+      // A greedy target accepts its argmax and emits its argmax: there no distribution of the draft matters.
+      if (dense() && id >= 0 && usable && drawn < 0) {
+        drafts = draft_distribution(i, drafts);
+        usable = drafts.valid;
+        for (int each = child; each < live() && usable; each = next_child(i, each))
+          usable = drafted_prob(i, drafts, int(token(each))) < INFINITY;
+      }
+      if (block::rank() == 0) put(&found.draft, drafts);
+      // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
+      if (usable && prob > 0.0 && uniform_of(child) * drafted_prob(i, drafts, id) < prob) next = child;
+    } else {
+      if (drawn < 0) drawn = kBy == By::race ? flat_race(row, d, coupled_noise(i)) : draw_from(row, d, noise(i));
+      while (child < live() && token(child) != drawn) child = next_child(i, child);
+      if (child < live() && usable) next = child;
+    }
+    if (block::rank() == 0) put(&found.drawn, drawn), put(&found.next, next), put(&found.usable, int(usable));
+    return next;
+  }
+
+  SPECDEC_DEVICE bool is_certain(const Judged& row) const { return !dense() || row.draft.argmax >= 0; }
+  SPECDEC_DEVICE Residual residual_of(int node, const Judged& row, int last, double factor) const {
+    return {probabilities_of(row.target), probabilities_of(row.draft, factor), last == node || is_certain(row), node,
+            last};
+  }
+  // The weights of ids from `first` on.
   template <int kCount>
-  SPECDEC_DEVICE void weigh(int i, const Residual& residual, int first, float (&w)[kCount]) const {
+  SPECDEC_DEVICE void weigh(const Residual& residual, int first, float (&w)[kCount]) const {
     float y[kCount] = {};
-    target(i).load(first, w);
-    if (!residual.certain) draft(i).load(first, y);
+    target(residual.node).load(first, w);
+    if (!residual.certain) draft(residual.node).load(first, y);
     SPECDEC_UNROLL
     for (int k = 0; k < kCount; ++k) w[k] = residual(w[k], y[k]);
+    set_apart(residual.node, residual.last, first, w);
   }
-  // The token that ends the step in row i, by the two-level race: of what rejections left, and of the target's own
-  // probabilities where that is nothing, or nothing was rejected. `set_apart(first, w)` of four weights.
-  template <class F>
-  SPECDEC_DEVICE int draw_after(int i, const Distribution& d, Residual residual, bool rejected,
-                                const F& set_apart) const {
-    for (;;) {
-      residual.certain |= !rejected;
-      const int drawn = draw(target(i), d, noise(i), [&](int first, float (&w)[4]) {
-        weigh(i, residual, first, w);
-        if (rejected) set_apart(first, w);
+  // Nothing is left of the tokens of the children up to `last`.
+  template <int kCount>
+  SPECDEC_DEVICE void set_apart(int node, int last, int first, float (&w)[kCount]) const {
+    constexpr int kOfWarp = kCount * kLanes;
+    const int begin = first / kOfWarp * kOfWarp;
+    const auto next = [&](int after) {
+      if (kIsChain) return after == node ? node + 1 : last + 1;
+      return block::first_where(after + 1, last + 1, [&](int child) {
+        return is_child(child, node) && token(child) >= begin && token(child) - begin < kOfWarp;
       });
-      if (drawn != kNobody || !rejected) return drawn;
-      rejected = false;
+    };
+    SPECDEC_ROLLED
+    for (int child = next(node); child <= last; child = next(child)) set_at(w, int(token(child)) - first, 0.0f);
+  }
+
+  // The token that ends the step at a node, by the two-level race: of what rejections left, and of the target's own
+  // probabilities where that is nothing.
+  SPECDEC_DEVICE int draw_at(int node, const Judged& row, int last, double factor) const {
+    Residual residual = residual_of(node, row, row.usable ? last : node, factor);
+    for (;;) {
+      const int drawn =
+          draw(target(node), row.target, noise(node), [&](int first, float (&w)[4]) { weigh(residual, first, w); });
+      if (drawn != kNobody || residual.last == node) return drawn;
+      residual.certain = true, residual.last = node;
     }
   }
 
-  // --- results -------------------------------------------------------------------------------------------------------
-
-  // The path to a node, where `drawn` ends it. `found` has the distribution of each row.
-  template <class State>
-  SPECDEC_DEVICE void write_path(int end, int drawn, bool valid, const State* found) const {
+  // The path ends at a node, whose children up to `last` were rejected. `valid`: whether all else that was read is.
+  SPECDEC_DEVICE void finish(int end, int last, double factor, bool valid = true) const {
+    const Judged row = fresh(judged() + end);
+    int id = kBy == By::acceptance && row.drawn < 0 ? draw_at(end, row, last, factor) : row.drawn;
     const int depth = depth_of(end);
-    if (block::rank() == 0) all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid;
-    SPECDEC_ROLLED
-    for (int i = rows_ - 1; i > depth; --i) write(i, -1, -1, found);
-    int64_t id = drawn;
-    SPECDEC_ROLLED
-    for (int i = depth, node = end; i >= 0; --i) {
-      write(i, node, id, found);
-      if (i > 0) id = token(node), node = parent(node);
+    int independent = 0;
+    if constexpr (kIsChain) {
+      SPECDEC_ROLLED
+      for (int i = block::rank(); op_.independent && i + 1 < live(); i += kThreads)
+        independent += fresh(&judged()[i].next) >= 0;
+      independent = op_.independent ? block::reduce(independent, std::plus<>()) : -1;
     }
-  }
-  // Token i of the results, which follows a node; no node behind the end of the path. The log-probability under the
-  // plain softmax takes measuring the row anew.
-  template <class State>
-  SPECDEC_DEVICE void write(int i, int node, int64_t id, const State* found) const {
-    const int64_t at = request() * rows_ + i;
     if (block::rank() == 0) {
-      all_.out_tokens[at] = id;
-      if constexpr (!kIsChain) op_.out_nodes[at] = node;
+      all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid && row.usable != 0;
+      if constexpr (kIsChain)
+        op_.out_counters[2 * request()] = live() - 1, op_.out_counters[2 * request() + 1] = independent;
+      SPECDEC_ROLLED
+      for (int i = rows_ - 1, node = end; i >= 0; --i) {
+        const bool on_path = i <= depth;
+        all_.out_tokens[request() * rows_ + i] = on_path ? id : -1;
+        if constexpr (!kIsChain) op_.out_nodes[request() * rows_ + i] = on_path ? node : -1;
+        if (on_path && i > 0) id = int(token(node)), node = parent(node);
+      }
     }
-    if (all_.out_logprobs == nullptr) return;
-    float logprob = NAN, raw_logprob = NAN;
-    if (node >= 0) {
-      const Row<T> raw{kRawRows, node};
-      measure_anew(raw);
-      const Mass mass = mass_of(raw);
-      if (mass.valid()) raw_logprob = (raw.logit(int(id)) - mass.top) - logf(mass.sum);
-      const Distribution d = fresh(found + node).target;
-      if (d.valid) logprob = float(d.log_prob(target(node).logit(int(id)), int(id)));
+    block::sync();
+    SPECDEC_ROLLED
+    for (int i = 0; all_.out_logprobs != nullptr && i < rows_; ++i) write_logprobs(i);
+  }
+  // Of token i of the results, which is written.
+  SPECDEC_DEVICE void write_logprobs(int i) const {
+    const auto at = [&] { return request() * rows_ + i; };  // computed anew behind the call
+    const int id = int(fresh(all_.out_tokens + at()));
+    int node = i;
+    if constexpr (!kIsChain) node = fresh(op_.out_nodes + at());
+    float logprob = NAN;
+    if (id >= 0) {
+      const Distribution d = fresh(&judged()[node].target);
+      if (d.valid) logprob = float(d.log_prob(target(node).logit(id), id));
     }
-    if (block::rank() == 0) all_.out_logprobs[at] = logprob, all_.out_raw_logprobs[at] = raw_logprob;
+    if (block::rank() == 0) all_.out_logprobs[at()] = logprob;
+    if (id >= 0) logprob = logprob_anew(Row<T>{kRawRows, node}, id);
+    if (block::rank() == 0) all_.out_raw_logprobs[at()] = logprob;
   }
 
-  // --- by rows -------------------------------------------------------------------------------------------------------
-  //
   // A row is settled once it was judged, or once the path is known to pass it by. A request has a bit for each row in
   // words and their number, and whoever settles the last ones knows that the path is complete, and decides. That is as
   // soon as its last row was judged: rows behind the end of a chain, or beside the path through a tree, are passed by.
@@ -258,37 +312,6 @@ class VerifyProgram {
   SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
   SPECDEC_DEVICE uint32_t* settled_bits() const { return counters() + rows_ + 2; }
   SPECDEC_DEVICE bool is_settled() const { return (glance(settled_bits() + row_ / 32) >> row_ % 32 & 1) != 0; }
-
-  // Judges a row whose tables are made, and writes what a rule asks of it. The child where the path goes on, or -1.
-  SPECDEC_DEVICE int judge(int i) const {
-    const Row<T> row = target(i);
-    Judged found;
-    found.target = distribution_of(row);
-    found.drawn = found.target.argmax, found.tested = found.target.valid;
-    if constexpr (kBy == By::acceptance) {
-      found.tested &= i + 1 < live_;
-      // A greedy target accepts its argmax and emits its argmax: there no distribution of the draft matters.
-      const int id = found.draft.argmax = i + 1 < live_ ? int(token(i + 1)) : -1;
-      if (dense() && found.tested && found.target.argmax < 0) found.draft = draft_distribution(i, found.draft);
-      if (found.tested && found.draft.valid) {
-        found.prob = prob_of(found.target, row.logit(id), id);
-        found.draft_prob = drafted_prob(i, found.draft, id);
-        // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
-        if (uniform_of(i + 1) * found.draft_prob < found.prob) found.next = i + 1;
-      }
-      found.tested &= found.draft.valid && found.draft_prob < INFINITY;
-      if (!found.tested) found.next = -1;
-    } else {
-      if (found.drawn < 0)
-        found.drawn =
-            kBy == By::race ? flat_race(row, found.target, coupled_noise(i)) : draw_from(row, found.target, noise(i));
-      int child = found.tested ? next_child(i, i) : live_;
-      while (child < live_ && token(child) != found.drawn) child = next_child(i, child);
-      if (child < live_) found.next = child;
-    }
-    if (block::rank() == 0) put(judged() + i, found);
-    return found.next;
-  }
 
   // Whether the path passes a row by, since it goes on from this one to `next`: it is below this row, but not below
   // `next`, nor that itself.
@@ -304,64 +327,31 @@ class VerifyProgram {
     int more = 0;
     block::sync();  // what was judged is written
     SPECDEC_ROLLED
-    for (int word = block::warp(); 32 * word < live_; word += kWarps) {
+    for (int word = block::warp(); 32 * word < live(); word += kWarps) {
       const uint32_t bits = block::bits([&](int bit) {
         const int node = 32 * word + bit;
-        return node < live_ && (node == row_ || passed_by(node, next));
+        return node < live() && (node == row_ || passed_by(node, next));
       });
       if (block::lane() == 0 && bits != 0) more += std::popcount(bits & ~set_bits(settled_bits() + word, bits));
     }
     more = block::reduce(more, std::plus<>());
-    return block::of_first(block::rank() == 0 && more > 0 &&
-                           int(add_to(rows_settled(), uint32_t(more))) + more == live_);
+    return block::any(block::rank() == 0 && more > 0 && int(add_to(rows_settled(), uint32_t(more))) + more == live());
   }
 
   // Once all blocks of a row have come. The last row of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
     if (block::rank() != kThreads - 1) return;  // not who has most to do
-    if (come_to(rows_done(), uint32_t(live_ - 1)) != uint32_t(live_ - 1)) return;
+    if (come_to(rows_done(), uint32_t(live() - 1)) != uint32_t(live() - 1)) return;
     acquire();
     put(rows_settled(), 0u);
     SPECDEC_ROLLED
     for (int word = 0; word < words(); ++word) put(settled_bits() + word, 0u);
   }
 
-  // The path ends in a row, with a probability, and with its draft rejected where it was tested and could be accepted.
-  // `valid`: whether all other rows that were read are.
-  SPECDEC_DEVICE void end_at(int end, double path_prob, bool can_go_on, bool valid = true) const {
-    const Judged last = fresh(judged() + end);
-    int drawn = last.drawn;
-    if constexpr (kBy == By::acceptance)
-      if (last.target.argmax < 0) {
-        const Residual residual = residual_of(last, path_prob);
-        drawn = draw_after(end, last.target, residual, can_go_on && last.tested,
-                           [&](int first, auto& w) { set_apart(last, first, w); });
-      }
-    write_path(end, drawn, valid && last.target.valid && (last.tested || end + 1 == live_), judged());
-    if constexpr (kIsChain) {
-      int independent = 0;
-      SPECDEC_ROLLED
-      for (int i = block::rank(); op_.independent && i + 1 < live_; i += kThreads)
-        independent += fresh(&judged()[i].next) >= 0;
-      independent = op_.independent ? block::reduce(independent, std::plus<>()) : -1;
-      if (block::rank() != 0) return;
-      op_.out_counters[2 * request()] = live_ - 1, op_.out_counters[2 * request() + 1] = independent;
-    }
-  }
-  // (target - draft / path_prob)+, and nothing of a draft that is a point mass.
-  SPECDEC_DEVICE static Residual residual_of(const Judged& row, double path_prob) {
-    return {probabilities_of(row.target), probabilities_of(row.draft, path_prob), row.draft.argmax >= 0};
-  }
-  template <int kCount>
-  SPECDEC_DEVICE static void set_apart(const Judged& row, int first, float (&w)[kCount]) {
-    if (row.draft.argmax >= 0) set_at(w, row.draft.argmax - first, 0.0f);
-  }
-
   const Op& op_;
   const Verification& all_;
-  const Workspace& work_;
+  const Plan& work_;
   const int b_, row_, slice_, rows_;
-  const int live_;
 };
 
 }  // namespace specdec::cuda

@@ -322,3 +322,17 @@ def test_rows_behind_the_rejection_are_not_read(few, verify_chain):
     after = verify_chain(broken, tokens, broken_draft, draft_temperature=1.0, **named)
     assert after.valid.all()
     assert torch.equal(before.tokens, after.tokens)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_the_row_behind_the_last_draft_is_read_only_if_that_is_accepted(few, verify_chain, rule):
+    """Rule block reads all others, wherever the path ends."""
+    target, tokens, draft = batch(count=few(32))
+    named = {"draft_temperature": 1.0, "seed": torch.arange(len(target)), "position": 1, "rule": rule}
+    before = verify_chain(target, tokens, draft, **named)
+    rejected = before.num_accepted < tokens.shape[1]
+    assert rejected.any()
+    target[rejected, -1] = NAN
+    after = verify_chain(target, tokens, draft, **named)
+    assert after.valid.all()
+    assert torch.equal(before.tokens, after.tokens)

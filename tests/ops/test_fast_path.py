@@ -391,7 +391,7 @@ def chain(batch, workspace=None, **more):
         torch.testing.assert_close(mine, other, equal_nan=True)
     return ours
 for _ in range(2):
-    chain(3), chain(3, logprobs=True), chain(3, rule="block")
+    chain(3, rule="block"), chain(3), chain(3, logprobs=True)
 assert counts() == (1, 1, 6)  # a device is asked once, memory of a stream is cleared once
 chain(2), chain(64), chain(3)
 assert counts() == (0, 1, 3)  # only more of it is cleared again

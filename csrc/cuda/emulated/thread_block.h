@@ -14,6 +14,14 @@ T fresh(const T* p) {
   return *p;
 }
 template <class T>
+T streamed(const T* p) {
+  return *p;
+}
+template <class T>
+T uniform_value(const T& x) {
+  return x;
+}
+template <class T>
 void put(T* p, const T& x) {
   *p = x;
 }
@@ -83,14 +91,14 @@ T shuffled(T x, int mask) {
 
 // A thread that is a warp has sixteen loads of each tile, which it combines as the lanes of one do.
 template <class F>
-void per_tile(const float (&x)[kSpan / kElements], const F& combine, float (&own)[kTilesOfSpan]) {
+void put_tiles(const float (&x)[kSpan / kElements], const F& combine, float* tiles) {
   constexpr int kPieces = kTileIds / kElements;
   for (int tile = 0; tile < kTilesOfSpan; ++tile) {
     float each[kPieces];
     std::copy_n(x + tile * kPieces, kPieces, each);
     for (int half = kPieces / 2; half > 0; half /= 2)
       for (int k = 0; k < half; ++k) each[k] = combine(each[k], each[k + half]);
-    own[tile] = each[0];
+    tiles[tile] = each[0];
   }
 }
 
