@@ -130,11 +130,10 @@ for _made in (_cpu, _cuda, _triton):  # Triton leaves CUDA tensors to the CUDA C
     BACKENDS[_backend.name] = _backend
 
 
-def function(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
+def function(op: str, backend: str | None, device: torch.device) -> Any:
     """The implementation of an op: the dispatcher's choice for ``None``, else exactly the requested one."""
     if backend is None:
-        dispatched: Callable[..., Any] = getattr(torch.ops.specdec, op).default
-        return dispatched
+        return getattr(torch.ops.specdec, op).default
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {backend!r}")
     BACKENDS[backend].require(device)

@@ -53,8 +53,7 @@ def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
     """``parents`` as int64. On the CPU, where looking is free, a parent that is missing or no earlier node is an error;
     elsewhere it ends the tree."""
     tree = (check or ArgumentChecker("parents", parents)).ids("parents", parents, "B, N").long()
-    nodes = tree.shape[1]
-    if nodes == 0:
+    if tree.shape[1] == 0:
         raise ValueError(f"parents must have at least the root, got {checks.describe(tree)}")
     if validate.readable(tree):
         for b, row in enumerate(tree.tolist()):
@@ -69,8 +68,10 @@ def checked(parents: object, check: ArgumentChecker | None = None) -> Tensor:
 def first_bad(row: list[int]) -> int | None:
     """The first parent that is none; a list, since tensor operations take ten times as long for a tree of 16."""
     live = row.index(-1, 1) if -1 in row[1:] else len(row)
-    bad = (node for node, up in enumerate(row) if not (0 <= up < node if 0 < node < live else up == -1))
-    return next(bad, None)
+    for node, up in enumerate(row):
+        if not (0 <= up < node if 0 < node < live else up == -1):
+            return node
+    return None
 
 
 def tree_positions(parents: Tensor) -> Tensor:
