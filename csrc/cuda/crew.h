@@ -163,7 +163,8 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
     double mass = state().mass;
     if (here().row.drawn < 0) {  // a point mass is accepted where it is a child, and not touched by other children
       const Residual residual = Base::residual_of(node, here().row, state().last, state().factor);
-      mass = pass(node, [&](int first, float (&w)[kElements]) { Base::weigh(residual, first, w); });
+      const Probabilities probability = probabilities_of(here().row.target);
+      mass = pass(node, [&](int first, float (&w)[kElements]) { Base::weigh(residual, probability, first, w); });
     }
     change([&](Visited& here) {
       State& state = here.state;

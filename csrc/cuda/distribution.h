@@ -111,7 +111,8 @@ SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
 // The two-level race of weights that are nowhere above a row's probabilities, such as those themselves, or a residual.
 // The row's own tiles, which are in its table, bound these: none can arrive before its bound does. So each warp visits
 // its tiles in the order of their bounds until none of the others can win: exact, and about 1 / (what is left of the
-// probability) of them. `weigh(first, w)` gives the weights of four ids. kNobody where there is no weight.
+// probability) of them. `weigh(first, w, probability)` gives the weights of four ids, the row's own by
+// `probability`. kNobody where there is no weight.
 template <class T, class F>
 SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
   const Table table = row.table();
@@ -159,7 +160,7 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
         SPECDEC_ROLLED
         for (int offset = 4 * block::lane(); offset < kTileIds; offset += 4 * kLanes) {
           float w[4];
-          weigh(next.id * kTileIds + offset, w);
+          weigh(next.id * kTileIds + offset, w, probability);
           const Words words = philox(inside, uint32_t(offset / 4));
           SPECDEC_UNROLL
           for (int k = 0; k < 4; ++k) {
@@ -180,8 +181,8 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
 // A draw from the row itself.
 template <class T>
 SPECDEC_DEVICE int draw_from(const Row<T>& row, const Distribution& d, const Noise& noise) {
-  const Probabilities probability = probabilities_of(d);
-  return draw(row, d, noise, [&](int first, float (&w)[4]) { row.load(first, w, probability); });
+  return draw(row, d, noise,
+              [&](int first, float (&w)[4], const auto& probability) { row.load(first, w, probability); });
 }
 
 // The winner of the race of all ids of a row that was measured with it. Where filters keep some only, those race anew.

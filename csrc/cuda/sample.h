@@ -123,7 +123,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
         if (fresh(tokens + index) == id) return 0.0f;
       return probability(x);
     };
-    const int drawn = draw(row_, d_, noise, [&](int first, float (&w)[4]) {
+    const int drawn = draw(row_, d_, noise, [&](int first, float (&w)[4], const auto&) {
       row_.load(first, w);
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) w[k] = left(first + k, w[k]);

@@ -20,12 +20,11 @@ static_assert(sizeof(Judged) <= kJudgedBytes);
 // than the draft's probability. So it does not matter that siblings drawn without replacement were not drawn from
 // those. Of a drafter that is certain of its tokens, and where nothing was rejected, it is all of the target but those.
 struct Residual {
-  Probabilities target, draft;
+  Probabilities draft;
   bool certain;
   int node, last;  // the last child that was tested; the node itself if none was
 
-  SPECDEC_DEVICE float operator()(float target_logit, float draft_logit) const {
-    const float prob = target(target_logit);
+  SPECDEC_DEVICE float operator()(float prob, float draft_logit) const {
     if (certain) return prob;
     const float left = prob - draft(draft_logit);
     return left > 0.0f ? left : 0.0f;  // nothing where the draft is no number
@@ -219,14 +218,14 @@ class VerifyProgram {
 
   SPECDEC_DEVICE bool is_certain(const Judged& row) const { return !dense() || row.draft.argmax >= 0; }
   SPECDEC_DEVICE Residual residual_of(int node, const Judged& row, int last, double factor) const {
-    return {probabilities_of(row.target), probabilities_of(row.draft, factor), last == node || is_certain(row), node,
-            last};
+    return {probabilities_of(row.draft, factor), last == node || is_certain(row), node, last};
   }
   // The weights of ids from `first` on.
   template <int kCount>
-  SPECDEC_DEVICE void weigh(const Residual& residual, int first, float (&w)[kCount]) const {
+  SPECDEC_DEVICE void weigh(const Residual& residual, const Probabilities& probability, int first,
+                            float (&w)[kCount]) const {
     float y[kCount] = {};
-    target(residual.node).load(first, w);
+    target(residual.node).load(first, w, probability);
     if (!residual.certain) draft(residual.node).load(first, y);
     SPECDEC_UNROLL
     for (int k = 0; k < kCount; ++k) w[k] = residual(w[k], y[k]);
@@ -252,8 +251,10 @@ class VerifyProgram {
   SPECDEC_DEVICE int draw_at(int node, const Judged& row, int last, double factor) const {
     Residual residual = residual_of(node, row, row.usable ? last : node, factor);
     for (;;) {
-      const int drawn =
-          draw(target(node), row.target, noise(node), [&](int first, float (&w)[4]) { weigh(residual, first, w); });
+      const auto left = [&](int first, float (&w)[4], const auto& probability) {
+        weigh(residual, probability, first, w);
+      };
+      const int drawn = draw(target(node), row.target, noise(node), left);
       if (drawn != kNobody || residual.last == node) return drawn;
       residual.certain = true, residual.last = node;
     }

@@ -26,7 +26,7 @@ ELEMENT_BYTES = {"BFloat16": 2, "Half": 2, "If": 4}
 #: The measuring loops are those that load 16 bytes at a time and let them leave the cache first.
 ROW_LOAD = "LDG.E.EF.128"
 #: Kernels that have no local memory in any loop; the others have it where they go from node to node, draw, or process.
-SPILL_NOWHERE = re.compile("(bf16|f16|f32) coupled|sample (f16|f32) plain")
+SPILL_NOWHERE = re.compile("(bf16|f16|f32) (coupled|token)|sample (f16|f32) plain")
 #: An instruction may jump or call; what only a warp that diverged takes is left aside. LEAVES: nothing follows it.
 #: ENDS: something else may begin behind it.
 JUMP = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|CALL)(?!\.DIV)\S* (?:.*, )?(0x[0-9a-f]+)")
