@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec_kernels.checks import choice, ids_of, whole
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.names import explains_names
+from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
     Draft,
     Drafter,
@@ -392,15 +393,13 @@ class Loop:
         if self._drafter is None:
             return Draft.nothing(len(step.num_draft)).to(self._device)
         draft = self._drafter.propose(step)
-        if draft.logits is None and draft.tokens.is_cpu and draft.tokens.numel():
-            largest = int(draft.tokens.max())
-            if largest >= self._vocab:
-                raise ValueError(f"drafter must propose token ids in [0, {self._vocab}), got {largest}")
+        for wrong in check_proposal(draft, step, self._vocab).values():
+            raise ValueError(wrong)
         draft = draft.to(self._device)
         if isinstance(draft, TreeDraft):
-            return _usable_tree(draft)
+            return _usable_tree(draft, self._vocab)
         counts = [min(own, most) for own, most in zip(counted(draft), step.num_draft, strict=True)]
-        return _usable(draft.first(counts))
+        return _usable(draft.first(counts), self._vocab)
 
     def _verify_chain(self, draft: Draft, step: Step) -> _Outcome:
         counts = draft.counts
@@ -505,20 +504,22 @@ class Loop:
         return lists
 
 
-def _usable(draft: Draft) -> Draft:
-    """A chain up to its first draft that was drawn from no distribution (nan, +inf, nothing finite)."""
+def _usable(draft: Draft, vocab_size: int) -> Draft:
+    """A chain up to its first draft that is no id of the target (which on a device was not seen before), or was drawn
+    from no distribution (nan, +inf, nothing finite)."""
+    bad = draft.tokens >= vocab_size
     if draft.stats is not None:
-        bad = draft.stats.isnan().any(-1)
+        bad = bad | draft.stats.isnan().any(-1)
     elif draft.logits is not None:
-        bad = (draft.logits.isnan() | (draft.logits == torch.inf)).any(-1) | ~draft.logits.isfinite().any(-1)
-    else:
-        return draft
+        rows = draft.logits
+        bad = bad | (rows.isnan() | (rows == torch.inf)).any(-1) | ~rows.isfinite().any(-1)
     return replace(draft, tokens=draft.tokens.masked_fill(bad.cumsum(1) > 0, -1))
 
 
-def _usable_tree(draft: TreeDraft) -> TreeDraft:
-    """A tree up to its first node that was drawn from no distribution."""
-    if draft.stats is None:
-        return draft
-    bad = draft.stats.isnan().any(-1).gather(1, draft.parents.clamp(min=0)) & (draft.parents >= 0)
-    return replace(draft, parents=draft.parents.masked_fill(bad.cumsum(1) > 0, -1))
+def _usable_tree(draft: TreeDraft, vocab_size: int) -> TreeDraft:
+    """A tree up to its first node of which the same is true, as far as stats tell; what is no node has some id."""
+    bad = (draft.tokens < 0) | (draft.tokens >= vocab_size)
+    if draft.stats is not None:
+        bad = bad | draft.stats.isnan().any(-1).gather(1, draft.parents.long().clamp(min=0))
+    parents = draft.parents.masked_fill((bad & (draft.parents >= 0)).cumsum(1) > 0, -1)
+    return replace(draft, parents=parents, tokens=draft.tokens.masked_fill(parents < 0, 0))

@@ -8,7 +8,7 @@ one read of the verification's results, so that none of them waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeGuard, TypeVar, overload, runtime_checkable
@@ -201,10 +201,11 @@ class TreeDraft:
         return (self.parents >= 0) | (torch.arange(self.parents.shape[1], device=self.parents.device) == 0)
 
 
-def spread(draft: Draft | TreeDraft, slots: Sequence[int], batch: int) -> Draft | TreeDraft:
-    """A draft of the requests in these slots as one of a whole batch, in which the others have no drafts."""
-    rows = dict(zip(slots, range(len(draft.tokens)), strict=True))
-    own = [rows.get(slot, 0) for slot in range(batch)]  # the others have any drafts, until they are taken from them
+def spread(draft: Draft | TreeDraft, rows: Mapping[int, int], batch: int) -> Draft | TreeDraft:
+    """A draft as one of a whole batch: the request in a slot has the drafts ``rows[slot]``, and those that have no row
+    have none. One at least has some."""
+    fill = next(iter(rows.values()))  # the others have any drafts, until they are taken from them
+    own = [rows.get(slot, fill) for slot in range(batch)]
     if isinstance(draft, Draft):
         whole = draft.select(own)
         return whole.first([count if slot in rows else 0 for slot, count in enumerate(counted(whole))])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec_kernels.checks import ids_of, whole
 from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties
+from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
     Draft,
     Drafter,
@@ -130,7 +131,8 @@ class Scheduler:
             :func:`~specdec_kernels.decode.stream`. To have fewer drafts the more requests there are, down to none, let
             the drafter be an :class:`~specdec_kernels.decode.drafters.AdaptiveDrafter`. A drafter that raises an error
             costs its drafts: that is warned of, and the requests that it drafted for then go on without (of an error in
-            ``begin`` those of one prompt); all others, and those that come later, have theirs.
+            ``begin`` those of one prompt); all others, and those that come later, have theirs. So it is if it proposes
+            what cannot be verified; where that is wrong for some requests (ids that the target has not), for those.
         max_requests: slots: requests that are decoded together at most.
         max_waiting: requests in the queue at most; ``None`` for any number.
         max_rows: rows of the target's pass at most, of all requests together, as long as each has one; ``None`` for any
@@ -394,7 +396,7 @@ class Scheduler:
         if self._drafter is None:
             return None
         with torch.inference_mode(), self.statistics.timed("prompt"):
-            return _GuardedSession(self._drafter, prompt)
+            return _GuardedSession(self._drafter, prompt, self._target.vocab_size)
 
 
 class _Prompt:
@@ -459,8 +461,10 @@ class _GuardedSession:
     """A drafter's session whose errors cost its requests their drafts, and nothing else: without drafts the text is the
     same in distribution."""
 
-    def __init__(self, drafter: Drafter, prompt: _Prompt) -> None:
+    def __init__(self, drafter: Drafter, prompt: _Prompt, vocab_size: int) -> None:
         self._drafted = [True] * len(prompt.submissions)  # of each request, whether it is in the drafter's session
+        self._vocab_size = vocab_size
+        self._wrong: list[int] = []  # slots of those whose drafts were wrong in this step
         self._session: DrafterSession | None = None
         self._session = self._attempt("begin", lambda: self._begin(drafter, prompt))
         if self._session is not None:
@@ -476,10 +480,7 @@ class _GuardedSession:
             return call()
         except Exception as error:
             self._session, self._drafted = None, [False] * len(self._drafted)
-            warnings.warn(
-                f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+            _warn(what, error)
             return None
 
     @property
@@ -492,10 +493,17 @@ class _GuardedSession:
         draft = None if session is None else self._attempt("propose", lambda: self._proposed(session, step))
         return Draft.nothing(len(step.num_draft)) if draft is None else draft
 
-    def _proposed(self, session: DrafterSession, step: Step) -> Draft | TreeDraft:
-        if all(self._drafted):
-            return session.propose(step)
-        return spread(session.propose(step.select(self._slots)), self._slots, len(self._drafted))
+    def _proposed(self, session: DrafterSession, step: Step) -> Draft | TreeDraft | None:
+        """What is proposed, but for the drafts that are wrong: their requests leave the session after this step."""
+        slots, batch = self._slots, len(self._drafted)
+        own = step if len(slots) == batch else step.select(slots)
+        draft = session.propose(own)
+        wrong = check_proposal(draft, own, self._vocab_size)
+        for reason in dict.fromkeys(wrong.values()):
+            _warn("propose", ValueError(reason))
+        self._wrong = [slots[row] for row in wrong]
+        rows = {slot: row for row, slot in enumerate(slots) if row not in wrong}
+        return draft if len(rows) == batch else spread(draft, rows, batch) if rows else None
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         if (session := self._session) is not None:
@@ -503,14 +511,22 @@ class _GuardedSession:
                 tokens = [tokens[slot] for slot in self._slots]
                 features = None if features is None else features[self._slots]
             self._attempt("commit", lambda: session.commit(tokens, features))
+        if self._wrong:
+            kept = [row for row, slot in enumerate(self._slots) if slot not in self._wrong]
+            self._select([drafted and slot not in self._wrong for slot, drafted in enumerate(self._drafted)], kept)
+            self._wrong = []
 
     def select(self, slots: Sequence[int]) -> None:
         rows = {slot: row for row, slot in enumerate(self._slots)}
-        self._drafted = [slot in rows for slot in slots]
-        if not any(self._drafted):
+        self._select([slot in rows for slot in slots], [rows[slot] for slot in slots if slot in rows])
+
+    def _select(self, drafted: list[bool], rows: list[int]) -> None:
+        """Go on with requests of which these have drafts, which are these of the session."""
+        self._drafted = drafted
+        if not rows:
             self._session = None
         if (session := self._session) is not None:
-            self._attempt("select", lambda: session.select([rows[slot] for slot in slots if slot in rows]))
+            self._attempt("select", lambda: session.select(rows))
 
     def join(self, other: _GuardedSession) -> None:
         """Those of either that are without drafts stay without."""
@@ -519,3 +535,10 @@ class _GuardedSession:
             self._session = other._session
         elif other._session is not None:
             self._attempt("join", lambda: joinable(session).join(other._session))
+
+
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(
+        f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
+        RuntimeWarning, stacklevel=3,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.integrations.plugins import fits
+from specdec_kernels.integrations.plugins import draft_rows, fits
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import verify_tree
@@ -166,12 +166,8 @@ def blockwise_rejection(
     target = target_logits.view(batch, rows, -1)
     drafts: dict[str, Any] = {}
     if draft_logits is not None:
-        given, vocab = draft_logits[:batch, : rows - 1], target.shape[2]
-        missing = vocab - given.shape[2]
         drafts = {
-            "draft_logits": torch.nn.functional.pad(given, (0, missing), value=-torch.inf)
-            if missing > 0
-            else given[..., :vocab],
+            **draft_rows(draft_logits[:batch, : rows - 1], target.shape[2]),
             "draft_temperature": draft_temperatures.reshape(-1).float(),
         }
     # Requests share the key and differ by their slot, which the position carries beside the step.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec_kernels.integrations.plugins import fits
+from specdec_kernels.integrations.plugins import draft_rows, fits
 from specdec_kernels.ops import LogitBias, RuleName, verify_chain
 
 VERSIONS = ("0.33.0",)
@@ -155,7 +155,7 @@ def verify(
             "logit_bias": _logit_bias(sampler.logits_processors[0], *own),
         }
     if draft_logits is not None:
-        inside |= {"draft_logits": _draft_rows(draft_logits, *own, logits.shape[1]), "draft_temperature": temperature}
+        inside |= {**draft_rows(_of_slots(draft_logits, *own), logits.shape[1]), "draft_temperature": temperature}
     first = cu_num_logits[:-1].long()
     slots = first[:, None] + torch.arange(1, num_drafts + 1, device=first.device)
     verified = verify_chain(
@@ -207,14 +207,11 @@ def _logit_bias(state: Any, slots: Tensor, slots_np: np.ndarray) -> LogitBias | 
     return LogitBias(ids, values.masked_fill(none, 0.0))
 
 
-def _draft_rows(rows: Tensor, slots: Tensor, slots_np: np.ndarray, vocab: int) -> Tensor:
+def _of_slots(rows: Tensor, slots: Tensor, slots_np: np.ndarray) -> Tensor:
     """The rows that the drafts of each request were drawn from; a view where the slots follow each other."""
     first = int(slots_np[0])
     together = bool((np.diff(slots_np) == 1).all())
-    rows = rows[first : first + len(slots_np)] if together else rows[slots]
-    if rows.shape[2] >= vocab:
-        return rows[..., :vocab]
-    return torch.nn.functional.pad(rows, (0, vocab - rows.shape[2]), value=-torch.inf)
+    return rows[first : first + len(slots_np)] if together else rows[slots]
 
 
 #: Whether the request that is being checked goes to Model Runner V2.

@@ -423,7 +423,9 @@ def test_bad_requests(model, named, error, message):
 
 
 def test_drafters_that_nothing_can_join(model):
-    scheduler = Scheduler(TransformersTarget(model), Altered(NGramDrafter(1), lambda draft, step: draft))
+    session = SimpleNamespace(propose=None, commit=None, select=None)
+    drafter = SimpleNamespace(feature_layers=(), begin=lambda prompts, features: session)
+    scheduler = Scheduler(TransformersTarget(model), drafter)
     with pytest.raises(TypeError, match="must have a method `join` for later requests, got SimpleNamespace"):
         submitted(scheduler, 0).result()
     assert scheduler.running == scheduler.waiting == 0

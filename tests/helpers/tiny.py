@@ -52,6 +52,8 @@ class Altered:
             propose=lambda step: self.change(session.propose(step), step),
             commit=session.commit,
             select=session.select,
+            join=lambda other: session.join(other.session),
+            session=session,
         )
 
 

@@ -132,6 +132,30 @@ def test_dspark_samples_in_distribution(registered, wrong):
     assert (statistic < limit(freedom)) != wrong
 
 
+@pytest.mark.parametrize("columns", [6, 8, 11])
+def test_rows_of_another_width_are_verified_as_they_are(columns, monkeypatch):
+    """Without a copy; the result is that of rows as wide as the target's."""
+    torch.manual_seed(0)
+    draft, target = torch.randn(40, 2, columns), torch.randn(120, 8)
+    wide = torch.nn.functional.pad(draft[..., :8], (0, 8 - min(columns, 8)), value=-torch.inf)
+    own, seen = plugin.verify_chain, []
+    monkeypatch.setattr(plugin, "verify_chain", lambda *a, **k: seen.append(k["draft_logits"]) or own(*a, **k))
+    found = [
+        plugin.blockwise_rejection(
+            candidates=torch.arange(120).view(40, 3) % 6,
+            target_logits=target,
+            draft_logits=rows,
+            target_temperatures=torch.ones(40, 1),
+            draft_temperatures=torch.ones(40),
+            noise=SimpleNamespace(key=3, counter=torch.zeros(1, dtype=torch.int64)),
+        )
+        for rows in (draft, wide)
+    ]
+    assert seen[0].data_ptr() == draft.data_ptr()
+    assert all(map(torch.equal, *found))
+    assert 0 < int(found[0][0].sum()) < 80
+
+
 def test_dspark_steps_and_requests_have_noise_of_their_own(registered):
     """All requests alike, nothing drafted that can be accepted: tokens are independent draws."""
     count = 2000

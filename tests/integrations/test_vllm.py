@@ -17,6 +17,7 @@ from peers import files
 from vllm_peer import GPU
 from vllm_peer import vllm as vllm_of
 
+from specdec_kernels import verify_chain
 from specdec_kernels.contract import Purpose
 from specdec_kernels.integrations import plugins
 from specdec_kernels.integrations import vllm as plugin
@@ -302,17 +303,26 @@ def test_draft_vocabularies_of_another_size(registered, monkeypatch, columns):
     given = torch.full((SLOTS, K, columns), 50.0 if columns > V else 0.0, dtype=torch.bfloat16)
     given[..., :V] = engine.draft_logits[..., :columns]
     engine.step(given)
-    ((_, asked, _),) = calls
-    want = engine.draft_logits.clone()
-    want[..., columns:] = -torch.inf
-    assert torch.equal(asked["draft_logits"], want[engine.batch.idx_mapping])
+    (((logits, tokens), asked, result),) = calls
+    wide = engine.draft_logits[engine.batch.idx_mapping].clone()
+    wide[..., columns:] = -torch.inf
+    assert torch.equal(asked["draft_logits"], wide[..., :columns])
+    assert ("draft_to_target" in asked) == (columns < V)
+    others = asked | {"draft_logits": wide, "draft_to_target": None}
+    assert torch.equal(result.tokens, verify_chain(logits, tokens, **others).tokens)
 
 
 def test_rows_of_slots_that_follow_each_other_are_not_copied():
+    """Nor are they made wider."""
     rows = torch.randn(8, K, V)
     ascending, other = torch.arange(2, 6), torch.tensor([3, 2, 5])
-    assert plugin._draft_rows(rows, ascending, ascending.numpy(), V).data_ptr() == rows[2].data_ptr()
-    assert torch.equal(plugin._draft_rows(rows, other, other.numpy(), V), rows[other])
+    own = plugin._of_slots(rows, ascending, ascending.numpy())
+    assert own.data_ptr() == rows[2].data_ptr()
+    assert torch.equal(plugin._of_slots(rows, other, other.numpy()), rows[other])
+    for width in (V - 3, V, V + 3):
+        given = plugin.draft_rows(own, width)
+        assert given["draft_logits"].data_ptr() == own.data_ptr()
+        assert given["draft_logits"].shape[-1] == min(V, width)
 
 
 def test_drafts_that_a_grammar_forbids_end_the_draft(registered):
