@@ -238,6 +238,8 @@ class Step:
     drafter."""
     coupled: bool = False
     """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
+    batch: int | None = None
+    """Requests of the target's pass, where some of them are without a drafter; None: these are all."""
 
     def to(self, device: torch.device) -> Step:
         """The same on a device."""

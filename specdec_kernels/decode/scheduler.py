@@ -496,7 +496,7 @@ class _GuardedSession:
     def _proposed(self, session: DrafterSession, step: Step) -> Draft | TreeDraft | None:
         """What is proposed, but for the drafts that are wrong: their requests leave the session after this step."""
         slots, batch = self._slots, len(self._drafted)
-        own = step if len(slots) == batch else step.select(slots)
+        own = step if len(slots) == batch else replace(step.select(slots), batch=batch)
         draft = session.propose(own)
         wrong = check_proposal(draft, own, self._vocab_size)
         for reason in dict.fromkeys(wrong.values()):

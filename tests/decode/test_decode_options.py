@@ -264,6 +264,11 @@ def test_costs_are_those_of_batches_of_a_size():
     teach(made[1], 0, accepted=1, proposed=2)
     assert best(made, [2]) == [(1, 0)]
     assert made[0].best([2] * 4, session.acceptance) == [(0, 0)] * 4
+    # One that drafts beside others without a drafter, whose tokens wait for its drafts too.
+    for rows in (1, 2, 4):
+        made[0].costs.step(3).add(rows, 0.03 + 0.001 * (rows - 1))
+    assert made[0].best([2], made[1].acceptance, 4) == [(0, 0)]
+    assert made[0].best([2], made[1].acceptance, 3) == [(1, 0)]
     assert made[0].costs.plain_is_due(3)
     assert not made[0].costs.plain_is_due(1)
 

@@ -261,6 +261,32 @@ def test_drafts_are_those_of_requests_alone_beside_some_without(model, name):
     assert sum(accepted for _, _, accepted in found[0]) > 0
 
 
+def test_costs_are_those_of_passes_that_were_made(model, monkeypatch):
+    """Of all their requests, those without a drafter too; and what these gain counts where drafts are weighed."""
+    booked, weighed = [], []
+    book, best = adaptive.Costs.proposed, adaptive.AdaptiveDrafter.best
+
+    def proposed(self, batch, rows):
+        booked.append((batch, scheduler.running))
+        book(self, batch, rows)
+
+    def noted(self, most, acceptance, batch=None):
+        weighed.append((len(most), batch))
+        return best(self, most, acceptance, batch)
+
+    monkeypatch.setattr(adaptive.Costs, "proposed", proposed)
+    monkeypatch.setattr(adaptive.AdaptiveDrafter, "best", noted)
+    drafter = Faulty(adaptive.AdaptiveDrafter(ModelDrafter(tiny(2))), cannot_begin)
+    scheduler = Scheduler(TransformersTarget(model), drafter)
+    for index in range(len(PROMPTS)):
+        submitted(scheduler, index)
+    with pytest.warns(RuntimeWarning, match="failed in begin"):
+        scheduler.run()
+    assert len({batch for batch, _ in booked}) > 2
+    assert all(batch == running for batch, running in booked)
+    assert max(batch - own for own, batch in weighed) == len(WITHOUT)
+
+
 @pytest.mark.parametrize("name", ["model", "tree"])
 @pytest.mark.parametrize("where", ["propose", "commit", "select", "join"])
 def test_a_failing_drafter_costs_its_drafts(model, where, name):

@@ -277,18 +277,20 @@ class AdaptiveDrafter:
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AdaptiveSession:
         return AdaptiveSession(self, self.drafter.begin(prompts, features), len(prompts))
 
-    def best(self, most: Sequence[int], acceptance: Sequence[Acceptance]) -> list[Shape]:
-        """Of each request's drafts, at most so many, those with the most expected tokens a second.
+    def best(self, most: Sequence[int], acceptance: Sequence[Acceptance], batch: int | None = None) -> list[Shape]:
+        """Of each request's drafts, at most so many, those with the most expected tokens a second of a batch, in which
+        others may be without a drafter.
 
         A pass is as wide as its widest request, and drafting takes as long as its longest chain, so the width is what
         is chosen; each request fills it with what it gains most by."""
-        step = self.costs.step(len(most))
+        batch = len(most) if batch is None else batch
+        step = self.costs.step(batch)
         filled = [self._filled(limit, own) for limit, own in zip(most, acceptance, strict=True)]
-        best, rate = [(0, 0)] * len(most), len(most) / step.at(1)
+        best, rate = [(0, 0)] * len(most), batch / step.at(1)
         for width in range(1, max(most) + 1):
             each = [own[min(width, len(own) - 1)] for own in filled]
             shapes = [shape for shape, _ in each]
-            tokens = len(most) + self.costs.gained([gain for _, gain in each])
+            tokens = batch + self.costs.gained([gain for _, gain in each])
             seconds = self.drafting.at(max(length for length, _ in shapes)) + step.at(1 + width)
             if tokens / seconds > rate:
                 rate, best = tokens / seconds, shapes
@@ -333,7 +335,8 @@ class AdaptiveSession:
 
     def propose(self, step: Step) -> Draft | TreeDraft:
         start = time.perf_counter()
-        self._shapes = self._choose(step.num_draft)
+        batch = len(step.num_draft) if step.batch is None else step.batch
+        self._shapes = self._choose(step.num_draft, batch)
         lengths = [length for length, _ in self._shapes]
         draft: Draft | TreeDraft = Draft.nothing(len(lengths))
         if any(lengths):
@@ -351,7 +354,7 @@ class AdaptiveSession:
         self._asked = True
         if longest := max(self._drafted):
             self._drafter.drafting.add(longest, time.perf_counter() - start)
-        self._drafter.costs.proposed(len(lengths), rows)
+        self._drafter.costs.proposed(batch, rows)
         return draft
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -375,17 +378,17 @@ class AdaptiveSession:
         joinable(self._session).join(other._session)
         self.acceptance = self.acceptance + other.acceptance
 
-    def _choose(self, most: Sequence[int]) -> list[Shape]:
-        """What to draft, at most so many of each request."""
+    def _choose(self, most: Sequence[int], batch: int) -> list[Shape]:
+        """What to draft, at most so many of each request, in a pass of so many requests."""
         drafter = self._drafter
         if isinstance(self._session, ForeknowingSession):
             most = self._session.available(most)
-        if drafter.costs.plain_is_due(len(most)):
+        if drafter.costs.plain_is_due(batch):
             return [(0, 0)] * len(most)
         if not drafter.drafting.known:
             widest = [(limit + drafter.siblings) // (1 + drafter.siblings) for limit in most]
             return [(length, length if drafter.siblings else 0) for length in widest]
-        wanted = drafter.best(most, self.acceptance)
+        wanted = drafter.best(most, self.acceptance, batch)
         if any(length for length, _ in wanted):
             self._patience = drafter.PATIENCE[0]
             return wanted
