@@ -44,6 +44,9 @@ namespace specdec::cuda {
 constexpr int kThreads = 256;
 static_assert(kThreads == 32 * kChunkSpans);
 #else
+#ifndef SPECDEC_EMULATED_THREADS
+#define SPECDEC_EMULATED_THREADS 1
+#endif
 constexpr int kThreads = SPECDEC_EMULATED_THREADS;
 #endif
 constexpr int kLanes = kThreads == 1 ? 1 : 32, kWarps = kThreads / kLanes;
@@ -138,7 +141,7 @@ struct BlockMemory {
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
   };
   Rows rows[3];
-  int live;                                        // rows of a request that the path may come to
+  int live;                                        // rows of a request that may be visited
   alignas(16) unsigned char visited[160];          // what a crew knows of the node that it visits (crew.h)
   alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };

@@ -135,7 +135,7 @@ def compile_cpp(compiler: str, torch: Path, source: Path, *options: str, python:
     include = [*includes(python), torch / "include", torch / "include/torch/csrc/api/include", cuda]
     # As in CMakeLists.txt: headers of older gcc leave registers unset, where it does not matter what is in them.
     without = ("uninitialized", "maybe-uninitialized") if "avx512" in name and compiler.startswith("g++") else ()
-    defined = ["TORCH_TARGET_VERSION=0x020a000000000000ULL", "SPECDEC_EMULATED_THREADS=1"]
+    defined = ["TORCH_TARGET_VERSION=0x020a000000000000ULL"]
     if "native" in name:  # it has nothing of torch but names of dtypes
         defined = ['SPECDEC_COMPILER=""', 'SPECDEC_TORCH=""', "SPECDEC_SANITIZED=false"]
     run(
