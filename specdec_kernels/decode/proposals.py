@@ -45,11 +45,13 @@ def _sound(heat: Tensor | float | None) -> tuple[Tensor | float | None, dict[int
     """Temperatures that can be, and which requests have others."""
     if not isinstance(heat, Tensor) or not heat.is_cpu:
         return heat, {}
-    sound = heat.isfinite() & (heat >= 0)
+    in_range, expected = checks.RANGES["draft_temperature"]
+    values = heat.flatten().tolist()
+    sound = torch.tensor([in_range(own) for own in values], dtype=torch.bool, device=heat.device).view(heat.shape)
     wrong = {
-        slot: f"drafter must propose temperatures that are finite and not negative, got {own}"
-        for slot, own in enumerate(heat.flatten().tolist())
-        if not 0 <= own < math.inf
+        slot: f"drafter must propose temperatures that are {expected}, got {own}"
+        for slot, own in enumerate(values)
+        if not in_range(own)
     }
     return torch.where(sound, heat, 1.0), wrong
 
