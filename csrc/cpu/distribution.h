@@ -17,13 +17,15 @@ namespace specdec {
 
 // A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
 // threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding.
-inline int64_t piece_tiles(int64_t tiles, int64_t threads) {
-  constexpr int64_t kGroup = 16, kLeast = 64;
-  const int64_t share = (tiles + threads - 1) / threads;
-  return std::max(kLeast, (share + kGroup - 1) / kGroup * kGroup);
+inline uint32_t pieces_of(int64_t tiles, int64_t threads) {
+  constexpr int64_t kLeast = 64;
+  return uint32_t(std::clamp<int64_t>((tiles + kLeast - 1) / kLeast, 1, threads));
 }
-
-inline int64_t pieces_of(int64_t tiles, int64_t piece) { return (tiles + piece - 1) / piece; }
+inline std::pair<int64_t, int64_t> tiles_of_piece(int64_t tiles, uint32_t pieces, uint32_t piece) {
+  constexpr int64_t kGroup = 16;
+  const int64_t end = piece + 1 < pieces ? tiles * (piece + 1) / pieces / kGroup * kGroup : tiles;
+  return {tiles * piece / pieces / kGroup * kGroup, end};
+}
 
 inline bool is_greedy(float scale) { return std::isinf(scale); }
 
@@ -58,9 +60,9 @@ class RowView {
         scale_(sampling.scale),
         filters_(sampling.filters),
         tiles_(tiles_of(source.row().vocab)),
-        piece_(piece_tiles(tiles_, workers.threads)),
+        pieces_(pieces_of(tiles_, workers.threads)),
         space_(space) {
-    space.pieces.resize(pieces());
+    space.pieces.resize(pieces_);
     if (!is_greedy(scale_) && source.plain()) base_ = kernels_.estimate_max(source_.row(), 0, tiles_);
   }
 
@@ -79,7 +81,7 @@ class RowView {
     finish();
   }
 
-  uint32_t pieces() const { return uint32_t(pieces_of(tiles_, piece_)); }
+  uint32_t pieces() const { return pieces_; }
   int64_t tiles() const { return tiles_; }
   bool valid() const { return valid_; }
   int64_t argmax() const { return argmax_; }
@@ -126,7 +128,7 @@ class RowView {
   double mass_below(const F& token_weights) const {
     std::vector<double> sums(pieces(), 0.0);
     each_piece([&](uint32_t piece) {
-      const auto [begin, end] = tiles_of_piece(piece);
+      const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
       float weights[kTile];
       for (int64_t tile = begin; tile < end; ++tile) {
         if (space_.weight[size_t(tile)] == 0.0f) continue;
@@ -189,7 +191,7 @@ class RowView {
   // `least()`.
   template <class Least, class F>
   void each_logit(uint32_t piece, const Least& least, const F& visit) const {
-    const auto [begin, end] = tiles_of_piece(piece);
+    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
     float logits[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
       const Source::At at = source_.at(tile, logits);
@@ -271,15 +273,10 @@ class RowView {
   // Tiles that are processed before a kernel reads them.
   static constexpr int64_t kFilled = 16;
 
-  std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
-    const int64_t begin = int64_t(piece) * piece_;
-    return {begin, std::min(begin + piece_, tiles_)};
-  }
-
   // `visit(tile, probabilities, arrivals)` for the tiles of one piece that take part in the flat race.
   template <class F>
   void flat_race(uint32_t piece, Noise noise, const F& visit) const {
-    const auto [begin, end] = tiles_of_piece(piece);
+    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
     noise.tag |= kTokenRace << 8;
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -291,7 +288,7 @@ class RowView {
   }
 
   Summed pass_over(uint32_t piece) {
-    const auto [begin, end] = tiles_of_piece(piece);
+    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
     if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {
@@ -397,7 +394,8 @@ class RowView {
   Source source_;
   float scale_;
   Filters filters_;
-  int64_t tiles_, piece_;
+  int64_t tiles_;
+  uint32_t pieces_;
   TileSpace& space_;
   float base_ = -INFINITY;  // of the weights of tiles, if all share it
   float max_ = 0.0f, cutoff_ = -INFINITY;

@@ -41,49 +41,52 @@ template <class T>
   for (; i < count; ++i) copy_one(i);
 }
 
-// `tiles` tiles from `first` on, of those before `end`: where they lie in the row; or in a copy, where some of them are
-// behind the end, which is -inf there, or the row has columns of its own.
-template <class T, int64_t tiles>
-class Tiles {
+// A tile where it lies in the row; or in a copy, where the row ends in it, which is -inf behind that, or has columns of
+// its own.
+template <class T>
+class Tile {
  public:
-  Tiles(const Row& row, int64_t first, int64_t end) : logits_(static_cast<const T*>(row.logits) + first * kTile) {
-    const int64_t left = (end * kTile < row.vocab ? end * kTile : row.vocab) - first * kTile;
-    if (left >= kSize && row.columns == nullptr) return;
-    copy(row, first * kTile, left < kSize ? left : kSize, kSize, copy_);
+  Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
+    const int64_t left = row.vocab - tile * kTile;
+    if (left >= kTile && row.columns == nullptr) return;
+    copy(row, tile * kTile, left < kTile ? left : kTile, kTile, copy_);
     logits_ = copy_;
   }
-  Tiles(const Row& row, int64_t first) : Tiles(row, first, first + tiles) {}
 
   const T* operator+(int64_t i) const { return logits_ + i; }
 
  private:
-  static constexpr int64_t kSize = tiles * kTile;
-
   const T* logits_;
-  T copy_[kSize];
+  T copy_[kTile];
 };
 
-// As many as a vector has lanes are reduced together: folding them into the lanes of one vector costs a third of
-// reducing them one by one, and does not wait for each.
+// Fetches two vectors. Line by line: float32 took a fifth longer when a tile's lines were requested at once.
 template <class T>
-using Group = Tiles<T, V::width>;
-
-template <class T>
-using Tile = Tiles<T, 1>;
-
-// Fetches what the next group reads where this one reads two vectors: the hardware's own prefetch stops at every 4 KiB
-// page. Line by line: float32 took a fifth longer when a tile's lines were requested at once.
-template <class T>
-void prefetch_next(const T* here) {
-  constexpr uintptr_t kAhead = V::width * kTile * sizeof(T);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(here) + kAhead;  // may lie past the row: an address, no pointer
+void prefetch_two(uintptr_t begin) {  // may lie past the row: an address, no pointer
   for (uintptr_t at = begin; at < begin + 2 * V::width * sizeof(T); at += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 
+// Tiles are reduced in groups of as many as a vector has lanes: folding their vectors into the lanes of one costs a
+// third of reducing each alone, and does not wait for each. Where two vectors of a group are read, those of the next
+// one are fetched: the hardware's own prefetch stops at every 4 KiB page.
 template <class T>
-V::F max_of_tile(const T* logits) {
-  V::F a = V::load(logits), b = V::load(logits + V::width);
+constexpr uintptr_t kGroupBytes = V::width * kTile * sizeof(T);
+
+template <class T>
+void prefetch_next(const T* here) {
+  prefetch_two<T>(reinterpret_cast<uintptr_t>(here) + kGroupBytes<T>);
+}
+
+// f(tile, its place in the group) of each tile of a group; `none` of those that are not before `end`.
+template <class T, class F>
+void each_of_group(const Row& row, int64_t first, int64_t end, float none, V::F* out, const F& f) {
+  for (int64_t g = 0; g < V::width; ++g) out[g] = first + g < end ? f(Tile<T>(row, first + g), g) : V::set(none);
+}
+
+template <class T>
+V::F max_of_tile(const Tile<T>& logits) {
+  V::F a = V::load(logits + 0), b = V::load(logits + V::width);
   for (int64_t i = 2 * V::width; i < kTile; i += 2 * V::width) {
     a = V::max(a, V::load(logits + i));
     b = V::max(b, V::load(logits + i + V::width));
@@ -96,11 +99,10 @@ V::F usable_base(V::F max) { return V::keep(V::differs(max, -INFINITY), max); }
 
 void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   with_dtype(row.dtype, [&](auto element) {
+    using T = decltype(element);
     for (int64_t first = begin; first < end; first += V::width) {
-      const Group<decltype(element)> group(row, first, end);
       V::F largest[V::width];
-      for (int64_t g = 0; g < V::width; ++g) {
-        const auto* const logits = group + g * kTile;
+      each_of_group<T>(row, first, end, -INFINITY, largest, [](const Tile<T>& logits, int64_t) {
         // max drops a nan or keeps it, depending on the order of its operands: look for it apart.
         V::F a = V::set(-INFINITY), b = a, x, y;
         V::M nan = V::is_nan(a);
@@ -111,38 +113,37 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
           a = V::max(a, x);
           b = V::max(b, y);
         }
-        largest[g] = V::any(nan) ? V::set(NAN) : V::max(a, b);
-      }
+        return V::any(nan) ? V::set(NAN) : V::max(a, b);
+      });
       V::store(max + first, V::fold_max(largest));
     }
   });
 }
 
-// The sum over each tile of a group of 2^term(tile, logit).
+// The sum over each tile of a group of 2^term(logit, place of the tile).
 template <class T, class F>
-V::F group_sums(const Group<T>& group, const F& term) {
+V::F group_sums(const Row& row, int64_t first, int64_t end, const F& term) {
   V::F sums[V::width];
-  for (int64_t g = 0; g < V::width; ++g) {
-    const T* logits = group + g * kTile;
-    V::F a = V::set(0.0f), b = V::set(0.0f), x, y;
+  each_of_group<T>(row, first, end, 0.0f, sums, [&](const Tile<T>& logits, int64_t g) {
+    V::F sum, x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
       prefetch_next(logits + i);
       V::load_two(logits + i, x, y);
-      a = V::add(a, V::exp2(term(g, x)));
-      b = V::add(b, V::exp2(term(g, y)));
+      x = V::add(V::exp2(term(x, g)), V::exp2(term(y, g)));
+      sum = i == 0 ? x : V::add(sum, x);
     }
-    sums[g] = V::add(a, b);
-  }
+    return sum;
+  });
   return V::fold_add(sums);
 }
 
 // Of exp(scale * (logit - base)), `scale2` to base 2. In one operation, scale * logit - scale * base, the rounding of
 // the second product taken out at the end.
 template <class T>
-V::F sums_from(const Group<T>& group, V::F base, V::F scale2) {
+V::F sums_from(const Row& row, int64_t first, int64_t end, V::F base, V::F scale2) {
   const V::F offset = V::sub(V::set(0.0f), V::mul(base, scale2)), rounding = V::fma(base, scale2, offset);
-  const V::F sums = group_sums(group, [&](int64_t, V::F logit) { return V::fma(logit, scale2, offset); });
-  return V::mul(sums, V::exp2(V::sub(V::set(0.0f), rounding)));
+  const auto term = [&](V::F logit, int64_t) { return V::fma(logit, scale2, offset); };
+  return V::mul(group_sums<T>(row, first, end, term), V::exp2(V::sub(V::set(0.0f), rounding)));
 }
 
 // scale * (x - base), in two operations that round nothing before they scale. In halves: the difference of two floats
@@ -158,10 +159,10 @@ class Gap {
 
 // The same with a base for each tile: for low temperatures.
 template <class T>
-V::F sums_from_own(const Group<T>& group, V::F bases, V::F scale2) {
+V::F sums_from_own(const Row& row, int64_t first, int64_t end, V::F bases, V::F scale2) {
   float base[V::width];
   V::store(base, bases);
-  return group_sums(group, [&](int64_t g, V::F logit) { return Gap(V::set(base[g]), scale2)(logit); });
+  return group_sums<T>(row, first, end, [&](V::F logit, int64_t g) { return Gap(V::set(base[g]), scale2)(logit); });
 }
 
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
@@ -169,27 +170,26 @@ constexpr float kLargeSpread = 0x1p20f;
 
 // The largest logit of each tile of a group.
 template <class T>
-V::F group_maxima(const Group<T>& group) {
+V::F group_maxima(const Row& row, int64_t first, int64_t end) {
   V::F largest[V::width];
-  for (int64_t g = 0; g < V::width; ++g) largest[g] = max_of_tile(group + g * kTile);
+  const auto largest_of = [](const Tile<T>& logits, int64_t) { return max_of_tile(logits); };
+  each_of_group<T>(row, first, end, -INFINITY, largest, largest_of);
   return V::fold_max(largest);
 }
 
 // A row's tiles are summed from one base, so that nothing has to be known of a group before it is summed. Any logit of
-// the row will do that is not far below a tile's largest: what it makes vanish is nothing beside it.
+// the row will do that is not far below a tile's largest: what it makes vanish is nothing beside it. Those at the begin
+// are needed next anyway, and all of them are fetched at once: logits from all over the row, each in a page of its own,
+// took a twentieth of a pass.
 float estimate_max(const Row& row, int64_t begin, int64_t end) {
+  constexpr int64_t kTiles = 16;
   V::F largest = V::set(-INFINITY);
   with_dtype(row.dtype, [&](auto element) {
-    const int64_t last = end * kTile <= row.vocab ? end : row.vocab / kTile;  // the first tile that is not whole
-    if (last <= begin) {
-      largest = max_of_tile(Tile<decltype(element)>(row, begin) + 0);
-      return;
-    }
-    constexpr int64_t kPlaces = 8;
-    for (int64_t i = 0; i < kPlaces; ++i) {
-      const Tile<decltype(element)> tile(row, begin + (last - begin) * i / kPlaces);
-      largest = V::max(largest, V::load(tile + 0));
-    }
+    using T = decltype(element);
+    const T* const logits = static_cast<const T*>(row.logits) + begin * kTile;
+    for (int64_t i = 0; i < kTiles * kTile; i += 2 * V::width) prefetch_two<T>(reinterpret_cast<uintptr_t>(logits + i));
+    for (int64_t tile = begin; tile < begin + kTiles && tile < end; ++tile)
+      largest = V::max(largest, V::load(Tile<T>(row, tile) + 0));
   });
   return V::reduce_max(largest);
 }
@@ -211,14 +211,14 @@ Summed tile_stats(const Row& row, float scale, float base, int64_t begin, int64_
   const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(tiles);
   Summed summed{true, 0};
   with_dtype(row.dtype, [&](auto element) {
+    using T = decltype(element);
     for (int64_t first = begin; first < end; first += V::width) {
-      const Group<decltype(element)> group(row, first, end);
       V::F bases = V::set(base), sums = V::set(INFINITY);
-      if (usable) sums = sums_from(group, bases, scale2);
+      if (usable) sums = sums_from<T>(row, first, end, bases, scale2);
       if (V::any(V::exceeds(sums, most))) {
         summed.shared = false;
-        bases = usable_base(group_maxima(group));
-        sums = sums_from_own(group, bases, scale2);
+        bases = usable_base(group_maxima<T>(row, first, end));
+        sums = sums_from_own<T>(row, first, end, bases, scale2);
       } else {
         summed.total += fixed_point(V::reduce_add(sums));
       }
@@ -273,7 +273,7 @@ float tile_peak(const Row& row, int64_t tile) {
   float peak = -INFINITY;
   with_dtype(row.dtype, [&](auto element) {
     const Tile<decltype(element)> logits(row, tile);
-    peak = V::reduce_max(max_of_tile(logits + 0));
+    peak = V::reduce_max(max_of_tile(logits));
   });
   return peak;
 }

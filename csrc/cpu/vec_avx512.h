@@ -134,7 +134,7 @@ struct V {
     F halves[8], quarters[4], pairs[2];
     for (int i = 0; i < 8; ++i) {
       const F a = x[order(2 * i)], b = x[order(2 * i + 1)];
-      halves[i] = op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+      halves[i] = op(_mm512_mask_blend_ps(0xFF00, a, b), _mm512_shuffle_f32x4(a, b, 0x4E));
     }
     for (int i = 0; i < 4; ++i) {
       const F a = halves[2 * i], b = halves[2 * i + 1];
@@ -142,7 +142,8 @@ struct V {
     }
     for (int i = 0; i < 2; ++i) {
       const __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
-      pairs[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+      pairs[i] =
+          op(_mm512_castpd_ps(_mm512_mask_blend_pd(0xAA, a, b)), _mm512_castpd_ps(_mm512_shuffle_pd(a, b, 0x55)));
     }
     return op(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD));
   }
