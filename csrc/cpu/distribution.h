@@ -226,26 +226,19 @@ class RowView {
 
   // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the
   // order of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability)
-  // tiles are ever looked at. -1 if no weight is positive. `announce` is told of a tile one look before.
-  template <class F, class G>
-  int64_t draw_below(Noise noise, const F& token_weights, const G& announce) const {
+  // tiles are ever looked at. -1 if no weight is positive.
+  template <class F>
+  int64_t draw_below(Noise noise, const F& token_weights) const {
     float* bounds = space_.arrival.data();
     float weights[2][kTile];
     float* candidate = weights[0];
     float* best = weights[1];
     int64_t winner = -1;
     float winning = INFINITY;
-    const auto announced = [&](const Arrival& arrival) {
-      prefetch(source_.row(), arrival.index * kTile, kTile);
-      announce(arrival.index);
-      return arrival;
-    };
-    Arrival next = announced(first_tile(noise));
+    Arrival here = first_tile(noise);
     // The bound and the weights are rounded apart: leave room for that.
-    while (next.time < INFINITY && next.time * 0.9999f < winning) {
-      const Arrival here = next;
+    for (; here.time < INFINITY && here.time * 0.9999f < winning; here = first_of(bounds)) {
       bounds[here.index] = INFINITY;
-      next = announced(first_of(bounds));
       token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
       const float time = float(double(here.time) * double(space_.weight[size_t(here.index)]) / (sum * total_));

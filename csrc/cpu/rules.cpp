@@ -139,9 +139,8 @@ class Request {
       drafted.valid = draft.valid();
       return drafted;
     }
-    const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
-    prefetch(drafted.row, token, 1);
     target.pass_all();
+    const float* stats = op_.draft_stats + 3 * (b_ * op_.draft_rows + i);
     drafted.point_mass = is_greedy(stats[0]);
     drafted.dist = {stats[0], stats[1], stats[2], 0.0f};
     return drafted;
