@@ -13,23 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.triton_kernels import launch
+from specdec_kernels.triton_kernels.launch import power_of_two
 
-#: Tokens of the context that a program has at least, and programs that a multiprocessor runs at a time.
-LEAST_SPLIT, PROGRAMS_AT_A_TIME = 256, 2
+#: Tokens of the context that a program has at least, and programs for each multiprocessor, at a time or in turn.
+LEAST_SPLIT, PROGRAMS_EACH = 256, 2
 #: Rows that a program puts together.
 COMBINED = 16
 
 
 @triton.jit
-def attend(query, key, value, seen, scale, best, total, mixed, UPCAST: tl.constexpr):
+def attend(query, key, value, seen, scale, best, total, mixed, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """Some keys [WIDE, KEYS] and values [KEYS, WIDE] more: the largest score, sum and mix of values of [ROWS] queries,
-    in powers of two."""
+    in powers of two. ``scale`` is positive: the largest product is the largest score."""
     if UPCAST:  # the interpreter's dot is wrong in bfloat16
         query, key, value = query.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
-    scores = tl.where(seen, tl.dot(query, key, input_precision="ieee") * scale, float("-inf"))
-    now = tl.maximum(best, tl.max(scores, axis=1))
+    products = tl.dot(query, key, input_precision="ieee")
+    if MASKED:
+        products = tl.where(seen, products, float("-inf"))
+    now = tl.maximum(best, tl.max(products, axis=1) * scale)
     base = tl.where(now == float("-inf"), 0.0, now)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(products * scale - base[:, None])
     fade = tl.exp2(best - base)
     mixed = tl.dot(weights.to(value.dtype), value, mixed * fade[:, None], input_precision="ieee")
     return now, total * fade + tl.sum(weights, axis=1), mixed
@@ -42,46 +45,53 @@ def tree_attention_kernel(
     o_head, o_node, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows are the nodes of all query heads that share a key head; the last split of the context has the tree too."""
-    b, head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
-    part = tl.program_id(2)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """Rows are the nodes of all query heads that share a key head. Programs of the same keys are neighbours, so that
+    they read them from the cache. Whole blocks of the context first; then its rest and the tree, which lies behind."""
+    blocks = tl.cdiv(rows, ROWS)
+    keys_of, part = tl.program_id(0) // blocks, tl.program_id(1)
+    b, head = (keys_of // kv_heads).to(tl.int64), (keys_of % kv_heads).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    node, own_head = (row % nodes).to(tl.int64), head * group + row // nodes
+    node, of_group = row % nodes, row // nodes
     entry = tl.arange(0, WIDE)
     inside = entry < WIDTH
     own = live[:, None] & inside[None, :]
-    query = query_ptr + b * q_batch + own_head[:, None] * q_head + node[:, None] * q_node + entry[None, :]
+    query = query_ptr + b * q_batch + head * group * q_head + entry[None, :]
+    query += of_group[:, None].to(tl.int64) * q_head + node[:, None].to(tl.int64) * q_node
     query = tl.load(query, mask=own, other=0.0)
     keys = key_ptr + b * k_batch + head * k_head + entry[:, None]
     values = value_ptr + b * v_batch + head * v_head + entry[None, :]
-    length = tl.load(context_ptr + b)
+    length, first = tl.load(context_ptr + b), part.to(tl.int64) * split
+    last = tl.minimum(length, first + split)
+    ends_here = (first <= length) & ((length < first + split) | (part == splits - 1))
+    stop = tl.where(ends_here, length + nodes, last)
+    whole = first + tl.maximum(last - first, 0) // KEYS * KEYS
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, WIDE], tl.float32)
-    last = tl.minimum(length, (part + 1).to(tl.int64) * split)
-    for start in tl.range(part.to(tl.int64) * split, last, KEYS, num_stages=STAGES):
+    for start in tl.range(first, whole, KEYS, num_stages=STAGES):
         token = start + tl.arange(0, KEYS)
-        there = token < last
+        key = tl.load(keys + token[None, :] * k_token, mask=inside[:, None], other=0.0)
+        value = tl.load(values + token[:, None] * v_token, mask=inside[None, :], other=0.0)
+        best, total, mixed = attend(query, key, value, live, scale, best, total, mixed, False, UPCAST)
+    FEW: tl.constexpr = ROWS // 2 if ROWS > 32 else 16  # no more than registers hold
+    for start in tl.range(whole, stop, FEW, num_stages=1):
+        token = start + tl.arange(0, FEW)
+        there = token < stop
         key = tl.load(keys + token[None, :] * k_token, mask=inside[:, None] & there[None, :], other=0.0)
         value = tl.load(values + token[:, None] * v_token, mask=there[:, None] & inside[None, :], other=0.0)
-        best, total, mixed = attend(query, key, value, there[None, :], scale, best, total, mixed, UPCAST)
-    if part == splits - 1:
-        for first in tl.range(0, nodes, KEYS, num_stages=1):
-            other = first + tl.arange(0, KEYS)
-            inner = other < nodes
-            slot = length + other
-            key = tl.load(keys + slot[None, :] * k_token, mask=inside[:, None] & inner[None, :], other=0.0)
-            value = tl.load(values + slot[:, None] * v_token, mask=inner[:, None] & inside[None, :], other=0.0)
-            bits = packed_ptr + (b * nodes + node[:, None]) * words + other[None, :] // 32
-            seen = live[:, None] & inner[None, :]
-            seen = seen & ((tl.load(bits, mask=seen, other=0) >> (other[None, :] % 32)) & 1 != 0)
-            best, total, mixed = attend(query, key, value, seen, scale, best, total, mixed, UPCAST)
+        other = tl.maximum(token - length, 0)
+        bits = packed_ptr + b * nodes * words + node[:, None] * words + other[None, :] // 32
+        seen, in_tree = live[:, None] & there[None, :], (token >= length)[None, :]
+        word = tl.load(bits, mask=seen & in_tree, other=-1)  # all of the context is seen
+        seen = seen & ((word >> (other[None, :] % 32)) & 1 != 0)
+        best, total, mixed = attend(query, key, value, seen, scale, best, total, mixed, True, UPCAST)
     if splits == 1:
-        out = out_ptr + b * o_batch + own_head[:, None] * o_head + node[:, None] * o_node + entry[None, :]
+        out = out_ptr + b * o_batch + head * group * o_head + entry[None, :]
+        out += of_group[:, None].to(tl.int64) * o_head + node[:, None].to(tl.int64) * o_node
         tl.store(out, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
     else:
-        slot = (tl.program_id(0).to(tl.int64) * splits + part) * rows + row
+        slot = (keys_of.to(tl.int64) * splits + part) * rows + row
         tl.store(sums_ptr + 2 * slot, best, mask=live)
         tl.store(sums_ptr + 2 * slot + 1, total, mask=live)
         tl.store(mixed_ptr + slot[:, None] * WIDTH + entry[None, :], mixed, mask=own)
@@ -125,21 +135,28 @@ class AttentionConfig:
     num_warps: int
 
 
-def attention_config(rows: int, wide: int, element: int, platform: str) -> AttentionConfig:
-    """For heads of ``wide`` elements of so many bytes; keys and values under way take 96 KB of shared memory, on AMD's
-    GPUs, which have 64 KB, a third of that."""
+def attention_config(rows: int, wide: int, element: int, of: launch.Multiprocessor) -> AttentionConfig:
+    """For heads of ``wide`` elements of so many bytes.
+
+    A warpgroup multiplies 64 rows at a time. Two of them read keys half as often as one does, which L2 is too slow for.
+    With one, a multiprocessor has two programs, of which one multiplies while the other takes exponentials.
+    """
     narrow = wide * element <= 256
-    most = 64 if element == 2 else 32
-    together = min(most, max(16, triton.next_power_of_2(rows)))
-    return AttentionConfig(together, 64 if narrow else 32, 3 if platform == "cuda" else 1, 8 if together == 64 else 4)
+    large = of.warpgroups and narrow and element == 2 and rows > 64
+    together = min(32 if element == 4 else 128 if large else 64, max(16, power_of_two(rows)))
+    keys = 128 if large else 64 if narrow else 32
+    stages = (of.shared // (wide * element) - together) // (2 * keys)
+    one_warpgroup = of.warpgroups and narrow and not large
+    warps = 8 if together >= 64 and not one_warpgroup else 4
+    return AttentionConfig(together, keys, max(1, min(stages, 2 if large else 3)), warps)
 
 
-def context_splits(tokens: int, programs: int, processors: int) -> tuple[int, int]:
+def context_splits(tokens: int, keys: int, programs: int, processors: int) -> tuple[int, int]:
     """(splits of a context of so many tokens, tokens of each): as many as keep every multiprocessor busy where there
     are so many ``programs`` without any."""
-    wanted = max(1, PROGRAMS_AT_A_TIME * processors // programs)
+    wanted = max(1, PROGRAMS_EACH * processors // programs)
     count = max(1, min(wanted, tokens // LEAST_SPLIT))
-    return count, triton.cdiv(triton.cdiv(tokens, count), 64) * 64
+    return count, triton.cdiv(triton.cdiv(tokens, count), keys) * keys
 
 
 def tree_attention(
@@ -152,21 +169,23 @@ def tree_attention(
     if not out.numel():
         return out
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    rows, wide = group * nodes, max(16, triton.next_power_of_2(width))
-    config = attention_config(rows, wide, query.element_size(), launch.PLATFORM)
-    grid = batch * kv_heads, triton.cdiv(rows, config.ROWS)
-    splits, split = context_splits(tokens - nodes, grid[0] * grid[1], launch.processors_of(query.device))
+    rows, wide = group * nodes, max(16, power_of_two(width))
+    config = attention_config(rows, wide, query.element_size(), launch.multiprocessor_of(query.device))
+    programs = batch * kv_heads * triton.cdiv(rows, config.ROWS)
+    splits, split = context_splits(tokens - nodes, config.KEYS, programs, launch.processors_of(query.device))
+    if scale <= 0:
+        query, scale = query * float(-(scale < 0)), abs(scale) or 1.0
     mixed, sums = out, out
     if splits > 1:
-        mixed = query.new_empty((grid[0], splits, rows, width), dtype=torch.float32)
-        sums = query.new_empty((grid[0], splits, rows, 2), dtype=torch.float32)
-    tree_attention_kernel[(*grid, splits)](
+        mixed = query.new_empty((batch * kv_heads, splits, rows, width), dtype=torch.float32)
+        sums = query.new_empty((batch * kv_heads, splits, rows, 2), dtype=torch.float32)
+    tree_attention_kernel[(programs, splits)](
         query, key, value, packed, context_lens, out, mixed, sums, scale * 1.4426950408889634, nodes, rows, kv_heads,
         group, split, splits, packed.shape[2], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *out.stride()[:3], WIDTH=width, WIDE=wide, UPCAST=query.device.type == "cpu", **asdict(config),
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(grid[0], triton.cdiv(rows, COMBINED))](
+        combine_kernel[(batch * kv_heads, triton.cdiv(rows, COMBINED))](
             out, mixed, sums, nodes, rows, kv_heads, group, splits, *out.stride()[:3], WIDTH=width, WIDE=wide,
             ROWS=COMBINED, num_warps=4,
         )  # fmt: skip

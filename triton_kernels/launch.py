@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -100,6 +100,27 @@ def processors_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 if _platform_of(device) == "interpreter" else _ABSENT_PROCESSORS
+
+
+class Multiprocessor(NamedTuple):
+    """What a program may have of one: bytes of shared memory, and Hopper's products of 64 rows by four warps."""
+
+    shared: int
+    warpgroups: bool
+
+
+@cache
+def _of_gpu(index: int) -> Multiprocessor:
+    target, properties = driver.active.get_current_target(), driver.active.utils.get_device_properties(index)
+    return Multiprocessor(properties["max_shared_mem"], (target.backend, target.arch) == ("cuda", 90))
+
+
+def multiprocessor_of(device: torch.device) -> Multiprocessor:
+    """That of a device; of none, that of the GPU which kernels are compiled for."""
+    if device.type == "cuda":
+        return _of_gpu(device.index)
+    absent = PLATFORM if _platform_of(device) == "interpreter" else driver.active.get_current_target().arch
+    return Multiprocessor(65_536 if PLATFORM == "hip" else 232_448, absent in ("cuda", 90))
 
 
 @cache

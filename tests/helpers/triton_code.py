@@ -49,9 +49,9 @@ BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel of a call takes on one target. ``spills``: instructions on local memory (a frame that none touches
-    costs nothing), on AMD's GPUs registers; ``widest_load_bits`` is None where no tool here can tell. Calls with the
-    same ``variant`` share a kernel."""
+    """What a kernel of a call takes on one target. ``spills``: instructions of loops on local memory (a frame that none
+    touches costs nothing), on AMD's GPUs registers, wherever; ``widest_load_bits`` is None where no tool here can tell.
+    Calls with the same ``variant`` share a kernel."""
 
     call: str
     kernel: str
@@ -234,14 +234,15 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
         tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
         text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     registers = int(re.findall(r"REG:(\d+)", text)[0])
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?(\w+)", text, re.M)
-    spills = instructions.count("LDL") + instructions.count("STL")
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ +)?(\w+)([^;]*)", text, re.M)
+    targets = [(at, re.search("0x(.*)", rest)) for at, name, rest in code if name == "BRA"]
+    jumps = [(int(to[1], 16), int(at, 16)) for at, to in targets if to]
+    local = [int(at, 16) for at, name, _ in code if name in ("LDL", "STL")]
+    spills = sum(any(begin <= at <= end for begin, end in jumps) for at in local)
     loads = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm["ptx"])
     widths = [int(count) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
-    return Usage(
-        call, compiled.name, target, compiled.hash, registers, spills, len(instructions), max(widths, default=None)
-    )
+    return Usage(call, compiled.name, target, compiled.hash, registers, spills, len(code), max(widths, default=None))
 
 
 def usages(calls: Iterable[str], targets: Iterable[str], processes: int) -> Iterator[Usage]:

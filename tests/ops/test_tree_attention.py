@@ -43,12 +43,13 @@ def test_against_a_mask(backend, device, nodes, dtype):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_views_of_a_cache_and_a_scale(backend, device):
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_views_of_a_cache_and_a_scale(backend, device, scale):
     query, key, value, parents, contexts = example(9, 4, 4, 16, torch.float32, [3, 40, 10, 20])
     transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     given = [x.to(device) for x in (*transposed, tree_mask(parents, "packed"), contexts)]
-    got = tree_attention(*given, scale=0.3, backend=backend).cpu().double()
-    torch.testing.assert_close(got, expected(query, key, value, parents, contexts, 0.3), rtol=0, atol=2e-5)
+    got = tree_attention(*given, scale=scale, backend=backend).cpu().double()
+    torch.testing.assert_close(got, expected(query, key, value, parents, contexts, scale), rtol=0, atol=2e-5)
 
 
 def test_what_is_behind_the_tree_is_not_read(backend, device):

@@ -1,4 +1,5 @@
-"""Triton kernels compiled as the launchers launch them, for GPUs that are not here: no spills, 16-byte loads.
+"""Triton kernels compiled as the launchers launch them, for GPUs that are not here: no spills in loops, 16-byte
+loads.
 
 A kernel takes a compiler seconds: ``make test`` compiles the largest of each kind for one GPU, and smaller ones for the
 others and by other Tritons; ``make test-all`` all of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -289,27 +290,27 @@ def test_trees_do_not_depend_on_the_launch(launched, rule, options):
             assert torch.equal(of_first.nan_to_num(7.0), of_this.nan_to_num(7.0)), "not the same bits"
 
 
-@pytest.mark.parametrize("processors", [1, 5, 1000])
+@pytest.mark.parametrize("processors", [1, 6, 1000])
 def test_attention_of_a_context_that_is_shared(monkeypatch, processors):
-    """No splits, some, and as many as there may be; one of them behind the end of a shorter context."""
+    """No splits, some, and as many as there may be; a context that fills them, and trees that lie over an end."""
     attention = module("attention")
     given = []
     real = attention.context_splits
     monkeypatch.setattr(attention.launch, "processors_of", lambda *_: processors)
     monkeypatch.setattr(attention, "context_splits", lambda *x: given.append(real(*x)) or given[-1])
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, 5, 24, generator=generator)
-    key, value = torch.randn(2, 2, 2, 805, 24, generator=generator)
-    packed = tree_mask(torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, -1, -1, -1]]), "packed")
-    arguments = query, key, value, packed, torch.tensor([800, 100])
+    query = torch.randn(3, 4, 5, 24, generator=generator)
+    key, value = torch.randn(2, 3, 2, 837, 24, generator=generator)
+    packed = tree_mask(torch.tensor([[-1, 0, 0, 1, 3], [-1, 0, -1, -1, -1], [-1, 0, 1, 2, 3]]), "packed")
+    arguments = query, key, value, packed, torch.tensor([832, 319, 447])
     expected = tree_attention(*arguments, backend="reference")
     torch.testing.assert_close(tree_attention(*arguments, backend="triton"), expected, rtol=0, atol=1e-5)
-    assert given[0][0] == {1: 1, 5: 2, 1000: 3}[processors]
+    assert given[0][0] == {1: 1, 6: 2, 1000: 3}[processors]
 
 
 def test_launches_are_chosen_by_pure_functions():
     from specdec_kernels.triton_kernels.attention import AttentionConfig, attention_config, context_splits
-    from specdec_kernels.triton_kernels.launch import LaunchConfig, launch_config, slices
+    from specdec_kernels.triton_kernels.launch import LaunchConfig, Multiprocessor, launch_config, slices
 
     assert launch_config(128_256, "cuda", 64, large=True) == LaunchConfig(64, 1024, 8, 255)
     assert launch_config(100, "cuda", 64, large=False) == LaunchConfig(16, 16, 8, 128)
@@ -320,9 +321,16 @@ def test_launches_are_chosen_by_pure_functions():
     assert slices(320, 64, 132) == 2
     assert slices(4352, 64, 132) == 1
     # 64 nodes of 4 heads a key head: rows in all, elements of a head, their bytes.
-    assert attention_config(256, 128, 2, "cuda") == AttentionConfig(ROWS=64, KEYS=64, STAGES=3, num_warps=8)
-    assert attention_config(5, 128, 4, "hip") == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
-    # Tokens, programs without splits, multiprocessors.
-    assert context_splits(4096, 16 * 8 * 2, 132) == (1, 4096)
-    assert context_splits(2048, 8, 132) == (8, 256)
-    assert context_splits(0, 8, 132) == (1, 0)
+    h200, l40, mi300 = (Multiprocessor(*x) for x in ((232_448, True), (101_376, False), (65_536, False)))
+    assert attention_config(256, 128, 2, h200) == AttentionConfig(ROWS=128, KEYS=128, STAGES=2, num_warps=8)
+    assert attention_config(64, 128, 2, h200) == AttentionConfig(ROWS=64, KEYS=64, STAGES=3, num_warps=4)
+    assert attention_config(256, 256, 2, h200) == AttentionConfig(ROWS=64, KEYS=32, STAGES=3, num_warps=8)
+    assert attention_config(256, 128, 2, l40) == AttentionConfig(ROWS=64, KEYS=64, STAGES=2, num_warps=8)
+    assert attention_config(5, 128, 4, mi300) == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
+    for rows, wide, element, gpu in product((5, 64, 65, 256), (16, 64, 128, 256), (2, 4), (h200, l40)):
+        config = attention_config(rows, wide, element, gpu)
+        assert (config.ROWS + 2 * config.KEYS * config.STAGES) * wide * element <= gpu.shared
+    # Tokens, keys at a time, programs without splits, multiprocessors.
+    assert context_splits(4096, 128, 16 * 8 * 2, 132) == (1, 4096)
+    assert context_splits(2048, 64, 8, 132) == (8, 256)
+    assert context_splits(0, 64, 8, 132) == (1, 0)
