@@ -2,6 +2,7 @@
 // pointers; see specdec_kernels/ops/trees.py and kv.py.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "ops.h"
@@ -22,6 +23,62 @@ struct TreeMask {
   MaskFormat format;
   MaskElement element;
   void* out;
+};
+
+// An element of a mask is written as a word: f(word of its width).
+template <class F>
+auto with_word(MaskElement element, const F& f) {
+  switch (element) {
+    case MaskElement::f32:
+    case MaskElement::word32: return f(uint32_t());
+    case MaskElement::word16:
+    case MaskElement::bf16:
+    case MaskElement::f16: return f(uint16_t());
+    default: return f(uint8_t());
+  }
+}
+
+// Which keys the nodes of a request attend to, `live` of them in its tree: those before the tree, ancestors, and
+// themselves.
+struct Attended {
+  const TreeMask& op;
+  const int64_t request, live;
+  const int64_t length = op.context_lens ? op.context_lens[request] : 0;
+  const int64_t* const parents = op.parents + request * op.nodes;
+
+  // Bits of `count` keys, of one node.
+  SPECDEC_SHARED uint32_t bits(int64_t node, int64_t first, int64_t count) const {
+    const int64_t before = std::clamp<int64_t>(length - first, 0, count);
+    uint32_t bits = before == 32 ? ~0u : (1u << before) - 1;
+    for (bool more = before < count; more && length + node >= first; node = parents[node]) {
+      if (length + node < first + count) bits |= 1u << (length + node - first);
+      more = node > 0 && node < live;
+    }
+    return bits;
+  }
+  // Of rows that follow each other without a gap, a byte.
+  SPECDEC_SHARED uint32_t byte_of(int64_t byte, int64_t width) const {
+    uint32_t all = 0;
+    int64_t node = byte * 8 / width, key = byte * 8 % width;
+    for (int64_t bit = 0, count; bit < 8 && node < op.nodes; bit += count, key = 0, ++node) {
+      count = std::min(8 - bit, width - key);
+      all |= bits(node, key, count) << bit;
+    }
+    return all;
+  }
+  // Elements of a flat mask that a request has.
+  SPECDEC_SHARED int64_t flat_elements(int64_t other) const {
+    const int64_t keys = op.nodes * (op.context_lens[other] + op.nodes);
+    return op.format == MaskFormat::flat ? keys : (keys + 7) / 8;
+  }
+  // What is written where a node does not attend: minus infinity if the mask is added to scores.
+  SPECDEC_SHARED uint32_t no() const {
+    const MaskElement element = op.element;
+    return element == MaskElement::f32    ? 0xFF800000u
+           : element == MaskElement::bf16 ? 0xFF80u
+           : element == MaskElement::f16  ? 0xFC00u
+                                          : 0;
+  }
 };
 
 struct CompactKv {
@@ -45,6 +102,19 @@ SPECDEC_SHARED static inline int64_t kv_offset(const CompactKv& op, int64_t requ
   const int64_t page = op.page_table[request * op.pages_a_request + token / op.page_size];
   if (page < 0 || page >= op.outer) return -1;
   return page * op.outer_stride + token % op.page_size * op.token_stride;
+}
+
+// move(from, to) for the tokens along a path that move. A node never moves back past its place, so in ascending order
+// nothing is overwritten before it has moved.
+template <class F>
+SPECDEC_SHARED void along_path(const CompactKv& op, int64_t request, const F& move) {
+  const int64_t* const path = op.path + request * op.nodes;
+  const int64_t start = op.start[request];
+  for (int64_t i = 0; i < op.nodes && path[i] >= 0; ++i) {
+    if (path[i] == i) continue;
+    const int64_t from = kv_offset(op, request, start + path[i]), to = kv_offset(op, request, start + i);
+    if (from >= 0 && to >= 0) move(from, to);
+  }
 }
 
 }  // namespace specdec
