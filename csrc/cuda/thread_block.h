@@ -227,7 +227,14 @@ __device__ __forceinline__ T uniform_value(T x) {
 
 namespace block {
 
-__device__ __forceinline__ int rank() { return int(threadIdx.x); }
+// Read anew each time, or what follows from it would be kept, and spilled, across passes over rows. The lane is kept:
+// loops ask for it.
+__device__ __forceinline__ int rank() {
+  int own;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(own));
+  return own;
+}
+__device__ __forceinline__ int lane() { return int(threadIdx.x % kLanes); }
 __device__ __forceinline__ void sync() { __syncthreads(); }
 __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x) != 0; }
 __device__ __forceinline__ BlockMemory& memory() {
@@ -253,7 +260,6 @@ namespace specdec::cuda {
 // Of a block and its warps. All of their threads come, and all know the result.
 namespace block {
 
-SPECDEC_DEVICE int lane() { return rank() % kLanes; }
 SPECDEC_DEVICE int warp() { return rank() / kLanes; }
 
 // The order does not depend on the lane, nor does the result.

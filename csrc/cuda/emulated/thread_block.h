@@ -70,6 +70,7 @@ inline int64_t block_index() { return current.block_index; }
 namespace block {
 
 inline int rank() { return kThreads == 1 ? 0 : current.rank; }
+inline int lane() { return rank() % kLanes; }
 inline BlockMemory& memory() { return current.block->memory; }
 inline void sync() {
   if constexpr (kThreads > 1) current.block->all.arrive_and_wait();
