@@ -123,6 +123,8 @@ struct Rows {
   Sampling sampling;
   float* tables = nullptr;
   int64_t floats_a_table = 0;  // 0: one table serves all rows
+
+  SPECDEC_DEVICE int64_t draft(int node) const { return drafts[first_draft + node * draft_stride]; }
 };
 
 // What a block has in its shared memory: while it looks for what filters keep (filters.h); and of a request what is
@@ -141,8 +143,7 @@ struct BlockMemory {
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
   };
   Rows rows[3];
-  int live;                                        // rows of a request that may be visited
-  alignas(16) unsigned char visited[160];          // what a crew knows of the node that it visits (crew.h)
+  alignas(16) unsigned char request[352];          // what all its threads know of it (verify.h, crew.h)
   alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };
 
@@ -329,6 +330,14 @@ SPECDEC_DEVICE const T* of_warps(const T& x) {
   if (lane() == 0) shared[warp()] = x;
   sync();
   return shared;
+}
+
+// f() by one thread, behind what all did, who see what it changed.
+template <class F>
+SPECDEC_DEVICE void by_one(const F& f) {
+  sync();  // all have read what is overwritten now
+  if (rank() == 0) f();
+  sync();
 }
 
 // Over the whole block.

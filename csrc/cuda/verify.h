@@ -22,13 +22,27 @@ static_assert(sizeof(Judged) <= kJudgedBytes);
 struct Residual {
   Probabilities draft;
   bool certain;
-  int node, last;  // the last child that was tested; the node itself if none was
+  int last;  // the last child that was tested; the node itself if none was
 
   SPECDEC_DEVICE float operator()(float prob, float draft_logit) const {
     if (certain) return prob;
     const float left = prob - draft(draft_logit);
     return left > 0.0f ? left : 0.0f;  // nothing where the draft is no number
   }
+};
+
+// What the threads of a block have alike of their request, in its memory: it would take half of their registers.
+struct Request {
+  Part part;
+  int live;    // rows that may be visited
+  int node;    // that is visited, or where the path ends
+  Judged row;  // its own, or the one that is judged
+  Residual residual;
+  Judged* judged;  // of all rows
+  uint32_t* counters;
+  int64_t* tokens;  // results: a loop would read parameters before it begins, and spill them
+  int32_t* nodes;
+  float *logprobs, *raw_logprobs;
 };
 
 // What tells whether the path goes on: a draft that its uniform accepts, a child that has the token drawn from the row,
@@ -39,47 +53,47 @@ template <class T, class Op, By kBy>
 class VerifyProgram {
  public:
   SPECDEC_DEVICE VerifyProgram(const Op& op, const Plan& work, const Part& part)
-      : op_(op),
-        all_(op.common),
-        work_(work),
-        b_(part.request),
-        row_(part.row),
-        slice_(part.slice),
-        rows_(int(all_.rows)) {
+      : op_(op), all_(op.common), work_(work), rows_(int(all_.rows)) {
+    block::by_one([&] {
+      here().part = part, here().judged = static_cast<Judged*>(work_.judged) + request() * rows_;
+      here().counters = work_.counters + request() * (rows_ + 2 + words());
+      describe_rows();
+    });
     const int live = count_live();
-    if (block::rank() == 0) describe_rows(), block::memory().live = live;
-    block::sync();
+    block::by_one([&] { here().live = live; });
   }
 
   // One row, by the blocks that share it. Rows come after those whose outcome decides on them, so where blocks start in
   // that order, those of rows that the path is known to pass by find that out and read nothing. The last block of the
   // row judges it, and whoever completes the path decides.
   SPECDEC_DEVICE void run() {
-    if (row_ >= live()) return;
+    if (part().row >= live()) return;
     // Asked once for all threads: it may change meanwhile.
     if (!work_.in_waves || !block::any(is_settled())) {
-      const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
-      measure_node(row_, begin + block::warp(), end, kWarps);
+      const int begin = part().slice * work_.length, end = std::min(begin + work_.length, work_.spans);
+      measure_node(part().row, begin + block::warp(), end, kWarps);
     }
-    if (!comes_last(counters() + row_, work_.slices)) return;
-    const bool decides = !block::any(is_settled()) && settle(judge(row_));
+    if (!comes_last(counters() + part().row, work_.slices)) return;
+    const bool decides = !block::any(is_settled()) && settle(judge(part().row));
     leave();
     if (!decides) return;
     int end = 0;
     for (int next = 0; next >= 0; next = fresh(&judged()[end].next)) end = next;
-    finish(end, std::min(end + 1, live() - 1), 1.0);
+    block::by_one([&] { here().row = fresh(judged() + end), here().node = end; });
+    finish(std::min(end + 1, live() - 1), 1.0);
   }
 
  protected:
   static constexpr bool kIsChain = std::is_same_v<Op, VerifyChain>;
 
-  // Nothing that follows from the request is held in registers: it is read again.
-  SPECDEC_DEVICE int64_t request() const {
-    uint32_t request = uint32_t(b_);
-    compute_here(request);
-    return int64_t(request);
-  }
-  SPECDEC_DEVICE static int live() { return block::memory().live; }
+  static_assert(sizeof(Request) <= sizeof(BlockMemory::request));
+  SPECDEC_DEVICE static Request& here() { return *reinterpret_cast<Request*>(block::memory().request); }
+  SPECDEC_DEVICE static const Part& part() { return here().part; }
+  SPECDEC_DEVICE static int64_t request() { return part().request; }
+  SPECDEC_DEVICE static int live() { return here().live; }
+  SPECDEC_DEVICE static int node() { return here().node; }
+  SPECDEC_DEVICE static const Judged& row() { return here().row; }
+  SPECDEC_DEVICE static Judged* judged() { return here().judged; }
   SPECDEC_DEVICE uint64_t seed() const { return uint64_t(given(all_.seed + request())); }
   SPECDEC_DEVICE uint64_t position() const { return uint64_t(given(all_.position + request())); }
   // Of the test of a node's token.
@@ -90,13 +104,10 @@ class VerifyProgram {
   }
 
   // Row i is that of node i, whose token was drafted from its parent's row.
-  SPECDEC_DEVICE const int64_t* parents() const {
-    if constexpr (kIsChain)
-      return nullptr;
-    else
-      return op_.parents + request() * rows_;
-  }
-  SPECDEC_DEVICE int parent(int node) const { return kIsChain ? node - 1 : int(given(parents() + node)); }
+  SPECDEC_DEVICE static const int64_t* parents() { return block::memory().rows[kTargetRows].parents; }
+  SPECDEC_DEVICE static int parent(int node) { return kIsChain ? node - 1 : int(given(parents() + node)); }
+  SPECDEC_DEVICE static int64_t token(int node) { return block::memory().rows[kTargetRows].draft(node); }
+  SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < all_.vocab; }
   SPECDEC_DEVICE int depth_of(int node) const {
     if (kIsChain) return node;
     int depth = 0;
@@ -104,12 +115,6 @@ class VerifyProgram {
     for (; node > 0; node = parent(node)) ++depth;
     return depth;
   }
-  // The root has none: a chain's drafts begin with that of node 1.
-  SPECDEC_DEVICE int64_t first_token() const {
-    return request() * all_.token_strides[0] - (kIsChain ? all_.token_strides[1] : 0);
-  }
-  SPECDEC_DEVICE int64_t token(int node) const { return all_.tokens[first_token() + node * all_.token_strides[1]]; }
-  SPECDEC_DEVICE bool is_token(int64_t id) const { return id >= 0 && id < all_.vocab; }
 
   // A chain ends before -1, or another id that is none; the root's row is requested even where there is no tree.
   SPECDEC_DEVICE int count_live() const {
@@ -141,8 +146,12 @@ class VerifyProgram {
     rows[kRawRows] = target, rows[kRawRows].sampling = {};
     target.mask = mask_of(all_.processing, all_.vocab, first_row);
     target.adjustments = adjustments_of(all_.processing, request());
-    target.drafts = all_.tokens, target.parents = parents();
-    target.first_draft = first_token(), target.draft_stride = all_.token_strides[1];
+    target.drafts = all_.tokens, target.draft_stride = all_.token_strides[1];
+    target.first_draft = request() * all_.token_strides[0];
+    if constexpr (kIsChain)
+      target.first_draft -= target.draft_stride;  // the root has none: a chain's drafts begin with that of node 1
+    else
+      target.parents = op_.parents + request() * rows_;
     Rows& draft = rows[kDraftRows] =
         described(all_.draft, request() * all_.draft.request_stride, all_.vocab,
                   {all_.draft_stats ? 1.0f : all_.draft_scale(request())}, work_, first + 1);
@@ -150,7 +159,6 @@ class VerifyProgram {
   }
   SPECDEC_DEVICE Row<T> target(int i) const { return {kTargetRows, i}; }
   SPECDEC_DEVICE Row<T> draft(int i) const { return {kDraftRows, i}; }
-  SPECDEC_DEVICE Judged* judged() const { return static_cast<Judged*>(work_.judged) + request() * rows_; }
 
   // Whether drafts were drawn from rows of logits; and whether the row that a node's were has to be measured.
   SPECDEC_DEVICE bool dense() const { return all_.draft.data != nullptr && !draft(0).sampling().greedy(); }
@@ -168,170 +176,180 @@ class VerifyProgram {
       measure<kRace, kWhole>(Row<T>{Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
   }
 
-  // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave `d`, a point mass,
-  // as it is), or by the softmax of a row whose table is made.
-  SPECDEC_DEVICE Distribution draft_distribution(int i, Distribution d) const {
-    if (all_.draft_stats == nullptr) return distribution_of(draft(i));
-    const float* stats = all_.draft_stats + 3 * (request() * all_.draft_rows + i);
-    const float scale = given(stats);
-    if (scale != INFINITY) d = {scale, given(stats + 1), 0.0f, given(stats + 2)};
-    return d;
+  // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave a point mass, as it
+  // is), or by the softmax of a row whose table is made.
+  SPECDEC_DEVICE void set_draft(int i) const {
+    if (all_.draft_stats == nullptr) {
+      const Distribution d = distribution_of(draft(i));
+      return block::by_one([&] { here().row.draft = d; });
+    }
+    block::by_one([&] {
+      const float* stats = all_.draft_stats + 3 * (request() * all_.draft_rows + i);
+      const float scale = given(stats);
+      if (scale != INFINITY) here().row.draft = {scale, given(stats + 1), 0.0f, given(stats + 2)};
+    });
   }
 
   // Their probability of a token.
-  SPECDEC_DEVICE double drafted_prob(int i, const Distribution& d, int id) const {
-    return d.argmax >= 0 || !dense() ? 1.0 : prob_of(d, draft(i).logit(id), id);
+  SPECDEC_DEVICE bool is_certain() const { return !dense() || row().draft.argmax >= 0; }
+  SPECDEC_DEVICE double drafted_prob(int i, int id) const {
+    return is_certain() ? 1.0 : prob_of(row().draft, draft(i).logit(id), id);
   }
 
-  // Judges a row whose tables are made, and writes what a rule asks of it, each as soon as it is known. The child where
-  // the path goes on, or -1.
+  // Judges a row whose tables are made, and writes what a rule asks of it. The child where the path goes on, or -1.
   SPECDEC_DEVICE int judge(int i) const {
-    const Row<T> row = target(i);
-    Judged& found = judged()[i];
-    int child = next_child(i, i), next = -1;
-    const Distribution d = distribution_of(row);
-    int drawn = d.argmax;
-    bool usable = d.valid;
-    if (block::rank() == 0) put(&found.target, d);
+    Judged& found = here().row;
+    const Distribution d = distribution_of(target(i));
+    int child = next_child(i, i);
+    block::by_one([&] { found = {d, {.argmax = child < live() ? int(token(child)) : -1}, d.argmax, -1, d.valid}; });
     if constexpr (kBy == By::acceptance) {
-      const int id = child < live() ? int(token(child)) : -1;
-      const double prob = kIsChain && id >= 0 ? prob_of(d, row.logit(id), id) : 0.0;
-      Distribution drafts{.argmax = id};
+      bool usable = d.valid;
       // A greedy target accepts its argmax and emits its argmax: there no distribution of the draft matters.
-      if (dense() && id >= 0 && usable && drawn < 0) {
-        drafts = draft_distribution(i, drafts);
-        usable = drafts.valid;
-        for (int each = child; each < live() && usable; each = next_child(i, each))
-          usable = drafted_prob(i, drafts, int(token(each))) < INFINITY;
+      if (dense() && found.draft.argmax >= 0 && found.usable && found.drawn < 0) {
+        set_draft(i);
+        usable = found.draft.valid;
+        for (int each = next_child(i, i); each < live() && usable; each = next_child(i, each))
+          usable = drafted_prob(i, int(token(each))) < INFINITY;
       }
-      if (block::rank() == 0) put(&found.draft, drafts);
-      // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
-      if (usable && prob > 0.0 && uniform_of(child) * drafted_prob(i, drafts, id) < prob) next = child;
+      block::by_one([&] {
+        found.usable = usable;
+        if (kIsChain && i + 1 < live() && found.usable) {
+          const int id = int(token(i + 1));
+          const double prob = prob_of(found.target, target(i).logit(id), id);
+          // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
+          if (prob > 0.0 && uniform_of(i + 1) * drafted_prob(i, id) < prob) found.next = i + 1;
+        }
+        put(judged() + i, found);
+      });
     } else {
-      if (drawn < 0) drawn = kBy == By::race ? flat_race(row, d, coupled_noise(i)) : draw_from(row, d, noise(i));
+      int drawn = found.drawn;
+      if (drawn < 0)
+        drawn = kBy == By::race ? flat_race(target(i), found.target, coupled_noise(i))
+                                : draw_from(target(i), found.target, noise(i));
+      child = next_child(i, i);
       while (child < live() && token(child) != drawn) child = next_child(i, child);
-      if (child < live() && usable) next = child;
+      block::by_one([&] {
+        found.drawn = drawn;
+        if (child < live() && found.usable) found.next = child;
+        put(judged() + i, found);
+      });
     }
-    if (block::rank() == 0) put(&found.drawn, drawn), put(&found.next, next), put(&found.usable, int(usable));
-    return next;
+    return found.next;
   }
 
-  SPECDEC_DEVICE bool is_certain(const Judged& row) const { return !dense() || row.draft.argmax >= 0; }
-  SPECDEC_DEVICE Residual residual_of(int node, const Judged& row, int last, double factor) const {
-    return {probabilities_of(row.draft, factor), last == node || is_certain(row), node, last};
+  SPECDEC_DEVICE void set_residual(int last, double factor) const {
+    block::by_one(
+        [&] { here().residual = {probabilities_of(row().draft, factor), last == node() || is_certain(), last}; });
   }
   // The weights of ids from `first` on.
   template <int kCount>
-  SPECDEC_DEVICE void weigh(const Residual& residual, const Probabilities& probability, int first,
-                            float (&w)[kCount]) const {
+  SPECDEC_DEVICE void weigh(const Probabilities& probability, int first, float (&w)[kCount]) const {
+    const Residual& residual = here().residual;
     float y[kCount] = {};
-    target(residual.node).load(first, w, probability);
-    if (!residual.certain) draft(residual.node).load(first, y);
+    target(node()).load(first, w, probability);
+    if (!residual.certain) draft(node()).load(first, y);
     SPECDEC_UNROLL
     for (int k = 0; k < kCount; ++k) w[k] = residual(w[k], y[k]);
-    set_apart(residual.node, residual.last, first, w);
+    set_apart(residual.last, first, w);
   }
   // Nothing is left of the tokens of the children up to `last`.
   template <int kCount>
-  SPECDEC_DEVICE void set_apart(int node, int last, int first, float (&w)[kCount]) const {
+  SPECDEC_DEVICE void set_apart(int last, int first, float (&w)[kCount]) const {
     constexpr int kOfWarp = kCount * kLanes;
     const int begin = first / kOfWarp * kOfWarp;
     const auto next = [&](int after) {
-      if (kIsChain) return after == node ? node + 1 : last + 1;
+      if (kIsChain) return after == node() ? after + 1 : last + 1;
       return block::first_where(after + 1, last + 1, [&](int child) {
-        return is_child(child, node) && token(child) >= begin && token(child) - begin < kOfWarp;
+        return is_child(child, node()) && token(child) >= begin && token(child) - begin < kOfWarp;
       });
     };
     SPECDEC_ROLLED
-    for (int child = next(node); child <= last; child = next(child)) set_at(w, int(token(child)) - first, 0.0f);
+    for (int child = next(node()); child <= last; child = next(child)) set_at(w, int(token(child)) - first, 0.0f);
   }
 
-  // The token that ends the step at a node, by the two-level race: of what rejections left, and of the target's own
+  // The token that ends the step at the node, by the two-level race: of what rejections left, and of the target's own
   // probabilities where that is nothing.
-  SPECDEC_DEVICE int draw_at(int node, const Judged& row, int last, double factor) const {
-    Residual residual = residual_of(node, row, row.usable ? last : node, factor);
+  SPECDEC_DEVICE int draw_last(int last, double factor) const {
+    set_residual(row().usable ? last : node(), factor);
     for (;;) {
-      const auto left = [&](int first, float (&w)[4], const auto& probability) {
-        weigh(residual, probability, first, w);
-      };
-      const int drawn = draw(target(node), row.target, noise(node), left);
-      if (drawn != kNobody || residual.last == node) return drawn;
-      residual.certain = true, residual.last = node;
+      const auto left = [&](int first, float (&w)[4], const auto& probability) { weigh(probability, first, w); };
+      const Distribution d = row().target;
+      const int drawn = draw(target(node()), d, noise(node()), left);
+      if (drawn != kNobody || here().residual.last == node()) return drawn;
+      block::by_one([&] { here().residual.certain = true, here().residual.last = node(); });
     }
   }
 
-  // The path ends at a node, whose children up to `last` were rejected. `valid`: whether all else that was read is.
-  SPECDEC_DEVICE void finish(int end, int last, double factor, bool valid = true) const {
-    const Judged row = fresh(judged() + end);
-    int id = kBy == By::acceptance && row.drawn < 0 ? draw_at(end, row, last, factor) : row.drawn;
-    const int depth = depth_of(end);
-    int independent = 0;
-    if constexpr (kIsChain) {
-      SPECDEC_ROLLED
-      for (int i = block::rank(); op_.independent && i + 1 < live(); i += kThreads)
-        independent += fresh(&judged()[i].next) >= 0;
-      independent = op_.independent ? block::reduce(independent, std::plus<>()) : -1;
-    }
-    if (block::rank() == 0) {
-      all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid && row.usable != 0;
-      if constexpr (kIsChain)
+  // The path ends at the node, whose children up to `last` were rejected. `valid`: whether all else that was read is.
+  SPECDEC_DEVICE void finish(int last, double factor, bool valid = true) const {
+    int id = row().drawn;
+    if (kBy == By::acceptance && id < 0) id = draw_last(last, factor);
+    const int depth = depth_of(node());
+    block::by_one([&] {
+      const int64_t first = request() * rows_;
+      here().tokens = all_.out_tokens + first;
+      if constexpr (!kIsChain) here().nodes = op_.out_nodes + first;
+      if (all_.out_logprobs != nullptr)
+        here().logprobs = all_.out_logprobs + first, here().raw_logprobs = all_.out_raw_logprobs + first;
+      all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid && row().usable != 0;
+      if constexpr (kIsChain) {
+        int independent = op_.independent ? 0 : -1;
+        for (int i = 0; op_.independent && i + 1 < live(); ++i) independent += fresh(&judged()[i].next) >= 0;
         op_.out_counters[2 * request()] = live() - 1, op_.out_counters[2 * request() + 1] = independent;
+      }
       SPECDEC_ROLLED
-      for (int i = rows_ - 1, node = end; i >= 0; --i) {
+      for (int i = rows_ - 1, node = here().node; i >= 0; --i) {
         const bool on_path = i <= depth;
-        all_.out_tokens[request() * rows_ + i] = on_path ? id : -1;
-        if constexpr (!kIsChain) op_.out_nodes[request() * rows_ + i] = on_path ? node : -1;
+        put(here().tokens + i, int64_t(on_path ? id : -1));
+        if (!kIsChain) put(here().nodes + i, on_path ? node : -1);
         if (on_path && i > 0) id = int(token(node)), node = parent(node);
       }
-    }
-    block::sync();
+    });
     SPECDEC_ROLLED
     for (int i = 0; all_.out_logprobs != nullptr && i < rows_; ++i) write_logprobs(i);
   }
   // Of token i of the results, which is written.
   SPECDEC_DEVICE void write_logprobs(int i) const {
-    const auto at = [&] { return request() * rows_ + i; };  // computed anew behind the call
-    const int id = int(fresh(all_.out_tokens + at()));
-    int node = i;
-    if constexpr (!kIsChain) node = fresh(op_.out_nodes + at());
+    const int id = int(fresh(here().tokens + i)), node = kIsChain ? i : fresh(here().nodes + i);
     float logprob = NAN;
     if (id >= 0) {
       const Distribution d = fresh(&judged()[node].target);
       if (d.valid) logprob = float(d.log_prob(target(node).logit(id), id));
     }
-    if (block::rank() == 0) all_.out_logprobs[at()] = logprob;
+    if (block::rank() == 0) put(here().logprobs + i, logprob);
     if (id >= 0) logprob = logprob_anew(Row<T>{kRawRows, node}, id);
-    if (block::rank() == 0) all_.out_raw_logprobs[at()] = logprob;
+    if (block::rank() == 0) put(here().raw_logprobs + i, logprob);
   }
 
   // A row is settled once it was judged, or once the path is known to pass it by. A request has a bit for each row in
   // words and their number, and whoever settles the last ones knows that the path is complete, and decides. That is as
   // soon as its last row was judged: rows behind the end of a chain, or beside the path through a tree, are passed by.
   SPECDEC_DEVICE int words() const { return (rows_ + 31) / 32; }
-  SPECDEC_DEVICE uint32_t* counters() const { return work_.counters + request() * (rows_ + 2 + words()); }
+  SPECDEC_DEVICE static uint32_t* counters() { return here().counters; }
   SPECDEC_DEVICE uint32_t* rows_done() const { return counters() + rows_; }
   SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
   SPECDEC_DEVICE uint32_t* settled_bits() const { return counters() + rows_ + 2; }
-  SPECDEC_DEVICE bool is_settled() const { return (glance(settled_bits() + row_ / 32) >> row_ % 32 & 1) != 0; }
+  SPECDEC_DEVICE bool is_settled() const {
+    return (glance(settled_bits() + part().row / 32) >> part().row % 32 & 1) != 0;
+  }
 
   // Whether the path passes a row by, since it goes on from this one to `next`: it is below this row, but not below
   // `next`, nor that itself.
   SPECDEC_DEVICE bool passed_by(int node, int next) const {
-    if constexpr (kIsChain) return node > row_ && next < 0 && !op_.independent;
+    if constexpr (kIsChain) return node > part().row && next < 0 && !op_.independent;
     int below = node;
-    while (node > row_) below = node, node = parent(node);
-    return node == row_ && below != row_ && below != next;
+    while (node > part().row) below = node, node = parent(node);
+    return node == part().row && below != part().row && below != next;
   }
 
   // Settles this row, and those that are passed by. Whether those were the last of the request.
   SPECDEC_DEVICE bool settle(int next) const {
     int more = 0;
-    block::sync();  // what was judged is written
     SPECDEC_ROLLED
     for (int word = block::warp(); 32 * word < live(); word += kWarps) {
       const uint32_t bits = block::bits([&](int bit) {
         const int node = 32 * word + bit;
-        return node < live() && (node == row_ || passed_by(node, next));
+        return node < live() && (node == part().row || passed_by(node, next));
       });
       if (block::lane() == 0 && bits != 0) more += std::popcount(bits & ~set_bits(settled_bits() + word, bits));
     }
@@ -352,7 +370,7 @@ class VerifyProgram {
   const Op& op_;
   const Verification& all_;
   const Plan& work_;
-  const int b_, row_, slice_, rows_;
+  const int rows_;
 };
 
 }  // namespace specdec::cuda
