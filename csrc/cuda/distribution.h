@@ -84,7 +84,7 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
 // drawn then, a row that is not valid, on its largest finite one.
 template <class T>
 SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
-  const Sampling sampling = row.sampling();
+  const Sampling& sampling = row.sampling();  // read again where it is used
   Mass mass = mass_of(row);
   Distribution d{.scale = sampling.scale, .base = mass.top, .valid = mass.valid()};
   if (sampling.greedy() || !d.valid) {

@@ -71,7 +71,7 @@ SPECDEC_DEVICE float threshold_for_mass(float goal, float slack, float low_value
 template <class T>
 struct Filter {
   const Row<T>& row;
-  const Sampling sampling;
+  const Sampling& sampling;
   const Mass& all;
 
   SPECDEC_DEVICE Kept kept() const {

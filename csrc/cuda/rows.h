@@ -89,24 +89,39 @@ SPECDEC_DEVICE Eight<T> eight_of(const T* row, int first, int vocab, const Colum
   return v;
 }
 
-// A logit of row i whose id has an adjustment.
-SPECDEC_DEVICE float adjusted(const Rows& all, int i, int adjustment, int id, float x) {
+// Eight logits that this thread has in the block's memory, and putting them there.
+SPECDEC_DEVICE Eight<float> own(const Eights& all) {
+  return by_words<Four>(Eight<float>{}, [&](Four, int half) { return all[half][block::rank()]; });
+}
+SPECDEC_DEVICE void put_own(Eights& all, const Eight<float>& v) {
+  by_words<Four>(v, [&](Four four, int half) { return all[half][block::rank()] = four; });
+}
+
+// A logit of row i whose id has an adjustment. What is said of the rows is read again, so that few registers have it.
+SPECDEC_DEVICE float adjusted(uint32_t which, int i, int adjustment, int id, float x) {
   int drafted = 0;
   SPECDEC_ROLLED
-  for (int node = i; node > 0; node = all.parents == nullptr ? node - 1 : int(given(all.parents + node)))
+  for (int node = i; node > 0;) {
+    compute_here(which);
+    const Rows& all = block::memory().rows[which];
     drafted += all.drafts[all.first_draft + node * all.draft_stride] == id;
-  return specdec::adjusted(all.adjustments, adjustment, drafted, x);
+    node = all.parents == nullptr ? node - 1 : int(given(all.parents + node));
+  }
+  compute_here(which);
+  return specdec::adjusted(block::memory().rows[which].adjustments, adjustment, drafted, x);
 }
 
 // Logits of any dtype, to which is done what specdec_kernels/ops/processing.py says as they are loaded; they are never
-// written.
-SPECDEC_SELDOM Eight<float> processed_logits(Which which, int i, int first) {
+// written back. They are left in the block's memory: a register that is needed here is one less for what calls it.
+SPECDEC_SELDOM void process(Which which, int i, int first) {
   const Rows& all = block::memory().rows[which];
-  Eight<float> v;
+  Eights& processed = block::memory().processed;
   const auto load = [&](auto type) {
     const auto raw = eight_of(begin_of<typename decltype(type)::type>(all, i), first, all.vocab, all.columns);
+    Eight<float> v;
     SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e) v.x[e] = raw.at(e);
+    put_own(processed, v);
   };
   switch (all.logits.dtype) {
     case DType::f32: load(TypeOf<float>()); break;
@@ -116,18 +131,19 @@ SPECDEC_SELDOM Eight<float> processed_logits(Which which, int i, int first) {
   const int end = std::min(first + kElements, all.vocab);
   int adjustment = int(first_adjustment(all.adjustments, first));
   SPECDEC_ROLLED
-  for (; adjustment < all.adjustments.count; ++adjustment) {
+  for (; adjustment < int(all.adjustments.count); ++adjustment) {
     const int id = given(all.adjustments.ids + adjustment);
     if (id >= end) break;
-    set_at(v.x, id - first, adjusted(all, i, adjustment, id, at_of(v.x, id - first)));
+    const auto x = [&](int e) -> float& { return processed[e / 4][block::rank()].x[e % 4]; };
+    x(id - first) = adjusted(which, i, adjustment, id, x(id - first));
   }
   if (all.mask != nullptr && first < end) {
     const uint32_t allowed = given(all.mask + (int64_t(i) * ((all.vocab + 31) / 32) + first / 32)) >> first % 32;
+    Eight<float> v = own(processed);
     SPECDEC_UNROLL
-    for (int e = 0; e < kElements; ++e)
-      if ((allowed >> e & 1) == 0) v.x[e] = -INFINITY;
+    for (int e = 0; e < kElements; ++e) v.x[e] = (allowed >> e & 1) != 0 ? v.x[e] : -INFINITY;
+    put_own(processed, v);
   }
-  return v;
 }
 
 SPECDEC_DEVICE Sampling sampling_of(const SamplingParameters& all, int request) {
@@ -184,7 +200,7 @@ struct Row {
   // The logits of eight ids from `first`, a multiple of eight; -inf past the end of the row.
   SPECDEC_DEVICE auto load(int first) const {
     if constexpr (std::is_same_v<T, Mixed>)
-      return processed_logits(which, i, first);
+      return process(which, i, first), own(block::memory().processed);
     else
       return eight_of(begin(), first, vocab(), {});
   }
@@ -285,13 +301,17 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
 // addresses, of logits that are processed, and of races, which take ten times what a sum does.
 template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
-  const Table table = uniform_value(row.table());
-  const float scale2 = uniform_value(row.sampling().scale2());
   for (; span < end; span += stride) {
     decltype(row.load(0)) v[kLoads];
     SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u] = row.load(span * kSpan + load_offset(u));
-    measure_span<kRace, Sums::with_tops>(span, block::own_tile(), scale2, noise, table, v, [](int) {});
+    for (int u = 0; u < kLoads; ++u) {
+      v[u] = row.load(span * kSpan + load_offset(u));
+      if constexpr (std::is_same_v<T, Mixed>)  // there are no registers for four while one is processed
+        if (u == 0) put_own(block::memory().aside, v[0]);
+    }
+    if constexpr (std::is_same_v<T, Mixed>) v[0] = own(block::memory().aside);
+    measure_span<kRace, Sums::with_tops>(span, block::own_tile(), row.sampling().scale2(), noise, row.table(), v,
+                                         [](int) {});
   }
 }
 

@@ -10,14 +10,7 @@ template <class T, bool kRace>
 class SampleProgram {
  public:
   SPECDEC_DEVICE SampleProgram(const Sample& op, const Plan& work, const Part& part)
-      : op_(op),
-        work_(work),
-        r_(part.request),
-        slice_(part.slice),
-        seed_(uint64_t(given(op.seed + r_))),
-        position_(uint64_t(given(op.position + r_))),
-        row_of_step_(uint64_t(given(op.row + r_))),
-        row_{kTargetRows, 0} {
+      : op_(op), work_(work), r_(part.request), slice_(part.slice), row_{kTargetRows, 0} {
     if (block::rank() == 0) {
       Rows& rows = block::memory().rows[kTargetRows] =
           described(op.logits, r_ * op.logits.row_stride, op.vocab, sampling_of(op.sampling, r_), work, r_);
@@ -31,25 +24,34 @@ class SampleProgram {
     if (!measured()) return;
     int token = d_.argmax;
     if (token < 0) token = kRace ? flat_race(row_, d_, coupled_noise()) : draw_from(row_, d_, noise(0));
-    write(op_.out_tokens + r_, op_.out_logprobs + r_, token);
+    write(op_.out_tokens + row(), op_.out_logprobs + row(), token);
   }
 
  protected:
-  SPECDEC_DEVICE Noise noise(int child) const {
-    return {seed_, position_, kDraft | uint32_t(row_of_step_ + uint64_t(child)) << 16};
+  // Nothing that follows from the row's number is held in registers: it is read again.
+  SPECDEC_DEVICE int64_t row() const {
+    uint32_t row = uint32_t(r_);
+    compute_here(row);
+    return int64_t(row);
   }
-  SPECDEC_DEVICE Noise coupled_noise() const { return {seed_, position_ + row_of_step_, kCoupled | kTokenRace << 8}; }
+  SPECDEC_DEVICE uint64_t of_row(const int64_t* numbers) const { return uint64_t(given(numbers + row())); }
+  SPECDEC_DEVICE Noise noise(int child) const {
+    return {of_row(op_.seed), of_row(op_.position), kDraft | uint32_t(of_row(op_.row) + uint64_t(child)) << 16};
+  }
+  SPECDEC_DEVICE Noise coupled_noise() const {
+    return {of_row(op_.seed), of_row(op_.position) + of_row(op_.row), kCoupled | kTokenRace << 8};
+  }
 
   // Measures this block's slice; whether it is the last to, and goes on. Then the distribution is known, and written.
   SPECDEC_DEVICE bool measured() {
     const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
     measure<kRace>(row_, begin + block::warp(), end, kWarps, coupled_noise());
-    if (!comes_last(work_.counters + r_, work_.slices)) return false;
+    if (!comes_last(work_.counters + row(), work_.slices)) return false;
     d_ = distribution_of(row_);
     if (block::rank() == 0) {
-      op_.out_stats[3 * r_] = d_.valid ? d_.scale : NAN;
-      op_.out_stats[3 * r_ + 1] = d_.valid ? d_.cutoff : NAN;
-      op_.out_stats[3 * r_ + 2] = d_.valid ? d_.logsumexp() : NAN;
+      op_.out_stats[3 * row()] = d_.valid ? d_.scale : NAN;
+      op_.out_stats[3 * row() + 1] = d_.valid ? d_.cutoff : NAN;
+      op_.out_stats[3 * row() + 2] = d_.valid ? d_.logsumexp() : NAN;
     }
     return true;
   }
@@ -63,7 +65,6 @@ class SampleProgram {
   const Sample& op_;
   const Plan& work_;
   const int r_, slice_;
-  const uint64_t seed_, position_, row_of_step_;
   const Row<T> row_;
   Distribution d_;
 };
@@ -77,10 +78,12 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
   // Fewer than `count` where the distribution has no more to give.
   SPECDEC_DEVICE void run() {
     if (!measured()) return;
-    int64_t* const tokens = op_.out_tokens + int64_t(r_) * count_;
+    int64_t* const tokens = op_.out_tokens + row() * count_;
     Arrived last;  // in order: by falling logit, or by arrival
     last.time = -INFINITY, last.id = -1;
     for (int child = 0; child < count_; ++child) {
+      // What follows from it is not kept from child to child.
+      d_ = by_words<uint32_t>(d_, [](uint32_t word, int) { return compute_here(word), word; });
       int drawn = kNobody;
       if (d_.argmax >= 0) {
         // A point mass has one child, unless it is drawn again; a row that is not valid has one.
@@ -92,7 +95,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
         block::sync();  // the tokens before were written by one thread
         drawn = draw_without(tokens, how_ == Children::iid ? 0 : child, noise(child));
       }
-      write(tokens + child, op_.out_logprobs + int64_t(r_) * count_ + child, drawn);
+      write(tokens + child, op_.out_logprobs + row() * count_ + child, drawn);
     }
   }
 
@@ -106,7 +109,8 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
       if (how_ == Children::race) {
         const float weight = probability(x);
         if (weight < float(kNothingLeft)) return;
-        here.time = quotient(exponential(philox(coupled_noise(), uint32_t(id / 4)).w[id % 4]), weight);
+        const Words words = philox(coupled_noise(), uint32_t(id / 4));
+        here.time = quotient(exponential(at_of(words.w, id % 4)), weight);
       } else if (x < d_.cutoff || x == -INFINITY) {
         return;
       }

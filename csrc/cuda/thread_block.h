@@ -133,6 +133,7 @@ constexpr int kListed = 1024, kKept = 1024, kBounds = 512;
 struct alignas(16) Four {
   float x[4];
 };
+using Eights = Four[2][kThreads];  // of each thread
 enum Which { kTargetRows, kDraftRows, kRawRows };
 struct BlockMemory {
   union {
@@ -141,8 +142,10 @@ struct BlockMemory {
       float values[kKept], weights[kKept];
     } found;
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
+    Eights aside;          // while more logits are processed (rows.h)
   };
   Rows rows[3];
+  Eights processed;                                // eight logits of each thread (rows.h)
   alignas(16) unsigned char request[352];          // what all its threads know of it (verify.h, crew.h)
   alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };
