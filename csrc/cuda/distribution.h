@@ -84,27 +84,30 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
 // drawn then, a row that is not valid, on its largest finite one.
 template <class T>
 SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
-  const Sampling& sampling = row.sampling();  // read again where it is used
+  const Sampling& sampling = row.sampling();  // read again behind calls
   Mass mass = mass_of(row);
-  Distribution d{.scale = sampling.scale, .base = mass.top, .valid = mass.valid()};
-  if (sampling.greedy() || !d.valid) {
+  Distribution d;
+  if (sampling.greedy() || !mass.valid()) {
     int begin = 0, end = row.vocab();
-    if (d.valid) {  // it is in the first span with that base
+    if (mass.valid()) {  // it is in the first span with that base
       int span = block::rank();
       while (span < row.table().spans && fresh(row.table().base(span)) != mass.top) span += kThreads;
       begin = block::reduce(span, [](int a, int b) { return std::min(a, b); }) * kSpan,
       end = std::min(begin + kSpan, end);
     }
-    d.cutoff = mass.top, d.argmax = largest_finite(row, begin, end);
-    return d;
+    d.argmax = largest_finite(row, begin, end);
+    d.cutoff = mass.top;
+  } else {
+    if (is_steep(sampling.scale, mass.top)) {  // it weighs nothing but its largest logits (docs/noise.md)
+      d.cutoff = mass.top;
+    } else if (sampling.filters(row.vocab())) {
+      const Kept kept = kept_by(row, mass);
+      d.cutoff = kept.cutoff, mass.sum = kept.mass;
+    }
+    d.log_total = logf(mass.sum);
   }
-  if (is_steep(sampling.scale, mass.top)) {  // it weighs nothing but its largest logits (docs/noise.md)
-    d.scale = 0.0f, d.cutoff = mass.top;
-  } else if (sampling.filters(row.vocab())) {
-    const Kept kept = kept_by(row, mass);
-    d.cutoff = kept.cutoff, mass.sum = kept.mass;
-  }
-  d.log_total = logf(mass.sum);
+  d.scale = d.argmax < 0 && is_steep(sampling.scale, mass.top) ? 0.0f : sampling.scale;
+  d.base = mass.top, d.valid = mass.valid();
   return d;
 }
 
