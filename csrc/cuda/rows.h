@@ -72,7 +72,7 @@ SPECDEC_DEVICE Eight<T> eight_at(const T* p) {
 
 template <class T>
 SPECDEC_DEVICE const T* begin_of(const Rows& all, int i) {
-  return static_cast<const T*>(all.logits.data) + i * all.logits.row_stride;
+  return static_cast<const T*>(all.logits.data) + uint32_t(i) * all.logits.row_stride;  // a sign takes a register
 }
 
 // The logits of eight ids from `first`; -inf past the end of the row, and where it has no column for an id.
@@ -86,7 +86,7 @@ SPECDEC_DEVICE Eight<T> eight_of(const T* row, int first, int vocab, const Colum
     const int column = first + e < vocab ? columns.of(first + e) : -1;
     v.x[e] = one(column >= 0 ? row + column : nullptr);
   }
-  return v;
+  return opaque(v);  // or those of 16 bits would have a register each
 }
 
 // Eight logits that this thread has in the block's memory, and putting them there.

@@ -82,8 +82,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     Arrived last;  // in order: by falling logit, or by arrival
     last.time = -INFINITY, last.id = -1;
     for (int child = 0; child < count_; ++child) {
-      // What follows from it is not kept from child to child.
-      d_ = by_words<uint32_t>(d_, [](uint32_t word, int) { return compute_here(word), word; });
+      d_ = opaque(d_);  // nothing that follows from it is kept from child to child
       int drawn = kNobody;
       if (d_.argmax >= 0) {
         // A point mass has one child, unless it is drawn again; a row that is not valid has one.

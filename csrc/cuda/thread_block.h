@@ -261,6 +261,12 @@ __device__ __forceinline__ T shuffled(T x, int mask) {
 
 namespace specdec::cuda {
 
+// x, as if it were not known where it comes from.
+template <class T>
+SPECDEC_DEVICE T opaque(const T& x) {
+  return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
+}
+
 // Of a block and its warps. All of their threads come, and all know the result.
 namespace block {
 
@@ -350,8 +356,7 @@ SPECDEC_DEVICE T reduce(T x, const F& combine) {
   x = each[0];
   SPECDEC_UNROLL
   for (int other = 1; other < kWarps; ++other) x = combine(x, each[other]);
-  // Or the values of all warps would stay in registers.
-  return by_words<uint32_t>(x, [](uint32_t word, int) { return compute_here(word), word; });
+  return opaque(x);  // or the values of all warps would stay in registers
 }
 
 // The sum of `x` over the threads before this one; and over all.
