@@ -75,12 +75,12 @@ struct Filter {
   const Mass& all;
 
   SPECDEC_DEVICE Kept kept() const {
-    const bool limited = sampling.limits(row.vocab());
+    const bool limited = sampling.limits(row.vocab()), by_mass = sampling.top_p < 1.0f;
     float pivot = limited && sampling.top_k <= tiles() ? some_tops(sampling.top_k) : -INFINITY;
     const float goal = limited ? 0.0f : sampling.top_p * all.sum;
     SPECDEC_ROLLED
     // Doubled, which is exact. NOLINTNEXTLINE(bugprone-float-loop-counter)
-    for (float gap = 4.0f; limited ? pivot > -INFINITY : sampling.top_p < 1.0f && gap < 80.0f; gap *= 2.0f) {
+    for (float gap = 4.0f; limited ? pivot > -INFINITY : by_mass && gap < 80.0f; gap *= 2.0f) {
       const float lowest = -std::numeric_limits<float>::max();
       float mass;
       const int count = gather(limited ? pivot : fmaxf(all.top - gap / sampling.scale, lowest), mass);
@@ -92,7 +92,7 @@ struct Filter {
       return threshold_for_mass(goal, 0.0f, pivot, all.top, [&](float least) { return all_above(row, weight, least); });
     };
     if (limited) pivot = threshold(float(sampling.top_k), kCount);
-    if (sampling.top_p < 1.0f)
+    if (by_mass)
       pivot = threshold(sampling.top_p * (limited ? all_above(row, weight(), pivot).mass : all.sum), weight());
     pivot = fmaxf(pivot, floor());
     const Above found = all_above(row, weight(), pivot);
