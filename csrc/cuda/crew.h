@@ -24,7 +24,6 @@ struct Visited : Request {
   State state;
   double below;  // the chance that the child that was tested is visited; 0 where the path does not go on to it
   int child;     // that is tested
-  int end;       // of the nodes that are judged together
   uint32_t meetings;
   bool valid;  // whether all rows that were visited are usable
 };
@@ -93,12 +92,12 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
   // Measures the node that is visited and judges it; or all, before the root. Rules by crews keep so many registers
   // that a whole span of float32 and the next one cannot be held.
   SPECDEC_DEVICE void judge_nodes() const {
-    block::by_one([&] { here().end = kIsChain || work_.ahead ? live() : node() + 1; });
+    const auto now = [&](int i) { return i < live() && (kIsChain || work_.ahead || i == node()); };
     if (node() > 0) meet();  // all have read the tables of the node before
-    for (int i = node(); i < here().end; ++i)
+    for (int i = node(); now(i); ++i)
       Base::template measure_node<!std::is_same_v<T, float>>(i, first_span(i % stride()), work_.spans, stride());
     meet();
-    for (int i = node() + part().slice; i < here().end; i += work_.slices) Base::judge(i);
+    for (int i = node() + part().slice; now(i); i += work_.slices) Base::judge(i);
     meet();
   }
 
@@ -108,10 +107,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
   template <class F>
   SPECDEC_DEVICE float pass(const F& weigh) const {
     const int round = int(here().meetings);
-    const auto sums = [&] {
-      const Table table = target(node()).table();
-      return round % 2 == 0 ? table.time(0) : table.winner(0);
-    };
+    const auto sum_of = [&](const Table& table, int span) { return round % 2 ? table.winner(span) : table.time(span); };
     for (int span = first_span(round % stride()); span < work_.spans; span += stride()) {
       float mass = 0.0f;
       SPECDEC_ROLLED
@@ -122,12 +118,13 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
         for (int e = 0; e < kElements; ++e) mass += w[e];
       }
       mass = block::in_warp(mass, std::plus<>());
-      if (block::lane() == 0) put(sums() + span, mass);
+      if (block::lane() == 0) put(sum_of(target(node()).table(), span), mass);
     }
     meet();
     float sum = 0.0f;
     SPECDEC_ROLLED
-    for (int span = block::rank(); span < work_.spans; span += kThreads) sum += fresh(sums() + span);
+    for (int span = block::rank(); span < work_.spans; span += kThreads)
+      sum += fresh(sum_of(target(node()).table(), span));
     return block::reduce(sum, std::plus<>());
   }
 
