@@ -25,7 +25,6 @@ struct Visited : Request {
   double below;  // the chance that the child that was tested is visited; 0 where the path does not go on to it
   int child;     // that is tested
   uint32_t meetings;
-  bool valid;  // whether all rows that were visited are usable
 };
 static_assert(sizeof(Visited) <= sizeof(BlockMemory::request));
 
@@ -42,13 +41,13 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
   using Base::Base;
 
   SPECDEC_DEVICE void run() {
-    block::by_one([] { here().below = 1.0, here().node = 0, here().meetings = 0, here().valid = true; });
+    block::by_one([] { here().below = 1.0, here().node = 0, here().meetings = 0; });
     descend();
     if (all_.out_logprobs != nullptr) meet();  // tables are overwritten then
     if (part().slice == 0) {
       // Its table was another node's since, where one table serves all nodes: then there are no others in the crew.
       if (!work_.ahead && !recursive()) measure_anew(target(node()));
-      Base::finish(state().last, state().factor, here().valid);
+      Base::finish(state().last, state().factor);
     }
     leave();
   }

@@ -36,6 +36,7 @@ struct Request {
   Part part;
   int live;    // rows that may be visited
   int node;    // that is visited, or where the path ends
+  bool valid;  // whether all rows that were visited are usable
   Judged row;  // its own, or the one that is judged
   Residual residual;
   Judged* judged;  // of all rows
@@ -55,7 +56,7 @@ class VerifyProgram {
   SPECDEC_DEVICE VerifyProgram(const Op& op, const Plan& work, const Part& part)
       : op_(op), all_(op.common), work_(work), rows_(int(all_.rows)) {
     block::by_one([&] {
-      here().part = part, here().judged = static_cast<Judged*>(work_.judged) + request() * rows_;
+      here().part = part, here().valid = true, here().judged = static_cast<Judged*>(work_.judged) + request() * rows_;
       here().counters = work_.counters + request() * (rows_ + 2 + words());
       describe_rows();
     });
@@ -280,8 +281,8 @@ class VerifyProgram {
     }
   }
 
-  // The path ends at the node, whose children up to `last` were rejected. `valid`: whether all else that was read is.
-  SPECDEC_DEVICE void finish(int last, double factor, bool valid = true) const {
+  // The path ends at the node, whose children up to `last` were rejected.
+  SPECDEC_DEVICE void finish(int last, double factor) const {
     int id = row().drawn;
     if (kBy == By::acceptance && id < 0) id = draw_last(last, factor);
     const int depth = depth_of(node());
@@ -291,7 +292,7 @@ class VerifyProgram {
       if constexpr (!kIsChain) here().nodes = op_.out_nodes + first;
       if (all_.out_logprobs != nullptr)
         here().logprobs = all_.out_logprobs + first, here().raw_logprobs = all_.out_raw_logprobs + first;
-      all_.out_accepted[request()] = depth, all_.out_valid[request()] = valid && row().usable != 0;
+      all_.out_accepted[request()] = depth, all_.out_valid[request()] = here().valid && row().usable != 0;
       if constexpr (kIsChain) {
         int independent = op_.independent ? 0 : -1;
         for (int i = 0; op_.independent && i + 1 < live(); ++i) independent += fresh(&judged()[i].next) >= 0;
