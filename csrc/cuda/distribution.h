@@ -158,7 +158,8 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
       Arrived here;
       if (may_win) {
         if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
-        const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
+        const Table again = row.table();  // read again, not kept
+        const float weight = fresh(again.sum(next.id)) * probability(fresh(again.base(next.id / kTilesOfSpan)));
         float sum = 0.0f;
         SPECDEC_ROLLED
         for (int offset = 4 * block::lane(); offset < kTileIds; offset += 4 * kLanes) {
