@@ -29,6 +29,19 @@ SPECDEC_SHARED static inline T given(const T* p) {
 enum class DType { f32, bf16, f16 };
 SPECDEC_SHARED static inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+// Where rows that have some ids of the vocabulary only, `width` of them, have each: see Verification::target_to_draft.
+// No table: rows have all, in order.
+struct Columns {
+  const int32_t* table = nullptr;
+  int width = 0;
+};
+// Negative where there is none. Nobody may have checked the table.
+SPECDEC_SHARED static inline int column_of(const Columns& columns, int64_t id) {
+  if (columns.table == nullptr) return int(id);
+  const int column = given(columns.table + id);
+  return column < columns.width ? column : -1;
+}
+
 // The two-level race draws a tile of 128 consecutive ids first, then an id inside it (docs/noise.md).
 constexpr int64_t kTile = 128;
 SPECDEC_SHARED static inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }

@@ -24,16 +24,8 @@ struct Row {
   const void* logits;
   DType dtype;
   int64_t vocab;
-  const int32_t* columns = nullptr;  // of a draft row with a vocabulary of its own: see Verification::target_to_draft
-  int64_t width = 0;                 // of such a row
+  Columns columns{};  // of a draft row with a vocabulary of its own
 };
-
-// Where the logit of an id lies in a row; -1 where it has none. Nobody may have checked the table.
-static inline int64_t column_of(const Row& row, int64_t id) {
-  if (row.columns == nullptr) return id;
-  const int64_t column = row.columns[id];
-  return uint64_t(column) < uint64_t(row.width) ? column : -1;  // a negative one is too large
-}
 
 // prob(v) = [logit >= cutoff] * exp(scale * logit - logsumexp). The logsumexp is a sum of two floats: at a low
 // temperature scale * logit is in the hundreds, and one float would leave the probability an error of 1e-5.

@@ -22,19 +22,19 @@ template <class T>
 [[gnu::noinline]] void copy(const Row& row, int64_t first, int64_t count, int64_t size, T* out) {
   const T* logits = static_cast<const T*>(row.logits);
   for (int64_t i = 0; i < size; ++i) out[i] = negative_infinity(T{});
-  if (row.columns == nullptr) {
+  if (row.columns.table == nullptr) {
     std::memcpy(out, logits + first, size_t(count) * sizeof(T));
     return;
   }
   const auto copy_one = [&](int64_t i) {
-    const int64_t column = column_of(row, first + i);
+    const int64_t column = column_of(row.columns, first + i);
     if (column >= 0) out[i] = logits[column];
   };
   constexpr unsigned kAll = (1u << V::width) - 1;
   int64_t i = 0;
   for (; i + V::width <= count; i += V::width) {
     float numbers[V::width];  // of these bits -1 is a nan, and no column is
-    std::memcpy(numbers, row.columns + first + i, sizeof(numbers));
+    std::memcpy(numbers, row.columns.table + first + i, sizeof(numbers));
     for (unsigned bits = V::bits(V::is_nan(V::load(numbers))) ^ kAll; bits; bits &= bits - 1)
       copy_one(i + __builtin_ctz(bits));
   }
@@ -48,7 +48,7 @@ class Tile {
  public:
   Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
     const int64_t left = row.vocab - tile * kTile;
-    if (left >= kTile && row.columns == nullptr) return;
+    if (left >= kTile && row.columns.table == nullptr) return;
     copy(row, tile * kTile, left < kTile ? left : kTile, kTile, copy_);
     logits_ = copy_;
   }

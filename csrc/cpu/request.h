@@ -10,7 +10,7 @@
 namespace specdec {
 
 inline Row row_at(const Logits& logits, int64_t vocab, int64_t offset, const int32_t* columns = nullptr) {
-  return {address(logits, offset), logits.dtype, vocab, columns, logits.width};
+  return {address(logits, offset), logits.dtype, vocab, {columns, int(logits.width)}};
 }
 
 inline Sampling sampling_of(const SamplingParameters& all, int64_t request) {

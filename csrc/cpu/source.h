@@ -12,7 +12,7 @@
 namespace specdec {
 
 inline float logit_of(const Row& row, int64_t token) {
-  const int64_t column = column_of(row, token);
+  const int64_t column = column_of(row.columns, token);
   if (column < 0) return -INFINITY;
   switch (row.dtype) {
     case DType::bf16: return to_float(static_cast<const BFloat16*>(row.logits)[column]);

@@ -78,12 +78,12 @@ SPECDEC_DEVICE const T* begin_of(const Rows& all, int i) {
 // The logits of eight ids from `first`; -inf past the end of the row, and where it has no column for an id.
 template <class T>
 SPECDEC_DEVICE Eight<T> eight_of(const T* row, int first, int vocab, const Columns& columns) {
-  if (columns.all() && first + kElements <= vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0)
+  if (columns.table == nullptr && first + kElements <= vocab && reinterpret_cast<uintptr_t>(row) % 16 == 0)
     return eight_at(row + first);
   Eight<T> v;
   SPECDEC_UNROLL
   for (int e = 0; e < kElements; ++e) {
-    const int column = first + e < vocab ? columns.of(first + e) : -1;
+    const int column = first + e < vocab ? column_of(columns, first + e) : -1;
     v.x[e] = one(column >= 0 ? row + column : nullptr);
   }
   return opaque(v);  // or those of 16 bits would have a register each

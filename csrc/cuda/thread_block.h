@@ -82,20 +82,6 @@ struct Earlier {
   }
 };
 
-// Where rows that have some ids of the vocabulary only, `width` of them, have each. No table: rows have all, in order.
-struct Columns {
-  const int32_t* table = nullptr;
-  int width = 0;
-
-  SPECDEC_DEVICE bool all() const { return table == nullptr; }
-  // Negative where there is none.
-  SPECDEC_DEVICE int of(int id) const {
-    if (all()) return id;
-    const int column = given(table + id);
-    return column < width ? column : -1;
-  }
-};
-
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Sampling {
