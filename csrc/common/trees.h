@@ -56,10 +56,9 @@ struct Attended {
     }
     return bits;
   }
-  // Of rows that follow each other without a gap, a byte.
-  SPECDEC_SHARED uint32_t byte_of(int64_t byte, int64_t width) const {
+  // Of rows that follow each other without a gap, the byte that begins there.
+  SPECDEC_SHARED uint32_t byte_at(int64_t node, int64_t key, int64_t width) const {
     uint32_t all = 0;
-    int64_t node = byte * 8 / width, key = byte * 8 % width;
     for (int64_t bit = 0, count; bit < 8 && node < op.nodes; bit += count, key = 0, ++node) {
       count = std::min(8 - bit, width - key);
       all |= bits(node, key, count) << bit;

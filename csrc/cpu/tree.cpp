@@ -16,7 +16,14 @@ void write_mask(const Attended& mask) {
   T* const out = static_cast<T*>(op.out) + (flat ? begin : mask.request * op.room);
   const int64_t width = flat ? mask.length + op.nodes : op.room / op.nodes;
   if (bits) {
-    for (int64_t i = 0; i < mask.flat_elements(mask.request); ++i) out[i] = T(mask.byte_of(i, width));
+    const int64_t count = mask.flat_elements(mask.request);
+    for (int64_t i = 0, node = 0, key = 0; i < count; ++i) {
+      const int64_t before = std::clamp<int64_t>((mask.length - key) / 8, 0, count - 1 - i);  // whole bytes of context
+      std::fill_n(out + i, before, T(0xFF));
+      i += before, key += 8 * before;
+      out[i] = T(mask.byte_at(node, key, width));
+      for (key += 8; key >= width; key -= width) ++node;
+    }
   } else if (op.format == MaskFormat::packed) {
     constexpr int64_t kKeys = 8 * sizeof(T);
     for (int64_t i = 0; i < op.nodes * width; ++i) out[i] = T(mask.bits(i / width, i % width * kKeys, kKeys));

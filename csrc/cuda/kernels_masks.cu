@@ -26,7 +26,7 @@ SPECDEC_KERNEL void tree_mask_kernel(SPECDEC_PARAMETER TreeMask op) {
   const int64_t keys = op.format == MaskFormat::packed ? 8 * int64_t(sizeof(T)) : 1;
   if (op.format == MaskFormat::flat_bits)
     for (int64_t i = node * kLanes + lane; i < mask.flat_elements(request); i += op.nodes * kLanes)
-      out[begin + i] = T(mask.byte_of(i, width));
+      out[begin + i] = T(mask.byte_at(i * 8 / width, i * 8 % width, width));
   else
     for (int64_t i = lane; i < width; i += kLanes) {
       const uint32_t bits = mask.bits(node, i * keys, keys);
