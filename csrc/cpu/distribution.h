@@ -16,15 +16,16 @@
 namespace specdec {
 
 // A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
-// threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding.
+// threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding, and no fewer in the first
+// piece: its owner begins before who helps.
 inline uint32_t pieces_of(int64_t tiles, int64_t threads) {
   constexpr int64_t kLeast = 64;
   return uint32_t(std::clamp<int64_t>((tiles + kLeast - 1) / kLeast, 1, threads));
 }
 inline std::pair<int64_t, int64_t> tiles_of_piece(int64_t tiles, uint32_t pieces, uint32_t piece) {
   constexpr int64_t kGroup = 16;
-  const int64_t end = piece + 1 < pieces ? tiles * (piece + 1) / pieces / kGroup * kGroup : tiles;
-  return {tiles * piece / pieces / kGroup * kGroup, end};
+  const auto begin = [&](int64_t p) { return std::min((tiles * p / pieces + kGroup - 1) / kGroup * kGroup, tiles); };
+  return {begin(piece), begin(piece + 1)};
 }
 
 inline bool is_greedy(float scale) { return std::isinf(scale); }
@@ -226,19 +227,26 @@ class RowView {
 
   // The two-level race for such weights. A tile cannot arrive before its bound does, so tiles are looked at in the
   // order of their bounds until none of the others can win: exact, and about 1 / (what is left of the probability)
-  // tiles are ever looked at. -1 if no weight is positive.
-  template <class F>
-  int64_t draw_below(Noise noise, const F& token_weights) const {
+  // tiles are ever looked at. -1 if no weight is positive. `announce` is told of a tile one look before.
+  template <class F, class G>
+  int64_t draw_below(Noise noise, const F& token_weights, const G& announce) const {
     float* bounds = space_.arrival.data();
     float weights[2][kTile];
     float* candidate = weights[0];
     float* best = weights[1];
     int64_t winner = -1;
     float winning = INFINITY;
-    Arrival here = first_tile(noise);
+    const auto announced = [&](const Arrival& arrival) {
+      prefetch(source_.row(), arrival.index * kTile, kTile);
+      announce(arrival.index);
+      return arrival;
+    };
+    Arrival next = announced(first_tile(noise));
     // The bound and the weights are rounded apart: leave room for that.
-    for (; here.time < INFINITY && here.time * 0.9999f < winning; here = first_of(bounds)) {
+    while (next.time < INFINITY && next.time * 0.9999f < winning) {
+      const Arrival here = next;
       bounds[here.index] = INFINITY;
+      next = announced(first_of(bounds));
       token_weights(here.index, candidate);
       const double sum = sum_of_tile(candidate);
       const float time = float(double(here.time) * double(space_.weight[size_t(here.index)]) / (sum * total_));

@@ -125,7 +125,7 @@ template <class T, class F>
 V::F group_sums(const Row& row, int64_t first, int64_t end, const F& term) {
   V::F sums[V::width];
   each_of_group<T>(row, first, end, 0.0f, sums, [&](const Tile<T>& logits, int64_t g) {
-    V::F sum, x, y;
+    V::F sum = V::set(0.0f), x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
       prefetch_next(logits + i);
       V::load_two(logits + i, x, y);

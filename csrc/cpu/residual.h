@@ -104,7 +104,9 @@ class Residual {
     if (untouched() || is_greedy(target_->scale())) return target_->draw(key);
     divide();
     const auto weights_of = [&](int64_t tile, float* weights) { tile_weights(tile, weights); };
-    const int64_t drawn = target_->draw_below(key, weights_of);
+    const int64_t drawn = target_->draw_below(key, weights_of, [&](int64_t tile) {
+      if (!draft_.point_mass) prefetch(draft_.row, tile * kTile, kTile);
+    });
     return drawn < 0 ? target_->draw(key) : drawn;
   }
 
