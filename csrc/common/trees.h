@@ -28,14 +28,10 @@ struct TreeMask {
 // An element of a mask is written as a word: f(word of its width).
 template <class F>
 auto with_word(MaskElement element, const F& f) {
-  switch (element) {
-    case MaskElement::f32:
-    case MaskElement::word32: return f(uint32_t());
-    case MaskElement::word16:
-    case MaskElement::bf16:
-    case MaskElement::f16: return f(uint16_t());
-    default: return f(uint8_t());
-  }
+  const auto is = [&](auto... any) { return ((element == any) || ...); };
+  if (is(MaskElement::word32, MaskElement::f32)) return f(uint32_t());
+  if (is(MaskElement::word16, MaskElement::bf16, MaskElement::f16)) return f(uint16_t());
+  return f(uint8_t());
 }
 
 // Which keys the nodes of a request attend to, `live` of them in its tree: those before the tree, ancestors, and
