@@ -16,16 +16,10 @@
 namespace specdec {
 
 // A row is cut into one piece a thread: long runs of memory keep the prefetchers going. (With 16 pieces a row, two
-// threads took a tenth longer.) Whole groups of tiles, so that the cut changes no rounding, and no fewer in the first
-// piece: its owner begins before who helps.
+// threads took a tenth longer.)
 inline uint32_t pieces_of(int64_t tiles, int64_t threads) {
   constexpr int64_t kLeast = 64;
   return uint32_t(std::clamp<int64_t>((tiles + kLeast - 1) / kLeast, 1, threads));
-}
-inline std::pair<int64_t, int64_t> tiles_of_piece(int64_t tiles, uint32_t pieces, uint32_t piece) {
-  constexpr int64_t kGroup = 16;
-  const auto begin = [&](int64_t p) { return std::min((tiles * p / pieces + kGroup - 1) / kGroup * kGroup, tiles); };
-  return {begin(piece), begin(piece + 1)};
 }
 
 inline bool is_greedy(float scale) { return std::isinf(scale); }
@@ -129,7 +123,7 @@ class RowView {
   double mass_below(const F& token_weights) const {
     std::vector<double> sums(pieces(), 0.0);
     each_piece([&](uint32_t piece) {
-      const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
+      const auto [begin, end] = tiles_of_piece(piece);
       float weights[kTile];
       for (int64_t tile = begin; tile < end; ++tile) {
         if (space_.weight[size_t(tile)] == 0.0f) continue;
@@ -192,7 +186,7 @@ class RowView {
   // `least()`.
   template <class Least, class F>
   void each_logit(uint32_t piece, const Least& least, const F& visit) const {
-    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
+    const auto [begin, end] = tiles_of_piece(piece);
     float logits[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
       const Source::At at = source_.at(tile, logits);
@@ -274,10 +268,20 @@ class RowView {
   // Tiles that are processed before a kernel reads them.
   static constexpr int64_t kFilled = 16;
 
+  // Whole groups of tiles, so that the cut changes no rounding, and no fewer in the first piece: its owner begins
+  // before who helps.
+  std::pair<int64_t, int64_t> tiles_of_piece(uint32_t piece) const {
+    constexpr int64_t kGroup = 16;
+    const auto begin = [&](int64_t p) {
+      return std::min((tiles_ * p / pieces_ + kGroup - 1) / kGroup * kGroup, tiles_);
+    };
+    return {begin(piece), begin(piece + 1)};
+  }
+
   // `visit(tile, probabilities, arrivals)` for the tiles of one piece that take part in the flat race.
   template <class F>
   void flat_race(uint32_t piece, Noise noise, const F& visit) const {
-    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
+    const auto [begin, end] = tiles_of_piece(piece);
     noise.tag |= kTokenRace << 8;
     float weights[kTile], times[kTile];
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -289,7 +293,7 @@ class RowView {
   }
 
   Summed pass_over(uint32_t piece) {
-    const auto [begin, end] = tiles_of_piece(tiles_, pieces_, piece);
+    const auto [begin, end] = tiles_of_piece(piece);
     if (source_.plain()) return pass_over(source_.row(), begin, end, 0);
     float logits[kFilled * kTile];
     for (int64_t tile = begin; tile < end; tile += kFilled) {

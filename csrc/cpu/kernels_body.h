@@ -15,13 +15,14 @@ void with_dtype(DType dtype, F&& body) {
   }
 }
 
-// Elements [first, first + count) of a row where they cannot be read as they lie, `size` of them with -inf behind the
-// last and wherever a draft row has no column for an id. The columns that it has are visited by the bits of a vector:
-// to look at each alone takes six times as long, since nobody could predict it. Seldom called: not in place.
+// The tile from `first` on where it cannot be read as it lies: -inf behind the last logit of the row, and wherever a
+// draft row has no column for an id. The columns that it has are visited by the bits of a vector: to look at each alone
+// takes six times as long, since no branch could be predicted. Seldom called: not in place.
 template <class T>
-[[gnu::noinline]] void copy(const Row& row, int64_t first, int64_t count, int64_t size, T* out) {
+[[gnu::noinline]] void copy_tile(const Row& row, int64_t first, T* out) {
   const T* logits = static_cast<const T*>(row.logits);
-  for (int64_t i = 0; i < size; ++i) out[i] = negative_infinity(T{});
+  const int64_t left = row.vocab - first, count = left < kTile ? left : kTile;
+  for (int64_t i = 0; i < kTile; ++i) out[i] = negative_infinity(T{});
   if (row.columns.table == nullptr) {
     std::memcpy(out, logits + first, size_t(count) * sizeof(T));
     return;
@@ -47,9 +48,8 @@ template <class T>
 class Tile {
  public:
   Tile(const Row& row, int64_t tile) : logits_(static_cast<const T*>(row.logits) + tile * kTile) {
-    const int64_t left = row.vocab - tile * kTile;
-    if (left >= kTile && row.columns.table == nullptr) return;
-    copy(row, tile * kTile, left < kTile ? left : kTile, kTile, copy_);
+    if ((tile + 1) * kTile <= row.vocab && row.columns.table == nullptr) return;
+    copy_tile(row, tile * kTile, copy_);
     logits_ = copy_;
   }
 
