@@ -35,7 +35,7 @@ struct Columns {
   const int32_t* table = nullptr;
   int width = 0;
 };
-// Negative where there is none. Nobody may have checked the table.
+// Negative where there is none. The table may be unchecked.
 SPECDEC_SHARED static inline int column_of(const Columns& columns, int64_t id) {
   if (columns.table == nullptr) return int(id);
   const int column = given(columns.table + id);

@@ -104,7 +104,7 @@ SPECDEC_DEVICE float adjusted(uint32_t which, int i, int adjustment, int id, flo
   for (int node = i; node > 0;) {
     compute_here(which);
     const Rows& all = block::memory().rows[which];
-    drafted += all.drafts[all.first_draft + node * all.draft_stride] == id;
+    drafted += all.draft(node) == id;
     node = all.parents == nullptr ? node - 1 : int(given(all.parents + node));
   }
   compute_here(which);

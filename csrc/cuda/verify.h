@@ -191,8 +191,8 @@ class VerifyProgram {
     });
   }
 
-  // Their probability of a token.
   SPECDEC_DEVICE bool is_certain() const { return !dense() || row().draft.argmax >= 0; }
+  // Of the drafts of row i, the probability of a token.
   SPECDEC_DEVICE double drafted_prob(int i, int id) const {
     return is_certain() ? 1.0 : prob_of(row().draft, draft(i).logit(id), id);
   }
