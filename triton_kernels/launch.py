@@ -119,8 +119,10 @@ def multiprocessor_of(device: torch.device) -> Multiprocessor:
     """That of a device; of none, that of the GPU which kernels are compiled for."""
     if device.type == "cuda":
         return _of_gpu(device.index)
-    absent = PLATFORM if _platform_of(device) == "interpreter" else driver.active.get_current_target().arch
-    return Multiprocessor(65_536 if PLATFORM == "hip" else 232_448, absent in ("cuda", 90))
+    if PLATFORM == "hip":
+        return Multiprocessor(65_536, False)
+    interpreted = _platform_of(device) == "interpreter"
+    return Multiprocessor(232_448, interpreted or driver.active.get_current_target().arch == 90)
 
 
 @cache
