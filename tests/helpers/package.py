@@ -1,6 +1,7 @@
 """Build an sdist, a wheel from it as a user would, and install that beside nothing but torch; look at all three.
 
     make package  # minutes, since it compiles; CUDA is left out unless SPECDEC_CUDA says otherwise
+    SPECDEC_OLD_SYSTEM=/srv/bionic make package  # for all systems that PyTorch is for: old_system.cmake
 
 What is made stays below build/package.
 """
@@ -8,6 +9,7 @@ What is made stays below build/package.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +21,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "build" / "package"
+TOOLS = Path(sys.executable).parent
 MOST_BYTES = 8_000_000
+#: The oldest systems that PyTorch's own wheels are for.
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
+#: What PyTorch brings.
+NOT_OURS = [f"--exclude={name}" for name in ("libtorch*.so", "libc10*.so")]
 #: What is of no use without a checkout.
 NOT_IN_A_WHEEL = re.compile(r"emulated|libspecdec_bench|safetensors|results/|csrc/|tests/|\.cpp$|\.cu$")
 
@@ -76,12 +83,20 @@ def readme_example() -> str:
 
 
 def build_wheel(python: Path, sdist: Path) -> Path:
-    """By the pip of an environment, for it."""
+    """By the pip of an environment, for it; for all systems where an older one is at hand to link with."""
     options = {"SPECDEC_CUDA": os.environ.get("SPECDEC_CUDA", "0"), "SPECDEC_WERROR": "1"}
+    for_all = "SPECDEC_OLD_SYSTEM" in os.environ
+    if for_all:
+        options["CMAKE_TOOLCHAIN_FILE"] = str(Path(__file__).with_name("old_system.cmake"))
     pip = (python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", "-w", HERE)
     said = run(*pip, sdist, environment=options)
     assert "Collecting torch" not in said, "a second torch was fetched to build against"
     (wheel,) = HERE.glob("*.whl")
+    if for_all:
+        patchelf = {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
+        repair = (TOOLS / "auditwheel", "repair", "--plat", PLATFORM, *NOT_OURS, "-w", HERE / "repaired")
+        run(*repair, wheel, environment=patchelf)
+        (wheel,) = HERE.glob("repaired/*.whl")
     return wheel
 
 
@@ -91,9 +106,8 @@ def look_at(wheel: Path, installed: Path) -> None:
     assert wheel.stat().st_size < MOST_BYTES, f"{wheel.stat().st_size} bytes"
     assert not (wrong := [name for name in names if NOT_IN_A_WHEEL.search(name)]), wrong
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, {len(names)} files, built with the torch that was there")
-    tools = Path(sys.executable).parent
-    print(run(tools / "torch-abi-audit", "--check", "torch", installed).strip())
-    shown = " ".join(run(tools / "auditwheel", "show", wheel).split())
+    print(run(TOOLS / "torch-abi-audit", "--check", "torch", installed).strip())
+    shown = " ".join(run(TOOLS / "auditwheel", "show", wheel).split())
     print("auditwheel:", *re.findall(r'"((?:many)?linux_\w+)"', shown)[-1:], flush=True)
 
 
