@@ -165,17 +165,22 @@ def short(name: str) -> str:
     return " ".join(filter(None, said))
 
 
-def kernels(path: Path) -> list[Kernel]:
-    """Those of a library or a cubin for compute capability 9.0 that go over rows of logits."""
-    command = [tool(), "-arch", "sm_90", "-res-usage", "-sass", path]
+def machine_code(path: Path, *options: str) -> list[Kernel]:
+    """All kernels of a library or a cubin; ``options`` of cuobjdump may choose among those of a library."""
+    command = [tool(), *options, "-res-usage", "-sass", path]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", said))
     found = []
     for part in re.split(r"\n\s*Function : ", said)[1:]:
         name = part.split("\n", 1)[0].strip()
         code = [(int(a, 16), text.strip()) for a, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", part)]
-        if short(name):
-            found.append(Kernel(name, int(registers.get(name, 0)), code))
+        found.append(Kernel(name, int(registers[name]), code))
+    return found
+
+
+def kernels(path: Path) -> list[Kernel]:
+    """Those of a library or a cubin for compute capability 9.0 that go over rows of logits."""
+    found = [kernel for kernel in machine_code(path, "-arch", "sm_90") if short(kernel.name)]
     return sorted(found, key=lambda kernel: short(kernel.name))
 
 

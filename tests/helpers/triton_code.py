@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import budget
 import torch
 import triton
 from torch import Tensor
@@ -231,18 +231,12 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
-        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    registers = int(re.findall(r"REG:(\d+)", text)[0])
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ +)?(\w+)([^;]*)", text, re.M)
-    targets = [(at, re.search("0x(.*)", rest)) for at, name, rest in code if name == "BRA"]
-    jumps = [(int(to[1], 16), int(at, 16)) for at, to in targets if to]
-    local = [int(at, 16) for at, name, _ in code if name in ("LDL", "STL")]
-    spills = sum(any(begin <= at <= end for begin, end in jumps) for at in local)
+        (kernel,) = budget.machine_code(cubin)
     loads = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm["ptx"])
     widths = [int(count) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
-    return Usage(call, compiled.name, target, compiled.hash, registers, spills, len(code), max(widths, default=None))
+    spills, count = len(kernel.spilled_in_loops()), len(kernel.code)
+    return Usage(call, compiled.name, target, compiled.hash, kernel.registers, spills, count, max(widths, default=None))
 
 
 def usages(calls: Iterable[str], targets: Iterable[str], processes: int) -> Iterator[Usage]:
