@@ -24,7 +24,6 @@ from typing import Any
 
 import budget
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
