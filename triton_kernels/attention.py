@@ -38,11 +38,11 @@ def attend(query, key, value, seen, scale, best, total, mixed, MASKED: tl.conste
     return now, total * fade + tl.sum(weights, axis=1), mixed
 
 
-@triton.jit(do_not_specialize=["nodes", "rows", "split", "kv_heads", "splits", "words"])
+@triton.jit(do_not_specialize=["nodes", "rows", "split", "kv_heads", "splits", "words", "longest"])
 def tree_attention_kernel(
     query_ptr, key_ptr, value_ptr, packed_ptr, context_ptr, out_ptr, mixed_ptr, sums_ptr, scale, nodes, rows, kv_heads,
-    group, split, splits, words, q_batch, q_head, q_node, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch,
-    o_head, o_node, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    group, split, splits, words, longest, q_batch, q_head, q_node, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    o_batch, o_head, o_node, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows are the nodes of all query heads that share a key head. Programs of the same keys are neighbours, so that
@@ -61,7 +61,8 @@ def tree_attention_kernel(
     query = tl.load(query, mask=own, other=0.0)
     keys = key_ptr + b * k_batch + head * k_head + entry[:, None]
     values = value_ptr + b * v_batch + head * v_head + entry[None, :]
-    length, first = tl.load(context_ptr + b), part.to(tl.int64) * split
+    length = tl.minimum(tl.load(context_ptr + b), longest)  # whatever it says, only the cache is read
+    first = part.to(tl.int64) * split
     last = tl.minimum(length, first + split)
     ends_here = (first <= length) & ((length < first + split) | (part == splits - 1))
     stop = tl.where(ends_here, length + nodes, last)
@@ -143,11 +144,12 @@ def attention_config(rows: int, wide: int, element: int, of: launch.Multiprocess
     """
     narrow = wide * element <= 256
     large = of.warpgroups and narrow and element == 2 and rows > 64
-    together = min(32 if element == 4 else 128 if large else 64, max(16, power_of_two(rows)))
     keys = 128 if large else 64 if narrow else 32
-    stages = (of.shared // (wide * element) - together) // (2 * keys)
-    one_warpgroup = of.warpgroups and narrow and not large
-    warps = 8 if together >= 64 and not one_warpgroup else 4
+    room = of.shared // (wide * element) - 2 * keys  # for rows, beside the keys and values of one stage
+    fitting = power_of_two(max(16, room) + 1) // 2
+    together = min(32 if element == 4 else 128 if large else 64, max(16, power_of_two(rows)), fitting)
+    stages = 1 + (room - together) // (2 * keys)
+    warps = 4 if together < 64 or (of.warpgroups and narrow and not large) else 8
     return AttentionConfig(together, keys, max(1, min(stages, 2 if large else 3)), warps)
 
 
@@ -181,8 +183,8 @@ def tree_attention(
         sums = query.new_empty((batch * kv_heads, splits, rows, 2), dtype=torch.float32)
     tree_attention_kernel[(programs, splits)](
         query, key, value, packed, context_lens, out, mixed, sums, scale * 1.4426950408889634, nodes, rows, kv_heads,
-        group, split, splits, packed.shape[2], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *out.stride()[:3], WIDTH=width, WIDE=wide, UPCAST=query.device.type == "cpu", **asdict(config),
+        group, split, splits, packed.shape[2], tokens - nodes, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], *out.stride()[:3], WIDTH=width, WIDE=wide, UPCAST=query.is_cpu, **asdict(config),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch * kv_heads, triton.cdiv(rows, COMBINED))](

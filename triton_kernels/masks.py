@@ -60,10 +60,10 @@ def tree_mask_kernel(
     out_ptr, parents_ptr, context_ptr, nodes, width, capacity, FORMAT: tl.constexpr, ADDITIVE: tl.constexpr,
     BLOCK: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     parents = parents_ptr + b * nodes
     live = tl.minimum(live_count(parents, nodes, NODES), nodes)
-    index = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     length = tl.full([], 0, tl.int64)
     if context_ptr is not None:
         length = tl.load(context_ptr + b)
@@ -71,7 +71,7 @@ def tree_mask_kernel(
     if FORMAT != DENSE:
         # Where the request begins, behind all that come before it; and where the last one ends: the rest is 0.
         start, end = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-        for request in range(0, tl.num_programs(0)):
+        for request in range(0, tl.num_programs(1)):
             size = nodes * (tl.load(context_ptr + request) + nodes)
             if FORMAT == FLAT_BITS:
                 size = (size + 7) // 8
@@ -103,7 +103,8 @@ def tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format:
         return
     capacity = out.numel() // batch
     elements = 1024 if format in (MaskFormat.DENSE, MaskFormat.FLAT) else 1024 // 8
-    tree_mask_kernel[(batch, triton.cdiv(capacity, elements))](
+    # Of the first dimension there may be 2^31 programs, of the others 65,535: a mask can have more blocks than that.
+    tree_mask_kernel[(triton.cdiv(capacity, elements), batch)](
         out, parents, context_lens, nodes, capacity // nodes, capacity, FORMAT=format, ADDITIVE=out.is_floating_point(),
         BLOCK=elements, NODES=block, num_warps=4,
     )  # fmt: skip

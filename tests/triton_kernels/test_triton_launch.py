@@ -308,6 +308,17 @@ def test_attention_of_a_context_that_is_shared(monkeypatch, processors):
     assert given[0][0] == {1: 1, 6: 2, 1000: 3}[processors]
 
 
+@pytest.mark.parametrize("length", [36, 1 << 40])
+def test_attention_reads_nothing_behind_the_cache(length):
+    """Lengths are not looked at on a GPU, where a wrong one has to cost no more than its own rows."""
+    memory = torch.full((1, 1, 200, 16), torch.nan)
+    memory[:, :, :40] = 0.5
+    cache, query = memory[:, :, :40], torch.ones(1, 1, 5, 16)
+    packed = tree_mask(torch.tensor([[-1, 0, 1, 2, 3]]), "packed")
+    attend = BACKENDS["triton"].functions["tree_attention"]
+    assert torch.equal(attend(query, cache, cache, packed, torch.tensor([length]), 0.1), query * 0.5)
+
+
 def test_launches_are_chosen_by_pure_functions():
     from specdec_kernels.triton_kernels.attention import AttentionConfig, attention_config, context_splits
     from specdec_kernels.triton_kernels.launch import LaunchConfig, Multiprocessor, launch_config, slices
@@ -326,6 +337,8 @@ def test_launches_are_chosen_by_pure_functions():
     assert attention_config(64, 128, 2, h200) == AttentionConfig(ROWS=64, KEYS=64, STAGES=3, num_warps=4)
     assert attention_config(256, 256, 2, h200) == AttentionConfig(ROWS=64, KEYS=32, STAGES=3, num_warps=8)
     assert attention_config(256, 128, 2, l40) == AttentionConfig(ROWS=64, KEYS=64, STAGES=2, num_warps=8)
+    assert attention_config(256, 512, 2, l40) == AttentionConfig(ROWS=32, KEYS=32, STAGES=1, num_warps=4)
+    assert attention_config(256, 512, 4, l40) == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
     assert attention_config(5, 128, 4, mi300) == AttentionConfig(ROWS=16, KEYS=32, STAGES=1, num_warps=4)
     for rows, wide, element, gpu in product((5, 64, 65, 256), (16, 64, 128, 256), (2, 4), (h200, l40)):
         config = attention_config(rows, wide, element, gpu)
