@@ -102,6 +102,20 @@ def _cuda() -> Backend:
     return made if made.reason or _HAS_GPU else replace(made, reason="there is no GPU")
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """One of Triton's launchers, on the GPU that its first tensor is on: Triton launches on the current one, whose
+    streams order nothing on another."""
+
+    def call(first: Any, *arguments: Any, **named: Any) -> Any:
+        device = (first[0] if isinstance(first, list) else first).get_device()
+        if device == torch.cuda.current_device():
+            return launch(first, *arguments, **named)
+        with torch.cuda.device(device):
+            return launch(first, *arguments, **named)
+
+    return call
+
+
 def _triton() -> Backend:
     try:
         import triton
@@ -117,6 +131,7 @@ def _triton() -> Backend:
     functions = {op: getattr(kernels, op) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"{detail}, interpreted", functions)
+    functions = {op: _on_its_device(launch) for op, launch in functions.items()}
     taken = _NATIVE_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
     for op in set(OPS).difference(taken):
         LIBRARY.impl(op, functions[op], "CUDA")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from forms import pairwise, some
@@ -47,6 +49,31 @@ def test_what_the_suite_calls_on_a_gpu_runs():
         call()
         names.append(name)
     assert len(set(names)) == 9 + 1 + 4 + 4
+
+
+def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch):
+    """Not on the current one, whose streams order nothing on another. Of two GPUs that are not here."""
+    current, seen = [0], []
+
+    @contextmanager
+    def on(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    class OnSecond(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    launch = ops.backends._on_its_device(lambda *given, **named: seen.append((current[0], given, named)))
+    there = torch.zeros(1).as_subclass(OnSecond)
+    launch(there, 7, out=None)
+    launch([there, there], 7)
+    current[0] = 1
+    launch(there)
+    assert seen == [(1, (there, 7), {"out": None}), (1, ([there, there], 7), {}), (1, (there,), {})]
 
 
 def test_the_suite_notices_a_wrong_backend(monkeypatch):
