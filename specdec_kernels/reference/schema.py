@@ -13,6 +13,8 @@ from torch import Tensor
 
 from specdec_kernels import reference
 
+#: Operators whose kernels on a GPU keep scratch from call to call.
+_WITH_SCRATCH = ("verify_chain", "verify_tree", "sample", "sample_children")
 #: What operators write to.
 _WRITTEN = {"verify_chain": ("workspace",), "tree_mask": ("out",), "compact_kv": ("caches",)}
 
@@ -63,7 +65,9 @@ def define(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for op in ops:
         schema = torch.library.infer_schema(getattr(reference, op), mutates_args=_WRITTEN.get(op, ()))
-        library.define(op + schema.replace("SymInt", "int"))  # numbers that are constants of a compiled graph
+        schema = schema.replace("SymInt", "int")  # numbers that are constants of a compiled graph
+        # The graphs that torch.compile makes allow no memory that stays in their pools, where a first call gets it.
+        library.define(op + schema, tags=(torch.Tag.cudagraph_unsafe,) if op in _WITH_SCRATCH else ())
         torch.library.register_fake(f"{namespace}::{op}", _FAKES[op], lib=library)
     return library
 

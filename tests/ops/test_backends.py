@@ -219,6 +219,12 @@ def test_opcheck_sample_and_noise_words():
     torch.library.opcheck(torch.ops.specdec.noise_words.default, (two, two, 3, 4, 5))
 
 
+def test_the_graphs_of_torch_compile_leave_out_what_keeps_scratch():
+    tags = {op: getattr(torch.ops.specdec, op).default.tags for op in ops.backends.OPS}
+    tagged = [op for op in tags if torch.Tag.cudagraph_unsafe in tags[op]]
+    assert tagged == ["verify_chain", "verify_tree", "sample", "sample_children"]
+
+
 def test_compiled_without_a_break_and_replayed():
     """Cases 32 and 33: one graph, whose results follow its inputs."""
 
