@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,11 +73,10 @@ def uniform(seed, position, row):
     return (((w0.to(tl.uint64) << 32) | w1.to(tl.uint64)) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
 
 
-@triton.jit
-def noise_words_kernel(seed_ptr, position_ptr, scalars_ptr, out_ptr, counters, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tag", "first", "counters"])
+def noise_words_kernel(seed_ptr, position_ptr, out_ptr, tag, first, counters, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
-    tag, first = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     w0, w1, w2, w3 = counter_words(seed, position, tag, (first + index).to(tl.uint32))
     out = out_ptr + row * counters * 4 + index * 4
@@ -92,9 +90,9 @@ def noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: 
     """Words of the counters ``first, first + 1, ...`` of each stream: int64 ``[R, 4 * counters]``."""
     out = seed.new_empty((seed.shape[0], 4 * counters))
     if out.numel():
-        # A tensor, since Triton would take an int above 2^31 for a negative one.
-        scalars = torch.tensor([tag, first], device=seed.device)
+        # As they are in 32 bits: Triton's interpreter takes an int from 2^31 on for a negative one of 64.
+        tag, first = ((x ^ 1 << 31) - (1 << 31) for x in (tag, first))
         noise_words_kernel[(seed.shape[0],)](
-            seed, position, scalars, out, counters, BLOCK=triton.next_power_of_2(counters)
+            seed, position, out, tag, first, counters, BLOCK=triton.next_power_of_2(counters)
         )
     return out
