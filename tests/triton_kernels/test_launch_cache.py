@@ -59,8 +59,9 @@ print("done")
 LAUNCHERS = """
 import torch
 from triton.runtime.jit import JITFunction
-from specdec_kernels import sample, sample_children, verify_chain, verify_tree
+from specdec_kernels import sample, sample_children, triton_kernels, verify_chain, verify_tree
 from specdec_kernels.bench import host
+from specdec_kernels.contract import MaskFormat
 host._stand_in("triton")
 looked, found = [], []
 class Compiled:
@@ -98,6 +99,10 @@ for call in calls:
             assert (value.data_ptr() != arguments[name].data_ptr()) == (value.data_ptr() in results), name
         else:
             assert value == arguments[name], name
+mask, tree = torch.empty(1, 1024, 70_000, dtype=torch.bool, device="meta"), torch.zeros(1, 1024, dtype=torch.int64)
+triton_kernels.tree_mask(mask, tree, None, MaskFormat.DENSE)
+((_, grid, _),) = looked
+assert grid[0] > 65_535 >= max(grid[1:]), "a GPU has more programs than that in the first dimension alone"
 print("done")
 """
 SCRATCH = """
