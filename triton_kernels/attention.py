@@ -167,10 +167,10 @@ def tree_attention(
     batch, heads, nodes, width = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     group = heads // kv_heads
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty_like(query)
     if not out.numel():
         return out
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     rows, wide = group * nodes, max(16, power_of_two(width))
     config = attention_config(rows, wide, query.element_size(), launch.multiprocessor_of(query.device))
     programs = batch * kv_heads * triton.cdiv(rows, config.ROWS)

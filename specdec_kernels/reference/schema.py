@@ -55,7 +55,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sample_children": lambda logits, *rest: _fake_draw(logits, rest[-2]),
     "tree_mask": lambda *_: None,
     "compact_kv": lambda *_: None,
-    "tree_attention": lambda query, *_: torch.empty_like(query),
+    "tree_attention": lambda query, *_: torch.empty_like(query if query.stride(-1) == 1 else query.contiguous()),
     "noise_words": lambda seed, *rest: seed.new_empty((len(seed), 4 * rest[-1])),
 }
 

@@ -43,10 +43,11 @@ def test_against_a_mask(backend, device, nodes, dtype):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
-def test_views_of_a_cache_and_a_scale(backend, device, scale):
+@pytest.mark.parametrize(("scale", "dim"), [(0.3, 1), (-0.3, 1), (0.0, 1), (0.3, 3)])
+def test_views_of_a_cache_and_a_scale(backend, device, scale, dim):
+    """Nodes lie before heads, or elements of a head apart, of the query and so of what is returned too."""
     query, key, value, parents, contexts = example(9, 4, 4, 16, torch.float32, [3, 40, 10, 20])
-    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    transposed = [x.transpose(dim, 2).contiguous().transpose(dim, 2) for x in (query, key, value)]
     given = [x.to(device) for x in (*transposed, tree_mask(parents, "packed"), contexts)]
     got = tree_attention(*given, scale=scale, backend=backend).cpu().double()
     torch.testing.assert_close(got, expected(query, key, value, parents, contexts, scale), rtol=0, atol=2e-5)
