@@ -80,35 +80,32 @@ SPECDEC_SELDOM int largest_finite(const Row<T> row, int begin, int end) {
   return largest.id == kNobody ? 0 : largest.id;
 }
 
-// The distribution of a row whose table is made. Greedy is the point mass on the largest logit; so is, for what is
-// drawn then, a row that is not valid, on its largest finite one.
+// The distribution of a row whose table is made, in the block's memory. Greedy is the point mass on the largest logit;
+// so is, for what is drawn then, a row that is not valid, on its largest finite one.
 template <class T>
-SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
-  const Sampling& sampling = row.sampling();  // read again behind calls
-  Mass mass = mass_of(row);
-  Distribution d;
-  if (sampling.greedy() || !mass.valid()) {
+SPECDEC_DEVICE void find_distribution(const Row<T>& row, Distribution& d) {
+  const Sampling& sampling = row.sampling();  // as all else read again behind calls
+  const Mass mass = mass_of(row);
+  block::by_one([&] {
+    block::memory().top = mass.top, block::memory().sum = mass.sum;
+    d = {.scale = sampling.scale, .base = mass.top, .log_total = logf(mass.sum), .valid = mass.valid()};
+  });
+  if (sampling.greedy() || !d.valid) {
     int begin = 0, end = row.vocab();
-    if (mass.valid()) {  // it is in the first span with that base
+    if (d.valid) {  // it is in the first span with that base
       int span = block::rank();
-      while (span < row.table().spans && fresh(row.table().base(span)) != mass.top) span += kThreads;
+      while (span < row.table().spans && fresh(row.table().base(span)) != d.base) span += kThreads;
       begin = block::reduce(span, [](int a, int b) { return std::min(a, b); }) * kSpan,
       end = std::min(begin + kSpan, end);
     }
-    d.argmax = largest_finite(row, begin, end);
-    d.cutoff = mass.top;
-  } else {
-    if (is_steep(sampling.scale, mass.top)) {  // it weighs nothing but its largest logits (docs/noise.md)
-      d.cutoff = mass.top;
-    } else if (sampling.filters(row.vocab())) {
-      const Kept kept = kept_by(row, mass);
-      d.cutoff = kept.cutoff, mass.sum = kept.mass;
-    }
-    d.log_total = logf(mass.sum);
+    const int argmax = largest_finite(row, begin, end);
+    block::by_one([&] { d.cutoff = d.base, d.argmax = argmax; });
+  } else if (is_steep(sampling.scale, d.base)) {  // it weighs nothing but its largest logits (docs/noise.md)
+    block::by_one([&] { d.scale = 0.0f, d.cutoff = d.base; });
+  } else if (sampling.filters(row.vocab())) {
+    const Kept kept = kept_by(row);
+    block::by_one([&] { d.cutoff = kept.cutoff, d.log_total = logf(kept.mass); });
   }
-  d.scale = d.argmax < 0 && is_steep(sampling.scale, mass.top) ? 0.0f : sampling.scale;
-  d.base = mass.top, d.valid = mass.valid();
-  return d;
 }
 
 // The two-level race of weights that are nowhere above a row's probabilities, such as those themselves, or a residual.
@@ -118,16 +115,16 @@ SPECDEC_DEVICE Distribution distribution_of(const Row<T>& row) {
 // `probability`. kNobody where there is no weight.
 template <class T, class F>
 SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& noise, const F& weigh) {
-  const Table table = row.table();
   const Probabilities probability = probabilities_of(d);
   const Noise inside{noise.seed, noise.position, noise.tag | kTokenRace << 8};
-  const int tiles = table.spans * kTilesOfSpan;
+  const int tiles = row.table().spans * kTilesOfSpan;
   Four* const bounds = block::memory().bounds;  // each is read by the thread that writes it
   Arrived best;
   for (int begin = 0; begin < tiles; begin += 4 * kBounds) {
     SPECDEC_ROLLED
     for (int quad = block::rank(); quad < kBounds; quad += kThreads) {
       const int first = begin + 4 * quad;
+      const Table table = row.table();  // not kept
       const bool there = first < tiles;
       const Words words = philox(noise, uint32_t(first / 4));
       const float share = there ? probability(fresh(table.base(first / kTilesOfSpan))) : 0.0f;
@@ -158,8 +155,8 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
       Arrived here;
       if (may_win) {
         if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
-        const Table again = row.table();  // read again, not kept
-        const float weight = fresh(again.sum(next.id)) * probability(fresh(again.base(next.id / kTilesOfSpan)));
+        const Table table = row.table();
+        const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
         float sum = 0.0f;
         SPECDEC_ROLLED
         for (int offset = 4 * block::lane(); offset < kTileIds; offset += 4 * kLanes) {

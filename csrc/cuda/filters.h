@@ -33,8 +33,10 @@ SPECDEC_DEVICE Above above(float x, float weight, float pivot) {
   return x >= pivot && x > -INFINITY ? Above{.mass = weight, .least = x} : Above{.below = x};
 }
 
+// Over the whole row. `counts`: each logit weighs one.
 template <class T>
-SPECDEC_SELDOM Above all_above(const Row<T> row, const Weights weight, float pivot) {
+SPECDEC_SELDOM Above all_above(const Row<T> row, bool counts, float pivot) {
+  const Weights weight = counts ? Weights{0.0f, 0.0f} : Weights{row.sampling().scale2(), block::memory().top};
   Above own;
   for (int span = block::warp(); span < row.table().spans; span += kWarps) {
     const float top = fresh(row.table().base(span));
@@ -72,43 +74,41 @@ template <class T>
 struct Filter {
   const Row<T>& row;
   const Sampling& sampling;
-  const Mass& all;
 
   SPECDEC_DEVICE Kept kept() const {
-    const bool limited = sampling.limits(row.vocab()), by_mass = sampling.top_p < 1.0f;
-    float pivot = limited && sampling.top_k <= tiles() ? some_tops(sampling.top_k) : -INFINITY;
-    const float goal = limited ? 0.0f : sampling.top_p * all.sum;
+    float pivot = limited() && sampling.top_k <= tiles() ? some_tops(sampling.top_k) : -INFINITY;
     SPECDEC_ROLLED
     // Doubled, which is exact. NOLINTNEXTLINE(bugprone-float-loop-counter)
-    for (float gap = 4.0f; limited ? pivot > -INFINITY : by_mass && gap < 80.0f; gap *= 2.0f) {
+    for (float gap = 4.0f; limited() ? pivot > -INFINITY : by_mass() && gap < 80.0f; gap *= 2.0f) {
       const float lowest = -std::numeric_limits<float>::max();
       float mass;
-      const int count = gather(limited ? pivot : fmaxf(all.top - gap / sampling.scale, lowest), mass);
+      const int count = gather(limited() ? pivot : fmaxf(top() - gap / sampling.scale, lowest), mass);
       if (count > kKept) break;
-      if (limited || mass >= goal) return ranked(count, limited, goal);
+      if (limited() || mass >= goal()) return ranked(count);
     }
     // By going over the row: min-p alone, or what keeps more than a block has memory for.
-    const auto threshold = [&](float goal, Weights weight) {
-      return threshold_for_mass(goal, 0.0f, pivot, all.top, [&](float least) { return all_above(row, weight, least); });
+    const auto threshold = [&](float goal, bool counts) {
+      return threshold_for_mass(goal, 0.0f, pivot, top(), [&](float least) { return all_above(row, counts, least); });
     };
-    if (limited) pivot = threshold(float(sampling.top_k), kCount);
-    if (by_mass)
-      pivot = threshold(sampling.top_p * (limited ? all_above(row, weight(), pivot).mass : all.sum), weight());
+    if (limited()) pivot = threshold(float(sampling.top_k), true);
+    if (by_mass()) pivot = threshold(limited() ? sampling.top_p * all_above(row, false, pivot).mass : goal(), false);
     pivot = fmaxf(pivot, floor());
-    const Above found = all_above(row, weight(), pivot);
-    const bool keeps_all = pivot == -INFINITY && all_above(row, kCount, pivot).mass < float(row.vocab());
+    const Above found = all_above(row, false, pivot);
+    const bool keeps_all = pivot == -INFINITY && all_above(row, true, pivot).mass < float(row.vocab());
     return {keeps_all ? -INFINITY : found.least, found.mass};
   }
 
  private:
-  static constexpr Weights kCount{0.0f, 0.0f};  // one of each
-
+  // Read again each time, or registers would hold them while the row is gone over.
+  SPECDEC_DEVICE bool limited() const { return sampling.limits(row.vocab()); }
+  SPECDEC_DEVICE bool by_mass() const { return sampling.top_p < 1.0f; }
+  SPECDEC_DEVICE float top() const { return block::memory().top; }
+  SPECDEC_DEVICE float goal() const { return sampling.top_p * block::memory().sum; }
   SPECDEC_DEVICE int tiles() const { return row.table().spans * kTilesOfSpan; }
   SPECDEC_DEVICE decltype(BlockMemory::found)& memory() const { return block::memory().found; }
-  SPECDEC_DEVICE Weights weight() const { return {sampling.scale2(), all.top}; }
   // What min-p keeps.
   SPECDEC_DEVICE float floor() const {
-    return sampling.min_p > 0.0f ? all.top + logf(sampling.min_p) / sampling.scale : -INFINITY;
+    return sampling.min_p > 0.0f ? top() + logf(sampling.min_p) / sampling.scale : -INFINITY;
   }
 
   // A value such that at least k tiles have a largest logit not below it, so that at least k logits are not, and hardly
@@ -122,7 +122,7 @@ struct Filter {
       own[c] = tile < tiles() ? fresh(row.table().top(tile)) : -INFINITY;
     }
     constexpr float kSlack = 15.0f;  // of top-k 50, 64 tiles: what a block loads at a time
-    return threshold_for_mass(float(k), kSlack, -INFINITY, all.top, [&](float pivot) {
+    return threshold_for_mass(float(k), kSlack, -INFINITY, top(), [&](float pivot) {
       Above found;
       SPECDEC_UNROLL
       for (const float top : own) found = found + above(top, 1.0f, pivot);
@@ -136,6 +136,7 @@ struct Filter {
   // The logits that are not below a pivot into the block's memory, with their weights, in an order that does not depend
   // on the launch. How many, more than kKept where they are too many; and their mass.
   SPECDEC_DEVICE int gather(float pivot, float& mass) const {
+    const Weights weight{sampling.scale2(), top()};
     int listed = 0, count = 0, more;
     mass = 0.0f;
     SPECDEC_ROLLED
@@ -149,7 +150,7 @@ struct Filter {
     if (listed > kListed) return kKept + 1;
     for (int first = 0; first < listed; first += kWarps * kTilesOfSpan, count += more) {
       const auto for_found = [&](const auto& f) {
-        SPECDEC_UNROLL
+        SPECDEC_ROLLED
         for (int u = 0; u < kLoads; ++u) {
           const int offset = load_offset(u), entry = first + block::warp() * kTilesOfSpan + offset / kTileIds;
           if (entry >= listed) continue;
@@ -163,7 +164,7 @@ struct Filter {
       for_found([&](float) { ++own; });
       int at = count + block::before(own, more);
       for_found([&](float x) {  // they are loaded again, and not all kept meanwhile
-        const float own_weight = weight()(x);
+        const float own_weight = weight(x);
         if (at < kKept) memory().values[at] = x, memory().weights[at] = own_weight;
         ++at, mass += own_weight;
       });
@@ -173,8 +174,8 @@ struct Filter {
   }
 
   // What is kept of the logits that were gathered. Top-k keeps those with fewer than k above, top-p those with less
-  // mass above than `goal`, or than its share of what top-k left: equal logits stay or go together.
-  SPECDEC_DEVICE Kept ranked(int count, bool limited, float goal) const {
+  // mass above than its share of the row's, or of what top-k left: equal logits stay or go together.
+  SPECDEC_DEVICE Kept ranked(int count) const {
     float left = 0.0f;
     block::sync();  // the list has been read
     for (int j = block::rank(); j < count; j += kThreads) {
@@ -183,15 +184,15 @@ struct Filter {
       float mass = 0.0f;
       for (int other = 0; other < count; ++other)
         if (memory().values[other] > value) ++larger, mass += memory().weights[other];
-      const bool kept = !limited || larger < sampling.top_k;
+      const bool kept = !limited() || larger < sampling.top_k;
       if (kept) left += memory().weights[j];
       memory().list[j] = bits_of(kept ? mass : INFINITY);  // only this thread reads it
     }
-    if (limited) goal = sampling.top_p * block::reduce(left, std::plus<>());
+    const float most = limited() ? sampling.top_p * block::reduce(left, std::plus<>()) : goal();
     Above found;
     for (int j = block::rank(); j < count; j += kThreads) {
       const float value = memory().values[j], mass = float_of_bits(memory().list[j]);
-      if (mass < INFINITY && (sampling.top_p >= 1.0f || mass < goal || mass == 0.0f) && value >= floor())
+      if (mass < INFINITY && (sampling.top_p >= 1.0f || mass < most || mass == 0.0f) && value >= floor())
         found = found + above(value, memory().weights[j], value);
     }
     found = block::reduce(found, std::plus<>());
@@ -200,8 +201,8 @@ struct Filter {
 };
 
 template <class T>
-SPECDEC_SELDOM Kept kept_by(const Row<T> row, const Mass all) {
-  return Filter<T>{row, row.sampling(), all}.kept();
+SPECDEC_SELDOM Kept kept_by(const Row<T> row) {
+  return Filter<T>{row, row.sampling()}.kept();
 }
 
 }  // namespace specdec::cuda

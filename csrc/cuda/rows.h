@@ -193,7 +193,7 @@ struct Row {
   SPECDEC_DEVICE const T* begin() const { return begin_of<T>(all(), i); }
   SPECDEC_DEVICE int vocab() const { return all().vocab; }
   SPECDEC_DEVICE const Sampling& sampling() const { return all().sampling; }
-  SPECDEC_DEVICE Table table() const { return {all().tables + i * all().floats_a_table, all().spans}; }
+  SPECDEC_DEVICE Table table() const { return {all().tables + uint32_t(i) * all().floats_a_table, all().spans}; }
   SPECDEC_DEVICE Sums sums() const {
     return sampling().greedy() ? Sums::none : sampling().filters(vocab()) ? Sums::with_tops : Sums::plain;
   }
@@ -277,7 +277,7 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
   const int first_tile = kTilesOfSpan * span + own_tile;
   SPECDEC_UNROLL
   for (int u = 0; u < kLoads; ++u) x[u] = v[u].top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
-  if constexpr (kSums == Sums::with_tops) block::put_tiles(x, LargerOrNan(), table.top(first_tile));
+  if constexpr (kSums == Sums::with_tops) block::put_tiles(x, own_tile, LargerOrNan(), table.top(first_tile));
   top = block::in_warp(top, LargerOrNan());
   if (block::lane() == 0) put(table.base(span), top);
   const Weights weight{scale2, top};
@@ -293,7 +293,7 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
     used(u);
   }
   if constexpr (kSums == Sums::none) return;
-  block::put_tiles(x, std::plus<>(), table.sum(first_tile));
+  block::put_tiles(x, own_tile, std::plus<>(), table.sum(first_tile));
   if (kRace && block::lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
 }
 
@@ -301,7 +301,7 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
 // addresses, of logits that are processed, and of races, which take ten times what a sum does.
 template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
-  for (; span < end; span += stride) {
+  for (; span < end; span = opaque(span + stride)) {  // or its products would be counted on, each in a register
     decltype(row.load(0)) v[kLoads];
     SPECDEC_UNROLL
     for (int u = 0; u < kLoads; ++u) {
@@ -323,8 +323,7 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
   const Table table = uniform_value(row.table());
   const float scale2 = uniform_value(row.sampling().scale2());
   Eight<T> v[kLoads];
-  uint32_t own_tile = uint32_t(block::own_tile());
-  compute_here(own_tile);  // and not for every span
+  const int own_tile = block::own_tile();
   if (span < end) {
     SPECDEC_UNROLL
     for (int u = 0; u < kLoads; ++u) v[u] = eight_at(begin + (span * kSpan + load_offset(u)));
@@ -334,7 +333,7 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
     // the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to other
     // registers first.
     const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(0)) : begin;
-    measure_span<false, kSums>(span, int(own_tile), scale2, {}, table, v,
+    measure_span<false, kSums>(span, own_tile, scale2, {}, table, v,
                                [&](int u) { v[u] = eight_at(next + u * kLanes * kElements); });
   }
   return span;

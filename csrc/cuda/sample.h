@@ -22,12 +22,14 @@ class SampleProgram {
 
   SPECDEC_DEVICE void run() {
     if (!measured()) return;
-    int token = d_.argmax;
-    if (token < 0) token = kRace ? flat_race(row_, d_, coupled_noise()) : draw_from(row_, d_, noise(0));
+    int token = found().argmax;
+    if (token < 0) token = kRace ? flat_race(row_, found(), coupled_noise()) : draw_from(row_, found(), noise(0));
     write(op_.out_tokens + row(), op_.out_logprobs + row(), token);
   }
 
  protected:
+  // What is drawn from, in the block's memory.
+  SPECDEC_DEVICE static Distribution& found() { return *reinterpret_cast<Distribution*>(block::memory().request); }
   // Nothing that follows from the row's number is held in registers: it is read again.
   SPECDEC_DEVICE int64_t row() const {
     uint32_t row = uint32_t(r_);
@@ -47,11 +49,11 @@ class SampleProgram {
     const int begin = slice_ * work_.length, end = std::min(begin + work_.length, work_.spans);
     measure<kRace>(row_, begin + block::warp(), end, kWarps, coupled_noise());
     if (!comes_last(work_.counters + row(), work_.slices)) return false;
-    d_ = distribution_of(row_);
+    find_distribution(row_, found());
     if (block::rank() == 0) {
-      op_.out_stats[3 * row()] = d_.valid ? d_.scale : NAN;
-      op_.out_stats[3 * row() + 1] = d_.valid ? d_.cutoff : NAN;
-      op_.out_stats[3 * row() + 2] = d_.valid ? d_.logsumexp() : NAN;
+      op_.out_stats[3 * row()] = found().valid ? found().scale : NAN;
+      op_.out_stats[3 * row() + 1] = found().valid ? found().cutoff : NAN;
+      op_.out_stats[3 * row() + 2] = found().valid ? found().logsumexp() : NAN;
     }
     return true;
   }
@@ -59,14 +61,13 @@ class SampleProgram {
   SPECDEC_DEVICE void write(int64_t* token, float* logprob, int drawn) const {
     if (block::rank() != 0) return;
     *token = drawn == kNobody ? -1 : drawn;
-    *logprob = drawn != kNobody && d_.valid ? float(d_.log_prob(row_.logit(drawn), drawn)) : NAN;
+    *logprob = drawn != kNobody && found().valid ? float(found().log_prob(row_.logit(drawn), drawn)) : NAN;
   }
 
   const Sample& op_;
   const Plan& work_;
   const int r_, slice_;
   const Row<T> row_;
-  Distribution d_;
 };
 
 // Siblings come out of few rows, so one kernel does for any dtype.
@@ -82,11 +83,10 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     Arrived last;  // in order: by falling logit, or by arrival
     last.time = -INFINITY, last.id = -1;
     for (int child = 0; child < count_; ++child) {
-      d_ = opaque(d_);  // nothing that follows from it is kept from child to child
       int drawn = kNobody;
-      if (d_.argmax >= 0) {
+      if (found().argmax >= 0) {
         // A point mass has one child, unless it is drawn again; a row that is not valid has one.
-        if (child == 0 || (how_ == Children::iid && d_.valid)) drawn = d_.argmax;
+        if (child == 0 || (how_ == Children::iid && found().valid)) drawn = found().argmax;
       } else if (how_ == Children::top || how_ == Children::race) {
         if (last.id != kNobody) last = next_best(last);
         drawn = last.id;
@@ -101,7 +101,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
  private:
   // What comes behind `last` when ids are ordered by falling logit, or by arrival in the flat race.
   SPECDEC_DEVICE Arrived next_best(const Arrived& last) const {
-    const Probabilities probability = probabilities_of(d_);
+    const Probabilities probability = probabilities_of(found());
     Arrived best;
     row_.for_ids(0, row_.vocab(), [&](int id, float x) {
       Arrived here{-x, id};
@@ -110,7 +110,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
         if (weight < float(kNothingLeft)) return;
         const Words words = philox(coupled_noise(), uint32_t(id / 4));
         here.time = quotient(exponential(at_of(words.w, id % 4)), weight);
-      } else if (x < d_.cutoff || x == -INFINITY) {
+      } else if (x < found().cutoff || x == -INFINITY) {
         return;
       }
       if (here.time > last.time || (here.time == last.time && here.id > last.id)) best = Earlier()(best, here);
@@ -120,13 +120,13 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
 
   // A token by the two-level race, none of the first `count`; kNobody where they left nothing.
   SPECDEC_DEVICE int draw_without(const int64_t* tokens, int count, const Noise& noise) const {
-    const Probabilities probability = probabilities_of(d_);
+    const Probabilities probability = probabilities_of(found());
     const auto left = [&](int id, float x) {
       for (int index = 0; index < count; ++index)
         if (fresh(tokens + index) == id) return 0.0f;
       return probability(x);
     };
-    const int drawn = draw(row_, d_, noise, [&](int first, float (&w)[4], const auto&) {
+    const int drawn = draw(row_, found(), noise, [&](int first, float (&w)[4], const auto&) {
       row_.load(first, w);
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) w[k] = left(first + k, w[k]);

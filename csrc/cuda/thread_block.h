@@ -130,6 +130,7 @@ struct BlockMemory {
     Four bounds[kBounds];  // of tiles, for a draw (distribution.h)
     Eights aside;          // while more logits are processed (rows.h)
   };
+  float top, sum;  // the largest logit of a row, and the sum of all weights relative to it
   Rows rows[3];
   Eights processed;                                // eight logits of each thread (rows.h)
   alignas(16) unsigned char request[352];          // what all its threads know of it (verify.h, crew.h)
@@ -302,12 +303,12 @@ SPECDEC_DEVICE int first_where(int begin, int end, const F& f) {
 
 // Of what each lane has of the loads of a span, the results of its tiles: those of the four loads are combined
 // together, so that it takes five shuffles and not sixteen. That of tile own_tile() is this lane's and three others',
-// the first of which writes it.
-SPECDEC_DEVICE int own_tile() { return (lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4); }
+// the first of which writes it. It is computed anew each time, or it and its bits would be kept across a kernel.
+SPECDEC_DEVICE int own_tile() { return opaque((lane() >> 1 & 4) + (lane() >> 1 & 2) + (lane() >> 4)); }
 template <class F>
-SPECDEC_DEVICE void put_tiles(const float (&x)[4], const F& combine, float* own) {
-  const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];  // values to choose from, not memory
-  const bool upper8 = (lane() & 8) != 0, upper4 = (lane() & 4) != 0;
+SPECDEC_DEVICE void put_tiles(const float (&x)[4], int own_tile, const F& combine, float* own) {
+  const float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];                 // values to choose from, not memory
+  const bool upper8 = (own_tile & 4) != 0, upper4 = (own_tile & 2) != 0;  // bits 8 and 4 of the lane
   const float low = combine(upper8 ? x2 : x0, shuffled(upper8 ? x0 : x2, 8));
   const float high = combine(upper8 ? x3 : x1, shuffled(upper8 ? x1 : x3, 8));
   float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));

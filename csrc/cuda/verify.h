@@ -180,10 +180,7 @@ class VerifyProgram {
   // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave a point mass, as it
   // is), or by the softmax of a row whose table is made.
   SPECDEC_DEVICE void set_draft(int i) const {
-    if (all_.draft_stats == nullptr) {
-      const Distribution d = distribution_of(draft(i));
-      return block::by_one([&] { here().row.draft = d; });
-    }
+    if (all_.draft_stats == nullptr) return find_distribution(draft(i), here().row.draft);
     block::by_one([&] {
       const float* stats = all_.draft_stats + 3 * (request() * all_.draft_rows + i);
       const float scale = given(stats);
@@ -200,11 +197,14 @@ class VerifyProgram {
   // Judges a row whose tables are made, and writes what a rule asks of it. The child where the path goes on, or -1.
   SPECDEC_DEVICE int judge(int i) const {
     Judged& found = here().row;
-    const Distribution d = distribution_of(target(i));
+    find_distribution(target(i), found.target);
     int child = next_child(i, i);
-    block::by_one([&] { found = {d, {.argmax = child < live() ? int(token(child)) : -1}, d.argmax, -1, d.valid}; });
+    block::by_one([&] {
+      found.draft = {.argmax = child < live() ? int(token(child)) : -1};
+      found.drawn = found.target.argmax, found.next = -1, found.usable = found.target.valid;
+    });
     if constexpr (kBy == By::acceptance) {
-      bool usable = d.valid;
+      bool usable = found.usable;
       // A greedy target accepts its argmax and emits its argmax: there no distribution of the draft matters.
       if (dense() && found.draft.argmax >= 0 && found.usable && found.drawn < 0) {
         set_draft(i);

@@ -40,7 +40,7 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
 
 def test_machine_code():
     """Registers and instructions are as the table says: ``python tests/helpers/budget.py --write`` makes it anew. There
-    is nothing that should go, and what is spilled is spilled outside of the loops that measure."""
+    is nothing that should go, such as what is spilled in a loop."""
     found = budget.kernels(LIBRARY)
     assert budget.TABLE.read_text().splitlines() == budget.lines(found)
     assert {budget.short(kernel.name): wrong for kernel in found if (wrong := kernel.wrong())} == {}
@@ -52,12 +52,11 @@ def test_what_is_wrong_with_machine_code_is_seen():
     kernel = budget.Kernel("verify_chain_kernelINS_8BFloat16E", 65, code)
     assert kernel.eight_ids() == [5.0]
     assert kernel.wrong() == [
-        "65 registers", "LD.E anywhere", "STL in a measuring loop", "STL in a loop", "DADD in a loop with exponentials",
+        "65 registers", "LD.E anywhere", "STL in a loop", "DADD in a loop with exponentials",
     ]  # fmt: skip
-    code = [(16 * (index + 1), text) for index, text in enumerate(["LDL R2, [R1]", "@P0 BRA 0x10", "EXIT"])]
-    name = "program_kernelINS0_11CrewProgramI{}NS_10VerifyTreeEEE"
-    assert budget.Kernel(name.format("f"), 64, code).wrong() == ["LDL in a loop"]
-    assert budget.Kernel(name.format("NS_8BFloat16E"), 64, code).wrong() == []
+    loop = ["STL [R1], R2", "LDL R2, [R1]", "@P0 BRA 0x20", "EXIT"]  # before it no store counts
+    code = [(16 * (index + 1), text) for index, text in enumerate(loop)]
+    assert budget.Kernel("kernel", 64, code).wrong() == ["LDL in a loop"]
 
 
 SELFTEST = """

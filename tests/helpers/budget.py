@@ -3,8 +3,8 @@
     python tests/helpers/budget.py [LIBRARY or CUBIN] [--write]  # tests/cuda/budget.txt
 
 Of every kernel for compute capability 9.0: registers, and the instructions that the measuring loops take for eight ids.
-And what should be nowhere: loads and stores that do not know their memory, local memory where rows are measured, and
-float64 beside exponentials.
+And what should be nowhere: loads and stores that do not know their memory, local memory in loops, and float64 beside
+exponentials.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ REGISTERS = 64
 ELEMENT_BYTES = {"BFloat16": 2, "Half": 2, "If": 4}
 #: The measuring loops are those that load 16 bytes at a time and let them leave the cache first.
 ROW_LOAD = "LDG.E.EF.128"
-#: Kernels that have some local memory in loops, none of which measures: where filters are called, whose arguments lie
-#: there. All others have none.
-SPILL_FEW = re.compile("descend_tree (bf16|f16|mixed)|verify_chain f16 block")
 #: An instruction may jump or call; what only a warp that diverged takes is left aside. LEAVES: nothing follows it.
 #: ENDS: something else may begin behind it.
 JUMP = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|CALL)(?!\.DIV)\S* (?:.*, )?(0x[0-9a-f]+)")
@@ -123,11 +120,7 @@ class Kernel:
         """What should not be there."""
         said = [f"{self.registers} registers"] if self.registers > REGISTERS else []
         said += sorted({f"{op} anywhere" for _, text in self.code if re.match(r"(LD|ST)(\.|$)", op := operation(text))})
-        said += sorted(
-            {f"{op} in a measuring loop" for body in self.measuring() for op in body if op[:3] in ("LDL", "STL")}
-        )
-        if not SPILL_FEW.search(short(self.name)):
-            said += sorted({f"{op} in a loop" for op in self.spilled_in_loops()})
+        said += sorted({f"{op} in a loop" for op in self.spilled_in_loops()})
         float64 = re.compile(r"D(ADD|MUL|FMA|SETP)")
         said += sorted(
             {f"{op} in a loop with exponentials" for body in self.loops("MUFU.EX2") for op in body if float64.match(op)}

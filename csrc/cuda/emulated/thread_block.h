@@ -92,7 +92,7 @@ T shuffled(T x, int mask) {
 
 // A thread that is a warp has sixteen loads of each tile, which it combines as the lanes of one do.
 template <class F>
-void put_tiles(const float (&x)[kSpan / kElements], const F& combine, float* tiles) {
+void put_tiles(const float (&x)[kSpan / kElements], int /*own_tile*/, const F& combine, float* tiles) {
   constexpr int kPieces = kTileIds / kElements;
   for (int tile = 0; tile < kTilesOfSpan; ++tile) {
     float each[kPieces];
