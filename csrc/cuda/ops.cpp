@@ -71,36 +71,32 @@ int processors_of(int32_t device) {
   return processors_of_devices()[device] = processors;
 }
 
-// Scratch. The counters are 0, and who uses them leaves them so, which saves a launch.
-struct Scratch {
-  Tensor memory;
-  int64_t counter_bytes = 0, bytes = 0;
-};
-Scratch make_scratch(int64_t counter_bytes, int64_t other_bytes, int32_t device, cudaStream_t stream) {
-  const int64_t size = counter_bytes + other_bytes, stride = 1;
+Tensor make_memory(int64_t size, int32_t device) {
+  constexpr int64_t kStride = 1;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), SPECDEC_DEVICE_TYPE(), device, &handle));
-  Scratch made{Tensor(handle), counter_bytes, size};
-  check(cudaMemsetAsync(made.memory.mutable_data_ptr(), 0, size_t(counter_bytes), stream));
-  return made;
+      aoti_torch_empty_strided(1, &size, &kStride, aoti_torch_dtype_uint8(), SPECDEC_DEVICE_TYPE(), device, &handle));
+  return Tensor(handle);
 }
 
-// Calls on one stream follow each other and share what they need; a graph may be replayed beside anything, so each call
-// of it has its own.
-Scratch scratch_for(const Plan& plan, int32_t device, cudaStream_t stream) {
-  const int64_t counters = plan.counter_bytes, others = plan.bytes() - counters;
+// Counters that are 0, and who uses them leaves them so, which saves a launch. Calls on one stream follow each other
+// and share them; a graph may be replayed beside anything, so each call of it has its own, in its scratch. Those of a
+// stream are no tensor: torch.compile calls what it will capture once before, and no tensor that is made there may
+// outlive it.
+void* zeroed_counters(void* own, int64_t bytes, int32_t device, cudaStream_t stream) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capturing));
-  if (capturing != cudaStreamCaptureStatusNone) return make_scratch(counters, others, device, stream);
+  if (capturing != cudaStreamCaptureStatusNone) return check(cudaMemsetAsync(own, 0, size_t(bytes), stream)), own;
   static std::mutex mutex;
-  static auto& cached = *new std::map<std::pair<int32_t, cudaStream_t>, Scratch>;  // outlives the driver's own exit
+  static std::map<std::pair<int32_t, cudaStream_t>, std::pair<void*, int64_t>> cached;
   const std::lock_guard lock(mutex);
-  Scratch& own = cached[{device, stream}];
-  const int64_t own_others = own.bytes - own.counter_bytes;
-  if (own.counter_bytes < counters || own_others < others)
-    own = make_scratch(std::max(own.counter_bytes, 2 * counters), std::max(own_others, others), device, stream);
-  return own;
+  auto& [counters, size] = cached[{device, stream}];
+  if (size < bytes) {  // those that are too few stay: another thread may be about to launch with them
+    check(cudaMalloc(&own, size_t(2 * bytes)));
+    check(cudaMemsetAsync(own, 0, size_t(2 * bytes), stream));
+    counters = own, size = 2 * bytes;
+  }
+  return counters;
 }
 
 template <class Op>
@@ -109,14 +105,16 @@ void run(const Op& op, int32_t index) {
   if (plan.blocks == 0) return;
   const OnDevice on(index);
   const cudaStream_t stream = on.stream();
+  Tensor scratch;
   void* memory = nullptr;
-  int64_t bytes = 0;
-  if constexpr (requires { op.workspace; }) memory = op.workspace, bytes = op.workspace_bytes;
-  Scratch own;
-  if (memory == nullptr)
-    own = scratch_for(plan, index, stream), memory = own.memory.mutable_data_ptr(), bytes = own.bytes;
+  int64_t bytes = plan.bytes();
+  if constexpr (requires { op.workspace; })
+    if (op.workspace != nullptr) memory = op.workspace, bytes = op.workspace_bytes;
+  const bool handed_in = memory != nullptr;
+  if (!handed_in) scratch = make_memory(bytes, index), memory = scratch.mutable_data_ptr();
   STD_TORCH_CHECK(bytes >= plan.bytes(), "workspace must have at least ", plan.bytes(), " bytes, got ", bytes);
   plan.set_memory(memory, bytes);
+  if (!handed_in) plan.counters = static_cast<uint32_t*>(zeroed_counters(memory, plan.counter_bytes, index, stream));
   check(launch(op, plan, stream));
 }
 

@@ -429,6 +429,29 @@ def test_the_host_side_of_cuda():
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr[-3000:]
 
 
+OUTLIVES = """
+import ctypes, torch
+from torch.profiler import profile
+from specdec_kernels import sample
+from specdec_kernels.ops.backends import BACKENDS
+library = ctypes.CDLL(str(BACKENDS["cuda"].library))
+rows, ids = torch.randn(5, 700), torch.arange(5)
+for stream in (0, 8):
+    library.specdec_emulate(ctypes.c_void_p(stream), ctypes.c_bool(False), ctypes.c_bool(False))
+    with profile(profile_memory=True) as seen:
+        sample(rows, seed=ids, position=ids, row=ids, backend="cuda")
+    memory = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(memory) > 1000 and sum(memory) == 0, memory
+print("done")
+"""
+
+
+def test_no_tensor_but_results_outlives_the_first_call_on_a_stream():
+    """torch.compile(mode="reduce-overhead") calls once with a memory pool of its own, and refuses what stays in it."""
+    result = run_python("-c", OUTLIVES, SPECDEC_EMULATE_CUDA="1")
+    assert (result.returncode, result.stdout[-5:]) == (0, "done\n"), result.stderr[-3000:]
+
+
 def test_results_keep_their_memory_as_long_as_one_of_them_lives():
     kept = [verify_chain(**chain()).num_accepted for _ in range(50)]  # the others go
     gc.collect()

@@ -32,6 +32,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = processors ? setting("SPECDEC_EMULATED_PROCESSORS", 1) : setting("SPECDEC_EMULATED_CAPABILITY", 9);
   return cudaSuccess;
 }
+inline cudaError_t cudaMalloc(void** memory, size_t size) {
+  *memory = std::malloc(size);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
   ++specdec::cuda::emulated::cleared;
   std::memset(memory, value, size);
