@@ -83,7 +83,8 @@ class ArgumentChecker {
   // looking would synchronise.
   bool tree(const Tensor& parents, const Tensor& tokens, int64_t vocab) const {
     const int64_t batch = parents.size(0), nodes = parents.size(1);
-    if (!array(parents, ScalarType::Long, {batch, nodes}) || !array(tokens, ScalarType::Long, {batch, nodes}))
+    if (nodes == 0 || !array(parents, ScalarType::Long, {batch, nodes}) ||
+        !array(tokens, ScalarType::Long, {batch, nodes}))
       return false;
     if (!on_cpu_) return true;
     const auto* up = static_cast<const int64_t*>(parents.const_data_ptr());

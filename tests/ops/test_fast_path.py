@@ -185,6 +185,9 @@ def test_trees_that_are_none_are_refused_by_the_operators():
         assert CPU["verify_tree"](*(value if at == index else x for at, x in enumerate(arguments))) is None
     with pytest.raises(ValueError, match="parents must be -1 for the root"):
         verify_tree(**{**given, "parents": wrong["a later parent"][1]}, siblings="iid")
+    no_nodes = torch.zeros((0, 0), dtype=torch.int64)  # no request either, so that there is nothing to look at
+    with pytest.raises(ValueError, match="parents must have at least the root"):
+        verify_tree(torch.zeros(0, 0, 5), no_nodes, no_nodes, seed=1, position=1)
 
 
 def test_children_of_what_is_no_row_are_refused_by_the_operators():
