@@ -94,7 +94,8 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
     const auto now = [&](int i) { return i < live() && (kIsChain || work_.ahead || i == node()); };
     if (node() > 0) meet();  // all have read the tables of the node before
     for (int i = node(); now(i); ++i)
-      Base::template measure_node<!std::is_same_v<T, float>>(i, first_span(i % stride()), work_.spans, stride());
+      Base::template measure_node<!std::is_same_v<T, float>>(
+          i, [&] { return first_span(i % stride()); }, work_.spans, stride());
     meet();
     for (int i = node() + part().slice; now(i); i += work_.slices) Base::judge(i);
     meet();

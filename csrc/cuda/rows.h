@@ -324,10 +324,9 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
   const float scale2 = uniform_value(row.sampling().scale2());
   Eight<T> v[kLoads];
   const int own_tile = block::own_tile();
-  if (span < end) {
-    SPECDEC_UNROLL
-    for (int u = 0; u < kLoads; ++u) v[u] = eight_at(begin + (span * kSpan + load_offset(u)));
-  }
+  if (span >= end) return span;
+  SPECDEC_UNROLL
+  for (int u = 0; u < kLoads; ++u) v[u] = eight_at(begin + (span * kSpan + load_offset(u)));
   for (; span < end; span += stride) {
     // What has been summed makes room for the same part of the next span, which comes while the rest is summed. Behind
     // the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to other

@@ -72,7 +72,7 @@ class VerifyProgram {
     // Asked once for all threads: it may change meanwhile.
     if (!work_.in_waves || !block::any(is_settled())) {
       const int begin = part().slice * work_.length, end = std::min(begin + work_.length, work_.spans);
-      measure_node(part().row, begin + block::warp(), end, kWarps);
+      measure_node(part().row, [&] { return begin + block::warp(); }, end, kWarps);
     }
     if (!comes_last(counters() + part().row, work_.slices)) return;
     const bool decides = !block::any(is_settled()) && settle(judge(part().row));
@@ -167,14 +167,15 @@ class VerifyProgram {
     return dense() && all_.draft_stats == nullptr && !target(i).sampling().greedy() && next_child(i, i) < live();
   }
 
-  // The spans `span`, span + stride, ... before `end` of all that is measured of a node, by a warp.
-  template <bool kWhole = true>
-  SPECDEC_DEVICE void measure_node(int i, int span, int end, int stride) const {
+  // The spans first(), first() + stride, ... before `end` of all that is measured of a node, by a warp. The first is
+  // computed for each row anew, or it would be spilled.
+  template <bool kWhole = true, class First>
+  SPECDEC_DEVICE void measure_node(int i, const First& first, int end, int stride) const {
     constexpr bool kRace = kBy == By::race;
     const int rows = kBy == By::acceptance && measures_draft(i) ? 2 : 1;
     SPECDEC_ROLLED
     for (int which = kTargetRows; which < rows; ++which)
-      measure<kRace, kWhole>(Row<T>{Which(which), i}, span, end, stride, kRace ? coupled_noise(i) : Noise{});
+      measure<kRace, kWhole>(Row<T>{Which(which), i}, first(), end, stride, kRace ? coupled_noise(i) : Noise{});
   }
 
   // What the drafts of row i were drawn from: by the scalars handed over (a greedy drafter's leave a point mass, as it

@@ -46,6 +46,18 @@ def test_machine_code():
     assert {budget.short(kernel.name): wrong for kernel in found if (wrong := kernel.wrong())} == {}
 
 
+def test_no_gpu_spills_where_rows_are_measured():
+    """Whatever GPUs the library is compiled for. Each has a compiler of its own: that for Blackwell keeps in memory
+    what one path into a loop has loaded and another has not."""
+    spilled = {
+        (architecture, budget.short(kernel.name)): names
+        for architecture in ("sm_80", "sm_90", "sm_100")
+        for kernel in budget.kernels(LIBRARY, architecture)
+        if (names := budget.spills(name for body in kernel.measuring() for name in body))
+    }
+    assert spilled == {}
+
+
 def test_what_is_wrong_with_machine_code_is_seen():
     loop = ["LDG.E.EF.128 R4, desc[UR4][R2.64]", "MUFU.EX2 R1, R1", "DADD R2, R2, R4", "STL [R1], R2", "@P0 BRA 0x10"]
     code = [(16 * (index + 1), text) for index, text in enumerate([*loop, "LD.E R2, [R4.64]", "EXIT"])]

@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -109,12 +109,12 @@ class Kernel:
 
     def spilled(self) -> int:
         """Loads and stores of local memory, wherever they are."""
-        return sum(operation(text)[:3] in ("LDL", "STL") for _, text in self.code)
+        return len(spills(operation(text) for _, text in self.code))
 
     def spilled_in_loops(self) -> list[str]:
         """Those that are in a loop, be it one that goes from node to node or writes what was found."""
         blocks = set().union(*self.bodies)
-        return [name for block in blocks for name in self.flow[block][0] if name[:3] in ("LDL", "STL")]
+        return spills(name for block in blocks for name in self.flow[block][0])
 
     def wrong(self) -> list[str]:
         """What should not be there."""
@@ -126,6 +126,11 @@ class Kernel:
             {f"{op} in a loop with exponentials" for body in self.loops("MUFU.EX2") for op in body if float64.match(op)}
         )
         return said
+
+
+def spills(names: Iterable[str]) -> list[str]:
+    """Those that load or store local memory."""
+    return [name for name in names if name[:3] in ("LDL", "STL")]
 
 
 @cache
@@ -171,9 +176,9 @@ def machine_code(path: Path, *options: str) -> list[Kernel]:
     return found
 
 
-def kernels(path: Path) -> list[Kernel]:
-    """Those of a library or a cubin for compute capability 9.0 that go over rows of logits."""
-    found = [kernel for kernel in machine_code(path, "-arch", "sm_90") if short(kernel.name)]
+def kernels(path: Path, architecture: str = "sm_90") -> list[Kernel]:
+    """Those of a library or a cubin that go over rows of logits."""
+    found = [kernel for kernel in machine_code(path, "-arch", architecture) if short(kernel.name)]
     return sorted(found, key=lambda kernel: short(kernel.name))
 
 
