@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec_kernels import checks
 from specdec_kernels.contract import MAX_ROWS, Rule
 from specdec_kernels.ops import processing, validate
-from specdec_kernels.ops.backends import BACKENDS, Backend, BackendName, call, function, try_fast_path
+from specdec_kernels.ops.backends import BACKENDS, BackendName, call, function, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
 from specdec_kernels.ops.processing import NO_ADJUSTMENTS, LogitBias, Penalties
 from specdec_kernels.ops.results import Sample, Verified
@@ -19,18 +19,9 @@ from specdec_kernels.reference.verify import check_ids
 from specdec_kernels.workspace import ALIGNMENT, verify_chain_workspace
 
 __all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackendName",
-    "DraftVocabulary",
-    "LogitBias",
-    "Penalties",
-    "RuleName",
-    "TokenCounts",
-    "noise_words",
-    "sample",
-    "verify_chain",
-]
+    "BACKENDS", "BackendName", "DraftVocabulary", "LogitBias", "Penalties", "RuleName", "TokenCounts", "noise_words",
+    "sample", "verify_chain",
+]  # fmt: skip
 
 RuleName = Literal["token", "block", "coupled"]
 
@@ -213,8 +204,7 @@ def verify_chain(
             target_logits, draft_tokens, *drafts, *keys, num_draft, cu_rows, *read, bitmask, *NO_ADJUSTMENTS, *own,
             workspace,
         )  # fmt: skip
-        verified = try_fast_path(Verified, backend, given)
-        if verified is not None:
+        if (verified := try_fast_path(Verified, backend, given)) is not None:
             return verified
     checks.flags(logprobs=logprobs, count_independent=count_independent)
     check = validate.ArgumentChecker("target_logits", target_logits)

@@ -103,14 +103,10 @@ def _cuda() -> Backend:
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """One of Triton's launchers, on the GPU that its first tensor is on: Triton launches on the current one, whose
-    streams order nothing on another."""
+    """A launcher of Triton on the GPU of its first tensor: it would be the current one, which waits for no other."""
 
     def call(first: Any, *arguments: Any, **named: Any) -> Any:
-        device = (first[0] if isinstance(first, list) else first).get_device()
-        if device == torch.cuda.current_device():
-            return launch(first, *arguments, **named)
-        with torch.cuda.device(device):
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
             return launch(first, *arguments, **named)
 
     return call

@@ -196,8 +196,8 @@ def draw(
     table = None if draft_to_target is None else table_of(draft_to_target, "logits", logits)
     keys, sampling = validate.per_request("R", logits, keys, *sampling)
     if penalties is None and bias is None:
-        drawn = try_fast_path(result, backend, (logits, table, *keys, *sampling, mask, *NO_ADJUSTMENTS, *own))
-        if drawn is not None:
+        given = logits, table, *keys, *sampling, mask, *NO_ADJUSTMENTS, *own
+        if (drawn := try_fast_path(result, backend, given)) is not None:
             return drawn
     check = ArgumentChecker("logits", logits, "R")
     rows = check.logits("logits", logits, "R, V" if table is None else "R, Vd")

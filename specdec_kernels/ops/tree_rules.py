@@ -190,8 +190,7 @@ def verify_tree(
     own = number, replacement, logprobs
     if penalties is None and logit_bias is None:
         given = (target_logits, draft_tokens, parents, *drafts, *keys, *read, bitmask, *NO_ADJUSTMENTS, *own)
-        verified = try_fast_path(VerifiedTree, backend, given)
-        if verified is not None:
+        if (verified := try_fast_path(VerifiedTree, backend, given)) is not None:
             return verified
     checks.flags(logprobs=logprobs)
     check = validate.ArgumentChecker("target_logits", target_logits)
