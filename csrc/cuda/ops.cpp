@@ -61,14 +61,13 @@ std::map<int32_t, int>& processors_of_devices() {
 int processors_of(int32_t device) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  if (const auto known = processors_of_devices().find(device); known != processors_of_devices().end())
-    return known->second;
-  int major = 0, processors = 0;
+  int major = 0, &processors = processors_of_devices()[device];
+  if (processors > 0) return processors;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   STD_TORCH_CHECK(major >= kLeastCapability, "backend='cuda' needs a GPU of compute capability ", kLeastCapability,
                   ".0, GPU ", device, " has ", major, ".x: try backend='triton'");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return processors_of_devices()[device] = processors;
+  return processors;
 }
 
 Tensor make_memory(int64_t size, int32_t device) {
@@ -138,7 +137,10 @@ STABLE_TORCH_LIBRARY_IMPL(SPECDEC_LIBRARY, SPECDEC_KEY, m) {
 }  // namespace
 }  // namespace specdec::cuda
 
-// For who calls without the dispatcher.
-extern "C" __attribute__((visibility("default"))) const specdec::Entries* specdec_entries() {
+// For who calls without the dispatcher; and the CUDA whose drivers run this.
+extern "C" {
+__attribute__((visibility("default"))) const specdec::Entries* specdec_entries() {
   return specdec::entries_of<[](const auto& op, int32_t device) { specdec::cuda::run(op, device); }>();
+}
+__attribute__((visibility("default"))) int specdec_cuda_version() { return CUDART_VERSION; }
 }

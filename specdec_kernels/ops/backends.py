@@ -38,8 +38,6 @@ _OPERATORS: dict[type[Any], str] = {
     Verified: "verify_chain", VerifiedTree: "verify_tree", Sample: "sample", DrawnChildren: "sample_children"
 }  # fmt: skip
 Result = TypeVar("Result", Verified, VerifiedTree, Sample, DrawnChildren)
-#: By operator, with the arguments of its schema (`reference/schema.py`).
-Functions = dict[str, Callable[..., Any]]
 #: What has to outlive the operators it defines.
 _LIBRARIES: list[torch.library.Library] = []
 
@@ -52,7 +50,8 @@ class Backend:
     device: str
     reason: str
     detail: str = ""
-    functions: Functions = field(default_factory=dict)
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """By operator, with the arguments of its schema (`reference/schema.py`)."""
     library: Path | None = None
     """Of a backend in C++."""
 
@@ -99,7 +98,12 @@ def _cuda() -> Backend:
     if torch.version.hip is not None:  # the library would answer for the device all the same
         return Backend("cuda", "cuda", "this PyTorch is for AMD's GPUs")
     made = _native("cuda", "cuda", "CUDA C++", library, "it takes nvcc")
-    return made if made.reason or _HAS_GPU else replace(made, reason="there is no GPU")
+    if made.reason or not _HAS_GPU:
+        return replace(made, reason=made.reason or "there is no GPU")
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version := ctypes.c_int()))  # which starts nothing
+    driver, own = version.value // 1000, ctypes.CDLL(str(library)).specdec_cuda_version() // 1000
+    older = f"the driver is for CUDA {driver}, the library for {own}: it takes a newer driver, or an older nvcc"
+    return replace(made, reason=older if driver < own else "")
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,10 +128,9 @@ def _triton() -> Backend:
     except Exception as error:  # whatever a package raises that fits neither this Python nor this torch nor the kernels
         why = f"triton or its kernels do not load: {error} (pip install 'specdec-kernels[gpu]' brings one that does)"
         return Backend("triton", "cuda", why)
-    functions = {op: getattr(kernels, op) for op in OPS}
+    functions = {op: _on_its_device(getattr(kernels, op)) for op in OPS}
     if interpreted:
         return Backend("triton", "cpu", "", f"{detail}, interpreted", functions)
-    functions = {op: _on_its_device(launch) for op, launch in functions.items()}
     taken = _NATIVE_OPS if not BACKENDS["cuda"].reason and BACKENDS["cuda"].device == "cuda" else ()
     for op in set(OPS).difference(taken):
         LIBRARY.impl(op, functions[op], "CUDA")

@@ -193,8 +193,7 @@ def tree_mask(
     layout, kind, has_context = checks.choice("format", format, _FORMATS)
     if (dtype is not None) and format != "additive":
         raise ValueError(f"dtype goes with format='additive' alone, got dtype={dtype} with format={format!r}")
-    dtype = dtype or torch.float32
-    if dtype not in validate.LOGIT_DTYPES:
+    if (dtype := dtype or torch.float32) not in validate.LOGIT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     check = ArgumentChecker("parents", parents)
     tree = checked(parents, check)

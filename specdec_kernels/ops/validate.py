@@ -108,12 +108,10 @@ class ArgumentChecker:
 
     def columns(self, parameters: Mapping[str, object]) -> Tensor:
         """Parameters side by side: float32 [requests, len(parameters)]."""
-        size, kind, columns = (self.sizes[self.dim],), torch.float32, []
-        for name, value in parameters.items():
-            x = self.parameter(name, value)
-            each = x.to(kind) if isinstance(x, Tensor) else torch.full(size, x, dtype=kind, device=self.device)
-            columns.append(each)
-        return torch.stack(columns, 1)
+        columns = torch.empty((self.sizes[self.dim], len(parameters)), dtype=torch.float32, device=self.device)
+        for column, (name, value) in enumerate(parameters.items()):
+            columns[:, column] = self.parameter(name, value)
+        return columns
 
     def sampling(self, each: Tensor | None, *scalars: object) -> tuple[Any, ...]:
         """Temperature, top-k, top-p and min-p as operators take them: one float32 [requests, 4], or four scalars."""

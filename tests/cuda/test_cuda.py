@@ -38,6 +38,28 @@ print("CUDA" in torch._C._dispatch_dump("specdec::sample"))
     assert "SPECDEC_EMULATE_CUDA must be 1 or threads, got '2'" in result.stdout
 
 
+@pytest.mark.parametrize("driver", [0, 12090, 13000, 14020])
+def test_a_driver_that_is_older_than_the_library(tmp_path, driver):
+    """Each call would fail; so Triton is chosen, which compiles for the driver that there is."""
+    library = tmp_path / "libcuda.so.1"
+    source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}'
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-xc++", "-", "-o", library],
+        input=source, text=True, check=True,
+    )  # fmt: skip
+    code = f"""
+import ctypes
+from specdec_kernels.ops import backends
+ctypes.CDLL({str(library)!r})
+backends._HAS_GPU = True
+print(backends._cuda().reason)
+"""
+    own = ctypes.CDLL(str(LIBRARY)).specdec_cuda_version() // 1000
+    older = f"the driver is for CUDA {driver // 1000}, the library for {own}: it takes a newer driver, or an older nvcc"
+    result = run_python("-c", code, SPECDEC_EMULATE_CUDA="")
+    assert result.stdout == (f"{older}\n" if driver < 1000 * own else "\n"), result.stderr
+
+
 def test_machine_code():
     """Registers and instructions are as the table says: ``python tests/helpers/budget.py --write`` makes it anew. There
     is nothing that should go, such as what is spilled in a loop."""
@@ -132,7 +154,10 @@ def emulate(monkeypatch):
     """A function that makes the GPU one of so many multiprocessors, on which blocks run in an order of their own."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is what it is")
-    forget_devices = ctypes.CDLL(str(BACKENDS["cuda"].library)).specdec_emulated_forget_devices
+    library = ctypes.CDLL(str(BACKENDS["cuda"].library))
+
+    def forget_devices():
+        library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(False))
 
     def emulated(processors, order):
         monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#define CUDART_VERSION 0
 enum cudaError_t { cudaSuccess };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
