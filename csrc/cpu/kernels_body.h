@@ -63,8 +63,8 @@ class Tile {
 // Fetches two vectors. Line by line: float32 took a fifth longer when a tile's lines were requested at once.
 template <class T>
 void prefetch_two(uintptr_t begin) {  // may lie past the row: an address, no pointer
-  for (uintptr_t at = begin; at < begin + 2 * V::width * sizeof(T); at += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
+  for (uintptr_t at = 0; at < 2 * V::width * sizeof(T); at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + at), 0, 3);
 }
 
 // Tiles are reduced in groups of as many as a vector has lanes: folding their vectors into the lanes of one costs a
@@ -120,30 +120,21 @@ void tile_max(const Row& row, int64_t begin, int64_t end, float* max) {
   });
 }
 
-// The sum over each tile of a group of 2^term(logit, place of the tile).
+// What add(sum, logit, place of the tile) makes of the logits of each tile of a group.
 template <class T, class F>
-V::F group_sums(const Row& row, int64_t first, int64_t end, const F& term) {
+V::F group_sums(const Row& row, int64_t first, int64_t end, const F& add) {
   V::F sums[V::width];
   each_of_group<T>(row, first, end, 0.0f, sums, [&](const Tile<T>& logits, int64_t g) {
-    V::F sum = V::set(0.0f), x, y;
+    V::F a = V::set(0.0f), b = a, x, y;
     for (int64_t i = 0; i < kTile; i += 2 * V::width) {
       prefetch_next(logits + i);
       V::load_two(logits + i, x, y);
-      x = V::add(V::exp2(term(x, g)), V::exp2(term(y, g)));
-      sum = i == 0 ? x : V::add(sum, x);
+      a = add(a, x, g);
+      b = add(b, y, g);
     }
-    return sum;
+    return V::add(a, b);
   });
   return V::fold_add(sums);
-}
-
-// Of exp(scale * (logit - base)), `scale2` to base 2. In one operation, scale * logit - scale * base, the rounding of
-// the second product taken out at the end.
-template <class T>
-V::F sums_from(const Row& row, int64_t first, int64_t end, V::F base, V::F scale2) {
-  const V::F offset = V::sub(V::set(0.0f), V::mul(base, scale2)), rounding = V::fma(base, scale2, offset);
-  const auto term = [&](V::F logit, int64_t) { return V::fma(logit, scale2, offset); };
-  return V::mul(group_sums<T>(row, first, end, term), V::exp2(V::sub(V::set(0.0f), rounding)));
 }
 
 // scale * (x - base), in two operations that round nothing before they scale. In halves: the difference of two floats
@@ -157,16 +148,20 @@ class Gap {
   V::F half_base_, twice_;
 };
 
-// The same with a base for each tile: for low temperatures.
+// Sums of exp(scale * (logit - base)) with a base for each tile, `scale2` to base 2: for low temperatures.
 template <class T>
 V::F sums_from_own(const Row& row, int64_t first, int64_t end, V::F bases, V::F scale2) {
   float base[V::width];
   V::store(base, bases);
-  return group_sums<T>(row, first, end, [&](V::F logit, int64_t g) { return Gap(V::set(base[g]), scale2)(logit); });
+  return group_sums<T>(row, first, end, [&](V::F sum, V::F logit, int64_t g) {
+    return V::add(sum, V::exp2(Gap(V::set(base[g]), scale2)(logit)));
+  });
 }
 
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
+// Below it no logit is low enough to have no weight.
+constexpr float kLeastScale = 0x1p-80f;
 
 // The largest logit of each tile of a group.
 template <class T>
@@ -204,21 +199,26 @@ FixedPoint fixed_point(float x) {
 
 Summed tile_stats(const Row& row, float scale, float base, int64_t begin, int64_t end, float* tile_base,
                   float* tile_sum) {
-  const V::F scale2 = V::set(scale * kLog2e);
-  const bool usable = std::fabs(base * scale) <= kLargeSpread;  // and finite
+  // From one base in one operation: 2^(scale2 * logit + offset) with a whole offset, times what that leaves of the
+  // base.
+  const float scale2 = scale * kLog2e, offset = -std::nearbyint(base * scale2);
+  const float factor = std::exp2(-std::fma(base, scale2, offset));
+  const typename V::Powers powers{scale2, offset};
+  const bool usable = std::fabs(base * scale) <= kLargeSpread && scale >= kLeastScale;  // and finite
   // So that a row of them fits.
   const int64_t tiles = row.vocab / kTile + 1;
   const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(tiles);
   Summed summed{true, 0};
   with_dtype(row.dtype, [&](auto element) {
     using T = decltype(element);
+    const auto add_power = [powers](V::F sum, V::F logit, int64_t) { return powers.add(sum, logit); };
     for (int64_t first = begin; first < end; first += V::width) {
       V::F bases = V::set(base), sums = V::set(INFINITY);
-      if (usable) sums = sums_from<T>(row, first, end, bases, scale2);
+      if (usable) sums = V::mul(group_sums<T>(row, first, end, add_power), V::set(factor));
       if (V::any(V::exceeds(sums, most))) {
         summed.shared = false;
         bases = usable_base(group_maxima<T>(row, first, end));
-        sums = sums_from_own<T>(row, first, end, bases, scale2);
+        sums = sums_from_own<T>(row, first, end, bases, V::set(scale2));
       } else {
         summed.total += fixed_point(V::reduce_add(sums));
       }

@@ -73,18 +73,21 @@ struct V {
   static F either_of(M m, F x, float otherwise) { return _mm256_blendv_ps(set(otherwise), x, m); }
 
   static F exp2(F x) {
-    // Below 2^-125 the result is 0; the operand order of max lets a nan through.
-    const M vanishes = _mm256_cmp_ps(x, set(-125.0f), _CMP_LT_OQ);
-    x = _mm256_min_ps(set(127.0f), _mm256_max_ps(set(-125.0f), x));
-    const F n = _mm256_floor_ps(x);
-    const F r = sub(x, n);
-    F y = fma(set(kExp2[4]), r, set(kExp2[3]));
-    y = fma(y, r, set(kExp2[2]));
-    y = fma(y, r, set(kExp2[1]));
-    y = fma(y, r, set(kExp2[0]));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    return _mm256_andnot_ps(vanishes, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent)));
+    x = max(set(-127.0f), x);  // where the result is 0; lets a nan through
+    const F shifted = add(x, set(kShift));
+    return mul(exp2_near(sub(x, sub(shifted, set(kShift)))), power(shifted));
   }
+  // Of 2^(scale * x + offset), the offset a whole number below 2^22: the exponent is split as it is rounded.
+  struct Powers {
+    F scale, shift, least;
+    Powers(float scale, float offset)
+        : scale(set(scale)), shift(set(offset + kShift)), least(set((-127.0f - offset) / scale)) {}
+    F add(F sum, F x) const {
+      x = max(least, x);
+      const F shifted = fma(x, scale, shift);
+      return fma(exp2_near(_mm256_fmsub_ps(x, scale, sub(shifted, shift))), power(shifted), sum);
+    }
+  };
 
   // Natural logarithm of a positive normal number.
   static F log(F x) {
@@ -138,6 +141,19 @@ struct V {
   }
 
  private:
+  // Added to a number it rounds it to an integer, whose sum with 127, the bits of a power of two, is in the last bits.
+  static constexpr float kShift = 0x1.8p23f + 127.0f;
+  static F power(F shifted) {
+    const U most = _mm256_castps_si256(set(0x1.8p23f + 255.0f));  // infinity
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_min_epi32(_mm256_castps_si256(shifted), most), 23));
+  }
+  static F exp2_near(F r) {
+    F y = fma(set(kExp2Near[4]), r, set(kExp2Near[3]));
+    y = fma(y, r, set(kExp2Near[2]));
+    y = fma(y, r, set(kExp2Near[1]));
+    return fma(y, r, set(kExp2Near[0]));
+  }
+
   template <class Op>
   static F reduce(F x, Op op) {
     x = op(x, _mm256_permute2f128_ps(x, x, 0x01));

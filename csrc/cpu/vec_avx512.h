@@ -77,6 +77,12 @@ struct V {
     return _mm512_scalef_ps(y, x);  // which takes the integer below x itself
   }
 
+  struct Powers {
+    F scale, offset;
+    Powers(float scale, float offset) : scale(set(scale)), offset(set(offset)) {}
+    F add(F sum, F x) const { return V::add(sum, exp2(fma(x, scale, offset))); }
+  };
+
   // Natural logarithm of a positive normal number.
   static F log(F x) {
     // Subtracting the bits of 0.75 and keeping the high ones leaves the exponent of x / mantissa, mantissa in [3/4,

@@ -54,6 +54,10 @@ struct V {
   static F keep(M m, F x) { return m ? x : 0.0f; }
   static F either_of(M m, F x, float otherwise) { return m ? x : otherwise; }
   static F exp2(F x) { return std::exp2(x); }
+  struct Powers {
+    float scale, offset;
+    F add(F sum, F x) const { return sum + exp2(fma(x, scale, offset)); }
+  };
   static F exponential(const uint32_t* word) {
     const bool small = *word < 0x80000000u;  // u = (word + 1/2) / 2^32 < 1/2
     const float half = (float(small ? *word : ~*word) + 0.5f) * 0x1p-32f;
