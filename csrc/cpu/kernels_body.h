@@ -160,8 +160,6 @@ V::F sums_from_own(const Row& row, int64_t first, int64_t end, V::F bases, V::F 
 
 // Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
-// Below it no logit is low enough to have no weight.
-constexpr float kLeastScale = 0x1p-80f;
 
 // The largest logit of each tile of a group.
 template <class T>
@@ -204,7 +202,7 @@ Summed tile_stats(const Row& row, float scale, float base, int64_t begin, int64_
   const float scale2 = scale * kLog2e, offset = -std::nearbyint(base * scale2);
   const float factor = std::exp2(-std::fma(base, scale2, offset));
   const typename V::Powers powers{scale2, offset};
-  const bool usable = std::fabs(base * scale) <= kLargeSpread && scale >= kLeastScale;  // and finite
+  const bool usable = std::fabs(base * scale) <= kLargeSpread;  // and finite
   // So that a row of them fits.
   const int64_t tiles = row.vocab / kTile + 1;
   const float most = std::ldexp(1.0f, 127 - kFixedBits) / float(tiles);
