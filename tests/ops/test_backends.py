@@ -86,8 +86,8 @@ def test_the_suite_notices_a_wrong_backend(monkeypatch):
 
 
 #: Rows whose sums a vector of exponentials can get wrong: far above the base that the begin of a row gives, by more
-#: than a float holds, or just not; far below it; and at temperatures at which nothing is. In whole tiles: behind the end
-#: of a row stands -inf, by which all that is wrong with low logits is found.
+#: than a float holds, or just not; far below it; and at temperatures at which nothing is. In whole tiles: behind the
+#: end of a row stands -inf, by which all that is wrong with low logits is found.
 EXTREMES = """
 import torch
 from specdec_kernels import ops, sample, selftest
