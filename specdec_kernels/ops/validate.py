@@ -108,10 +108,10 @@ class ArgumentChecker:
 
     def columns(self, parameters: Mapping[str, object]) -> Tensor:
         """Parameters side by side: float32 [requests, len(parameters)]."""
-        columns = torch.empty((self.sizes[self.dim], len(parameters)), dtype=torch.float32, device=self.device)
-        for column, (name, value) in enumerate(parameters.items()):
-            columns[:, column] = self.parameter(name, value)
-        return columns
+        size, kind, device = (self.sizes[self.dim],), torch.float32, self.device
+        read = [self.parameter(name, value) for name, value in parameters.items()]
+        each = [x.to(kind) if isinstance(x, Tensor) else torch.full(size, x, dtype=kind, device=device) for x in read]
+        return torch.stack(each, 1)
 
     def sampling(self, each: Tensor | None, *scalars: object) -> tuple[Any, ...]:
         """Temperature, top-k, top-p and min-p as operators take them: one float32 [requests, 4], or four scalars."""
