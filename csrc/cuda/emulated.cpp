@@ -83,11 +83,13 @@ extern "C" {
 __attribute__((visibility("default"))) void specdec_emulate(void* stream, bool capturing, bool idle) {
   namespace emulated = specdec::cuda::emulated;
   emulated::stream = stream, emulated::capturing = capturing, emulated::idle = idle;
-  specdec::cuda::processors_of_devices().clear();
 }
 __attribute__((visibility("default"))) void specdec_emulated_counts(int* counts) {
   using namespace specdec::cuda::emulated;
   counts[0] = asked, counts[1] = cleared, counts[2] = launched;
   asked = cleared = launched = 0;
+}
+__attribute__((visibility("default"))) void specdec_emulated_forget_devices() {
+  specdec::cuda::processors_of_devices.clear();
 }
 }

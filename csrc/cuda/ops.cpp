@@ -54,14 +54,11 @@ class OnDevice {
 constexpr int kLeastCapability = 8;
 
 // Nothing of a device changes, so each is asked once.
-std::map<int32_t, int>& processors_of_devices() {
-  static std::map<int32_t, int> known;
-  return known;
-}
+std::map<int32_t, int> processors_of_devices;
 int processors_of(int32_t device) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  int major = 0, &processors = processors_of_devices()[device];
+  int major = 0, &processors = processors_of_devices[device];
   if (processors > 0) return processors;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   STD_TORCH_CHECK(major >= kLeastCapability, "backend='cuda' needs a GPU of compute capability ", kLeastCapability,

@@ -154,10 +154,7 @@ def emulate(monkeypatch):
     """A function that makes the GPU one of so many multiprocessors, on which blocks run in an order of their own."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is what it is")
-    library = ctypes.CDLL(str(BACKENDS["cuda"].library))
-
-    def forget_devices():
-        library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(False))
+    forget_devices = ctypes.CDLL(str(BACKENDS["cuda"].library)).specdec_emulated_forget_devices
 
     def emulated(processors, order):
         monkeypatch.setenv("SPECDEC_EMULATED_PROCESSORS", str(processors))

@@ -103,7 +103,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16) if ops.BACKENDS["cpu
             ours, others = (sample(rows, seed=1, position=1, temperature=heat, backend=name)
                             for name in ("cpu", "reference"))
             torch.testing.assert_close(ours, others, rtol=2e-5, atol=2e-5, equal_nan=True)
-    assert selftest.run("cpu", count=10).wrong == []
+assert ops.BACKENDS["cpu"].detail == "C++, none" or selftest.run("cpu", count=30).wrong == []
 """
 
 
