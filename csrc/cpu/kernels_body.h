@@ -158,7 +158,8 @@ V::F sums_from_own(const Row& row, int64_t first, int64_t end, V::F bases, V::F 
   });
 }
 
-// Beyond it the rounding of scale * base is no longer a small factor: low temperatures.
+// Up to it an offset is below 2^22, as V::Powers takes it, and what that leaves of the base a small factor. Beyond it:
+// low temperatures.
 constexpr float kLargeSpread = 0x1p20f;
 
 // The largest logit of each tile of a group.
