@@ -6,7 +6,6 @@
 #define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cpu
 #include "ops.cpp"  // NOLINT(bugprone-suspicious-include)
 
-#include <memory>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -73,13 +72,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool to
 #include "kernels_rows.cu"
 #include "kernels_trees.cu"
 
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = specdec::cuda::emulated::stream;
-  return 0;
+extern "C" {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  return *stream = specdec::cuda::emulated::stream, 0;
 }
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle*) { return 0; }
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return 0; }
 
 // For tests and benchmarks, through ctypes. A device is asked anew.
-extern "C" {
 __attribute__((visibility("default"))) void specdec_emulate(void* stream, bool capturing, bool idle) {
   namespace emulated = specdec::cuda::emulated;
   emulated::stream = stream, emulated::capturing = capturing, emulated::idle = idle;

@@ -1,10 +1,10 @@
-// Registers the CUDA kernels with PyTorch. Built and loaded with a torch without CUDA: what only the other one
-// has is declared weak.
+// Registers the CUDA kernels with PyTorch. Loads with a torch without CUDA too: what only the other one has is weak.
 #define USE_CUDA 1
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -19,38 +19,29 @@
 #define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cuda
 #endif
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak aoti_torch_create_cuda_guard
+#pragma weak aoti_torch_delete_cuda_guard
 
 namespace specdec::cuda {
 namespace {
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
-// Makes a device the current one for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int32_t device) : device_(device) {
-    check(cudaGetDevice(&before_));
-    if (before_ != device_) check(cudaSetDevice(device_));
-  }
-  ~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+// While it lives a device is the current one; PyTorch's, which does not start a GPU by going back to it.
+auto on_device(int32_t device) {
+  CUDAGuardHandle guard = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+  return std::unique_ptr<CUDAGuardOpaque, decltype(&aoti_torch_delete_cuda_guard)>(guard, aoti_torch_delete_cuda_guard);
+}
 
-  cudaStream_t stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
+cudaStream_t stream_of(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
- private:
-  int device_, before_ = 0;
-};
-
-// Of the first GPUs that the kernels are compiled for. That is checked here and not at import, which must not start
-// CUDA.
+// Of the first GPUs that the kernels are compiled for; checked here, since an import must not start CUDA.
 constexpr int kLeastCapability = 8;
 
 // Nothing of a device changes, so each is asked once.
@@ -88,7 +79,11 @@ void* zeroed_counters(void* own, int64_t bytes, int32_t device, cudaStream_t str
   const std::lock_guard lock(mutex);
   auto& [counters, size] = cached[{device, stream}];
   if (size < bytes) {  // those that are too few stay: another thread may be about to launch with them
-    check(cudaMalloc(&own, size_t(2 * bytes)));
+    auto mode = cudaStreamCaptureModeRelaxed;  // or it would end what another thread captures
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    const cudaError_t error = cudaMalloc(&own, size_t(2 * bytes));
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    check(error);
     check(cudaMemsetAsync(own, 0, size_t(2 * bytes), stream));
     counters = own, size = 2 * bytes;
   }
@@ -99,8 +94,8 @@ template <class Op>
 void run(const Op& op, int32_t index) {
   Plan plan = plan_of(op, processors_of(index));
   if (plan.blocks == 0) return;
-  const OnDevice on(index);
-  const cudaStream_t stream = on.stream();
+  const auto on = on_device(index);
+  const cudaStream_t stream = stream_of(index);
   Tensor scratch;
   void* memory = nullptr;
   int64_t bytes = plan.bytes();
@@ -117,8 +112,8 @@ void run(const Op& op, int32_t index) {
 // What needs no scratch.
 template <class Op, class... More>
 void run_alone(int32_t index, const Op& op, const More&... more) {
-  const OnDevice on(index);
-  check(launch(op, more..., on.stream()));
+  const auto on = on_device(index);
+  check(launch(op, more..., stream_of(index)));
 }
 void run(const NoiseWords& op, int32_t index) { run_alone(index, op); }
 void run(const TreeMask& op, const Tensor& like) { run_alone(like.get_device_index(), op); }

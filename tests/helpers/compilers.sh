@@ -28,6 +28,7 @@ command_of() {
 }
 
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
+apt-get update
 apt-get install -y debootstrap g++-11 g++-12 clang-14 clang-15 clang-16 clang-19 clang-22
 in_root sid "" sid $keys main g++-13,g++-14,g++-15,g++-16,clang-21,clang-23,libpython3.14-dev,python3.14
 in_root trixie "" sid $keys main clang-17,clang-18,libstdc++-14-dev,ubuntu-archive-keyring

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #define CUDART_VERSION 0
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsafe };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 using cudaStream_t = void*;
 
@@ -16,6 +18,7 @@ namespace specdec::cuda::emulated {
 // Set by the functions that emulated.cpp exports. Idle: nothing that is launched runs.
 inline cudaStream_t stream = nullptr;
 inline bool capturing = false, idle = false;
+inline thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 // How often a device was asked what it is, memory was cleared, something was launched.
 inline int asked = 0, cleared = 0, launched = 0;
 
@@ -35,7 +38,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 inline cudaError_t cudaMalloc(void** memory, size_t size) {
   *memory = std::malloc(size);
-  return cudaSuccess;
+  // As if another thread captured.
+  return specdec::cuda::emulated::mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsafe;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
   ++specdec::cuda::emulated::cleared;
@@ -46,8 +50,6 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   *status = specdec::cuda::emulated::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, specdec::cuda::emulated::mode), cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
