@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -66,19 +65,18 @@ def probe(model: Any, use: Use, kind: str, begin: Begin, otherwise: str = "", so
     advice = _WHAT_TO_DO[use] + otherwise
     allowed = ROUNDING.get(model.dtype, max(ROUNDING.values()))
     try:
-        tries = [_tried(model, use, begin, longest, seed, source) for seed in range(_TRIES)]
+        tries = [_tried(model, use, begin, longest, seed, source) for seed in (0, 1)]
+        if max(tries) > allowed:  # else the middle one of three would not be either
+            tries.append(_tried(model, use, begin, longest, 2, source))
     except Exception as error:
         raise ValueError(f"model {type(model).__name__} cannot score {use}: {error}; {advice}") from error
-    if (difference := median(tries)) > allowed:
+    if (difference := sorted(tries)[1]) > allowed:
         raise ValueError(
             f"model {type(model).__name__} must score rows of {use} as a plain pass over the same ids does, but they "
             f"differ by {difference:.2g} of the logits' spread (rounding explains {allowed:g}): {advice}"
         )
     done.add(key)
 
-
-#: Times with other ids, of which the middle one is believed.
-_TRIES = 3
 
 #: Ids that are tried, all different; tokens of the longest history that is made of them where the model has so many
 #: positions, and the fewest that tell anything. A row that looks at its column in place of its position is the further

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import queue
@@ -39,8 +40,9 @@ def model():
     return steady(tiny(1, layers=2))
 
 
-def alone(model, index, drafter=None, rule="token", **named):
-    sampling = vars(SAMPLINGS[index]) if "sampling" not in named else vars(named.pop("sampling"))
+@functools.cache
+def alone(model, index, drafter=None, rule="token", greedy=False, **named):
+    sampling = vars(GREEDY if greedy else SAMPLINGS[index])
     options = {"max_new_tokens": 12 + index, "seed": index, "rule": rule, **named, **sampling}
     return generate(TransformersTarget(model), [PROMPTS[index]], drafter=drafter, **options)[0].tokens
 
@@ -161,7 +163,7 @@ def test_what_is_wrong_with_one_request_ends_that_one(model):
             submission.result()
         assert list(submission) == []
     for index, submission in enumerate(good):
-        assert submission.result().tokens == alone(model, index, sampling=GREEDY)
+        assert submission.result().tokens == alone(model, index, greedy=True)
     dead = scheduler.submit(
         [1, 2], max_new_tokens=5, sampling=Sampling(grammar=lambda history: torch.zeros(1, dtype=torch.int32))
     )
@@ -208,6 +210,12 @@ class FaultySession:
         self.firsts += other.firsts
 
 
+#: Of drafters whose sessions differ.
+KINDS_OF_SESSIONS = {
+    "model", "static", "feature with repeats", "lookup", "nested", "tree", "medusa", "first of trees", "merged tree",
+    "siblings", "ahead", "adaptive",
+}  # fmt: skip
+
 #: Prompts that a drafter cannot begin with: the first, one between others, and the last.
 WITHOUT = (0, 2, 5)
 
@@ -226,6 +234,7 @@ def outcome(submission):
     return tokens, submission.acceptance.proposed, submission.acceptance.accepted
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["name"] in KINDS_OF_SESSIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_that_a_drafter_cannot_begin_with_costs_its_own_drafts(model, name):
     """All others have theirs, whoever runs beside them, under the rule whose text does not depend on the drafts."""
@@ -313,7 +322,7 @@ def test_a_failing_drafter_costs_its_drafts(model, where, name):
     assert first.result().tokens == alone(model, 0, max_new_tokens=70)
     assert first.acceptance.proposed == proposed
     if where == "join":
-        assert outcome(joining)[:2] == (alone(model, 2, sampling=GREEDY), 0)
+        assert outcome(joining)[:2] == (alone(model, 2, greedy=True), 0)
     for index, submission in zip((3, 4), later, strict=True):
         by_itself = Scheduler(TransformersTarget(model), drafter)
         assert outcome(submission) == outcome(submitted(by_itself, index))
