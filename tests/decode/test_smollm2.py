@@ -30,7 +30,7 @@ def encode(tokenizer, prompt):
 
 
 @pytest.mark.brief(
-    kept=lambda parameters: (parameters["session"], parameters["kind"]) in {("bfloat16", "code"), ("bfloat16", "edit")}
+    kept=lambda parameters: (parameters["session"], parameters["kind"]) in {("float32", "edit"), ("bfloat16", "story")}
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -60,7 +60,7 @@ def test_greedy_text_depends_on_no_drafter(session, kind):
     assert decoded(CallableDrafter(lambda tokens, count: plain[len(tokens) - start :][:count]), 7) == plain
 
 
-@pytest.mark.brief(kept=lambda parameters: (parameters["session"], parameters["kind"]) == ("bfloat16", "story"))
+@pytest.mark.brief(kept=lambda parameters: (parameters["session"], parameters["kind"]) == ("float32", "story"))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["story", "edit"])
 def test_coupled_text_depends_on_no_drafter(session, kind):
@@ -81,7 +81,7 @@ def test_coupled_text_depends_on_no_drafter(session, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "eagle3"])
-@pytest.mark.parametrize("session", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize("session", ["float32"], indirect=True)  # bfloat16 takes a CPU without it twice as long
 def test_a_trained_drafter_drafts(session, kind):
     """It gets more than one token in three right on code, at temperature 0.8."""
     model, tokenizer, stop = session

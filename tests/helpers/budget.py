@@ -111,6 +111,7 @@ class Kernel:
         """Loads and stores of local memory, wherever they are."""
         return len(spills(operation(text) for _, text in self.code))
 
+    @cached_property
     def spilled_in_loops(self) -> list[str]:
         """Those that are in a loop, be it one that goes from node to node or writes what was found."""
         blocks = set().union(*self.bodies)
@@ -120,7 +121,7 @@ class Kernel:
         """What should not be there."""
         said = [f"{self.registers} registers"] if self.registers > REGISTERS else []
         said += sorted({f"{op} anywhere" for _, text in self.code if re.match(r"(LD|ST)(\.|$)", op := operation(text))})
-        said += sorted({f"{op} in a loop" for op in self.spilled_in_loops()})
+        said += sorted({f"{op} in a loop" for op in self.spilled_in_loops})
         float64 = re.compile(r"D(ADD|MUL|FMA|SETP)")
         said += sorted(
             {f"{op} in a loop with exponentials" for body in self.loops("MUFU.EX2") for op in body if float64.match(op)}
@@ -188,7 +189,7 @@ def lines(found: list[Kernel]) -> list[str]:
     head = f"{'kernel':26} {'registers':>9} {'code':>6} {'spilled':>7} {'in loops':>8}  "
     head += f"{'for eight ids':26}  what should go"
     return [head] + [
-        f"{short(k.name):26} {k.registers:9} {len(k.code):6} {k.spilled():7} {len(k.spilled_in_loops()):8}  "
+        f"{short(k.name):26} {k.registers:9} {len(k.code):6} {k.spilled():7} {len(k.spilled_in_loops):8}  "
         f"{' '.join(map(str, k.eight_ids())):26}  {', '.join(k.wrong())}".rstrip()
         for k in found
     ]

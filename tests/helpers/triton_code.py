@@ -234,7 +234,7 @@ def _usage(call: str, target: str, compiled: Any) -> Usage:
     loads = re.findall(r"ld\.global(?:\.\w+)*\.v(\d)\.b(\d+)", compiled.asm["ptx"])
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm["ptx"])
     widths = [int(count) * int(bits) for count, bits in loads] + [8 * int(size, 16) for size in copies]
-    spills, count = len(kernel.spilled_in_loops()), len(kernel.code)
+    spills, count = len(kernel.spilled_in_loops), len(kernel.code)
     return Usage(call, compiled.name, target, compiled.hash, kernel.registers, spills, count, max(widths, default=None))
 
 
