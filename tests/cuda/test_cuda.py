@@ -70,8 +70,8 @@ def test_machine_code():
 
 
 def test_no_other_gpu_spills_where_rows_are_measured():
-    """Whatever GPUs the library is compiled for; that of the table spills in no loop. Each has a compiler of its own: that for Blackwell keeps in memory
-    what one path into a loop has loaded and another has not."""
+    """Whatever GPUs the library is compiled for; that of the table spills in no loop. Each has a compiler of its own:
+    that for Blackwell keeps in memory what one path into a loop has loaded and another has not."""
     spilled = {
         (architecture, budget.short(kernel.name)): names
         for architecture in ("sm_80", "sm_100")
@@ -136,7 +136,8 @@ def test_threads_wait_for_each_other():
         "SPECDEC_EMULATE_CUDA": "threads", "SPECDEC_LIBRARY": library, "LD_PRELOAD": runtime.stdout.strip(),
         "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1",
     }  # fmt: skip
-    command = [sys.executable, "-c", SELFTEST.format(count=some(4, 8))]  # not forked: the sanitizer has to be there first
+    # Not forked: the sanitizer has to be there first.
+    command = [sys.executable, "-c", SELFTEST.format(count=some(4, 8))]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert " []" in result.stdout, result.stderr[-3000:]
 

@@ -1,7 +1,7 @@
 """Random batches (lengths, limits, stop tokens, drafters, rules, trees, parameters of each request, ends at any time)
 against slow references that run every request alone, in full, without a cache.
 
-``make test`` has a hundred, ``make test-all`` thousands.
+``make test`` has fifty, ``make test-all`` thousands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specdec_kernels import LogitBias, Penalties, verify_chain
 from specdec_kernels.decode import Scores, TransformersTarget, generate
 from specdec_kernels.ops.trees import tree_mask
 
-BATCHES, CHUNK = some(96, 4800), 24
+BATCHES, CHUNK = some(48, 4800), 12
 CONTEXT = 40
 
 

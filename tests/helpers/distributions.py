@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from specdec_kernels import oracle
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.ops import noise_words
 
@@ -46,6 +49,26 @@ def uniforms(seeds, purpose, position, row):
         return (words[:, 0] + words[:, 1] * 2.0**-32) * 2.0**-32
     first, second = -np.log1p(-(words.T + 0.5) * 2.0**-32)
     return first / (first + second)
+
+
+def distance_from_target(verified, masses, weights, length):
+    """How far the distribution of texts of so many tokens is from the target's, whose probabilities behind a prefix are
+    those of ``weights``: the texts that were verified (padded with -1), with a mass each, continued by the target."""
+    distribution: oracle.SequenceDistribution = {}
+
+    def add(prefix, mass):
+        if mass and len(prefix) == length:
+            distribution[prefix] = distribution.get(prefix, F(0)) + mass
+        elif mass:
+            for token, prob in enumerate(probs_of(weights[prefix])):
+                add((*prefix, token), mass * prob)
+
+    texts = (tuple(token for token in row if token >= 0) for row in verified.tolist())
+    for (text, mass), times in Counter(zip(texts, masses, strict=True)).items():
+        add(text, mass * times)
+    return oracle.total_variation(
+        distribution, oracle.target_distribution(lambda prefix: probs_of(weights[prefix]), length - 1)
+    )
 
 
 def seeds_by_cell(streams):
@@ -87,6 +110,7 @@ def limit(freedom):
 def table(vocab: int, seed: int, zeros: bool = False):
     """A conditional distribution: any prefix to probabilities, multiples of 1/12."""
 
+    @cache
     def distribution(prefix):
         rng = np.random.default_rng([seed, *prefix])
         cuts = rng.integers(0, 13, vocab - 1) if zeros else rng.integers(1, 12, vocab - 1)
@@ -97,6 +121,7 @@ def table(vocab: int, seed: int, zeros: bool = False):
 
 
 def point_mass(vocab: int, seed: int):
+    @cache
     def distribution(prefix):
         token = np.random.default_rng([seed, *prefix]).integers(vocab)
         return [F(int(v == token)) for v in range(vocab)]

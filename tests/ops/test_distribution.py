@@ -14,6 +14,7 @@ from distributions import (
     RACE_CELLS,
     TWELFTHS,
     F,
+    distance_from_target,
     g_test,
     limit,
     logits_of,
@@ -22,7 +23,6 @@ from distributions import (
     uniforms,
 )
 
-from specdec_kernels import oracle
 from specdec_kernels.contract import TILE, Purpose
 
 POSITION = 11
@@ -50,49 +50,35 @@ def distance_by_counting(verify_chain, kind, *, rule="token", filters="none", le
     target."""
     rows, draft = (TWELFTHS if (rule, kind, length) == ("block", "point mass", 2) else QUARTERS), DRAFTS[kind]
     seeds = cells(rule, length)
-    masses, prefixes, keys = [], [], []
+    drafts, masses = [], []
     for tokens in product(range(2), repeat=length):
-        mass = F(1)
+        mass = F(1, len(seeds))
         for i, token in enumerate(tokens):
             mass *= probs_of((drawn_from or draft)[tokens[:i]])[token]
-        for seed in seeds if mass else ():
-            masses.append(mass / len(seeds))
-            prefixes.append(tokens)
-            keys.append(seed)
+        if mass:
+            drafts.append(tokens)
+            masses += [mass] * len(seeds)
     filtered = filters != "none"
-    target = torch.stack([torch.stack([logits_of(rows[t[:i]], filtered) for i in range(length + 1)]) for t in prefixes])
+    target = torch.stack([torch.stack([logits_of(rows[t[:i]], filtered) for i in range(length + 1)]) for t in drafts])
     # A dense draft is drawn from its softmax as it is; one with statistics carries a filter of its own.
     own = filtered and kind == "statistics"
-    logits = torch.stack([torch.stack([logits_of(draft[t[:i]], own) for i in range(length)]) for t in prefixes])
+    logits = torch.stack([torch.stack([logits_of(draft[t[:i]], own) for i in range(length)]) for t in drafts])
     if filtered and not own:
         logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
     cutoff = float(np.float32(np.log(0.5))) if own else -torch.inf
-    stats = torch.tensor([1.0, cutoff, 0.0]).expand(len(prefixes), length, 3)
+    stats = torch.tensor([1.0, cutoff, 0.0]).expand(len(masses), length, 3)
     verified = verify_chain(
-        target,
-        torch.tensor(prefixes),
-        None if kind == "point mass" else logits,
+        target.repeat_interleave(len(seeds), 0),
+        torch.tensor(drafts).repeat_interleave(len(seeds), 0),
+        None if kind == "point mass" else logits.repeat_interleave(len(seeds), 0),
         stats if kind == "statistics" else None,
         draft_temperature=1.0 if kind == "dense" else None,
-        seed=torch.tensor(keys),
+        seed=torch.tensor(seeds).repeat(len(drafts)),
         position=POSITION,
         rule=rule,
         **FILTERS[filters],
     )
-    distribution: oracle.SequenceDistribution = {}
-
-    def add(prefix, mass):
-        if mass and len(prefix) == length + 1:
-            distribution[prefix] = distribution.get(prefix, F(0)) + mass
-        elif mass:
-            for token, prob in enumerate(probs_of(rows[prefix])):
-                add((*prefix, token), mass * prob)
-
-    for row, mass in zip(verified.tokens.tolist(), masses, strict=True):
-        add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(
-        distribution, oracle.target_distribution(lambda prefix: probs_of(rows[prefix]), length)
-    )
+    return distance_from_target(verified.tokens, masses, rows, length + 1)
 
 
 #: The rule coupled does not read what drafts were drawn from.

@@ -73,7 +73,7 @@ def compare_with_the_oracle(report: selftest.Report, index: int, tokens: torch.T
 def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
     """And as the oracle says. Every third batch has drafts outside of the drafter's vocabulary."""
     verify, report = on_device(verify_chain, backend), selftest.Report()
-    for index, case in enumerate(selftest.chains.cases(few(72), (2, 129, 300 if backend == "triton" else 1000))):
+    for index, case in enumerate(selftest.chains.cases(few(48), (2, 129, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.draft.shape[1] == 0:
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)
@@ -81,7 +81,7 @@ def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
         got = verify(case.target, tokens, logits, stats, **case.options, draft_to_target=vocabulary)
         want = verify(case.target, tokens, scattered(logits, vocabulary), stats, **case.options)
         assert_equal(got, want)
-        if index < few(72) // 2:  # given as ids
+        if index < few(48) // 2:  # given as ids
             by_ids = vocabulary.draft_to_target.int()
             assert_equal(got, verify(case.target, tokens, logits, stats, **case.options, draft_to_target=by_ids))
         full = selftest.chains.Case(case.target, tokens, scattered(logits, vocabulary), stats, case.options)
@@ -108,7 +108,7 @@ def test_long_rows_are_measured_as_scattered_ones(backend, rule):
 
 def test_a_tree_is_verified_as_with_scattered_rows(backend, few):
     verify, report = on_device(verify_tree, backend), selftest.Report()
-    for index, case in enumerate(selftest.trees.cases(few(72), (2, 12, 130, 300 if backend == "triton" else 1000))):
+    for index, case in enumerate(selftest.trees.cases(few(48), (2, 12, 130, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.options["rule"] in ("walk", "coupled"):
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)

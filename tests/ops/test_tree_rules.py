@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 from backends import on_device
-from distributions import ENDING, PAIRS, QUARTERS, RACE_CELLS, TWELFTHS, logits_of, probs_of, seeds_by_cell, table
+from distributions import (
+    ENDING,
+    PAIRS,
+    QUARTERS,
+    RACE_CELLS,
+    TWELFTHS,
+    distance_from_target,
+    logits_of,
+    probs_of,
+    seeds_by_cell,
+    table,
+)
 
 from specdec_kernels import oracle, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import TILE, Purpose
@@ -128,15 +139,6 @@ def distance_by_counting(verify, rule, siblings, kind, parents=DEEP, drawn=(2, 2
         masses.append(mass / len(seeds))
     count, batch, nodes = len(seeds), len(masses), len(parents)
     length = 1 + len(path(parents, parents, nodes - 1))
-    distribution: oracle.SequenceDistribution = {}
-
-    def add(prefix, mass):
-        if len(prefix) == length:
-            distribution[prefix] = distribution.get(prefix, F(0)) + mass
-        else:
-            for token, prob in enumerate(probs_of(weights[prefix])):
-                add((*prefix, token), mass * prob)
-
     dense = torch.full((batch * count, nodes, 2), 0.5).log()
     stats = torch.tensor([1.0, -torch.inf, 0.0]).expand(batch * count, nodes, 3)
     verified = verify(
@@ -151,11 +153,7 @@ def distance_by_counting(verify, rule, siblings, kind, parents=DEEP, drawn=(2, 2
         rule=rule,
         siblings=siblings,
     )
-    for row, mass in zip(verified.tokens.tolist(), [m for m in masses for _ in range(count)], strict=True):
-        add(tuple(token for token in row if token >= 0), mass)
-    return oracle.total_variation(
-        distribution, oracle.target_distribution(lambda prefix: probs_of(weights[prefix]), length - 1)
-    )
+    return distance_from_target(verified.tokens, [mass for mass in masses for _ in range(count)], weights, length)
 
 
 @pytest.fixture
@@ -197,6 +195,11 @@ def test_a_wrong_draft_distribution_is_seen(verify, parents, rule, siblings):
 # --- a chain is a tree ------------------------------------------------------------------------------------------------
 
 
+@cache
+def chains():
+    return list(selftest.chains.cases(120, (2, 129, 1000)))
+
+
 AS_TREES = {("recursive", "statistics"), ("traversal", "dense"), ("coupled", "point mass")}
 
 
@@ -207,12 +210,10 @@ AS_TREES = {("recursive", "statistics"), ("traversal", "dense"), ("coupled", "po
 @pytest.mark.parametrize("kind", selftest.DRAFT_KINDS)
 def test_a_chain_as_a_tree_gives_the_chains_tokens(backend, device, tree_rule, rule, kind):
     """Bit for bit, whatever is in the rows; log-probabilities as well."""
-    chains = [
-        case for case in selftest.chains.cases(120, (2, 129, 1000))
-        if case.options["rule"] == rule and case.options["cu_rows"] is None and case.options["num_draft"] is None
-    ]  # fmt: skip
     compared = 0
-    for case in chains:
+    for case in chains():
+        if case.options["rule"] != rule or case.options["cu_rows"] is not None or case.options["num_draft"] is not None:
+            continue
         if (case.stats is not None, case.draft is not None) != (kind == "statistics", kind != "point mass"):
             continue
         (target, tokens, draft, stats), options = case.arguments(device)
