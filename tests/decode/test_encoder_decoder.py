@@ -15,6 +15,7 @@ import torch
 from architectures import PROMPTS as CAUSAL
 from architectures import TOKENS, Architecture, build, expected
 from distributions import g_test, limit
+from forms import some
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, GenerationMixin, logging
 
 from specdec_kernels.decode import (
@@ -242,7 +243,7 @@ def test_drawn_text_has_the_models_distribution(kind, rule):
         "model": ModelDrafter(small, config=DraftConfig(temperature_scale=0.7)),
         "tree": TreeDrafter(ModelDrafter(small), Growth(depth=2, width=2, children=2)),
     }[kind]
-    source, count, batch, length = [2, 3, 1], 6_000, 2_000, 3
+    source, count, batch, length = [2, 3, 1], some(4_000, 6_000), 2_000, 3
     probs = exact(model, source, length)
     seen, steps, target = Counter[tuple[int, ...]](), Statistics(), TransformersTarget(model)
     other = target.prompt([1, 2, 0, 3, 3])  # a longer one, so that the others are padded

@@ -57,6 +57,10 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+#: One of each way to know positions; that all of them are decoded rightly is for tests/decode/test_architectures.py.
+BRIEF = {"llama", "gpt2", "gptj", "gpt_neox", "falcon", "opt", "bloom", "glm"}
+
+
 def architecture(name):
     torch.manual_seed(1)
     options = {**COMMON, **ARCHITECTURES[name]}
@@ -81,6 +85,7 @@ def run(model, inputs=BATCH, custom=True, **options):
     return model.generate(**inputs, **named, **({"custom_generate": generate} if custom else {}))
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["name"] in BRIEF)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_texts_of_architectures(name, assistant):
     """Greedy texts are plain generate's; drawn ones, by the coupled rule, are a function of the seeds alone."""

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from forms import some
 
 from specdec_kernels import (
     DraftVocabulary,
@@ -96,6 +97,9 @@ OPTIONS = {
 
 
 #: Each rule with each kind of drafts it reads, each option with one of them.
+#: In how many slices each row is measured, and whether in any order.
+LAUNCHES = some([(1, False), (6, True)], [(1, False), (3, True), (6, True)])
+
 CHAINS = [
     ("token", "statistics", "plain"), ("token", "dense", "plain"), ("block", "dense", "plain"),
     ("coupled", "point mass", "plain"), ("token", "statistics", "greedy"), ("block", "dense", "filtered"),
@@ -109,7 +113,7 @@ def test_tokens_do_not_depend_on_the_launch(launched, rule, kind, options):
     arguments = {**keys, **OPTIONS[options], "rule": rule, "logprobs": True}
     expected = verify_chain(*positional, **arguments, backend="reference")
     found = []
-    for slices, shuffled in ((1, False), (3, True), (6, True)):
+    for slices, shuffled in LAUNCHES:
         launched(slices, shuffled)
         found.append(verify_chain(*positional, **arguments, backend="triton"))
     for each in found:
@@ -280,7 +284,7 @@ def test_trees_do_not_depend_on_the_launch(launched, rule, options):
     arguments = {**keys, **drafted, **OPTIONS[options], "rule": rule, "logprobs": True}
     expected = verify_tree(target, tokens, parents, **arguments, backend="reference")
     found = []
-    for slices, shuffled in ((1, False), (3, True), (6, True)):
+    for slices, shuffled in LAUNCHES:
         launched(slices, shuffled)
         found.append(verify_tree(target, tokens, parents, **arguments, backend="triton"))
     for each in found:
