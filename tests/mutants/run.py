@@ -38,13 +38,8 @@ LIMIT = 900
 LARGE = 1 << 19
 #: At the top of the tree, what no copy needs.
 UNWANTED = ("build", "dist", "demo_weights")
-#: Folders of C++, and the libraries that are made of them.
-LIBRARIES = {
-    "csrc/cpu": ("specdec_cpu",),
-    "csrc/common": ("specdec_cpu", "specdec_cuda_emulated", "_native"),
-    "csrc/cuda": ("specdec_cuda_emulated",),
-    "csrc/native": ("_native",),
-}
+#: The library that a layer's C++ becomes, with what is common to all of them.
+LIBRARIES = {"cpu": "libspecdec_cpu", "cuda": "libspecdec_cuda_emulated", "native": "_native"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,9 @@ class Mutant:
         return f"{self.layer}: {self.name}"
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """The libraries that have to be built."""
-        if not self.build:
-            return ()
-        return next((made for folder, made in LIBRARIES.items() if self.file.startswith(f"{folder}/")), ())
+    def library(self) -> str:
+        """The library that has to be built, if any."""
+        return LIBRARIES.get(self.layer, "") if self.build and self.file.startswith("csrc/") else ""
 
     def flaw(self) -> str:
         """Why the entry says nothing; empty if it does."""
@@ -139,38 +132,36 @@ class Copy:
             return flaw
         path = self.folder / mutant.file
         text = path.read_text()
-        built = []
+        built = None
         try:
             path.write_text(text.replace(mutant.old, mutant.new))
-            if mutant.targets:
+            if mutant.library:
                 try:
-                    built = self._build(mutant.targets)
+                    built = self._build(mutant.library)
                 except subprocess.CalledProcessError as error:
                     return f"it does not compile: {(error.stdout + error.stderr)[-1000:]}"
             return self._test(mutant.test)
         finally:
             path.write_text(text)
-            for library in built:
-                library.unlink()
-                library.symlink_to(ROOT / library.relative_to(self.folder))
+            if built:
+                built.unlink()
+                built.symlink_to(ROOT / built.relative_to(self.folder))
 
-    def _build(self, targets: tuple[str, ...]) -> list[Path]:
-        """The libraries as the sources are now, in place of the tree's own."""
+    def _build(self, library: str) -> Path:
+        """The library as the sources are now, in place of the tree's own. Without optimisation, which would take longer
+        than it saves."""
         build = self.folder / "build"
         cmake = [sys.executable, "-m", "cmake"]
-        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DSPECDEC_CUDA=0", "-DSPECDEC_OPTIMIZE=1"]
+        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DSPECDEC_CUDA=0", "-DSPECDEC_OPTIMIZE=0"]
         for command in (
             [*cmake, "-S", self.folder, "-B", build, *options],
-            [*cmake, "--build", build, "--parallel", "2", "--target", *targets],
+            [*cmake, "--build", build, "--parallel", "2", "--target", library.removeprefix("lib")],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
-        into = []
-        for target in targets:
-            made = next(each for each in build.glob(f"*{target}*.so") if each.name.split(".")[0].endswith(target))
-            native = target == "_native"
-            into.append(self.folder / "specdec_kernels" / (made.name if native else f"lib/{made.name}"))
-            into[-1].unlink()
-            shutil.copy(made, into[-1])
+        made = next(build.glob(f"{library}*.so"))
+        into = next(self.folder.glob(f"specdec_kernels/**/{made.name}"))
+        into.unlink()
+        shutil.copy(made, into)
         return into
 
     def _test(self, test: str) -> str:
