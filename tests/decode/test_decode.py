@@ -148,7 +148,7 @@ def test_joint_distribution_over_three_steps(kind, rule, monkeypatch):
         "medusa": lambda: medusa_drafter(model, (0, 2)),
         "merged tree": lambda: MergedDrafter(NGramDrafter(1), ModelDrafter(small)),
     }[kind]()
-    count, batch, length = some(6_000, 12_000), 2_000, 4
+    count, batch, length = some(4_000, 12_000), 2_000, 4
     distribution = exact_distribution(model, [1, 2], 0.8, length)
     seen = Counter()
     steps = Statistics()

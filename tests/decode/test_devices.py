@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from decoding import NAMES, OPTIONS, PROMPTS, drafters
+from decoding import NAMES, OPTIONS, PROMPTS, SESSIONS, drafters
 from host_reads import HostReads
 from tiny import VOCAB, tiny
 
@@ -117,6 +117,7 @@ READS_MORE = {
 }
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["name"] in {None, *SESSIONS, *READS_MORE})
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_the_host_waits_once_a_step(model, name):
     steps = Statistics()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding import NAMES, PROMPTS, SHORTLIST, drafted, drafters, feature_drafter
+from decoding import NAMES, PROMPTS, SESSIONS, SHORTLIST, drafted, drafters, feature_drafter
 from tiny import VOCAB, Altered, steady, tiny
 
 from specdec_kernels import verify_chain
@@ -19,6 +19,7 @@ def model():
 
 
 # Others take part in how many children a node has, and what is adaptive depends on the clock.
+@pytest.mark.brief(kept=lambda parameters: not parameters["coupled"] or parameters["name"] in SESSIONS)
 @pytest.mark.parametrize("name", [name for name in NAMES if "adaptive" not in name and "trees" not in name])
 @pytest.mark.parametrize("coupled", [False, True])
 def test_drafts_depend_on_the_history_alone(model, name, coupled):

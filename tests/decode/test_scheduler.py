@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding import NAMES, drafters
+from decoding import NAMES, SESSIONS, drafters
 from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 
 from specdec_kernels.bench.soak import KINDS, Soak
@@ -210,12 +210,6 @@ class FaultySession:
         self.firsts += other.firsts
 
 
-#: Of drafters whose sessions differ.
-KINDS_OF_SESSIONS = {
-    "model", "static", "feature with repeats", "lookup", "nested", "tree", "medusa", "first of trees", "merged tree",
-    "siblings", "ahead", "adaptive",
-}  # fmt: skip
-
 #: Prompts that a drafter cannot begin with: the first, one between others, and the last.
 WITHOUT = (0, 2, 5)
 
@@ -234,7 +228,7 @@ def outcome(submission):
     return tokens, submission.acceptance.proposed, submission.acceptance.accepted
 
 
-@pytest.mark.brief(kept=lambda parameters: parameters["name"] in KINDS_OF_SESSIONS)
+@pytest.mark.brief(kept=lambda parameters: parameters["name"] in SESSIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_that_a_drafter_cannot_begin_with_costs_its_own_drafts(model, name):
     """All others have theirs, whoever runs beside them, under the rule whose text does not depend on the drafts."""

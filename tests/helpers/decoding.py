@@ -113,6 +113,11 @@ def drafters(model, tiny=tiny):
 
 
 NAMES = list(drafters(tiny(1, layers=2)))
+#: One of each kind of session.
+SESSIONS = {
+    "model", "static", "feature with repeats", "lookup", "nested", "tree", "medusa", "first of trees", "merged tree",
+    "siblings", "ahead", "adaptive",
+}  # fmt: skip
 TREES = [name for name in NAMES if "tree" in name or "siblings" in name or name == "medusa"]
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3]]
 
