@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from decoding import (
 )
 from distributions import g_test, limit
 from forms import some
-from tiny import Altered, slow_greedy, tiny
+from tiny import Altered, greedy, slow_greedy, tiny
 
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
@@ -50,11 +49,6 @@ from specdec_kernels.decode.drafters.suffix_index import SuffixIndex
 @pytest.fixture(scope="module")
 def target_model():
     return tiny(1, layers=2)
-
-
-@cache
-def greedy(model, prompt, length):
-    return slow_greedy(model, prompt, length)
 
 
 @pytest.mark.brief(

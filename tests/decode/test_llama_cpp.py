@@ -13,7 +13,7 @@ from decoding import NAMES, OPTIONS, PROMPTS, TREES, drafters, exact_distributio
 from distributions import g_test, limit
 from forms import some
 from llama_cpp_stand_in import LlamaCpp
-from tiny import slow_greedy, steady, tiny
+from tiny import greedy, slow_greedy, steady, tiny
 
 from specdec_kernels.cli.models import load_drafter, load_gguf, load_target, smollm2_gguf
 from specdec_kernels.cli.prompts import PROMPTS as QUESTIONS
@@ -45,7 +45,7 @@ def test_greedy_text_is_the_models(stand_in, name):
     lengths = [30, 9, 17, 1]
     results = generate(target, PROMPTS, drafter=drafters(MODEL)[name], temperature=0, max_new_tokens=lengths)
     for prompt, result, length in zip(PROMPTS, results, lengths, strict=True):
-        assert result.tokens == slow_greedy(MODEL, prompt, length)
+        assert result.tokens == greedy(MODEL, tuple(prompt), length)
 
 
 @pytest.mark.parametrize("name", ["model", "lookup", "feature of two layers"])

@@ -6,6 +6,7 @@ goes wrong with the history before it is seen.
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -36,6 +37,12 @@ def slow_greedy(model, prompt, count):
     for _ in range(count):
         history.append(int(model(torch.tensor([history])).logits[0, -1].argmax()))
     return history[len(prompt) :]
+
+
+@cache
+def greedy(model, prompt, count):
+    """The same, computed once, of a model that stays as it is; ``prompt`` is a tuple."""
+    return slow_greedy(model, prompt, count)
 
 
 class Altered:
