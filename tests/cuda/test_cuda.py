@@ -123,7 +123,7 @@ def test_by_many_threads():
     """A block of two warps, as threads that wait for each other."""
     result = run_python("-c", MASKS + SELFTEST.format(count=some(4, 12)), SPECDEC_EMULATE_CUDA="threads")
     assert result.stdout.strip().endswith(" []"), result.stdout + result.stderr
-    assert int(result.stdout.split()[0]) > 30
+    assert int(result.stdout.split()[0]) > some(30, 100)
 
 
 @pytest.mark.slow

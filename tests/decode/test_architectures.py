@@ -123,7 +123,7 @@ CASES = [
 BOTH = {"llama", "gpt2", "gptj", "bloom", "falcon", "gpt_neo", "opt", "mpt", "gemma2", "deepseek_v3", "whisper"}
 
 
-#: Their positions, masks and caches are those of Llama.
+#: With rotary positions, one mask for all layers and a cache of keys and values, as Llama.
 AS_LLAMA = {
     "apertus", "arcee", "cohere", "dots1", "ernie4_5", "flex_olmo", "glm", "granite", "granitemoe", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "internlm3", "jais2", "minimax_m2", "ministral3", "nemotron", "olmo", "olmo2",

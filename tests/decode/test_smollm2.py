@@ -77,9 +77,9 @@ def test_coupled_text_depends_on_no_drafter(session, kind):
     assert decoded(load_drafter("auto", model, adaptive=True)) == plain
 
 
+@pytest.mark.brief(kept=lambda parameters: parameters["session"] == "float32")  # a CPU without bfloat16 takes longer
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "eagle3"])
-@pytest.mark.parametrize("session", ["float32"], indirect=True)  # bfloat16 takes a CPU without it twice as long
 def test_a_trained_drafter_drafts(session, kind):
     """It gets more than one token in three right on code, at temperature 0.8."""
     model, tokenizer, stop = session

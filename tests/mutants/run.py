@@ -61,7 +61,7 @@ class Mutant:
     @property
     def library(self) -> str:
         """The library that has to be built, if any."""
-        return LIBRARIES.get(self.layer, "") if self.build and self.file.startswith("csrc/") else ""
+        return LIBRARIES.get(self.layer, "") if self.build else ""
 
     def flaw(self) -> str:
         """Why the entry says nothing; empty if it does."""

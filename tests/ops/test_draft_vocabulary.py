@@ -11,6 +11,7 @@ import pytest
 import torch
 from backends import on_device
 from distributions import RACE_CELLS, F, logits_of, probs_of, seeds_by_cell
+from forms import some
 from processes import run_python
 
 from specdec_kernels import DraftVocabulary, oracle, sample, sample_children, selftest, verify_chain, verify_tree
@@ -61,6 +62,10 @@ def reduced(case: Any, index: int) -> tuple[DraftVocabulary, torch.Tensor, torch
     return vocabulary, logits, drawn.tokens.unflatten(0, (BATCH, rows)), stats
 
 
+#: That are compared with scattered rows.
+CASES = some(48, 72)
+
+
 def compare_with_the_oracle(report: selftest.Report, index: int, tokens: torch.Tensor, expected: Any) -> None:
     """Each request's tokens with what the oracle says of it."""
     for request, row in enumerate(tokens.tolist()):
@@ -73,7 +78,7 @@ def compare_with_the_oracle(report: selftest.Report, index: int, tokens: torch.T
 def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
     """And as the oracle says. Every third batch has drafts outside of the drafter's vocabulary."""
     verify, report = on_device(verify_chain, backend), selftest.Report()
-    for index, case in enumerate(selftest.chains.cases(few(48), (2, 129, 300 if backend == "triton" else 1000))):
+    for index, case in enumerate(selftest.chains.cases(few(CASES), (2, 129, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.draft.shape[1] == 0:
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)
@@ -81,7 +86,7 @@ def test_a_chain_is_verified_as_with_scattered_rows(backend, few):
         got = verify(case.target, tokens, logits, stats, **case.options, draft_to_target=vocabulary)
         want = verify(case.target, tokens, scattered(logits, vocabulary), stats, **case.options)
         assert_equal(got, want)
-        if index < few(48) // 2:  # given as ids
+        if index < few(CASES) // 2:  # given as ids
             by_ids = vocabulary.draft_to_target.int()
             assert_equal(got, verify(case.target, tokens, logits, stats, **case.options, draft_to_target=by_ids))
         full = selftest.chains.Case(case.target, tokens, scattered(logits, vocabulary), stats, case.options)
@@ -108,7 +113,7 @@ def test_long_rows_are_measured_as_scattered_ones(backend, rule):
 
 def test_a_tree_is_verified_as_with_scattered_rows(backend, few):
     verify, report = on_device(verify_tree, backend), selftest.Report()
-    for index, case in enumerate(selftest.trees.cases(few(48), (2, 12, 130, 300 if backend == "triton" else 1000))):
+    for index, case in enumerate(selftest.trees.cases(few(CASES), (2, 12, 130, 300 if backend == "triton" else 1000))):
         if case.draft is None or case.options["rule"] in ("walk", "coupled"):
             continue
         vocabulary, logits, drawn, stats = reduced(case, index)

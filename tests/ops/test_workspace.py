@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import some
 
 from specdec_kernels import sample, verify_chain, verify_chain_workspace
 
@@ -26,7 +27,7 @@ def call(vocab, batch, longest, rule, device, backend, workspace, seed=0):
 def test_calls_of_different_sizes_share_one(backend, device, rule):
     """Of exactly the requested size."""
     most = (300, 3, 3) if backend == "triton" else (1025, 5, 3)
-    sizes = [most, (most[0], 2, 3), (129, most[1], 1), (1, 1, 0), most]
+    sizes = [most, (most[0], 2, 3), (129, most[1], 1), (1, 1, 0), most, *some([], [(300, 3, 2), most])]
     workspace = torch.zeros(verify_chain_workspace(most[1], 3, most[0]), dtype=torch.uint8, device=device)
     for index, (vocab, batch, longest) in enumerate(sizes):
         got = call(vocab, batch, longest, rule, device, backend, workspace, seed=index)

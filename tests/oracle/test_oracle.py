@@ -9,6 +9,7 @@ import pytest
 import torch
 from backends import on_device
 from distributions import PAIRS
+from forms import some
 
 from specdec_kernels import oracle, sample, sample_children, selftest, verify_chain, verify_tree
 from specdec_kernels.contract import Purpose, Rule, TreeRule
@@ -146,12 +147,12 @@ def test_reused_noise_gives_a_wrong_distribution():
             return super().exponentials(Purpose.DRAFT, level, row, count)
 
     target, draft = np.log([[0.1, 0.3, 0.6], [1, 1, 1]]), np.log([[0.8, 0.15, 0.05]])
-    counts, count = {Reused: np.zeros(3), oracle.Noise: np.zeros(3)}, 3000
-    for seed in range(count):
+    counts = {Reused: np.zeros(3), oracle.Noise: np.zeros(3)}
+    for seed in range(3000):
         drawn = oracle.sample(draft[0], oracle.Noise(seed, 0)).token
         for kind, seen in counts.items():
             seen[oracle.verify_chain(target, [drawn], draft, None, kind(seed, 0)).tokens[0]] += 1
-    expected = count * np.array([0.1, 0.3, 0.6])
+    expected = 3000 * np.array([0.1, 0.3, 0.6])
     chi2 = {kind: float(((seen - expected) ** 2 / expected).sum()) for kind, seen in counts.items()}
     assert chi2[oracle.Noise] < 28 < chi2[Reused]  # two degrees of freedom, one in a million
 
@@ -167,7 +168,7 @@ def test_twenty_four_bit_uniforms_lose_the_tail():
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_small_vocabularies(backend, few, rule):
     """Where drafts are often accepted in part, and paths have probabilities below one, as large ones seldom have."""
-    generator, count, drafts = torch.Generator().manual_seed(1), few(200), 3
+    generator, count, drafts = torch.Generator().manual_seed(1), few(some(200, 300)), 3
     target, draft = (torch.randn(count, n, 4, generator=generator) * 1.5 for n in (drafts + 1, drafts))
     drawn = [sample(draft[:, i], seed=torch.arange(count), position=5, row=i) for i in range(drafts)]
     tokens, keys = torch.stack([each.tokens for each in drawn], 1), {"seed": torch.arange(count), "position": 5}
@@ -186,7 +187,7 @@ def test_small_vocabularies(backend, few, rule):
 @pytest.mark.parametrize("siblings", ["iid", "without_replacement"])
 def test_small_trees(backend, few, rule, siblings):
     """Three siblings of four tokens, the later ones of what the earlier ones left."""
-    generator, count = torch.Generator().manual_seed(2), few(200)
+    generator, count = torch.Generator().manual_seed(2), few(some(200, 300))
     target, draft = torch.randn(2, count, 4, 4, generator=generator) * 1.5
     keys = {"seed": torch.arange(count), "position": 5}
     children = sample_children(draft[:, 0], 3, siblings, **keys, backend="reference").tokens

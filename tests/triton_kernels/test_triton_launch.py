@@ -96,10 +96,10 @@ OPTIONS = {
 }
 
 
-#: Each rule with each kind of drafts it reads, each option with one of them.
 #: In how many slices each row is measured, and whether in any order.
 LAUNCHES = some([(1, False), (6, True)], [(1, False), (3, True), (6, True)])
 
+#: Each rule with each kind of drafts it reads, each option with one of them.
 CHAINS = [
     ("token", "statistics", "plain"), ("token", "dense", "plain"), ("block", "dense", "plain"),
     ("coupled", "point mass", "plain"), ("token", "statistics", "greedy"), ("block", "dense", "filtered"),
