@@ -3,7 +3,6 @@ expected and what came."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from operator import index
 from reprlib import repr as shortened
@@ -24,7 +23,7 @@ def describe(value: object) -> str:
 
 def choice(name: str, value: str, choices: Mapping[Any, T]) -> T:
     """What one of the names stands for."""
-    if value not in choices:
+    if value not in list(choices):  # of anything, hashable or not
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}")
     return choices[value]
 
@@ -45,21 +44,22 @@ def whole(name: str, value: object, least: int | None = None, end: int | None = 
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-#: The largest float32; a larger number would be infinite where float32 is all there is.
-_MOST = torch.finfo(torch.float32).max
+#: The largest float32, and the smallest that GPUs do not take for 0: where float32 is all there is, a larger number is
+#: infinite, and a smaller one nothing.
+MOST, _LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 #: More than any vocabulary, and a whole number in float32.
 MOST_TOP_K = 1 << 24
 
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
+    "temperature": (lambda x: 0 <= x <= MOST, "finite and not negative"),
     "top_k": (lambda x: x >= 0, "at least 1 (or 0: off)"),
     "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
     "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
-    "draft_temperature": (lambda x: 0 <= x <= _MOST, "finite and not negative"),
-    "repetition_penalty": (lambda x: math.isfinite(x) and x > 0, "finite and positive (1: off)"),
-    "presence_penalty": (math.isfinite, "finite (0: off)"),
-    "frequency_penalty": (math.isfinite, "finite (0: off)"),
+    "draft_temperature": (lambda x: 0 <= x <= MOST, "finite and not negative"),
+    "repetition_penalty": (lambda x: _LEAST <= x <= MOST, "finite and positive (1: off)"),
+    "presence_penalty": (lambda x: abs(x) <= MOST, "finite (0: off)"),
+    "frequency_penalty": (lambda x: abs(x) <= MOST, "finite (0: off)"),
 }
 
 
@@ -75,8 +75,16 @@ def number(name: str, value: object, dim: str) -> float:
     return min(value, MOST_TOP_K) if counts else float(value)
 
 
-def ids_of(name: str, value: Any, end: int = 1 << 63) -> list[int]:
-    """Token ids in [0, end) as a list of ints.
+def listed(name: str, value: Any, what: str) -> list[Any]:
+    """What can be gone over, as a list."""
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of {what}, got {shortened(value)}") from None
+
+
+def ids_of(name: str, value: Any, end: int = 1 << 63, what: str = "token ids") -> list[int]:
+    """Numbers in [0, end) as a list of ints.
 
     Raises:
         TypeError, ValueError: naming what was expected and what came.
@@ -84,8 +92,8 @@ def ids_of(name: str, value: Any, end: int = 1 << 63) -> list[int]:
     try:
         ids = [index(token) for token in (value.tolist() if isinstance(value, Tensor) else value)]
     except TypeError:
-        raise TypeError(f"{name} must be a list of token ids, got {shortened(value)}") from None
+        raise TypeError(f"{name} must be a list of {what}, got {shortened(value)}") from None
     for place, token in enumerate(ids):
         if not 0 <= token < end:
-            raise ValueError(f"{name} must hold token ids in [0, {end}), got {token} at index {place}")
+            raise ValueError(f"{name} must hold {what} in [0, {end}), got {token} at index {place}")
     return ids

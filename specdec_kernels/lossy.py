@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -67,8 +66,9 @@ def typical_acceptance(
     for name, value in (("temperature", temperature), ("epsilon", epsilon), ("delta", delta)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a float, got {checks.describe(value)}")
-        if not 0 < value <= (1 if name == "epsilon" else math.inf):
-            raise ValueError(f"{name} must be positive{' and at most 1' if name == 'epsilon' else ''}, got {value!r}")
+        most = 1 if name == "epsilon" else checks.MOST
+        if not 0 < value <= most:
+            raise ValueError(f"{name} must be positive and at most {most:.8g}, got {value!r}")
     check = validate.ArgumentChecker("parents", parents)
     tree = checked(parents, check)
     batch, nodes = tree.shape
@@ -78,9 +78,9 @@ def typical_acceptance(
     probs = distributions(target_logits.double(), Sampling.plain(scale)).probs  # nan, and below nothing, if not valid
     entropy = torch.special.entr(probs).sum(-1)
     enough = (delta * torch.exp(-entropy)).clamp(max=epsilon)
-    up = tree.clamp(min=0)
-    prob = probs.gather(1, up[..., None].expand_as(probs)).gather(2, draft_tokens.clamp(min=0)[..., None])[..., 0]
-    good = (tree >= 0) & (prob > enough.gather(1, up))
+    up, at = tree.clamp(min=0), draft_tokens.clamp(0, probs.shape[2] - 1)  # a GPU's ids are not checked
+    prob = probs.gather(1, up[..., None].expand_as(probs)).gather(2, at[..., None])[..., 0]
+    good = (tree >= 0) & (at == draft_tokens) & (prob > enough.gather(1, up))
     good[:, 0] = True
     for node in range(1, nodes):
         good[:, node] &= good.gather(1, up[:, node, None])[:, 0]

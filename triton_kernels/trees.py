@@ -220,6 +220,7 @@ def visit(rows, drafts, tree, key, states, visited, IS_RECURSIVE: tl.constexpr):
                 going = ended == 0
                 if going:
                     node = parent_of(tree, node)
+    tl.debug_barrier()  # all warps have read it
     tl.store(visited, node.to(tl.float64))
     tl.debug_barrier()
     return ended

@@ -74,7 +74,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
       if (work_.slices == 1) return;
       add_to(counters(), 1);
       while (glance(counters()) < here().meetings * uint32_t(work_.slices)) wait_a_little();
-      acquire();
+      acquire(counters());
     });
   }
   // The last block of the request leaves its counters as they were found.

@@ -1,6 +1,5 @@
 // The CUDA backend on a CPU, for tests and to time its host's side: ops.cpp and the kernels as they are, with a
-// stand-in for the CUDA runtime. What it does not show is what depends on the machine: the shuffles of a warp, and how
-// blocks that run side by side see each other's writes.
+// stand-in for the CUDA runtime. What it does not show is what depends on the machine, as the shuffles of a warp do.
 #define SPECDEC_LIBRARY specdec_emulated
 #define SPECDEC_KEY CPU
 #define SPECDEC_DEVICE_TYPE aoti_torch_device_type_cpu
@@ -26,8 +25,9 @@ void check_counters(const Plan& plan) {
 
 std::mutex launches;  // follow each other on a stream
 
-// Blocks that wait for each other run together, each by its threads; others one after the other, in an order of
+// Blocks that wait for each other run together, each by its threads. Of others kAtOnce run side by side, in an order of
 // SPECDEC_EMULATED_ORDER's own.
+constexpr int64_t kAtOnce = kThreads == 1 ? 1 : 3;
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool together, cudaStream_t,
                           const Arguments&... arguments) {
@@ -40,24 +40,22 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, bool to
   std::iota(order.begin(), order.end(), int64_t(0));
   if (const int seed = emulated::setting("SPECDEC_EMULATED_ORDER", 0))
     std::shuffle(order.begin(), order.end(), std::mt19937_64(uint64_t(seed)));
-  const auto run = [&](BlockState& block, int rank, const int64_t* begin, const int64_t* end) {
-    for (const int64_t* index = begin; index < end; ++index) {
-      current = {&block, rank, *index};
+  const int64_t at_once = together ? blocks : std::min(blocks, kAtOnce);
+  const auto run = [&](BlockState& block, int rank, int64_t first) {
+    for (int64_t i = first; i < blocks; i += at_once) {
+      current = {&block, rank, order[size_t(i)]};
       kernel(arguments...);
-      block::sync();  // what one block wrote, the next reads
+      block::sync();  // the memory of one block is the next one's
     }
   };
-  const int64_t at_once = together ? blocks : 1, each = blocks / at_once;
   std::vector<std::unique_ptr<BlockState>> all;
   std::vector<std::thread> threads;
-  for (int64_t first = 0; first < blocks; first += each) {
+  for (int64_t first = 0; first < at_once; ++first) {
     BlockState& block = *all.emplace_back(std::make_unique<BlockState>());
-    const int64_t *begin = order.data() + first, *end = begin + each;
     if (at_once * kThreads == 1)
-      run(block, 0, begin, end);
+      run(block, 0, first);
     else
-      for (int rank = 0; rank < kThreads; ++rank)
-        threads.emplace_back([=, &run, &block] { run(block, rank, begin, end); });
+      for (int rank = 0; rank < kThreads; ++rank) threads.emplace_back([=, &run, &block] { run(block, rank, first); });
   }
   for (std::thread& thread : threads) thread.join();
   (check_counters(arguments), ...);

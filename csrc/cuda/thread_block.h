@@ -199,7 +199,7 @@ SPECDEC_ATOMIC(come_to, "atom.release.gpu.global.inc.u32")  // 0 again after x
 SPECDEC_ATOMIC(add_to, "atom.acq_rel.gpu.global.add.u32")
 SPECDEC_ATOMIC(set_bits, "atom.acq_rel.gpu.global.or.b32")
 #undef SPECDEC_ATOMIC
-__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void acquire(const uint32_t*) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
   uint32_t x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(word) : "memory");
@@ -371,7 +371,7 @@ SPECDEC_DEVICE int before(int x, int& all) {
 SPECDEC_DEVICE bool comes_last(uint32_t* counter, int blocks) {
   block::sync();  // all threads have written
   const bool last = block::rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1);
-  if (last) acquire();
+  if (last) acquire(counter);
   return block::any(last);
 }
 

@@ -363,7 +363,7 @@ class VerifyProgram {
   SPECDEC_DEVICE void leave() const {
     if (block::rank() != kThreads - 1) return;  // not who has most to do
     if (come_to(rows_done(), uint32_t(live() - 1)) != uint32_t(live() - 1)) return;
-    acquire();
+    acquire(rows_done());
     put(rows_settled(), 0u);
     SPECDEC_ROLLED
     for (int word = 0; word < words(); ++word) put(settled_bits() + word, 0u);

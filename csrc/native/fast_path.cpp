@@ -65,6 +65,8 @@ class TensorView {
     if (!is_plain(object)) throw std::runtime_error("an argument is no plain tensor");
     if (exchange->dltensor_from_py_object_no_sync(object, &tensor_) != 0) throw Raised{};
     if (tensor_.device.device_type != device) throw std::runtime_error("an argument is on another device");
+    // As those of zeros that are nowhere, or that functionalisation follows.
+    if (tensor_.data == nullptr && std::ranges::count(sizes(), 0) == 0) throw std::runtime_error("no data");
   }
 
   // Others, such as parameters and the tensors of tracers, may mean more than their data.
@@ -200,7 +202,10 @@ class PythonArguments {
     if (!PyFloat_CheckExact(*at_)) throw std::runtime_error("an argument is no float");
     return PyFloat_AS_DOUBLE(*at_++);
   }
-  bool flag() { return integer() != 0; }
+  bool flag() {
+    if (!PyBool_Check(*at_)) throw std::runtime_error("an argument is no bool");
+    return *at_++ == Py_True;
+  }
 
  private:
   PyObject* const* at_;
@@ -208,14 +213,15 @@ class PythonArguments {
 };
 
 // Work on so few logits is done in a tenth of a millisecond: other Python threads, which wait for five before they ask,
-// may as well wait for that, and to let them in and come back would take a hundredth of it. On a GPU it is a launch.
+// may as well wait for that, and to let them in and come back would take a hundredth of it. A launch waits where many
+// are under way, perhaps for what another thread is to launch.
 constexpr int64_t kFew = int64_t(1) << 21;
 
 template <class Op>
 void run(void (*entry)(const Op&, int32_t), const Op& op, const TensorView& logits) {
   const auto sizes = logits.sizes();
   const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies());
-  if (!logits.is_cpu() || count <= kFew) return entry(op, logits.get_device_index());
+  if (logits.is_cpu() && count <= kFew) return entry(op, logits.get_device_index());
   struct OthersRun {
     PyThreadState* state = PyEval_SaveThread();
     ~OthersRun() { PyEval_RestoreThread(state); }

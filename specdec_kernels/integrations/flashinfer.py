@@ -67,6 +67,7 @@ def chain_speculative_sampling(
     draft = check.tensor("draft_probs", draft_probs, (torch.float32,), "B, K, V")
     target = check.tensor("target_probs", target_probs, (torch.float32,), "B, K+1, V")
     vocab = target.shape[2]
+    validate.within("draft_token_ids", ids, -1, vocab - 1, f"in [-1, {vocab})")
     counters = [
         torch.zeros(batch, dtype=torch.int32, device=target.device)
         if given is None
@@ -83,7 +84,7 @@ def chain_speculative_sampling(
         position = position + torch.arange(batch, device=target.device)
     seeds = check.integers("seed", seed)
 
-    live = (ids >= 0) & (ids < vocab)
+    live = ((ids >= 0) & (ids < vocab)).long().cumprod(1).bool()  # -1 ends a draft
     at = ids.clamp(0, vocab - 1)[..., None]
     mine, theirs = (probs[:, :count].gather(2, at)[..., 0].double() for probs in (draft, target))
     uniforms = [_uniform(seeds, position, row, backend) for row in range(count)]
@@ -96,7 +97,7 @@ def chain_speculative_sampling(
     if count:
         left, left_sums = _tiles((row - draft[every, accepted.clamp(max=count - 1)]).clamp_(min=0))
         # Where rounding left nothing, draft and target are the same.
-        rejected = ((accepted < live.long().cumprod(1).sum(1)) & (left_sums.sum(1) != 0))[:, None]
+        rejected = ((accepted < live.sum(1)) & (left_sums.sum(1) != 0))[:, None]
         sums = left_sums.where(rejected, sums)
     tile = _race(sums, Level.TILE, seeds, position, backend)
     weights = tiles[every, tile]

@@ -70,5 +70,5 @@ def tree_attention(
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be None or finite, got {scale!r}")
     attend = function("tree_attention", backend, q.device)
-    out: Tensor = attend(q, k, v, words, lens, width**-0.5 if scale is None else float(scale))
+    out: Tensor = attend(q, k, v, words, lens, max(width, 1) ** -0.5 if scale is None else float(scale))
     return out

@@ -40,7 +40,7 @@ class DraftVocabulary:
 
     def __init__(self, draft_to_target: Tensor, vocab_size: int) -> None:
         check = validate.ArgumentChecker("draft_to_target", draft_to_target)
-        ids = check.ids("draft_to_target", draft_to_target, "Vd").long()
+        ids = check.ids("draft_to_target", draft_to_target, "Vd").to(torch.int64, copy=True)
         checks.whole("vocab_size", vocab_size, 1, 1 << 31)
         if len(ids) == 0:
             raise ValueError(f"draft_to_target must have at least one id, got {checks.describe(draft_to_target)}")

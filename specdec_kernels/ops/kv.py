@@ -55,24 +55,23 @@ def compact_kv(
     for index, cache in enumerate(caches):
         name = f"caches[{index}]"
         check.tensor(name, cache, (first.dtype,), "B, H, S, D" if page_table is None else "pages, page size, H, D")
-        if cache.stride() != first.stride() or (cache.stride(-1) != 1 and cache.shape[-1] > 1):
-            raise ValueError(
-                f"{name} must be contiguous along D (stride 1), with the strides of caches[0], {first.stride()}, got "
-                f"{cache.stride()}"
-            )
+        strides = [stride for stride, size in zip(cache.stride(), cache.shape, strict=True) if size > 1]
+        if cache.stride() != first.stride() or 0 in strides or (cache.stride(-1) != 1 and cache.shape[-1] > 1):
+            expected = f"contiguous along D and not expanded, with the strides of caches[0], {first.stride()}"
+            raise ValueError(f"{name} must be {expected}, got {cache.stride()}")
     path = check.ids("nodes", nodes, "B, N").long()
     begin, capacity = check.integers("start", start), first.shape[2]
     if page_table is not None:
         page_table = check.ids("page_table", page_table, "B, M").long()
         validate.within("page_table", page_table, 0, len(first) - 1, f"in [0, {len(first)})")
         capacity = page_table.shape[1] * first.shape[1]
-    if validate.readable(path):
+    if validate.readable(path) and path.numel():
         earlier, later = path[:, :-1], path[:, 1:]
         goes_on = (later == -1) | ((earlier >= 0) & (later > earlier))
         if not goes_on.all() or (path[:, :1] > 0).any() or (path < -1).any():
             raise ValueError(f"nodes must ascend from 0, the root, with -1 behind the path, got {path.tolist()}")
-        ends = begin + path.amax(1).clamp(min=0)
-        if (begin < 0).any() or (ends >= capacity).any():
+        last = path.amax(1).clamp(min=0)
+        if (begin < 0).any() or (begin >= capacity - last).any():
             raise ValueError(f"start must leave room for the nodes in {capacity} rows, got {begin.tolist()}")
     if path.numel() and first.numel():
         function("compact_kv", backend, first.device)(list(caches), path, begin, page_table)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.checks import ids_of
+from specdec_kernels.checks import ids_of, listed, whole
 from specdec_kernels.tensors import padded, to_device
 
 
@@ -70,7 +69,8 @@ class TokenCounts:
     """int32 [B, M, 2]: how often each occurs in the prompt and in the output."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> None:
-        self.vocab_size = vocab_size
+        whole("vocab_size", vocab_size, 1, 1 << 31)
+        prompts, self.vocab_size = listed("prompts", prompts, "texts"), vocab_size
         # The host knows how many ids occur, so that the device need not be asked.
         self._occurring: list[set[int]] = [set() for _ in prompts]
         self.ids = torch.empty((len(prompts), 0), dtype=torch.int32, device=device)
@@ -87,17 +87,15 @@ class TokenCounts:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came; nothing is counted then.
         """
-        self._count("tokens", tokens, 1)
+        self._count("tokens", listed("tokens", tokens, "texts"), 1)
 
     def select(self, slots: Sequence[int]) -> None:
         """Go on with the requests ``slots``, in that order.
 
         Raises:
-            ValueError: there is no such request.
+            TypeError, ValueError: they are no numbers; there is no such request.
         """
-        slots = [index(slot) for slot in slots]
-        if not all(0 <= slot < len(self) for slot in slots):
-            raise ValueError(f"slots must be in [0, {len(self)}), got {slots}")
+        slots = ids_of("slots", slots, len(self), "slots")
         self._occurring = [set(self._occurring[slot]) for slot in slots]
         rows = to_device(slots, torch.int64, self.ids.device)
         self.ids, self.counts = self.ids[rows], self.counts[rows]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from specdec_kernels.checks import MOST_TOP_K, RANGES, describe, number, whole
 from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
@@ -20,7 +21,7 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 def readable(value: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device, and outside of a graph."""
-    return value.is_cpu and not torch.compiler.is_compiling()
+    return value.is_cpu and not torch.compiler.is_compiling() and not isinstance(value, FakeTensor)
 
 
 def within(name: str, value: Tensor, least: int, most: int, expected: str) -> None:
@@ -53,7 +54,7 @@ class ArgumentChecker:
     def __init__(self, first: str, tensor: object, dim: str = "B", **sizes: int) -> None:
         """``tensor``, the argument ``first``, says where all of them are; ``dim`` is the dimension of requests."""
         self._first, self.dim, self.sizes = first, dim, {"3": 3, **sizes}
-        self.device = getattr(tensor, "device", None)  # whatever else it is, its check will say
+        self.device = tensor.device if isinstance(tensor, Tensor) else None  # its check will say so
         self._on_cpu = getattr(tensor, "is_cpu", False)
 
     def tensor(self, name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str) -> Tensor:
@@ -64,7 +65,9 @@ class ArgumentChecker:
         named, shape = dims.split(", "), value.shape
         known = tuple(map(self.sizes.get, named))
         if known != shape:  # most sizes are known
-            if len(known) != len(shape) or any(want not in (None, got) for want, got in zip(known, shape, strict=True)):
+            # By `!=`: a size that torch.compile lets vary is found by no `in`.
+            wrong = (want is not None and want != got for want, got in zip(known, shape, strict=False))
+            if len(known) != len(shape) or any(wrong):
                 sizes = ", ".join("*" if size is None else str(size) for size in known)
                 raise ValueError(f"{name} must have shape [{dims}] = [{sizes}], got {describe(value)}")
             self.sizes.update(zip(named, shape, strict=True))

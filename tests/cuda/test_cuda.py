@@ -126,20 +126,37 @@ def test_by_many_threads():
     assert int(result.stdout.split()[0]) > some(30, 100)
 
 
+#: Rows in two slices, and crews of several blocks, whose counters are given back.
+BLOCKS = """
+from specdec_kernels import verify_chain, verify_tree
+target = 3 * torch.randn(2, 4, 8300, generator=torch.Generator().manual_seed(0))
+target[:, :, :3] += 9  # drafts that are accepted, so that several blocks judge rows of a request
+ids, parents = torch.tensor([[0, 1, 2], [2, 0, 1]]), torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 1]])
+noise = {"seed": torch.tensor([1, 2]), "position": torch.tensor([3, 4])}
+for verify, rules, drafts in (
+    (verify_chain, ("token", "block", "coupled"), (ids,)),
+    (verify_tree, ("walk", "recursive", "traversal", "coupled"), (torch.cat([ids[:, :1], ids], 1), parents)),
+):
+    for rule in rules:
+        ours, others = (verify(target, *drafts, rule=rule, backend=x, **noise).tokens for x in ("cuda", "reference"))
+        assert torch.equal(ours, others), rule
+"""
+
+
 @pytest.mark.slow
 def test_threads_wait_for_each_other():
-    """Under the thread sanitizer; the control, without one of the places where they do, is among the mutants."""
+    """And blocks, under the thread sanitizer; the controls, without the places where they do, are among the mutants."""
     build = sanitized("thread", "specdec_cuda_emulated_threads")
     runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
     library = str(build / "libspecdec_cpu.so")
     environment = {
         "SPECDEC_EMULATE_CUDA": "threads", "SPECDEC_LIBRARY": library, "LD_PRELOAD": runtime.stdout.strip(),
-        "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1",
+        "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1", "SPECDEC_EMULATED_PROCESSORS": "2",
     }  # fmt: skip
     # Not forked: the sanitizer has to be there first.
-    command = [sys.executable, "-c", SELFTEST.format(count=some(4, 8))]
+    command = [sys.executable, "-c", SELFTEST.format(count=some(4, 8)) + BLOCKS]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
-    assert " []" in result.stdout, result.stderr[-3000:]
+    assert (result.returncode, " []" in result.stdout) == (0, True), result.stderr[-3000:]
 
 
 def test_by_several_blocks():

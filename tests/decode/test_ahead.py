@@ -83,7 +83,7 @@ BRIEF = {
 
 
 @pytest.mark.brief(kept=lambda parameters: tuple(parameters[name] for name in ("name", "rule", "outcomes")) in BRIEF)
-@pytest.mark.parametrize(("name", "rule", "outcomes"), product(INNER, ["token", "block", "coupled"], [1, 3]))
+@pytest.mark.parametrize(("name", "rule", "outcomes"), list(product(INNER, ["token", "block", "coupled"], [1, 3])))
 def test_text_and_drafts_are_those_of_the_drafter_alone(model, name, rule, outcomes, used):
     """In batches whose requests end at different steps, greedy ones among them, and of one request."""
     for prompts, lengths, heats in (

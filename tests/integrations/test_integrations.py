@@ -137,6 +137,9 @@ def test_flashinfer_counters_are_added_to():
     draft, ids, target = chains()
     _, independent, emitted = chain_speculative_sampling(draft, ids, target, seed=1)
     before = torch.full((B,), 10, dtype=torch.int32), torch.full((B,), 20, dtype=torch.int32)
+    # What is behind a -1 is no draft.
+    even = torch.full((1, 4, 10), 0.1)
+    assert chain_speculative_sampling(even[:, 1:], torch.tensor([[3, -1, 5]]), even, seed=1)[1:] == (1, 1)
     _, *after = chain_speculative_sampling(draft, ids, target, *before, seed=1)
     assert after[0] is before[0]
     assert after[1] is before[1]
@@ -165,6 +168,8 @@ def test_flashinfer_bad_input():
     draft, ids, target = chains()
     with pytest.raises(TypeError, match=r"draft_probs must be float32 \[B, K, V\]"):
         chain_speculative_sampling(draft.half(), ids, target)
+    with pytest.raises(ValueError, match=r"draft_token_ids must be in \[-1, .* got 999 at \[0, 0\]"):
+        chain_speculative_sampling(draft, torch.full_like(ids, 999), target)
     with pytest.raises(ValueError, match="target_probs must have shape"):
         chain_speculative_sampling(draft, ids, target[:, :K])
     with pytest.raises(TypeError, match="maybe_output_accepted_token_num must be int32"):

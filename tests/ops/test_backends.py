@@ -8,8 +8,10 @@ import pytest
 import torch
 from forms import pairwise, some
 from processes import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
+import specdec_kernels
 from specdec_kernels import ops, selftest, verify_chain_workspace
 from specdec_kernels.cli import main
 from specdec_kernels.contract import Rule
@@ -258,6 +260,33 @@ def test_compiled_without_a_break_and_replayed():
         given = (target, draft, torch.tensor([index, 7]), torch.tensor([index, 5]), torch.tensor([0.5, 1.0]))
         for got, want in zip(compiled(*given), step(*given), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_compiled_for_any_number_of_drafts():
+    """A size that varies may be one that is known, such as the 1 of one draft."""
+
+    def step(target, tokens):
+        return ops.verify_chain(target, tokens, seed=1, position=2).tokens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for drafts in (3, 4, 1, 0):
+        generator = torch.Generator().manual_seed(drafts)
+        given = torch.randn(3, drafts + 1, 50, generator=generator), torch.randint(0, 50, (3, drafts))
+        assert torch.equal(compiled(*given), step(*given)), drafts
+
+
+def test_fake_tensors_outside_of_a_compiler():
+    """Their values cannot be looked at."""
+    with FakeTensorMode() as mode:
+        logits, ids, parents = map(
+            mode.from_tensor, (torch.zeros(2, 3, 50), torch.zeros(2, 3).long(), torch.tensor([[-1, 0, 0]] * 2))
+        )
+        heat = torch.ones(2)
+        chain = specdec_kernels.verify_chain(logits, ids[:, :2], seed=1, position=2, temperature=heat)
+        tree = specdec_kernels.verify_tree(logits, ids, parents, seed=1, position=2)
+        assert chain.tokens.shape == tree.tokens.shape == (2, 3)
+        assert specdec_kernels.tree_mask(parents).shape == (2, 3, 3)
+        specdec_kernels.compact_kv([torch.zeros(2, 1, 9, 4)], ids, 1)
 
 
 def by_threads(call):

@@ -76,6 +76,19 @@ VERIFY = [
         ValueError,
         "presence_penalty must be finite",
     ),
+    (
+        {"penalties": Penalties(TOKENS, TOKENS, frequency_penalty=-1e39)},
+        ValueError,
+        "frequency_penalty must be finite .* got -1e",
+    ),
+    (
+        {"penalties": Penalties(TOKENS, TOKENS, repetition_penalty=1e-46)},
+        ValueError,
+        "repetition_penalty must be finite and positive .* got 1e-46",
+    ),
+    ({"rule": ["token"]}, ValueError, r"rule must be one of .* got \['token'\]"),
+    ({"target_logits": TARGET.numpy()}, TypeError, r"target_logits must be float32 .* got array"),
+    ({"logprobs": 1}, TypeError, "logprobs must be True or False, got 1"),
     ({"penalties": Penalties(TOKENS + 7, TOKENS)}, ValueError, r"penalties.prompt must be -1 or in \[0, 7\)"),
     (
         {"penalties": Penalties(TOKENS, TOKENS[:1])},

@@ -101,12 +101,14 @@ BAD = [
     ),
     (([CACHE, CACHE[:1]], PATH, 0), {}, ValueError, r"caches\[1\] must have shape \[B, H, S, D\] = \[2, 1, 8, 4\]"),
     (([CACHE.transpose(2, 3)], PATH, 0), {}, ValueError, "contiguous along D"),
+    (([CACHE[:1].expand(2, -1, -1, -1)], PATH, 0), {}, ValueError, r"not expanded, .* got \(0, 32, 4, 1\)"),
     (([CACHE], PATH[:1], 0), {}, ValueError, r"nodes must have shape \[B, N\] = \[2, \*\]"),
     (([CACHE], PATH.float(), 0), {}, TypeError, "nodes must be int64 or int32"),
     (([CACHE], PATH.flip(1), 0), {}, ValueError, "nodes must ascend from 0"),
     (([CACHE], torch.tensor([[0, -1, 2], [0, 1, 2]]), 0), {}, ValueError, "nodes must ascend from 0"),
     (([CACHE], PATH, 6), {}, ValueError, r"start must leave room for the nodes in 8 rows, got \[6, 6\]"),
     (([CACHE], PATH, -1), {}, ValueError, "start must leave room"),
+    (([CACHE], PATH, 2**63 - 1), {}, ValueError, "start must leave room"),
     (
         ([CACHE.transpose(1, 2)], PATH, 0),
         {"page_table": torch.tensor([[0], [2]])},
@@ -130,3 +132,4 @@ def test_opcheck():
 def test_nothing_to_do():
     empty = torch.zeros(0, 1, 8, 4)
     ops.kv.compact_kv([empty], torch.zeros(0, 3, dtype=torch.int64), 0)
+    ops.kv.compact_kv([CACHE], torch.zeros(2, 0, dtype=torch.int64), 0)

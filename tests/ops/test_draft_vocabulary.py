@@ -409,6 +409,13 @@ def test_compiled_without_a_break():
         assert_equal(compiled(*given, seed), step(*given, seed))
 
 
+def test_a_vocabulary_keeps_its_ids():
+    ids = torch.tensor([1, 2])
+    vocabulary = DraftVocabulary(ids, 4)
+    ids.fill_(0)
+    assert vocabulary.draft_to_target.tolist() == [1, 2]
+
+
 def test_a_vocabulary_can_move():
     moved = THREE.to("meta")
     assert moved.target_to_draft.is_meta

@@ -252,7 +252,7 @@ def test_refusals_write_nothing_and_leave_no_error_behind():
         (5, given["seed"]), (5, torch.full((3,), -1.0)), (6, -1.0), (6, 1), (7, given["seed"][:2]), (7, 5), (12, 1),
         (13, 1 << 70), (13, None), (14, None), (15, 1), (24, workspace[:-1]), (24, workspace.view(torch.int8)),
         (24, torch.zeros(2 * len(workspace), dtype=torch.uint8)[::2]),
-        (0, given["target_logits"].to("meta")),
+        (0, given["target_logits"].to("meta")), (22, 1), (23, 0),
     )  # fmt: skip
     for index, wrong in refused:
         assert call(*(wrong if at == index else x for at, x in enumerate(arguments))) is None
@@ -311,6 +311,15 @@ def test_who_watches_what_is_dispatched_sees_it():
 def connect(entries: int, on_cuda: bool, by_torch: bool) -> dict[str, Any]:
     results = backends._OPERATORS
     return dict(zip(results.values(), _native.connect(entries, on_cuda, by_torch, tuple(results)), strict=True))
+
+
+def test_tensors_without_memory_are_left_to_the_dispatcher():
+    """They look plain: what functionalisation follows, and zeros that are made where they are read."""
+    logits, keys = chain()["target_logits"][0], {"seed": torch.arange(5), "position": torch.arange(5)}
+    followed = torch.func.functionalize(lambda x: sample(x, **keys).tokens)(logits)
+    assert torch.equal(followed, sample(logits, **keys).tokens)
+    with pytest.raises(RuntimeError, match="not taken as it is"):
+        sample(torch._efficientzerotensor(5, 300), **keys)
 
 
 def test_a_library_of_another_build_is_not_connected(monkeypatch):

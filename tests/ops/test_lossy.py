@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import VOCAB, slow_greedy, tiny
 from specdec_kernels import lossy, oracle
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, TreeDrafter
+from specdec_kernels.ops import validate
 
 
 def naive(logits, tokens, parents, epsilon, delta):
@@ -46,6 +48,18 @@ def test_typical_acceptance_takes_the_longest_typical_path():
     assert lengths == {1, 2, 3, 4}
 
 
+def test_ids_that_are_none_are_not_accepted():
+    """Those of the root and behind the last node mean nothing; elsewhere, as on a GPU, where ids are not checked."""
+    logits, parents = torch.zeros(1, 4, 6), torch.tensor([[-1, 0, 1, -1]])
+
+    def accepted(*tokens):
+        return int(lossy.typical_acceptance(logits, torch.tensor([tokens]), parents, seed=1, position=3).num_accepted)
+
+    assert accepted(0, 1, 2, 0) == accepted(600, 1, 2, -1) == accepted(-1, 1, 2, 600) == 2
+    with patch.object(validate, "readable", lambda _: False):
+        assert (accepted(0, 600, 2, 0), accepted(0, 1, -1, 0)) == (0, 1)
+
+
 def test_it_is_not_lossless_and_says_so():
     assert lossy.typical_acceptance.lossless is False
     target, draft = ([float(x) for x in table(3, seed)(())] for seed in (1, 2))
@@ -61,11 +75,12 @@ def test_it_is_not_lossless_and_says_so():
     assert sum(abs(own[sequence] - float(want[sequence])) for sequence in want) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e39])
 @pytest.mark.parametrize("name", ["temperature", "epsilon", "delta"])
-def test_bad_options(name):
-    with pytest.raises(ValueError, match=f"{name} must be positive"):
+def test_bad_options(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive and at most"):
         lossy.typical_acceptance(
-            torch.zeros(1, 1, 3), torch.zeros(1, 1).long(), torch.tensor([[-1]]), seed=1, position=1, **{name: 0.0}
+            torch.zeros(1, 1, 3), torch.zeros(1, 1).long(), torch.tensor([[-1]]), seed=1, position=1, **{name: value}
         )
 
 

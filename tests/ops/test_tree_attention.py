@@ -57,12 +57,25 @@ def test_what_is_behind_the_tree_is_not_read(backend, device):
     query, key, value, parents, contexts = example(5, 2, 1, 16, torch.float32, [7, 2], spare=10)
     packed = tree_mask(parents, "packed")
     results = []
-    for filler in (0.0, 1e9):
+    for filler in (0.0, 1e9, float("nan"), float("inf")):
         for b, length in enumerate(contexts.tolist()):
             key[b, :, length + 5 :], value[b, :, length + 5 :] = filler, filler
         given = [x.to(device) for x in (query, key, value, packed, contexts)]
         results.append(tree_attention(*given, backend=backend))
-    assert torch.equal(*results)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_autocast_changes_nothing(backend, device):
+    query, key, value, parents, contexts = example(5, 2, 1, 16, torch.float32, [7, 2])
+    given = [x.to(device) for x in (query, key, value, tree_mask(parents, "packed"), contexts)]
+    with torch.autocast(device, torch.bfloat16):
+        got = tree_attention(*given, backend=backend)
+    assert torch.equal(got, tree_attention(*given, backend=backend))
+
+
+def test_heads_without_width():
+    query, key, value, parents, contexts = example(3, 2, 1, 0, torch.float32, [7, 2])
+    assert tree_attention(query, key, value, tree_mask(parents, "packed"), contexts).shape == (2, 2, 3, 0)
 
 
 def test_a_wrong_bit_is_seen(backend, device):

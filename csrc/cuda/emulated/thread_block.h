@@ -4,55 +4,57 @@
 
 #include <array>
 #include <atomic>
-#include <barrier>
 #include <thread>
+
+#include <pthread.h>
 
 namespace specdec::cuda {
 
-template <class T>
-T fresh(const T* p) {
-  return *p;
-}
-template <class T>
-T streamed(const T* p) {
-  return *p;
-}
-template <class T>
-T uniform_value(const T& x) {
-  return x;
-}
-template <class T>
-void put(T* p, const T& x) {
-  *p = x;
-}
+inline auto fresh(const auto* p) { return *p; }
+inline auto streamed(const auto* p) { return *p; }
+inline auto uniform_value(const auto& x) { return x; }
+inline void put(auto* p, const auto& x) { *p = x; }
 inline float quotient(float a, float b) { return a / b; }
 inline float log_of_small(float x) { return logf(x); }
 inline float ex2(float x) { return exp2f(x); }
 
-// Between blocks that run side by side. A relaxed load acquires here, since thread sanitizers do not know fences.
+// Between blocks that run side by side, in no other order than a GPU's. Thread sanitizers do not know fences: what is
+// acquired is what was released to one counter.
+inline std::atomic_ref<uint32_t> shared(const uint32_t* word) {
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(word));
+}
 inline uint32_t come_to(uint32_t* counter, uint32_t wrap) {
-  std::atomic_ref<uint32_t> shared(*counter);
-  uint32_t before = shared.load();
-  while (!shared.compare_exchange_weak(before, before >= wrap ? 0 : before + 1)) {
+  uint32_t before = shared(counter).load(std::memory_order_relaxed);
+  while (!shared(counter).compare_exchange_weak(before, before >= wrap ? 0 : before + 1, std::memory_order_release,
+                                                std::memory_order_relaxed)) {
   }
   return before;
 }
-inline uint32_t add_to(uint32_t* counter, uint32_t more) { return std::atomic_ref<uint32_t>(*counter).fetch_add(more); }
-inline uint32_t set_bits(uint32_t* word, uint32_t bits) { return std::atomic_ref<uint32_t>(*word).fetch_or(bits); }
-inline void acquire() {}
-inline uint32_t glance(const uint32_t* word) { return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(word)).load(); }
+inline uint32_t add_to(uint32_t* counter, uint32_t more) { return shared(counter).fetch_add(more); }
+inline uint32_t set_bits(uint32_t* word, uint32_t bits) { return shared(word).fetch_or(bits); }
+inline void acquire(const uint32_t* counter) { shared(counter).load(std::memory_order_acquire); }
+inline uint32_t glance(const uint32_t* word) { return shared(word).load(std::memory_order_relaxed); }
 inline void compute_here(uint32_t&) {}
 inline void wait_a_little() { std::this_thread::yield(); }
+
+// Not the standard library's, whose barriers share what they wait by: a thread sanitizer would take blocks to wait for
+// each other that do not.
+struct Barrier {
+  explicit Barrier(unsigned threads) { pthread_barrier_init(&all, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&all); }
+  void wait() { pthread_barrier_wait(&all); }
+  pthread_barrier_t all;
+};
 
 // What the threads of a block share.
 struct BlockState {
   struct Warp {
-    std::barrier<> all{kLanes};
+    Barrier all{kLanes};
     struct alignas(16) {
       unsigned char bytes[16];
     } slots[2][kLanes]{};
   };
-  std::barrier<> all{kThreads};
+  Barrier all{kThreads};
   std::array<Warp, kWarps> warps;
   BlockMemory memory{};
 };
@@ -73,7 +75,7 @@ inline int rank() { return kThreads == 1 ? 0 : current.rank; }
 inline int lane() { return rank() % kLanes; }
 inline BlockMemory& memory() { return current.block->memory; }
 inline void sync() {
-  if constexpr (kThreads > 1) current.block->all.arrive_and_wait();
+  if constexpr (kThreads > 1) current.block->all.wait();
 }
 template <class T, class F>
 T reduce(T x, const F& combine);
@@ -85,7 +87,7 @@ T shuffled(T x, int mask) {
   auto& slots = warp.slots[++current.shuffles % 2];  // those of the last one may still be read
   static_assert(sizeof(T) <= sizeof slots[0]);
   std::memcpy(&slots[rank() % kLanes], &x, sizeof(T));
-  warp.all.arrive_and_wait();
+  warp.all.wait();
   std::memcpy(static_cast<void*>(&x), &slots[(rank() ^ mask) % kLanes], sizeof(T));
   return x;
 }
