@@ -96,6 +96,7 @@ class Options:
     def __post_init__(self) -> None:
         whole("num_draft", self.num_draft, 0)
         choice("rule", self.rule, _TREE_RULES)
+        check_stop_when(self.stop_when)
 
     def drafts(self, batch: int) -> int:
         """Drafts of each of so many requests at most."""
@@ -211,19 +212,16 @@ def generate(
     """
     named = dict(locals())
     tokens = stream(named.pop("target"), named.pop("prompts"), **named)
-    endings: list[Ending] = [""] * len(prompts)
-    results = [Generation() for _ in prompts]
+    endings: dict[int, Ending] = {}
+    results: dict[int, Generation] = {}  # in the end of every prompt: each has one token at least, or what ended it
     for token in tokens:
         endings[token.request] = token.finished
+        result = results.setdefault(token.request, Generation())
         if token.token >= 0:
-            result = results[token.request]
             result.tokens.append(token.token)
             result.drafted.append(token.drafted)
             result.logprobs.append(token.logprob)
-    return [
-        Generation(result.tokens, result.drafted, result.logprobs, ending)
-        for result, ending in zip(results, endings, strict=True)
-    ]
+    return [replace(results[request], finished=endings[request]) for request in sorted(results)]
 
 
 #: The rules of a chain, carried over to trees.
@@ -249,22 +247,41 @@ class _Outcome(NamedTuple):
     """Of each request (drafts, how deep they go)."""
 
 
+def check_stop_when(stop_when: object) -> None:
+    """None, or something that can be called.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if stop_when is not None and not callable(stop_when):
+        raise TypeError(f"stop_when must be a function of (index, tokens), got {stop_when!r}")
+
+
 def check_parties(target: Any, drafter: Any) -> None:
     """Check that these are a target, and a drafter or none.
 
     Raises:
         TypeError: they are not.
+        ValueError: the drafter draws from another vocabulary than the target's.
     """
     examples = {"target": "TransformersTarget(model)", "drafter": "ModelDrafter(model)"}
     for (name, example), value in zip(examples.items(), (target, drafter), strict=True):
         if not (hasattr(value, "begin") or (name == "drafter" and value is None)):
             raise TypeError(f"{name} must be a {name.capitalize()}, such as {example}, got {type(value).__name__}")
+    own = getattr(drafter, "vocab_size", None)  # of drafters that pass on what they drew from
+    if own not in (None, target.vocab_size):
+        raise ValueError(
+            f"drafter must draft from the target's vocabulary, ModelDrafter(model, vocab_size={target.vocab_size}) if "
+            f"its own is smaller, got vocab_size={own}"
+        )
 
 
 class Loop:
     """One stream: its sessions with target and drafter, and the requests that go on."""
 
     def __init__(self, target: Target, drafter: Drafter | None, options: Options, statistics: Statistics) -> None:
+        if not isinstance(statistics, Statistics):
+            raise TypeError(f"statistics must be Statistics, got {statistics!r}")
         self._with, self._options, self._statistics = (target, drafter), options, statistics
         self._device, self._vocab = target.device, target.vocab_size
         self._batch: Batch
@@ -295,10 +312,13 @@ class Loop:
     def join(self, requests: list[Request], target: TargetSession, drafter: DrafterSession | None) -> None:
         """Go on with these requests too, whose prompts were read, behind those that there are."""
         with torch.inference_mode():
+            # What can fail on the way comes first, so that those that run are not left with caches of others.
+            batch = Batch([*self.requests, *requests], self._vocab, self._device)
+            drafting = None if self._drafter is None else joinable(self._drafter)
             joinable(self._target).join(target)
-            if self._drafter is not None:
-                joinable(self._drafter).join(drafter)
-            self._batch = Batch([*self.requests, *requests], self._vocab, self._device)
+            if drafting is not None:
+                drafting.join(drafter)
+            self._batch = batch
 
     def __iter__(self) -> Iterator[Token]:
         while self._batch.requests:
@@ -347,7 +367,8 @@ class Loop:
             self._statistics.emitted += 1
             ended: Ending = ""
             stop_when = self._options.stop_when
-            if token in request.stop_tokens or (stop_when and stop_when(request.index, request.generated)):
+            # A list of its own, which the caller may keep or change.
+            if token in request.stop_tokens or (stop_when and stop_when(request.index, list(request.generated))):
                 ended = "stop"
             elif request.remaining == 0:
                 ended = "length"
@@ -366,7 +387,7 @@ class Loop:
         row = outcome.drawn_from[slot]
         logits = outcome.scores.logits[slot, row].float().clone()
         for token, bias in request.sampling.logit_bias.items():
-            logits[token] += bias
+            logits[token] += float(bias)  # an int of more than 64 bits would overflow
         if outcome.masks is not None:
             mask = outcome.masks[slot, row].to(logits.device)
             if not bool(mask.any()):

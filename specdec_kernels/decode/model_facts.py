@@ -214,11 +214,27 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
                 f"was read before would have to be read again; got prompts of {[len(prompt) for prompt in prompts]} "
                 f"tokens and {max(lengths)} at the end"
             )
+    check_together(model, lengths)
+
+
+def check_together(model: Any, lengths: Sequence[int]) -> None:
+    """Whether histories of up to so many tokens that are read, each of which can be scored by itself, can be scored in
+    one batch.
+
+    Raises:
+        ValueError: rotary frequencies, which a pass has in common, or local windows stand against it.
+    """
+    for original in _original_lengths(text_config(model)):
+        if min(lengths) <= original < max(lengths):
+            raise ValueError(
+                f"prompts must be all within the original length of {original} tokens of {_name(model)} (longrope) to "
+                f"the end, or none of them, got a batch with {min(lengths)} to {max(lengths)} tokens"
+            )
     window = column_window(model)
-    if window is not None and len(prompts) > 1 and max(lengths) > window:
+    if window is not None and len(lengths) > 1 and max(lengths) > window:
         raise ValueError(
             f"prompts must be one at a time beyond the local window of {window} tokens of {_name(model)}, which it "
-            f"measures by column of its cache, got a batch of {len(prompts)} with up to {max(lengths)} tokens"
+            f"measures by column of its cache, got a batch of {len(lengths)} with up to {max(lengths)} tokens"
         )
 
 

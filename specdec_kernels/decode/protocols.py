@@ -318,7 +318,7 @@ class JoinableSession(Protocol):
         is not used any more.
 
         Raises:
-            ValueError: these requests cannot be had together.
+            ValueError: these requests cannot be had together, before anything changes: a scheduler has them wait.
         """
 
 
@@ -402,7 +402,7 @@ class DrafterSession(Protocol):
 
 
 class Drafter(Protocol):
-    """Something that proposes tokens."""
+    """Something that proposes tokens. A ``vocab_size``, where it has one, says of what ids: the target's."""
 
     @property
     def feature_layers(self) -> Sequence[int]:

@@ -25,6 +25,9 @@ Grammar = Callable[[Sequence[int]], Tensor]
 
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
+#: A smaller ``top_p`` keeps the likeliest token alone too, but would be 0 in float32.
+_LEAST_TOP_P = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -64,8 +67,9 @@ class Sampling:
         for token, value in self.logit_bias.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"logit_bias must map token ids to numbers, got {value!r} for {token}")
-            if not value < math.inf:
-                raise ValueError(f"logit_bias must be below inf (-inf: never), got {value} for {token}")
+            if value != -math.inf and not abs(value) <= checks.MOST:
+                what = f"{shortened(value)} for {token}"
+                raise ValueError(f"logit_bias must be finite in float32, or -inf (never), got {what}")
         if self.grammar is not None and not callable(self.grammar):
             raise TypeError(f"grammar must be a function of the tokens generated, got {self.grammar!r}")
 
@@ -183,8 +187,8 @@ class Batch:
         self.greedy = all(s.temperature < MIN_TEMPERATURE for s in samplings)
         self.filters: dict[str, Any] = {
             "temperature": self._column([float(s.temperature) for s in samplings]),
-            "top_k": self._column([s.top_k for s in samplings], torch.int64),
-            "top_p": self._column([float(s.top_p) for s in samplings]),
+            "top_k": self._column([min(s.top_k, checks.MOST_TOP_K) for s in samplings], torch.int64),
+            "top_p": self._column([max(float(s.top_p), _LEAST_TOP_P) for s in samplings]),
             "min_p": self._column([float(s.min_p) for s in samplings]),
         }
         """Temperature and filters: one for all where they are equal, else one of each a request."""
@@ -235,7 +239,7 @@ class Batch:
         if (grammar := request.sampling.grammar) is None:
             mask = torch.full((-(-self._vocab // 32),), -1, dtype=torch.int32, device=CPU)
         else:
-            mask = allowed(grammar, history, self._vocab)
+            mask = allowed(grammar, list(history), self._vocab)  # its own, to keep or to change
         if len(history) < request.min_new_tokens:
             stops = np.zeros(self._vocab, dtype=bool)
             stops[[token for token in request.stop_tokens if token < self._vocab]] = True

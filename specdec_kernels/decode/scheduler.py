@@ -8,6 +8,7 @@ import queue
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_kernels.checks import ids_of, whole
-from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties
+from specdec_kernels.checks import ids_of, listed, whole
+from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties, check_stop_when
 from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
     Draft,
@@ -40,14 +41,16 @@ class Submission:
     one.
 
     Whoever waits for a token runs steps of the scheduler meanwhile, which serve all its requests. What went wrong with
-    this request alone is raised here.
+    this request alone is raised here, by an iterator once and by :meth:`result` every time; what would say something of
+    its reader (``StopIteration``, ``KeyboardInterrupt``) as the cause of a ``RuntimeError``.
     """
 
     def __init__(self, scheduler: Scheduler, request: Request, stop_when: StopWhen | None) -> None:
         self._scheduler, self.request, self.stop_when = scheduler, request, stop_when
         self._tokens: list[Token] = []
         self._read = 0
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self._raised = False
         self.done = False
         """Whether no more tokens will come than those not read yet: finished, cancelled or failed."""
         self.acceptance = Acceptance()
@@ -69,19 +72,24 @@ class Submission:
         return self
 
     async def __anext__(self) -> Token:
-        token = await asyncio.to_thread(self._scheduler.advance_to, self)
+        while not self.ready:  # the thread takes no token, which would be lost where this is cancelled meanwhile
+            await asyncio.to_thread(self._scheduler.advance_to, self, take=False)
+        token = self.take()
         if token is None:
             raise StopAsyncIteration
         return token
 
     def cancel(self) -> None:
-        """End the request where it is; tokens that were made can still be read. Later than its end it does nothing."""
+        """End the request where it is; tokens that were made can still be read. Later than its end it does nothing.
+        Within a step, called by a ``stop_when``, a grammar or a drafter, it takes effect when the step is done."""
         self._scheduler.cancel(self)
 
     def result(self) -> Generation:
         """The whole request, once it has ended; ``finished`` is empty if it was cancelled."""
         for _ in self:
             pass
+        if self._error is not None:
+            raise self._error
         tokens = [token for token in self._tokens if token.token >= 0]
         return Generation(
             [token.token for token in tokens],
@@ -96,17 +104,25 @@ class Submission:
         self._tokens.append(token)
         self.done = self.done or bool(token.finished)
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take, or never will be."""
+        return self._read < len(self._tokens) or self.done
+
     def take(self) -> Token | None:
-        """The next token that is there; an error where there is none any more."""
+        """The next token that is there; an error, once, where there is none any more."""
         if self._read < len(self._tokens):
             self._read += 1
             return self._tokens[self._read - 1]
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._error is not None and not self._raised:
+            self._raised = True
+            raise self._error
         return None
 
     def fail(self, error: BaseException) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
+            cause, error = error, RuntimeError(f"the request was ended by {error!r}")
+            error.__cause__ = cause
         self._error, self.done = error, True
 
 
@@ -122,9 +138,10 @@ class Scheduler:
     """Decodes requests that come at any time, as many together as there are slots.
 
     A request is read as soon as a slot is free, in chunks between the steps of those that run, and then decoded with
-    them; its tokens are those it would have alone, as far as the target's logits are the same in any batch. Nothing
-    runs by itself: whoever iterates over a submission, or calls :meth:`run` or :meth:`step`, does the work, from any
-    number of threads or tasks, one at a time.
+    them; its tokens are those it would have alone, as far as the target's logits are the same in any batch. What the
+    target cannot score together with those that run (``join`` of its session says so) waits for their end, and all
+    others behind it. Nothing runs by itself: whoever iterates over a submission, or calls :meth:`run` or :meth:`step`,
+    does the work, from any number of threads or tasks, one at a time.
 
     Args:
         target, drafter, num_draft, rule, logprobs, statistics, backend: as of
@@ -177,7 +194,9 @@ class Scheduler:
         self._options = Options(num_draft, rule, logprobs, backend, self._stops, max_rows)
         self.statistics = Statistics() if statistics is None else statistics
         self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
-        self._lock = threading.RLock()
+        self._lock = _FairLock()
+        self._in_step = False
+        self._cancelled: list[Submission] = []  # in this step
         self._queue: list[_Waiting] = []
         self._reading: _Prompt | None = None
         self._running: dict[int, Submission] = {}  # by the index of the request
@@ -235,21 +254,29 @@ class Scheduler:
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
         if isinstance(priority, bool) or not isinstance(priority, (int, float)) or priority != priority:
             raise TypeError(f"priority must be a number, got {priority!r}")
+        seeds = listed("seeds", seeds, "seeds")
         if not 0 < len(seeds) <= self._max_requests:
             raise ValueError(
                 f"seeds must be at least one, and no more than max_requests={self._max_requests}, got {len(seeds)}"
             )
         count = len(seeds)
+        endings = (
+            [None] * count if stop_when is None else listed("stop_when", stop_when, "functions, one for each seed")
+        )
+        if len(endings) != count:
+            raise ValueError(f"stop_when must have one entry for each of the {count} seeds, got {len(endings)}")
+        for ends in endings:
+            check_stop_when(ends)
         each = {item.name: [getattr(sampling, item.name)] * count for item in fields(sampling)}
         stops = self._target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
         vocab = self._target.vocab_size
-        requests = make_requests([prompt] * count, vocab, list(seeds), max_new_tokens, each, stops, min_new_tokens)
+        requests = make_requests([prompt] * count, vocab, seeds, max_new_tokens, each, stops, min_new_tokens)
         with self._lock:
             if self._max_waiting is not None and len(self._queue) >= self._max_waiting:
                 raise queue.Full(f"max_waiting={self._max_waiting} requests wait already")
             order = -priority, self._submitted
             submissions = []
-            for request, ends in zip(requests, stop_when or [None] * count, strict=True):
+            for request, ends in zip(requests, endings, strict=True):
                 request.index = self._submitted
                 self._submitted += 1
                 submission = Submission(self, request, ends)
@@ -273,12 +300,32 @@ class Scheduler:
     def step(self) -> bool:
         """Read a chunk of what waits, where there is a slot, and decode one step of what runs. Whether any is left.
 
-        An error of the target ends the requests that ran, each of which raises it when it is read.
+        An error of the target ends the requests that ran, each of which raises it when it is read. So does what
+        interrupts a step (``KeyboardInterrupt``), which is raised here too.
+
+        Raises:
+            RuntimeError: within a step, called by a ``stop_when``, a grammar or a drafter.
         """
         with self._lock:
-            self._admit()
-            if self._running:
-                self._decode()
+            if self._in_step:
+                raise RuntimeError(
+                    "a step of the scheduler cannot be made within a step: stop_when, grammars and drafters may submit "
+                    "and cancel requests, but not wait for them"
+                )
+            try:
+                self._in_step = True
+                self._admit()
+                if self._running:
+                    self._decode()
+            except BaseException as error:  # half a step must not be gone on from
+                self._fail_running(error)
+                if self._reading is not None:
+                    self._fail_reading(self._reading, error)
+                raise
+            finally:
+                self._in_step = False
+                while self._cancelled:
+                    self.cancel(self._cancelled.pop())
             return bool(self._running or self._queue or self._reading)
 
     def run(self) -> None:
@@ -286,18 +333,21 @@ class Scheduler:
         while self.step():
             pass
 
-    def advance_to(self, submission: Submission) -> Token | None:
-        """The next token of a submission, by as many steps as it takes; ``None`` behind its last."""
+    def advance_to(self, submission: Submission, take: bool = True) -> Token | None:
+        """The next token of a submission, by as many steps as it takes; ``None`` behind its last, or where it is not
+        to be taken yet."""
         while True:
             with self._lock:
-                token = submission.take()
-                if token is not None or submission.done:
-                    return token
+                if submission.ready:
+                    return submission.take() if take else None
                 self.step()
 
     def cancel(self, submission: Submission) -> None:
         """See :meth:`Submission.cancel`."""
         with self._lock:
+            if self._in_step:  # which has the same requests from its beginning to its end
+                self._cancelled.append(submission)
+                return
             if submission.done:
                 return
             submission.done = True
@@ -314,15 +364,23 @@ class Scheduler:
         try:
             gained = self._loop.step()
         except Exception as error:
-            for request, submission in list(self._running.items()):
-                submission.fail(error)
-                self._end(request)
+            self._fail_running(error)
             return
         for token in gained:
             self._running[token.request].put(token)
         for request in {token.request for token in gained if token.finished}:
             self._end(request)
         self._drop([submission for submission in self._running.values() if submission.done])
+
+    def _fail_running(self, error: BaseException) -> None:
+        for request, submission in list(self._running.items()):
+            submission.fail(error)
+            self._end(request)
+
+    def _fail_reading(self, prompt: _Prompt, error: BaseException) -> None:
+        for submission in prompt.submissions:
+            submission.fail(error)
+        self._reading = None
 
     def _drop(self, submissions: list[Submission]) -> None:
         """Decode these no more."""
@@ -362,35 +420,46 @@ class Scheduler:
         left = self._chunk
         while left > 0 and (self._reading or self._queue):
             prompt = self._reading or self._queue[0].prompt
-            if len(self._running) + len(prompt.submissions) > self._max_requests:
+            if len(self._running) + len(prompt.submissions) > self._max_requests or (prompt.refused and self._running):
                 return
             if self._reading is None:
-                heapq.heappop(self._queue)
-                self._reading = prompt
+                self._reading = heapq.heappop(self._queue).prompt
             try:
                 while left > 0 and not prompt.done:
                     left -= max(1, self._read(prompt, left))
                 if not prompt.done:
                     return
-                self._start(prompt)
+                prompt.refused = not self._start(prompt)
             except Exception as error:
-                for submission in prompt.submissions:
-                    submission.fail(error)
-            self._reading = None
+                self._fail_reading(prompt, error)
+            if not prompt.refused:
+                self._reading = None
 
     def _read(self, prompt: _Prompt, most: int) -> int:
         with torch.inference_mode(), self.statistics.timed("prompt"):
             return prompt.read(most)
 
-    def _start(self, prompt: _Prompt) -> None:
+    def _start(self, prompt: _Prompt) -> bool:
+        """Have it decoded; whether it can be, together with those that run."""
         requests = [submission.request for submission in prompt.submissions]
         if len(requests) > 1:
             with torch.inference_mode():
                 prompt.session.select([0] * len(requests))
-        (self._loop.join if self._running else self._loop.admit)(requests, prompt.session, self._guarded(prompt))
+        drafting = self._guarded(prompt)
+        if self._running:
+            try:
+                self._loop.join(requests, prompt.session, drafting)
+            except ValueError:  # before anything changed
+                return False
+            except Exception as error:  # half of them may have joined
+                self._fail_running(error)
+                raise
+        else:
+            self._loop.admit(requests, prompt.session, drafting)
         for submission in prompt.submissions:
             submission.prompt_logprobs = prompt.logprobs
             self._running[submission.request.index] = submission
+        return True
 
     def _guarded(self, prompt: _Prompt) -> DrafterSession | None:
         if self._drafter is None:
@@ -412,6 +481,8 @@ class _Prompt:
         self._features: list[Tensor] = []
         self._read = 0
         self._session: TargetSession | None = None
+        self.refused = False
+        """Whether it was read, but cannot be decoded together with those that ran then."""
 
     @property
     def session(self) -> TargetSession:
@@ -430,17 +501,22 @@ class _Prompt:
         return torch.cat(self._features, 1) if self._features else None
 
     def read(self, most: int) -> int:
-        """Read up to so many tokens more, in one pass. How many it was."""
+        """Read up to so many tokens more, in one pass, or a prompt that cannot be read in pieces. How many it was."""
         prompt = self.request.prompt
         count = min(most, len(prompt) - 1 - self._read)
         features = None
         if self._session is None:
             if self._with_logprobs:  # what a session reads as it begins, it gives no scores of
                 count = 0
-            rest = len(prompt) - 1 - count
-            self._session = self._target.begin(
-                [prompt[: count + 1]], [self.request.max_new_tokens + rest], self._layers
-            )
+            try:
+                self._session = self._begin(count)
+            except ValueError:  # nothing was read; what is wrong with it is said of the whole prompt
+                count = len(prompt) - 1
+                self._session = self._begin(count)
+                if self._with_logprobs:
+                    raise ValueError(
+                        f"prompt_logprobs needs a prompt that can be read in pieces, got one of {len(prompt)} tokens"
+                    ) from None
             joinable(self._session)
             features = self._session.features
         elif count:
@@ -455,6 +531,11 @@ class _Prompt:
             self._features.append(features)
         self._read += count
         return count
+
+    def _begin(self, count: int) -> TargetSession:
+        """Read so many tokens, of which the target knows how many follow."""
+        prompt, rest = self.request.prompt, len(self.request.prompt) - 1 - count
+        return self._target.begin([prompt[: count + 1]], [self.request.max_new_tokens + rest], self._layers)
 
 
 class _GuardedSession:
@@ -538,7 +619,32 @@ class _GuardedSession:
 
 
 def _warn(what: str, error: Exception) -> None:
-    warnings.warn(
-        f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
-        RuntimeWarning, stacklevel=3,
-    )  # fmt: skip
+    with suppress(Exception):  # warnings that are errors (-W error) would end what goes on without drafts
+        warnings.warn(
+            f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+class _FairLock:
+    """A lock that its owner can take again, and that who gives it back has again only after all who wait for it: of one
+    of Python, a thread that makes step after step would hardly let any other have it."""
+
+    def __init__(self) -> None:
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        own = threading.get_ident()
+        if self._owner != own:
+            with self._turn:  # which who waits for the lock keeps from all others
+                self._lock.acquire()
+            self._owner = own
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._owner = None
+            self._lock.release()

@@ -164,10 +164,12 @@ class StaticSession:
         self._cache.commit_path(paths)
 
     def select(self, slots: Sequence[int]) -> None:
+        if len(slots) > len(self.lengths):  # several that go on from one
+            self._target.check_batch([self._longest] * len(slots))
         self._cache.select(slots)
 
     def join(self, other: StaticSession) -> None:
-        self._target.try_out("batches")
+        self._target.check_batch([self._longest, other._longest])
         self._cache.join(other._cache)
         self._longest = max(self._longest, other._longest)
 

@@ -157,13 +157,19 @@ class StaticCache:
 
     @torch.inference_mode()
     def select(self, slots: Sequence[int]) -> None:
-        """Go on with the requests in these slots only."""
+        """Go on with the requests in these slots only; if they are more than there are slots, since several go on from
+        one, with new graphs."""
         index = to_device(slots, torch.int64, self.device)
-        for layer in self.layers:
-            for storage in layer.storage:
-                storage[: len(slots)] = storage[index]  # the right side is a copy
-        half = len(slots) <= self._slots // 2
-        self._set([self.lengths[slot] for slot in slots], len(slots) if half else self._slots)
+        if len(slots) > self._all_slots:
+            self._all_slots, self._graphs = len(slots), Graphs()
+            for layer in self.layers:
+                layer.storage = tuple(storage[index] for storage in layer.storage)
+        else:
+            for layer in self.layers:
+                for storage in layer.storage:
+                    storage[: len(slots)] = storage[index]  # the right side is a copy
+        fits = self._slots // 2 < len(slots) <= self._slots
+        self._set([self.lengths[slot] for slot in slots], self._slots if fits else len(slots))
 
     @torch.inference_mode()
     def make_room(self, rows: int) -> None:

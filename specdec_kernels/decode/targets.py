@@ -98,6 +98,16 @@ class TransformersTarget:
         model_facts.check_lengths(self.model, prompts, max_new_tokens)
         self.try_out("batches" if len(prompts) > 1 else "chains", prompts[0])
 
+    def check_batch(self, longest: Sequence[int], prompt: Sequence[int] = ()) -> None:
+        """Check that streams can go on in one batch, each with requests of up to so many tokens; ``prompt`` as of
+        :meth:`try_out`.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        model_facts.check_together(self.model, [length - 1 for length in longest])
+        self.try_out("batches", prompt)
+
     def try_out(self, use: Use, prompt: Sequence[int] = ()) -> None:
         """Check that the model can be used so, unless that was done before or is not wanted; with the source of a
         prompt, where the model needs one that is no text.
@@ -192,12 +202,14 @@ class TransformersSession:
         self._cache.commit_path(paths)
 
     def select(self, slots: Sequence[int]) -> None:
+        if len(slots) > len(self.lengths):  # several that go on from one
+            self._target.check_batch([self._longest] * len(slots), self._prompt)
         self._cache.select(slots)
         if self._sources is not None:
             self._sources.select(slots)
 
     def join(self, other: TransformersSession) -> None:
-        self._target.try_out("batches", self._prompt)
+        self._target.check_batch([self._longest, other._longest], self._prompt)
         if self._sources is not None and other._sources is not None:
             self._sources.join(other._sources)  # which may refuse
         self._cache.join(other._cache)
@@ -254,7 +266,15 @@ class WindowSession(TransformersSession):
         else:
             self._cache.commit([0])
 
+    def select(self, slots: Sequence[int]) -> None:
+        if len(slots) > 1:
+            self._refuse_batches()
+        super().select(slots)
+
     def join(self, other: TransformersSession) -> None:
+        self._refuse_batches()
+
+    def _refuse_batches(self) -> None:
         raise ValueError(
             f"fixed_rows needs a batch of one prompt, which no other can join; got fixed_rows={self._rows}"
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
-from specdec_kernels.checks import whole
+from specdec_kernels.checks import listed, whole
 from specdec_kernels.decode.loop import Ending
 from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
@@ -146,9 +148,9 @@ class Continuation:
         """The whole of it, once it has ended."""
         made = self.submission.result()
         self._close()
-        return Completion(
-            self._text, made.tokens, made.logprobs, made.finished, self.stop, self.submission.prompt_logprobs
-        )
+        # A stop string may be complete only with what was held back to the end.
+        finished = made.finished if self.stop is None else "stop"
+        return Completion(self._text, made.tokens, made.logprobs, finished, self.stop, self.submission.prompt_logprobs)
 
 
 class TextGenerator:
@@ -216,9 +218,36 @@ class TextGenerator:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
     ) -> list[list[Completion]]:
-        """Continue prompts to the end; ``params`` are for all of them, or a list with one each."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"params must have one entry for each of the {len(prompts)} prompts, got {len(each)}")
-        submitted = [self.submit(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        return [[continuation.result() for continuation in own] for own in submitted]
+        """Continue prompts to the end; ``params`` are for all of them, or a list with one each.
+
+        Where the queue is full, those before are decoded first. After an error nothing of it goes on.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`submit`; ``prompts`` or ``params`` are no lists, or not of one length.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list of texts or of token ids, [prompt] for one, got {prompts!r}")
+        every = listed("prompts", prompts, "texts or of token ids")
+        single = isinstance(params, SamplingParams)
+        each = [params] * len(every) if single else listed("params", params, "SamplingParams")
+        if len(each) != len(every):
+            raise ValueError(f"params must have one entry for each of the {len(every)} prompts, got {len(each)}")
+        made: list[list[Continuation]] = []
+        try:
+            for prompt, own in zip(every, each, strict=True):
+                made.append(self._submit_with_room(prompt, own))
+            return [[continuation.result() for continuation in continuations] for continuations in made]
+        except BaseException:
+            for continuation in chain.from_iterable(made):
+                continuation.cancel()
+            raise
+
+    def _submit_with_room(self, prompt: str | Sequence[int], params: SamplingParams) -> list[Continuation]:
+        """Queue a prompt, once there is room in the queue."""
+        while True:
+            try:
+                return self.submit(prompt, params)
+            except queue.Full:
+                waiting = self.scheduler.waiting
+                while self.scheduler.step() and self.scheduler.waiting >= waiting:
+                    pass

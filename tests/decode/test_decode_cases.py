@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from specdec_kernels.decode import (
     Draft,
     Sampling,
+    Scheduler,
     Statistics,
     TransformersTarget,
     TreeDraft,
@@ -29,14 +30,20 @@ from specdec_kernels.decode import (
 )
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters import (
+    AdaptiveDrafter,
+    AsyncDrafter,
     CallableDrafter,
     DraftConfig,
+    FallbackDrafter,
     Growth,
+    MergedDrafter,
     ModelDrafter,
     NGramDrafter,
     TreeDrafter,
 )
+from specdec_kernels.decode.loop import Loop, Options
 from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.requests import make_requests
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +229,12 @@ def gpt2(positions, seed=3):
     return GPT2LMHeadModel(config).eval()
 
 
-@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "siblings"])
-def test_requests_of_a_batch_go_to_the_end_of_the_context(name):
-    """Case 43: learned positions, of which there is none behind the last."""
+@pytest.mark.parametrize("name", [None, "lookup", "model", "tree", "siblings", "tree of self"])
+@pytest.mark.parametrize("length", [28, 32])
+def test_requests_of_a_batch_go_to_the_end_of_the_context(name, length):
+    """Case 43: learned positions, of which there is none behind the last; a full context beside another request."""
     model = gpt2(32)
-    prompts, limits = [[i % VOCAB for i in range(28)], [4]], [5, 20]
+    prompts, limits = [[i % VOCAB for i in range(length)], [4]], [33 - length, 20]
     drafter = None if name is None else drafters(model)[name]
     results = greedy(model, prompts, max_new_tokens=limits, drafter=drafter, num_draft=4)
     assert [r.tokens for r in results] == [slow_greedy(model, p, n) for p, n in zip(prompts, limits, strict=True)]
@@ -561,10 +569,12 @@ BAD = [
     ({"eos_token_id": 3}, TypeError, "has no argument 'eos_token_id': stop_tokens is meant"),
     ({"repetition": 1.1}, TypeError, "has no argument 'repetition': repetition_penalty is meant"),
     ({"nonsense": 1}, TypeError, "has no argument 'nonsense': its arguments are target, prompts"),
+    ({"stop_when": 3}, TypeError, r"stop_when must be a function of \(index, tokens\), got 3"),
+    ({"statistics": 3}, TypeError, "statistics must be Statistics, got 3"),
     ({"rule": "tokens"}, ValueError, r"rule must be one of \['block', 'coupled', 'token'\], got 'tokens'"),
     ({"logit_bias": {11: 1.0}}, ValueError, r"logit_bias must hold token ids in \[0, 11\), got 11"),
-    ({"logit_bias": {1: float("nan")}}, ValueError, r"logit_bias must be below inf \(-inf: never\), got nan for 1"),
-    ({"logit_bias": {1: float("inf")}}, ValueError, r"logit_bias must be below inf \(-inf: never\), got inf for 1"),
+    ({"logit_bias": {1: float("nan")}}, ValueError, r"logit_bias must be finite in .*, got nan for 1"),
+    ({"logit_bias": {1: float("inf")}}, ValueError, r"logit_bias must be finite in .*, got inf for 1"),
     ({"logit_bias": {1: "2"}}, TypeError, "logit_bias must map token ids to numbers, got '2' for 1"),
     ({"logit_bias": {"a": 1.0}}, TypeError, "logit_bias must be a list of token ids"),
     ({"drafter": CallableDrafter(lambda h, c: [11] * c)}, ValueError, r"drafter must propose .* \[0, 11\), got 11"),
@@ -599,6 +609,89 @@ def test_what_is_no_target_or_no_drafter(model):
         CallableDrafter([1, 2])
     with pytest.raises(TypeError, match=r"min_match must be an int, got 1.5"):
         NGramDrafter(1.5)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda inner: inner,
+        lambda inner: FallbackDrafter(NGramDrafter(), inner),
+        AsyncDrafter,
+        AdaptiveDrafter,
+        TreeDrafter,
+        lambda inner: AdaptiveDrafter(FallbackDrafter(NGramDrafter(), AsyncDrafter(inner))),
+    ],
+)
+@pytest.mark.parametrize("vocab", [6, 14])
+def test_a_drafter_of_another_vocabulary_is_told_how_to_be_made(model, vocab, around):
+    drafter, message = around(ModelDrafter(tiny(3, vocab=vocab))), rf"vocab_size=11\) if .*, got vocab_size={vocab}"
+    target = TransformersTarget(model)
+    with pytest.raises(ValueError, match=message):
+        Scheduler(target, drafter)
+    target.begin = None  # before anything is read
+    with pytest.raises(ValueError, match=message):
+        generate(target, [[1]], drafter=drafter)
+
+
+def test_drafts_alone_may_be_of_a_smaller_vocabulary(model):
+    """Where nothing is read of what they were drawn from."""
+    drafter = MergedDrafter(NGramDrafter(1), ModelDrafter(tiny(3, vocab=6)))
+    drafted, plain = greedy(model, PROMPTS, drafter=drafter), greedy(model, PROMPTS)
+    assert [result.tokens for result in drafted] == [result.tokens for result in plain]
+
+
+def test_prompts_that_come_one_after_the_other(model):
+    results = greedy(model, (prompt for prompt in PROMPTS))
+    assert [result.tokens for result in results] == [result.tokens for result in greedy(model, PROMPTS)]
+    assert greedy(model, iter(())) == []
+
+
+@pytest.mark.parametrize("name", ["lookup", "tree"])
+def test_what_is_handed_to_callers_is_theirs(model, name):
+    """To keep, and to change: neither ``stop_when`` nor a grammar changes by it what they are handed later."""
+
+    def handed(change):
+        texts, histories, copies = [], [], []
+
+        def stop_when(index, tokens):
+            texts.append(tokens)
+            change(tokens)
+            return False
+
+        def grammar(history):
+            histories.append(history)
+            copies.append(list(history))
+            change(history)
+            return torch.tensor([(1 << VOCAB) - 1], dtype=torch.int32)
+
+        drafter = drafters(model)[name]
+        (result,) = greedy(model, PROMPTS[:1], drafter=drafter, stop_when=stop_when, grammar=grammar)
+        return result.tokens, texts, histories, copies
+
+    tokens, texts, histories, copies = handed(lambda own: None)
+    assert tokens == slow_greedy(model, PROMPTS[0], 12)
+    assert texts == [tokens[:count] for count in range(1, 13)]
+    assert histories == copies
+    turned, texts, histories, same = handed(list.reverse)
+    assert turned == tokens
+    assert [own[::-1] for own in texts] == [tokens[:count] for count in range(1, 13)]
+    assert same == copies == [own[::-1] for own in histories]
+
+
+def test_a_batch_that_cannot_be_made_leaves_those_that_run(model):
+    """Nothing is joined by halves."""
+    target, options = TransformersTarget(model), Options(4, "token", False, None, None)
+    loop = Loop(target, NGramDrafter(1), options, Statistics())
+    loop.begin(make_requests(PROMPTS[:1], VOCAB, 1, 12, {"temperature": 0.0}))
+    tokens = [token.token for token in loop.step()]
+    (bad,) = make_requests(PROMPTS[1:2], VOCAB, 1, 12, {"temperature": 0.0})
+    bad.seed = 1 << 70
+    layers = target.begin([bad.prompt], [12], ()), NGramDrafter(1).begin([bad.prompt], None)
+    with pytest.raises((RuntimeError, OverflowError, ValueError)):
+        loop.join([bad], *layers)
+    while loop.requests:
+        tokens += [token.token for token in loop.step()]
+    assert tokens == slow_greedy(model, PROMPTS[0], 12)
 
 
 def test_errors_come_before_anything_is_read(model):

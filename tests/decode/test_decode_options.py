@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from decoding import NAMES, OPTIONS, PROMPTS, drafters, only_even
 from tiny import Altered, tiny
 
-from specdec_kernels.decode import Draft, Sampling, TransformersTarget, generate
+from specdec_kernels.decode import Draft, Sampling, Scheduler, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, NGramDrafter
 from specdec_kernels.decode.drafters import adaptive as adaptive_module
 from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost, RowCosts
@@ -111,6 +112,16 @@ def test_logprobs_are_the_targets(target_model):
         ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be finite and positive"),
         ({"min_p": torch.tensor([0.1])}, TypeError, "min_p must be a number, got float32"),
         ({"logit_bias": 3}, TypeError, "logit_bias must map token ids to numbers, got 3"),
+        (
+            {"logit_bias": {5: 1e39}},
+            ValueError,
+            r"logit_bias must be finite in float32, or -inf \(never\), got 1e\+39 for 5",
+        ),
+        (
+            {"logit_bias": [{5: -(10**400)}, {}, {}, {}]},
+            ValueError,
+            "logit_bias must be finite in .*, got -1000.* for 5",
+        ),
         ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias must hold token ids in \[0, 11\), got 99"),
         ({"grammar": "even"}, TypeError, "grammar must be a function of the tokens generated, got 'even'"),
         ({"rule": "all"}, ValueError, "rule must be one of"),
@@ -119,6 +130,55 @@ def test_logprobs_are_the_targets(target_model):
 def test_bad_sampling_parameters(target_model, options, error, message):
     with pytest.raises(error, match=message):
         decode(target_model, **options)
+
+
+@pytest.mark.parametrize(
+    ("odd", "same"),
+    [
+        ({"top_k": 1 << 63}, {}),
+        ({"top_k": 10**400}, {}),
+        ({"top_p": 1e-50}, {"top_k": 1}),
+        ({"top_p": 1e-40}, {"top_k": 1}),
+        ({"min_p": 1e-50}, {}),
+        ({"temperature": 1e-50}, {"temperature": 0.0}),
+        ({"presence_penalty": 1e-50}, {}),
+        ({"logit_bias": {5: 10**30}}, {"logit_bias": {5: 1e30}}),
+        ({"logit_bias": {5: -(10**30)}}, {"logit_bias": {5: -math.inf}}),
+    ],
+)
+def test_numbers_that_float32_rounds_mean_the_same(target_model, odd, same):
+    """Alone, in lists, and beside a request that is decoded already, whose text stays the same."""
+    usual = {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "logit_bias": {}}
+    one, other = ({"prompts": [prompt], "rule": "coupled"} for prompt in PROMPTS[:2])
+    want = decode(target_model, **one, **{**usual, **same})
+    assert decode(target_model, **one, **{**usual, **odd}) == want
+    lists = {name: [odd.get(name, value), value] for name, value in usual.items()}
+    together = decode(target_model, prompts=PROMPTS[:2], rule="coupled", **lists)
+    assert together == want + decode(target_model, **other, **usual)
+    scheduler = Scheduler(TransformersTarget(target_model), NGramDrafter(1), rule="coupled")
+    options = {"max_new_tokens": 16, "seed": 3}
+    good = scheduler.submit(PROMPTS[1], sampling=Sampling(**usual), **options)
+    scheduler.step()
+    late = scheduler.submit(PROMPTS[0], sampling=Sampling(**{**usual, **odd}), **options)
+    assert [late.result().tokens, good.result().tokens] == together
+
+
+def test_a_biased_row_that_is_no_distribution_ends_its_request(target_model):
+    """Also where the bias is an int of more than 64 bits."""
+    never = dict.fromkeys(range(11), -math.inf)
+    (result,) = generate(TransformersTarget(target_model), [[1]], logit_bias={**never, 3: -(10**38), 4: 10**38},
+                         grammar=lambda history: torch.tensor([1], dtype=torch.int32))  # fmt: skip
+    assert (result.tokens, result.finished) == ([], "invalid")
+
+
+def test_numbers_that_float32_cannot_hold_are_refused_as_they_come():
+    for name in ("temperature", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        for value in (1e39, 10**400):
+            with pytest.raises(ValueError, match=f"{name} must be finite"):
+                Sampling(**{name: value})
+    for value in (1e39, -1e39, 10**400):
+        with pytest.raises(ValueError, match=r"logit_bias must be finite in float32, or -inf \(never\), got"):
+            Sampling(logit_bias={5: value})
 
 
 # --- adaptive draft lengths -------------------------------------------------------------------------------------------

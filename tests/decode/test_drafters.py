@@ -9,7 +9,7 @@ from tiny import VOCAB, Altered, steady, tiny
 
 from specdec_kernels import verify_chain
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
-from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, DraftConfig
+from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, DraftConfig, ModelDrafter, StaticDrafter
 from specdec_kernels.decode.protocols import Step
 
 
@@ -92,6 +92,25 @@ def test_nodes_of_a_tree_are_drafted_from_their_own_path(model):
             assert children == set(row.topk(len(children)).indices.tolist())
             deeper += 1
     assert deeper > len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", [ModelDrafter, StaticDrafter])
+def test_drafts_are_drawn_no_hotter_than_float32_holds(model, kind):
+    """The boldest drafter of the hottest request still drafts, for others too."""
+    bold, seen = (
+        kind(steady(tiny(2)), config=DraftConfig(temperature_scale=4.0, siblings=int(kind is ModelDrafter))),
+        [],
+    )
+
+    def noted(draft, step):
+        seen.extend(drafted(draft))
+        return draft
+
+    for temperature in (3e38, [3e38, 0.9]):
+        options = {"temperature": temperature, "seed": 1, "max_new_tokens": 5, "drafter": Altered(bold, noted)}
+        for result in generate(TransformersTarget(model, check=False), PROMPTS[:2], **options):
+            assert len(result.tokens) == 5
+    assert any(seen)
 
 
 def test_positions_count_the_whole_text(model):

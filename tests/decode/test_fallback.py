@@ -6,11 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import VOCAB, tiny
+from decoding import PROMPTS, medusa_drafter
+from tiny import VOCAB, steady, tiny
 
 from specdec_kernels import sample
 from specdec_kernels.decode import Draft, TransformersTarget, TreeDraft, generate
-from specdec_kernels.decode.drafters import CallableDrafter, FallbackDrafter
+from specdec_kernels.decode.drafters import (
+    AdaptiveDrafter,
+    CallableDrafter,
+    FallbackDrafter,
+    MergedDrafter,
+    ModelDrafter,
+    NGramDrafter,
+)
 from specdec_kernels.decode.protocols import Step
 
 
@@ -48,6 +56,36 @@ def test_what_drafts_were_drawn_from_is_told_as_the_operators_tell_it(tree, heat
     told = sample(draft.logits[1, :1], seed=step.seed[:1], position=step.position[:1], temperature=heat).stats
     assert torch.equal(draft.stats[1, :1], told)
     assert (draft.stats[1, 0, 0] == torch.inf) == (heat == 0)
+
+
+WALKED = {
+    "medusa": lambda model: FallbackDrafter(NGramDrafter(1), medusa_drafter(model)),
+    "merged": lambda model: FallbackDrafter(
+        CallableDrafter(lambda history, count: [(history[-1] * 3 + 1 + i) % VOCAB for i in range(count)]),
+        MergedDrafter(NGramDrafter(1), ModelDrafter(steady(tiny(2)))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_a_seeded_text_beside_one_that_wants_no_drafts(name):
+    """Walked as if it was alone, where the other, at the end of what it may write, has none."""
+    model = steady(tiny(1, layers=2))
+    options = {"drafter": WALKED[name](model), "temperature": 0.9}
+    for seed in range(20):
+        (alone,) = generate(TransformersTarget(model), [PROMPTS[0]], seed=[seed], max_new_tokens=20, **options)
+        for length in (1, 6):
+            beside = generate(
+                TransformersTarget(model), PROMPTS[:2], seed=[seed, 100], max_new_tokens=[20, length], **options
+            )
+            assert beside[0].tokens == alone.tokens
+
+
+def test_an_adaptive_drafter_of_walked_trees_says_so():
+    drafter = AdaptiveDrafter(medusa_drafter(tiny(1, layers=2)))
+    assert drafter.walked
+    assert FallbackDrafter(NGramDrafter(1), drafter).walked
+    assert not AdaptiveDrafter(NGramDrafter(1)).walked
 
 
 @pytest.mark.parametrize("tree", [False, True])

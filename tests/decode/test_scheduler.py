@@ -8,17 +8,20 @@ import itertools
 import os
 import queue
 import threading
+import time
 import warnings
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import LOCAL, Architecture, build
 from decoding import NAMES, SESSIONS, drafters
 from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 
 from specdec_kernels.bench.soak import KINDS, Soak
 from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate, model_facts
+from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter, adaptive
 
 GREEDY = Sampling(temperature=0.0)
@@ -338,6 +341,144 @@ def test_a_failing_target_ends_what_ran():
     assert len(waiting.result().tokens) == 3
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["target", "reading", "join", "stop_when", "drafter"])
+def test_an_interrupted_step_ends_what_it_was_about(model, where, interrupt, monkeypatch):
+    """Since half of it may be done; who waits goes on."""
+    interrupted = set()
+
+    def interruption(place):
+        if place in interrupted:
+            interrupted.discard(place)
+            raise interrupt
+
+    def stop_when(index, tokens):
+        interruption("stop_when")
+        return False
+
+    drafter = Faulty(NGramDrafter(1), lambda method, firsts: method == "propose" and interruption("drafter"))
+    slots = 3 if where in ("reading", "join") else 2
+    scheduler = Scheduler(TransformersTarget(model), drafter, max_requests=slots, chunk=2, rule="coupled")
+    ran = [submitted(scheduler, index, stop_when=stop_when, max_new_tokens=60) for index in (0, 1)]
+    while scheduler.running < 2:
+        scheduler.step()
+    about = [*ran, submitted(scheduler, 2)] if slots == 3 else ran
+    if where == "join":
+        monkeypatch.setattr(RaggedCache, "join", lambda *_: interruption("join"))
+    waiting = submitted(scheduler, 3)
+    interrupted.add(where)
+    place = where if where in ("target", "reading") else "no pass of the target"
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: interruption(place))
+    with pytest.raises(interrupt):
+        scheduler.run()
+    hook.remove()
+    monkeypatch.undo()
+    for submission in about:
+        with pytest.raises(RuntimeError, match=rf"the request was ended by {interrupt.__name__}\(\)"):
+            submission.result()
+    assert waiting.result().tokens == alone(model, 3, rule="coupled")
+
+
+def test_a_join_that_fails_ends_what_ran(model, monkeypatch):
+    """Of which half may have joined."""
+    scheduler = Scheduler(TransformersTarget(model))
+    first = submitted(scheduler, 0)
+    scheduler.step()
+    monkeypatch.setattr(RaggedCache, "join", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+    second, third = submitted(scheduler, 1), submitted(scheduler, 2)
+    scheduler.run()
+    for submission in (first, second):
+        with pytest.raises(MemoryError, match="no memory"):
+            submission.result()
+    assert third.result().tokens == alone(model, 2)
+
+
+@pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration, KeyError])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_error_looks_like_no_end(model, error, asynchronous):
+    """And a result tells of it every time."""
+    scheduler = Scheduler(TransformersTarget(model))
+
+    def fails(index, tokens):
+        if len(tokens) == 2:
+            raise error("mine")
+        return False
+
+    submission = scheduler.submit([1, 2], max_new_tokens=9, stop_when=fails)
+
+    async def collect():
+        return [token async for token in submission]
+
+    expected = KeyError if error is KeyError else RuntimeError
+    with pytest.raises(expected, match="mine"):
+        asyncio.run(asyncio.wait_for(collect(), 60)) if asynchronous else list(submission)
+    assert list(submission) == []
+    for _ in range(2):
+        with pytest.raises(expected, match="mine"):
+            submission.result()
+
+
+@pytest.mark.parametrize("who", range(3))
+@pytest.mark.parametrize("where", ["stop_when", "grammar", "drafter"])
+def test_cancelled_within_a_step(model, where, who):
+    """By a callback of the second request: of itself, of one before and of one behind it."""
+    submissions, calls = [], []
+
+    def called(place):
+        if place == where:
+            calls.append(place)
+            if len(calls) == 3:
+                submissions[who].cancel()
+
+    def grammar(history):
+        called("grammar")
+        return torch.full((1,), 2**VOCAB - 1, dtype=torch.int32)
+
+    def propose(history, count):
+        if history[0] == PROMPTS[1][0]:
+            called("drafter")
+        return [history[-1]] * count
+
+    scheduler = Scheduler(TransformersTarget(model), CallableDrafter(propose))
+    for index in range(3):
+        options = {"stop_when": lambda *_: bool(called("stop_when"))} if index == 1 else {}
+        sampling = Sampling(temperature=0.0, grammar=grammar if index == 1 else None)
+        submissions.append(submitted(scheduler, index, sampling=sampling, **options))
+    scheduler.run()
+    for index, submission in enumerate(submissions):
+        result, whole = submission.result(), alone(model, index, greedy=True)
+        assert result.tokens == (whole[: len(result.tokens)] if index == who else whole)
+        assert result.finished == ("" if index == who else "length")
+
+
+@pytest.mark.parametrize("call", ["step", "run", "result", "next"])
+def test_a_step_within_a_step_is_an_error_of_who_wants_it(model, call):
+    scheduler = Scheduler(TransformersTarget(model))
+
+    def stop_when(index, tokens):
+        calls = {"step": scheduler.step, "run": scheduler.run, "result": other.result, "next": lambda: list(other)}
+        calls[call]()
+
+    wrong = submitted(scheduler, 0, stop_when=stop_when)
+    other = submitted(scheduler, 1)
+    scheduler.run()
+    with pytest.raises(RuntimeError, match="a step of the scheduler cannot be made within a step"):
+        wrong.result()
+    assert other.result().tokens == alone(model, 1)
+
+
+def test_a_failing_drafter_where_warnings_are_errors(model):
+    def propose(history, count):
+        raise OSError("the drafter's own")
+
+    scheduler = Scheduler(TransformersTarget(model), CallableDrafter(propose))
+    submissions = [submitted(scheduler, index) for index in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.run()
+    assert [submission.result().tokens for submission in submissions] == [alone(model, index) for index in range(3)]
+
+
 def test_invalid_rows_end_one_request(model):
     other = steady(tiny(1, layers=2))
     with torch.no_grad():
@@ -361,6 +502,45 @@ def test_asynchronous_use(model):
         return await asyncio.gather(*(collect(submitted(scheduler, index)) for index in range(6)))
 
     assert asyncio.run(main()) == [alone(model, index) for index in range(6)]
+
+
+def test_no_token_is_lost_where_waiting_for_it_is_cancelled(model):
+    async def main():
+        submission, found = submitted(Scheduler(TransformersTarget(model)), 0), []
+        while True:
+            try:
+                found.append((await asyncio.wait_for(anext(submission), 0.002)).token)
+            except TimeoutError:
+                timeouts.append(len(found))
+            except StopAsyncIteration:
+                return found
+
+    timeouts: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    try:
+        assert asyncio.run(main()) == alone(model, 0)
+    finally:
+        hook.remove()
+    assert timeouts
+
+
+def test_who_waits_is_let_in_between_two_steps(model):
+    """However soon the next one begins."""
+    scheduler, seen = Scheduler(TransformersTarget(model)), []
+    thread = threading.Thread(target=lambda: submitted(scheduler, 1))
+
+    def stop_when(index, tokens):
+        seen.append(scheduler.running)
+        if len(tokens) == 1:
+            thread.start()
+            while not scheduler._lock._turn.locked():  # until it waits
+                time.sleep(0.001)
+        return False
+
+    submitted(scheduler, 0, stop_when=stop_when)
+    scheduler.run()
+    thread.join()
+    assert seen[:3] == [1, 2, 2]
 
 
 def test_many_threads(model):
@@ -442,12 +622,16 @@ def test_bad_schedulers(model, options, error, message):
         ({"prompt": [1], "sampling": {"temperature": 1.0}}, TypeError, "sampling must be a Sampling, got dict"),
         ({"prompt": [1], "priority": float("nan")}, TypeError, "priority must be a number, got nan"),
         ({"prompt": [1], "max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+        ({"prompt": [1], "stop_when": 3}, TypeError, "stop_when must be a function of .* got 3"),
+        ({"prompt": [1], "seeds": 3}, TypeError, "seeds must be a list of seeds, got 3"),
+        ({"prompt": [1], "seeds": [1, 2], "stop_when": len}, TypeError, "stop_when must be a list of functions"),
+        ({"prompt": [1], "seeds": [1, 2], "stop_when": [len]}, ValueError, "one entry for each of the 2 seeds, got 1"),
     ],
 )
 def test_bad_requests(model, named, error, message):
     scheduler = Scheduler(TransformersTarget(model))
     with pytest.raises(error, match=message):
-        scheduler.submit(**named)
+        (scheduler.submit_samples if "seeds" in named else scheduler.submit)(**named)
     assert not scheduler.step()
 
 
@@ -528,10 +712,100 @@ def test_targets_that_nothing_can_join(model):
     with pytest.raises(TypeError, match="must have a method `join` for later requests, got SimpleNamespace"):
         Scheduler(Closed(model)).submit([1, 2], max_new_tokens=3).result()
     scheduler = Scheduler(TransformersTarget(tiny(1), fixed_rows=4))
-    first, second = (scheduler.submit([1, 2], max_new_tokens=6) for _ in range(2))
-    with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, which no other can join"):
-        second.result()
+    first, second = (scheduler.submit([1, 2], sampling=GREEDY, max_new_tokens=6) for _ in range(2))
+    assert second.result().tokens == first.result().tokens
     assert len(first.result().tokens) == 6
+    for submission in scheduler.submit_samples([1, 2], [3, 4], max_new_tokens=6):
+        with pytest.raises(ValueError, match="fixed_rows needs a batch of one prompt, which no other can join"):
+            submission.result()
+
+
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+ORIGINAL = {"original_max_position_embeddings": 24}
+LONGROPE = Architecture("phi3", {"rope_parameters": {"rope_type": "longrope", **FACTORS, **ORIGINAL}, **ORIGINAL})
+WINDOWS = Architecture("gpt_neo", {**LOCAL, "window_size": 8})
+
+#: By a target's class and an architecture: lengths of prompts, with four tokens more; how many are decoded together.
+APART = [
+    (TransformersTarget, LONGROPE, [8, 30, 5, 27, 30, 6], 2),
+    (StaticTarget, LONGROPE, [8, 30, 5, 27, 30, 6], 2),
+    (TransformersTarget, WINDOWS, [2, 3, 9, 12, 4, 2], 2),
+]
+
+
+def counted_prompt(length):
+    return [7 * index * index % 10 for index in range(length)]
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize(("kind", "architecture", "lengths", "most"), APART)
+def test_what_cannot_be_scored_together_waits(kind, architecture, lengths, most, chunk):
+    """As in a batch that is refused: texts are those of requests alone, and all of them end."""
+    target = kind(steady(build(architecture, 1, "eager")))
+    scheduler, together = Scheduler(target, NGramDrafter(1), max_requests=3, chunk=chunk), set()
+    prompts = [counted_prompt(length) for length in lengths]
+    submissions = [scheduler.submit(prompt, sampling=GREEDY, max_new_tokens=4) for prompt in prompts]
+    while scheduler.step():
+        together.add(scheduler.running)
+    assert max(together) == most
+    for prompt, submission in zip(prompts, submissions, strict=True):
+        assert submission.result().tokens == generate(target, [prompt], temperature=0.0, max_new_tokens=4)[0].tokens
+
+
+@pytest.mark.parametrize(("kind", "architecture", "lengths", "most"), APART)
+def test_a_join_is_refused_before_anything_changes(kind, architecture, lengths, most):
+    target = kind(steady(build(architecture, 1, "eager")))
+    short, long = (target.begin([counted_prompt(length)], [4]) for length in (min(lengths), max(lengths)))
+    before = [session.score(torch.tensor([[3]]), [1]).logits for session in (short, long)]
+    for session in (short, long):
+        session.commit([0])
+    for session, other in ((short, long), (long, short)):
+        with pytest.raises(ValueError, match=r"prompts must be (all within the original length|one at a time)"):
+            session.join(other)
+    for session, logits in zip((short, long), before, strict=True):
+        torch.testing.assert_close(session.score(torch.tensor([[3]]), [1]).logits, logits)
+
+
+def test_samples_that_cannot_be_scored_together_end():
+    scheduler = Scheduler(TransformersTarget(build(WINDOWS, 1, "eager")))
+    for submission in scheduler.submit_samples(counted_prompt(9), [1, 2], max_new_tokens=4):
+        with pytest.raises(ValueError, match="one at a time beyond the local window of 8 tokens"):
+            submission.result()
+    assert len(scheduler.submit(counted_prompt(9), max_new_tokens=4).result().tokens) == 4
+
+
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_what_is_wrong_with_a_prompt_is_said_of_all_of_it(model, with_logprobs):
+    """Not of the piece that is read first."""
+    submission = Scheduler(TransformersTarget(model), chunk=4).submit(
+        [1] * 100, max_new_tokens=50, prompt_logprobs=with_logprobs
+    )
+    with pytest.raises(ValueError, match="got 149 for prompt 0 of 100 tokens"):
+        submission.result()
+    submission = Scheduler(TransformersTarget(build(LONGROPE, 1, "eager")), chunk=4).submit(
+        counted_prompt(30), max_new_tokens=4, prompt_logprobs=with_logprobs
+    )
+    if with_logprobs:
+        with pytest.raises(ValueError, match="needs a prompt that can be read in pieces, got one of 30"):
+            submission.result()
+    else:
+        assert len(submission.result().tokens) == 4
+
+
+@pytest.mark.parametrize("kind", [TransformersTarget, StaticTarget])
+@pytest.mark.parametrize("prompt", [[4], PROMPTS[0]])
+def test_samples_are_those_of_requests_alone(model, kind, prompt):
+    """Also beside others, and in the cache of another stream."""
+    target = kind(model)
+    for others in ((), (1, 2)):
+        scheduler = Scheduler(target, NGramDrafter(1), rule="coupled")
+        beside = [submitted(scheduler, index) for index in others]
+        samples = scheduler.submit_samples(prompt, [5, 6, 7], max_new_tokens=9)
+        for seed, submission in zip((5, 6, 7), samples, strict=True):
+            known = generate(TransformersTarget(model), [prompt], seed=seed, rule="coupled", max_new_tokens=9)
+            assert submission.result().tokens == known[0].tokens
+        for index, submission in zip(others, beside, strict=True):
+            assert submission.result().tokens == alone(model, index, rule="coupled")
 
 
 @pytest.mark.parametrize("error", [KeyError, MemoryError])

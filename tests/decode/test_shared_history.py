@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import threading
 from collections import Counter
@@ -89,7 +91,7 @@ def test_the_oldest_are_forgotten_first():
 
 def test_saved_and_loaded(tmp_path):
     history = SharedHistory(tokenizer="a")
-    texts = {seed: [random.Random(seed).randrange(50) for _ in range(150)] for seed in (3, -4, 1 << 62)}
+    texts = {seed: random.Random(seed).choices(range(50), k=150) for seed in (3, -4, 1 << 62)}
     for seed, text in texts.items():
         history.begin(text, seed)
     history.begin([1, 2, 3, 4, 5])  # never decoded: its seed is not known
@@ -111,6 +113,25 @@ def test_saved_and_loaded(tmp_path):
     assert found(few, [1, 2, 3, 4]) == (4, [5])
     SharedHistory().save(path)
     assert len(SharedHistory.load(path)) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_the_texts_and_go_on_alone(copied):
+    history = SharedHistory(max_tokens=400, tokenizer="a")
+    texts = {seed: random.Random(seed).choices(range(50), k=150) for seed in (3, None)}
+    for seed, text in texts.items():
+        history.begin(text, seed)
+    other = copied(NGramDrafter(3, shared=history)).shared
+    check(other)
+    assert (len(other), other.max_tokens, other.tokenizer) == (300, 400, "a")
+    for text in texts.values():
+        for seed in (3, 7):
+            run = text[20:28]
+            assert found(other, run, 9, seed, False) == found(history, run, 9, seed, False)
+    assert found(other, texts[3][20:28])[1] == texts[3][28:37]
+    other.begin([60, 61, 62, 63, 64])
+    assert found(other, [60, 61, 62, 63]) == (4, [64])
+    assert found(history, [60, 61, 62, 63]) == (0, [])
 
 
 def test_files_that_are_refused(tmp_path):

@@ -344,6 +344,21 @@ def test_slots_stay_until_half_of_them_are_idle(model, monkeypatch):
     assert sizes == [4, 4, 2, 1]
 
 
+@pytest.mark.parametrize("kept", [[0], [1, 0]])
+@torch.inference_mode()
+def test_several_go_on_from_one(model, kept):
+    """More than there were slots, or than passes have had since half of them ended: each as the one did alone."""
+    session = StaticTarget(model, check=False).begin([[1, 2, 3], [4, 5], [6], [7, 8]], [9] * 4)
+    session.select(kept)
+    known = session.score(torch.tensor([[3]] * len(kept)), [1] * len(kept)).logits
+    session.commit([0] * len(kept))
+    for slots in ([0] * 3, [1] * 6, [0] * 2):
+        session.select(slots)
+        scored = session.score(torch.tensor([[3]] * len(slots)), [1] * len(slots)).logits
+        torch.testing.assert_close(scored, known[:1].expand(len(slots), -1, -1))
+        session.commit([0] * len(slots))
+
+
 def test_rows_are_in_powers_of_two():
     assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
 

@@ -136,6 +136,40 @@ def test_no_stop_token_before_the_least_number(least, temperature):
                 assert made.tokens == want[0, 2:].tolist()
 
 
+def test_an_error_leaves_nothing_behind(model):
+    """Neither one of a later prompt, nor one in the middle of a text."""
+
+    def fails(history):
+        raise KeyError("mine")
+
+    texts = generator(model, max_requests=2)
+    for bad, own, error in (([10**6], params(), ValueError), (PROMPT, params(grammar=fails), KeyError)):
+        with pytest.raises(error):
+            texts.generate([PROMPT, PROMPT, bad, PROMPT], [params(), params(n=2), own, params()])
+        assert texts.scheduler.waiting == texts.scheduler.running == 0
+        before = texts.scheduler.statistics.emitted
+        assert len(texts.generate([PROMPT], params(max_new_tokens=4))[0][0].tokens) == 4
+        assert texts.scheduler.statistics.emitted == before + 4
+
+
+def test_more_prompts_than_may_wait(model, whole):
+    texts = generator(model, max_requests=2, max_waiting=1)
+    made = texts.generate((PROMPT for _ in range(7)), params())
+    assert [completion.text for (completion,) in made] == [whole] * 7
+    made = texts.generate([PROMPT] * 3, [params(n=2, seed=seed) for seed in (3, 2, 3)])
+    assert [[whole in completion.text for completion in own] for own in made] == [
+        [True, False], [False, True], [True, False],
+    ]  # fmt: skip
+
+
+def test_a_stop_string_in_what_was_held_back(model):
+    """A text that is whole only at its end has ended with it."""
+    first = {"logit_bias": {token: 0.0 if token == LETTERS[-2] else -math.inf for token in range(len(TOKENIZER))}}
+    half = TOKENIZER.decode([LETTERS[-2]])
+    (made,) = generator(model).generate([PROMPT], params(max_new_tokens=1, stop=half, **first))[0]
+    assert (made.text, made.stop, made.finished) == ("", half, "stop")
+
+
 def test_asynchronous_pieces(model, whole):
     async def read(continuation):
         return "".join([piece async for piece in continuation])
@@ -195,6 +229,14 @@ def test_bad_use(model):
         generator(model).submit(PROMPT, {"n": 2})
     with pytest.raises(ValueError, match="params must have one entry for each of the 2 prompts, got 1"):
         generator(model).generate(["a", "b"], [params()])
+    with pytest.raises(
+        TypeError, match=r"prompts must be a list of texts or of token ids, \[prompt\] for one, got 'ab'"
+    ):
+        generator(model).generate("ab", params())
+    with pytest.raises(TypeError, match="prompts must be a list of texts or of token ids, got 3"):
+        generator(model).generate(3, params())
+    with pytest.raises(TypeError, match="params must be a list of SamplingParams, got 3"):
+        generator(model).generate(["a"], 3)
     slow = SimpleNamespace(all_special_ids=(), get_vocab=dict, encode=lambda text: [1], decode=lambda ids, **_: "")
     other = TextGenerator(TransformersTarget(tiny(1)), slow)
     assert other.generate(["x"], SamplingParams(max_new_tokens=2))[0][0].tokens

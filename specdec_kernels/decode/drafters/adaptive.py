@@ -273,6 +273,8 @@ class AdaptiveDrafter:
         self.drafting = self.costs.drafting()
         """Measured seconds of drafting, by drafts; of all streams, as the costs."""
         self.siblings: int = getattr(drafter, "siblings", 0)
+        self.walked: bool = getattr(drafter, "walked", False)
+        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AdaptiveSession:
         return AdaptiveSession(self, self.drafter.begin(prompts, features), len(prompts))

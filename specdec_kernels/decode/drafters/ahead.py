@@ -74,6 +74,7 @@ class AsyncDrafter:
             raise ValueError(f"drafter must draft chains to draft ahead of the target, got siblings={siblings}")
         whole("outcomes", outcomes, 1)
         self.drafter, self.outcomes = drafter, outcomes
+        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AsyncSession:
         return AsyncSession(self.drafter, self.outcomes, prompts)

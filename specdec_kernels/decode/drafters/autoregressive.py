@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.checks import whole
+from specdec_kernels.checks import MOST, whole
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.ops import BackendName, DraftVocabulary, sample
@@ -52,6 +52,13 @@ class DraftConfig:
         if not 0 <= self.temperature_scale < float("inf"):
             raise ValueError(f"temperature_scale must be finite and not negative, got {self.temperature_scale}")
 
+    def heat(self, temperature: Tensor | float) -> Tensor | float:
+        """What the drafts of requests of this temperature are drawn at; never more than float32 holds."""
+        scaled = temperature * self.temperature_scale
+        if self.temperature_scale <= 1:
+            return scaled
+        return scaled.clamp(max=MOST) if isinstance(scaled, Tensor) else min(scaled, MOST)
+
 
 class AutoregressiveDrafter(Protocol):
     """A drafter with a model of its own; see :class:`~specdec_kernels.decode.Drafter`."""
@@ -86,7 +93,7 @@ def drawn_children(
     if method == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
         each = {"seed": step.seed, "position": step.position}
     elif method == "without_replacement":
-        each["temperature"] = step.temperature * config.temperature_scale
+        each["temperature"] = config.heat(step.temperature)
     spread: dict[str, Any] = {
         name: x.repeat_interleave(nodes) if isinstance(x, Tensor) and nodes > 1 else x for name, x in each.items()
     }
@@ -145,7 +152,7 @@ class AutoregressiveSession(ABC):
         depths = torch.full_like(tokens, depth)
         if self._context is None:
             return depths
-        room = [max(0, self._context - 1 - length) for length in self._cache.lengths]
+        room = [self._context - 1 - length for length in self._cache.lengths]  # -1 where it is full
         return torch.minimum(depths, to_device(room, torch.int64, self.device)[:, None])
 
     def drop_tree(self) -> None:
@@ -280,7 +287,7 @@ class AutoregressiveSession(ABC):
             seed=step.seed,
             position=step.position,
             row=row,
-            temperature=step.temperature * self.config.temperature_scale,
+            temperature=self.config.heat(step.temperature),
             top_k=step.top_k,
             top_p=step.top_p,
             min_p=step.min_p,

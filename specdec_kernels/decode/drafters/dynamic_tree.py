@@ -78,6 +78,7 @@ class TreeDrafter:
     def __init__(self, drafter: AutoregressiveDrafter, growth: Growth = Growth()) -> None:
         self.drafter, self.growth = drafter, growth
         self.feature_layers = drafter.feature_layers
+        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> TreeSession:
         return TreeSession(self.drafter.begin(prompts, features), self.growth)

@@ -31,6 +31,7 @@ class FallbackDrafter:
         self.first, self.second = first, second
         self.walked: bool = getattr(second, "walked", False)
         self.siblings: int = getattr(second, "siblings", 0)
+        self.vocab_size: int | None = getattr(second, "vocab_size", None)
         self.feature_layers = common_layers([first, second])
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FallbackSession:
@@ -58,7 +59,8 @@ class FallbackSession(SessionGroup):
         if isinstance(rest, TreeDraft):
             return _merged_trees(TreeDraft.of(sure), rest, has_draft)
         counts = None if rest.counts is None else [a or b for a, b in zip(sure_counts, rest.counts, strict=True)]
-        return replace(_merged(sure, rest, has_draft), counts=counts)
+        chain = replace(_merged(sure, rest, has_draft), counts=counts)
+        return TreeDraft.of(chain) if self._walked else chain  # also where the others want no drafts
 
 
 def _merged_trees(sure: TreeDraft, rest: TreeDraft, has_draft: Tensor) -> TreeDraft:

@@ -76,13 +76,22 @@ class SharedHistory:
         text.extend(prompt)
         return text
 
-    def save(self, path: Path | str) -> None:
-        """Write all texts to a file, as a whole or not at all."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has the texts, as a file has them: neither the lock nor requests that still write.
+        texts = [(tokens, text.seed) for text, tokens in self._texts().items()]
+        return _history_of, (type(self), self.max_tokens, self.tokenizer, texts)
+
+    def _texts(self) -> dict[SharedText, list[int]]:
+        """All that is kept, by the text that it is of."""
         with self._lock:
             texts: dict[SharedText, list[int]] = {}
             for block in self._blocks:
                 texts.setdefault(block.text, []).extend(block.tokens)
-        path = Path(path)
+            return texts
+
+    def save(self, path: Path | str) -> None:
+        """Write all texts to a file, as a whole or not at all."""
+        texts, path = self._texts(), Path(path)
         arrays: dict[str, Any] = {
             "tokens": np.array([token for tokens in texts.values() for token in tokens], np.int64),
             "lengths": np.array([len(tokens) for tokens in texts.values()], np.int64),
@@ -161,6 +170,15 @@ class SharedHistory:
                 if any_seed or (None not in (other.seed, text.seed) and other.seed != text.seed):
                     return length, _tokens_from(place, count)
         return 0, []
+
+
+def _history_of(
+    kind: type[SharedHistory], max_tokens: int, tokenizer: str, texts: list[tuple[list[int], int | None]]
+) -> SharedHistory:
+    history = kind(max_tokens, tokenizer)
+    for tokens, seed in texts:
+        history.begin(tokens, seed)
+    return history
 
 
 def _tokens_from(place: _Place, count: int) -> list[int]:

@@ -92,7 +92,7 @@ class StaticDraftSession(ModelSession):
             wanted=most,
             seed=step.seed,
             position=step.position,
-            temperature=step.temperature * self.config.temperature_scale,
+            temperature=self.config.heat(step.temperature),
             top_k=step.top_k,
             top_p=step.top_p,
             min_p=step.min_p,
