@@ -81,7 +81,7 @@ class Submission:
 
     def cancel(self) -> None:
         """End the request where it is; tokens that were made can still be read. Later than its end it does nothing.
-        Within a step, called by a ``stop_when``, a grammar or a drafter, it takes effect when the step is done."""
+        Within a step, of this thread or another, it takes effect when the step is done."""
         self._scheduler.cancel(self)
 
     def result(self) -> Generation:
@@ -140,8 +140,8 @@ class Scheduler:
     A request is read as soon as a slot is free, in chunks between the steps of those that run, and then decoded with
     them; its tokens are those it would have alone, as far as the target's logits are the same in any batch. What the
     target cannot score together with those that run (``join`` of its session says so) waits for their end, and all
-    others behind it. Nothing runs by itself: whoever iterates over a submission, or calls :meth:`run` or :meth:`step`,
-    does the work, from any number of threads or tasks, one at a time.
+    others behind it; a RuntimeWarning says so once. Nothing runs by itself: whoever iterates over a submission, or
+    calls :meth:`run` or :meth:`step`, does the work, from any number of threads or tasks, one at a time.
 
     Args:
         target, drafter, num_draft, rule, logprobs, statistics, backend: as of
@@ -196,7 +196,8 @@ class Scheduler:
         self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
         self._lock = _FairLock()
         self._in_step = False
-        self._cancelled: list[Submission] = []  # in this step
+        self._cancelled: list[Submission] = []  # of which the lists below do not know yet
+        self._told = False  # that requests wait for each other
         self._queue: list[_Waiting] = []
         self._reading: _Prompt | None = None
         self._running: dict[int, Submission] = {}  # by the index of the request
@@ -324,8 +325,7 @@ class Scheduler:
                 raise
             finally:
                 self._in_step = False
-                while self._cancelled:
-                    self.cancel(self._cancelled.pop())
+                self._end_cancelled()
             return bool(self._running or self._queue or self._reading)
 
     def run(self) -> None:
@@ -344,12 +344,18 @@ class Scheduler:
 
     def cancel(self, submission: Submission) -> None:
         """See :meth:`Submission.cancel`."""
-        with self._lock:
-            if self._in_step:  # which has the same requests from its beginning to its end
-                self._cancelled.append(submission)
-                return
+        self._cancelled.append(submission)
+        # A step has the same requests from its beginning to its end, and ends these when it is done. Who cancels does
+        # not wait for it: it may wait for who cancels, such as a drafter in a thread of its own.
+        if not self._in_step:
+            with self._lock:
+                self._end_cancelled()
+
+    def _end_cancelled(self) -> None:
+        while self._cancelled:
+            submission = self._cancelled.pop()
             if submission.done:
-                return
+                continue
             submission.done = True
             for prompt in self._unread():
                 prompt.submissions = [own for own in prompt.submissions if own is not submission]
@@ -449,7 +455,10 @@ class Scheduler:
         if self._running:
             try:
                 self._loop.join(requests, prompt.session, drafting)
-            except ValueError:  # before anything changed
+            except ValueError as error:  # before anything changed
+                if not self._told:
+                    self._told = True
+                    warnings.warn(f"requests are not decoded together, but wait: {error}", RuntimeWarning, stacklevel=2)
                 return False
             except Exception as error:  # half of them may have joined
                 self._fail_running(error)

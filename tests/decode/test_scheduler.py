@@ -22,7 +22,7 @@ from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 from specdec_kernels.bench.soak import KINDS, Soak
 from specdec_kernels.decode import Sampling, Scheduler, StaticTarget, TransformersTarget, generate, model_facts
 from specdec_kernels.decode.cache import RaggedCache
-from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, NGramDrafter, adaptive
+from specdec_kernels.decode.drafters import AsyncDrafter, CallableDrafter, ModelDrafter, NGramDrafter, adaptive
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9, 5, 6], [3, 3], [7, 1, 4, 4, 2, 9], [10, 0]]
@@ -713,6 +713,8 @@ def test_targets_that_nothing_can_join(model):
         Scheduler(Closed(model)).submit([1, 2], max_new_tokens=3).result()
     scheduler = Scheduler(TransformersTarget(tiny(1), fixed_rows=4))
     first, second = (scheduler.submit([1, 2], sampling=GREEDY, max_new_tokens=6) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="but wait: fixed_rows needs a batch of one prompt"):
+        second.result()
     assert second.result().tokens == first.result().tokens
     assert len(first.result().tokens) == 6
     for submission in scheduler.submit_samples([1, 2], [3, 4], max_new_tokens=6):
@@ -745,11 +747,33 @@ def test_what_cannot_be_scored_together_waits(kind, architecture, lengths, most,
     scheduler, together = Scheduler(target, NGramDrafter(1), max_requests=3, chunk=chunk), set()
     prompts = [counted_prompt(length) for length in lengths]
     submissions = [scheduler.submit(prompt, sampling=GREEDY, max_new_tokens=4) for prompt in prompts]
-    while scheduler.step():
-        together.add(scheduler.running)
+
+    def run():
+        while scheduler.step():
+            together.add(scheduler.running)
+
+    with pytest.warns(RuntimeWarning, match="requests are not decoded together, but wait: prompts must be") as told:
+        run()
+    assert len(told) == 1
     assert max(together) == most
     for prompt, submission in zip(prompts, submissions, strict=True):
         assert submission.result().tokens == generate(target, [prompt], temperature=0.0, max_new_tokens=4)[0].tokens
+
+
+def test_a_drafter_in_a_thread_of_its_own_may_cancel(model):
+    """The step waits for it, so it does not wait for the step."""
+    submissions = []
+
+    def propose(history, count):
+        if len(history) > 5:
+            submissions[0].cancel()
+        return [history[-1]] * count
+
+    scheduler = Scheduler(TransformersTarget(model), AsyncDrafter(CallableDrafter(propose)))
+    submissions += [submitted(scheduler, index) for index in range(2)]
+    scheduler.run()
+    assert submissions[0].result().finished == ""
+    assert submissions[1].result().tokens == alone(model, 1)
 
 
 @pytest.mark.parametrize(("kind", "architecture", "lengths", "most"), APART)
