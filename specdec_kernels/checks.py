@@ -46,7 +46,7 @@ def whole(name: str, value: object, least: int | None = None, end: int | None = 
 
 #: The largest float32, and the smallest that GPUs do not take for 0: where float32 is all there is, a larger number is
 #: infinite, and a smaller one nothing.
-MOST, _LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 #: More than any vocabulary, and a whole number in float32.
 MOST_TOP_K = 1 << 24
@@ -57,7 +57,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_p": (lambda x: 0 < x <= 1, "in (0, 1] (1: off)"),
     "min_p": (lambda x: 0 <= x <= 1, "in [0, 1] (0: off)"),
     "draft_temperature": (lambda x: 0 <= x <= MOST, "finite and not negative"),
-    "repetition_penalty": (lambda x: _LEAST <= x <= MOST, "finite and positive (1: off)"),
+    "repetition_penalty": (lambda x: LEAST <= x <= MOST, "finite and positive (1: off)"),
     "presence_penalty": (lambda x: abs(x) <= MOST, "finite (0: off)"),
     "frequency_penalty": (lambda x: abs(x) <= MOST, "finite (0: off)"),
 }

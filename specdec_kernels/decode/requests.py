@@ -25,9 +25,6 @@ Grammar = Callable[[Sequence[int]], Tensor]
 
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
-#: A smaller ``top_p`` keeps the likeliest token alone too, but would be 0 in float32.
-_LEAST_TOP_P = torch.finfo(torch.float32).tiny
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -188,7 +185,8 @@ class Batch:
         self.filters: dict[str, Any] = {
             "temperature": self._column([float(s.temperature) for s in samplings]),
             "top_k": self._column([min(s.top_k, checks.MOST_TOP_K) for s in samplings], torch.int64),
-            "top_p": self._column([max(float(s.top_p), _LEAST_TOP_P) for s in samplings]),
+            # A smaller one keeps the likeliest token alone too.
+            "top_p": self._column([max(float(s.top_p), checks.LEAST) for s in samplings]),
             "min_p": self._column([float(s.min_p) for s in samplings]),
         }
         """Temperature and filters: one for all where they are equal, else one of each a request."""

@@ -320,8 +320,7 @@ class Scheduler:
                     self._decode()
             except BaseException as error:  # half a step must not be gone on from
                 self._fail_running(error)
-                if self._reading is not None:
-                    self._fail_reading(self._reading, error)
+                self._fail_reading(error)
                 raise
             finally:
                 self._in_step = False
@@ -383,8 +382,8 @@ class Scheduler:
             submission.fail(error)
             self._end(request)
 
-    def _fail_reading(self, prompt: _Prompt, error: BaseException) -> None:
-        for submission in prompt.submissions:
+    def _fail_reading(self, error: BaseException) -> None:
+        for submission in self._reading.submissions if self._reading else []:
             submission.fail(error)
         self._reading = None
 
@@ -437,7 +436,7 @@ class Scheduler:
                     return
                 prompt.refused = not self._start(prompt)
             except Exception as error:
-                self._fail_reading(prompt, error)
+                self._fail_reading(error)
             if not prompt.refused:
                 self._reading = None
 

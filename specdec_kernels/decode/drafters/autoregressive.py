@@ -55,8 +55,6 @@ class DraftConfig:
     def heat(self, temperature: Tensor | float) -> Tensor | float:
         """What the drafts of requests of this temperature are drawn at; never more than float32 holds."""
         scaled = temperature * self.temperature_scale
-        if self.temperature_scale <= 1:
-            return scaled
         return scaled.clamp(max=MOST) if isinstance(scaled, Tensor) else min(scaled, MOST)
 
 
