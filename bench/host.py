@@ -45,14 +45,18 @@ class _Utilities:
         return 1, 2, 32, 0, 1024
 
 
-def stand_in_driver(launched: Callable[..., None]) -> None:
-    """Kernels are compiled for an H100; every launch calls ``launched`` with what Triton hands its own launcher."""
+Launched = Callable[..., None]
+
+
+def stand_in_driver(launcher: Callable[[Any, Any], Launched]) -> None:
+    """Kernels are compiled for an H100. ``launcher`` makes of the source and metadata of each what is called in place of
+    a launch, with what Triton hands its own launchers."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     class Driver:
         utils = _Utilities()
-        launcher_cls = staticmethod(lambda source, metadata: launched)
+        launcher_cls = staticmethod(launcher)
 
         def get_current_device(self) -> int:
             return 0
@@ -70,21 +74,27 @@ def _idle(*_: Any) -> None:
     """In place of a launch."""
 
 
+def stand_in_triton(launcher: Callable[[Any, Any], Launched]) -> None:
+    """Backend "triton" takes tensors on a CPU, with that driver."""
+    stand_in_driver(launcher)
+    from specdec_kernels import triton_kernels
+    from specdec_kernels.ops import backends
+
+    functions = {op: getattr(triton_kernels, op) for op in backends.OPS}
+    made = backends.BACKENDS["triton"] = backends.Backend("triton", "cpu", "", "a stand-in for a GPU", functions)
+    backends._FAST["triton", False] = backends.connected(made)
+
+
 def _stand_in(backend: str) -> None:
     """Make ``backend`` take tensors on a CPU, and launch nothing."""
     from specdec_kernels.ops import backends
 
-    if backend == "cuda":
-        backends.BACKENDS["cuda"].require(torch.device("cpu"))
-        library = ctypes.CDLL(str(backends.BACKENDS["cuda"].library))
-        library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(True))
+    if backend == "triton":
+        stand_in_triton(lambda *_: _idle)
         return
-    stand_in_driver(_idle)
-    from specdec_kernels import triton_kernels
-
-    functions = {op: getattr(triton_kernels, op) for op in backends.OPS}
-    made = backends.BACKENDS["triton"] = backends.Backend("triton", "cpu", "", "launches nothing", functions)
-    backends._FAST["triton", False] = backends.connected(made)
+    backends.BACKENDS["cuda"].require(torch.device("cpu"))
+    library = ctypes.CDLL(str(backends.BACKENDS["cuda"].library))
+    library.specdec_emulate(None, ctypes.c_bool(False), ctypes.c_bool(True))
 
 
 def _calls(backend: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,5 +1,6 @@
 """Tests that take ``backend`` run once for each implementation but for what their module names in ``WITHOUT``; where
-there is no GPU, Triton in its interpreter and the CUDA programs on the CPU.
+there is no GPU, Triton in its interpreter and the CUDA programs on the CPU; with SPECDEC_TEST_PTX=1 what Triton
+compiles for a GPU, executed by tests/helpers/ptx.py.
 
 Markers say what is not run, or not every time:
 
@@ -14,13 +15,17 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from collections.abc import Callable
 
 import torch
 
+COMPILED = "SPECDEC_TEST_PTX" in os.environ
 if not torch.cuda.is_available():
     # Before anything imports the kernels.
-    os.environ["TRITON_INTERPRET"] = os.environ["SPECDEC_EMULATE_CUDA"] = "1"
+    os.environ["SPECDEC_EMULATE_CUDA"] = "1"
+    if not COMPILED:
+        os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from backends import on_device
@@ -32,7 +37,11 @@ from specdec_kernels import ops
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: threads that wait for each other would take turns
 
-if not torch.cuda.is_available():
+if COMPILED:
+    import ptx
+
+    ptx.on_cpu(ptx.Machine(random.Random(0)))
+elif not torch.cuda.is_available():
     skip_repeated_work()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec_kernels.triton_kernels import launch
 from specdec_kernels.triton_kernels.launch import power_of_two
+from specdec_kernels.triton_kernels.rows import INTERPRETED
 
 #: Tokens of the context that a program has at least, and programs for each multiprocessor, at a time or in turn.
 LEAST_SPLIT, PROGRAMS_EACH = 256, 2
@@ -22,10 +23,10 @@ COMBINED = 16
 
 
 @triton.jit
-def attend(query, key, value, seen, scale, best, total, mixed, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+def attend(query, key, value, seen, scale, best, total, mixed, MASKED: tl.constexpr):
     """Some keys [WIDE, KEYS] and values [KEYS, WIDE] more: the largest score, sum and mix of values of [ROWS] queries,
     in powers of two. ``scale`` is positive: the largest product is the largest score."""
-    if UPCAST:  # the interpreter's dot is wrong in bfloat16
+    if INTERPRETED:  # whose dot is wrong in bfloat16
         query, key, value = query.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
     products = tl.dot(query, key, input_precision="ieee")
     if MASKED:
@@ -43,7 +44,7 @@ def tree_attention_kernel(
     query_ptr, key_ptr, value_ptr, packed_ptr, context_ptr, out_ptr, mixed_ptr, sums_ptr, scale, nodes, rows, kv_heads,
     group, split, splits, words, longest, q_batch, q_head, q_node, k_batch, k_head, k_token, v_batch, v_head, v_token,
     o_batch, o_head, o_node, WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows are the nodes of all query heads that share a key head. Programs of the same keys are neighbours, so that
     they read them from the cache. Whole blocks of the context first; then its rest and the tree, which lies behind."""
@@ -74,7 +75,7 @@ def tree_attention_kernel(
         token = start + tl.arange(0, KEYS)
         key = tl.load(keys + token[None, :] * k_token, mask=inside[:, None], other=0.0)
         value = tl.load(values + token[:, None] * v_token, mask=inside[None, :], other=0.0)
-        best, total, mixed = attend(query, key, value, live, scale, best, total, mixed, False, UPCAST)
+        best, total, mixed = attend(query, key, value, live, scale, best, total, mixed, False)
     FEW: tl.constexpr = ROWS // 2 if ROWS > 32 else 16  # no more than registers hold
     for start in tl.range(whole, stop, FEW, num_stages=1):
         token = start + tl.arange(0, FEW)
@@ -86,7 +87,7 @@ def tree_attention_kernel(
         seen, in_tree = live[:, None] & there[None, :], (token >= length)[None, :]
         word = tl.load(bits, mask=seen & in_tree, other=-1)  # all of the context is seen
         seen = seen & ((word >> (other[None, :] % 32)) & 1 != 0)
-        best, total, mixed = attend(query, key, value, seen, scale, best, total, mixed, True, UPCAST)
+        best, total, mixed = attend(query, key, value, seen, scale, best, total, mixed, True)
     if splits == 1:
         out = out_ptr + b * o_batch + head * group * o_head + entry[None, :]
         out += of_group[:, None].to(tl.int64) * o_head + node[:, None].to(tl.int64) * o_node
@@ -184,7 +185,7 @@ def tree_attention(
     tree_attention_kernel[(programs, splits)](
         query, key, value, packed, context_lens, out, mixed, sums, scale * 1.4426950408889634, nodes, rows, kv_heads,
         group, split, splits, packed.shape[2], tokens - nodes, *query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], *out.stride()[:3], WIDTH=width, WIDE=wide, UPCAST=query.is_cpu, **asdict(config),
+        *value.stride()[:3], *out.stride()[:3], WIDTH=width, WIDE=wide, **asdict(config),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch * kv_heads, triton.cdiv(rows, COMBINED))](

@@ -52,6 +52,24 @@ def check_known_answers(report: Report, backend: BackendName | None, device: str
         report.wrong.append("the Philox known answers are wrong")
 
 
+def check_chains(
+    report: Report, backend: BackendName | None, device: str, batches: int, vocabs: tuple[int, ...], selected: Selection
+) -> None:
+    """Chains, and draws from their first rows."""
+    for (index, _), chain in zip(selected.of(batches), chains.cases(batches, vocabs, selected), strict=True):
+        report.attempt(f"verify_chain case {index}", chains.check_verified, chain, index, backend, device)
+        report.attempt(f"sample case {index}", chains.check_sampled, chain, index, backend, device)
+
+
+def check_trees(
+    report: Report, backend: BackendName | None, device: str, batches: int, vocabs: tuple[int, ...], selected: Selection
+) -> None:
+    """Trees, and children of their roots."""
+    for (index, form), tree in zip(selected.of(batches), trees.cases(batches, vocabs, selected), strict=True):
+        report.attempt(f"verify_tree case {index}", trees.check_verified, tree, index, backend, device)
+        report.attempt(f"sample_children case {index}", trees.check_children, tree, index, backend, device, form)
+
+
 def run(
     backend: BackendName | None = None, device: str = "cpu", count: int = 120, process: int = 0, processes: int = 1
 ) -> Report:
@@ -70,13 +88,8 @@ def run(
     large = LARGE_VOCABS, count // 8 if on_gpu else 0, LARGE_FORMS, processes - 1 - process  # who has fewer small ones
     for vocabs, batches, forms, own in (small, large):
         of_chains, of_trees = (Selection(number if compiles else None, own, processes) for number in forms)
-        for (index, _), chain in zip(of_chains.of(batches), chains.cases(batches, vocabs, of_chains), strict=True):
-            report.attempt(f"verify_chain case {index}", chains.check_verified, chain, index, backend, device)
-            report.attempt(f"sample case {index}", chains.check_sampled, chain, index, backend, device)
-        half = batches // 2
-        for (index, form), tree in zip(of_trees.of(half), trees.cases(half, vocabs, of_trees), strict=True):
-            report.attempt(f"verify_tree case {index}", trees.check_verified, tree, index, backend, device)
-            report.attempt(f"sample_children case {index}", trees.check_children, tree, index, backend, device, form)
+        check_chains(report, backend, device, batches, vocabs, of_chains)
+        check_trees(report, backend, device, batches // 2, vocabs, of_trees)
     if on_gpu and backend != "reference":  # PyTorch launches as it likes
         report.attempt("on a GPU", gpu.check, backend, device, Selection(None, process, processes))
     return report

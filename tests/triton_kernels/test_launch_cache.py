@@ -27,7 +27,7 @@ import sys, torch
 from kernel import kernel
 from specdec_kernels.bench.host import stand_in_driver
 launched = []
-stand_in_driver(lambda *arguments: launched.append(arguments))
+stand_in_driver(lambda *_: lambda *arguments: launched.append(arguments))
 from specdec_kernels.triton_kernels import launch
 launch.INTERPRETED, launch.PLATFORM = False, "cuda"
 memory = torch.zeros(64)
@@ -110,7 +110,7 @@ import torch
 from types import SimpleNamespace
 from triton.runtime.driver import driver
 from specdec_kernels.bench.host import stand_in_driver
-stand_in_driver(lambda *_: None)
+stand_in_driver(lambda *_: lambda *_: None)
 from specdec_kernels.triton_kernels import launch
 launch.INTERPRETED = False
 real = launch._new_scratch

@@ -1,0 +1,206 @@
+// A GPU that takes its time: it executes PTX, what Triton hands NVIDIA's assembler, some instructions of one warp after
+// some of another, in an order drawn by chance, and fails where two warps touch a byte with nothing that orders them.
+//
+// It knows what Triton 3.6 to 3.9 write of our kernels for sm_90. Whatever else it meets is an error.
+// Copies and products that are asynchronous happen as late as they may, where they are waited for.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arithmetic.h"
+#include "collectives.h"
+#include "memory.h"
+
+namespace {
+
+Table made_table() {
+  Table table;
+  add_lanewise(table);
+  add_collectives(table);
+  add_copies(table);
+  for (const char* idle : {"bar.warp", "wgmma.fence", "fence.proxy.async.shared::cta"})
+    table[idle] = [](Warp&, const Instruction&, uint32_t) {};
+  table["bra"] = [](Warp& warp, const Instruction& by, uint32_t active) {
+    const int to = static_cast<int>(by.immediate);
+    if (warp.common >= 0 && active == warp.running) {
+      warp.common = to;
+      return;
+    }
+    if (warp.common >= 0) warp.next.fill(std::exchange(warp.common, -1));
+    each_lane(active, [&](int lane) { warp.next[lane] = to; });
+  };
+  table["ret"] = [](Warp& warp, const Instruction&, uint32_t active) { warp.running &= ~active; };
+  table["bar"] = [](Warp& warp, const Instruction& by, uint32_t active) {
+    together(warp, by, active);
+    if (warp.lanes(by.operands[0])[0] || by.operands.size() > 1) fail("a barrier of a part of a block");
+    warp.waits = true;
+  };
+  return table;
+}
+
+// The step of a name with its modifiers, such as ld.global.v4.b32 or atom.global.gpu.acq_rel.add.u32.
+Step step_of(const std::string& name) {
+  static const Table table = made_table();
+  static const std::vector<std::string> IGNORED{"rn",   "rzi",     "ftz", "approx", "full",
+                                                "sync", "aligned", "lo",  "uni",    "gpu"};
+  std::vector<std::string> parts;
+  std::stringstream all(name);
+  for (std::string part; std::getline(all, part, '.');)
+    if (std::ranges::find(IGNORED, part) == IGNORED.end() && !part.starts_with("L1::")) parts.push_back(part);
+  std::string plain = parts[0];
+  for (size_t i = 1; i < parts.size(); ++i) plain += "." + parts[i];
+  if (auto found = table.find(plain); found != table.end()) return found->second;
+  if (Step access = step_of_access(parts)) return access;
+  fail("nothing is known of " + name);
+}
+
+struct Program {
+  std::vector<Instruction> instructions;
+  std::vector<Lanes> registers;  // as they are at the begin
+};
+
+Program read(const char* text) {
+  Program program;
+  std::istringstream in(text);
+  size_t registers = 0, constants = 0;
+  in >> registers >> constants;
+  Lanes unknown;
+  unknown.fill(0xdeadbeefdeadbeef);
+  program.registers.assign(registers, unknown);
+  for (uint64_t reg = 0, bits = 0; constants && in >> reg >> bits; --constants) program.registers[reg].fill(bits);
+  std::unordered_map<std::string, Step> steps;
+  int count = 0;
+  for (Instruction each; in >> each.name >> each.guard >> each.negated >> each.immediate >> each.line >> count;) {
+    each.operands.resize(count);
+    for (int& operand : each.operands) in >> operand;
+    if (!steps.contains(each.name)) steps[each.name] = step_of(each.name);
+    each.step = steps[each.name];
+    program.instructions.push_back(each);
+  }
+  return program;
+}
+
+// One instruction of the lanes that are furthest behind; false where the warp waits or has ended.
+bool advance(Warp& warp, const std::vector<Instruction>& program) {
+  if (!warp.running) return false;
+  uint32_t lanes = warp.running;
+  int at = warp.common;
+  if (at >= 0) {
+    ++warp.common;
+  } else {
+    at = static_cast<int>(program.size());
+    each_lane(warp.running, [&](int lane) { at = std::min(at, warp.next[lane]); });
+    each_lane(warp.running, [&](int lane) { warp.next[lane] == at ? ++warp.next[lane] : lanes &= ~(1u << lane); });
+  }
+  const Instruction& instruction = program.at(at);
+  uint32_t active = lanes;
+  if (instruction.guard >= 0) {
+    const Lanes& set = warp.lanes(instruction.guard);
+    each_lane(lanes, [&](int lane) { active ^= uint32_t{(set[lane] & 1) == instruction.negated} << lane; });
+  }
+  if (active) instruction.step(warp, instruction, active);
+  if (warp.common < 0 && warp.running) {
+    const int first = warp.next[std::countr_zero(warp.running)];
+    bool together = true;
+    each_lane(warp.running, [&](int lane) { together &= warp.next[lane] == first; });
+    if (together) warp.common = first;
+  }
+  return !warp.waits && warp.running;
+}
+
+// All warps of a block are at a barrier, or have ended: what each did before is known to all.
+void meet(Block& block) {
+  Clock all(block.warps[0].clock.size());
+  for (const Warp& warp : block.warps) {
+    if (!warp.waits) fail("a barrier that a warp has not come to, which ended");
+    join(all, warp.clock);
+  }
+  for (Warp& warp : block.warps) {
+    warp.clock = all;
+    ++warp.clock[warp.number];
+    warp.waits = false;
+  }
+}
+
+struct Grid {
+  uint32_t size[3];
+  int warps, shared, resident;
+  uint32_t seed;
+  uint64_t limit;  // instructions of warps
+};
+
+// Registers 0 to 6: the thread, the block in three dimensions, and how many blocks there are. Then the parameters.
+std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& global, uint32_t number,
+                             const uint64_t* parameters, int count) {
+  auto block = std::make_unique<Block>();
+  block->shared.assign(grid.shared, 0xa5);
+  const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2] * grid.warps;
+  for (int rank = 0; rank < grid.warps; ++rank) {
+    Warp warp{&global, block.get(), rank, Clock(total), number * grid.warps + rank, program.registers};
+    warp.clock[warp.number] = 1;
+    const uint32_t at[3] = {number % grid.size[0], number / grid.size[0] % grid.size[1],
+                            number / grid.size[0] / grid.size[1]};
+    for (int lane = 0; lane < LANES; ++lane) warp.lanes(0)[lane] = rank * LANES + lane;
+    for (int i = 0; i < 3; ++i) warp.lanes(1 + i).fill(at[i]), warp.lanes(4 + i).fill(grid.size[i]);
+    for (int i = 0; i < count; ++i) warp.lanes(7 + i).fill(parameters[i]);
+    block->warps.push_back(std::move(warp));
+  }
+  return block;
+}
+
+void run(const Program& program, const Grid& grid, Global& global, const uint64_t* parameters, int count) {
+  std::mt19937 random(grid.seed);
+  const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2];
+  if (total * grid.warps > 4095) fail("more warps than are told apart");
+  std::vector<std::unique_ptr<Block>> resident;
+  uint64_t steps = 0;
+  for (uint32_t next = 0; next < total || !resident.empty();) {
+    while (next < total && std::ssize(resident) < grid.resident)
+      resident.push_back(begin(program, grid, global, next++, parameters, count));
+    const size_t chosen = random() % resident.size();
+    Block& block = *resident[chosen];
+    std::vector<Warp*> ready;
+    for (Warp& warp : block.warps)
+      if (warp.running && !warp.waits) ready.push_back(&warp);
+    if (ready.empty()) {
+      if (std::ranges::any_of(block.warps, [](const Warp& warp) { return warp.running; }))
+        meet(block);
+      else
+        resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
+      continue;
+    }
+    Warp& warp = *ready[random() % ready.size()];
+    for (uint32_t quantum = 1 + random() % 400; quantum; --quantum) {
+      if (++steps > grid.limit) fail("no end in sight");
+      if (!advance(warp, program.instructions)) break;
+    }
+  }
+}
+
+}  // namespace
+
+// A program as tests/helpers/ptx.py writes it; nullptr, with what is wrong in `error`, where it is not known.
+extern "C" Program* ptx_read(const char* text, char* error, size_t size) try {
+  return new Program(read(text));
+} catch (const std::exception& failure) {
+  std::snprintf(error, size, "%s", failure.what());
+  return nullptr;
+}
+
+// Regions are pairs of addresses. False with what is wrong in `error`.
+extern "C" bool ptx_run(const Program* program, const Grid* grid, const uint64_t* regions, int region_count,
+                        const uint64_t* parameters, int parameter_count, char* error, size_t size) try {
+  Global global;
+  for (int i = 0; i < region_count; ++i) global.regions.emplace_back(regions[2 * i], regions[2 * i + 1]);
+  run(*program, *grid, global, parameters, parameter_count);
+  return true;
+} catch (const std::exception& failure) {
+  std::snprintf(error, size, "%s", failure.what());
+  return false;
+}

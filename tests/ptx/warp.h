@@ -1,0 +1,121 @@
+// A warp, what it can reach, and an instruction.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "order.h"
+
+constexpr int LANES = 32;
+constexpr uint32_t ALL = ~0u;
+
+struct Warp;
+struct Instruction;
+// What an instruction does for its active lanes.
+using Step = std::function<void(Warp&, const Instruction&, uint32_t active)>;
+using Lanes = std::array<uint64_t, LANES>;
+
+struct Instruction {
+  std::string name;
+  Step step;
+  int guard = -1;  // a register, and whether it has to be false
+  bool negated = false;
+  int64_t immediate = 0;  // of an address, the instruction that a branch leads to, how many groups may be open
+  uint32_t line = 0;
+  std::vector<int> operands;
+};
+
+// By name, without modifiers.
+using Table = std::map<std::string, Step>;
+
+struct Block {
+  std::vector<uint8_t> shared;
+  Order order;
+  std::vector<Warp> warps;
+};
+
+struct Global {
+  std::vector<std::pair<uint64_t, uint64_t>> regions;
+  std::pair<uint64_t, uint64_t> last;  // the one that was touched
+  Order order;
+  std::unordered_map<uint64_t, Clock> released;  // what is known to who acquires what lies at an address
+};
+
+using Later = std::function<void()>;
+
+struct Warp {
+  Global* global;
+  Block* block;
+  int rank;     // in its block
+  Clock clock;  // what it knows of all warps
+  uint32_t number;
+  std::vector<Lanes> registers;
+  int common = 0;  // the next instruction of all lanes, or -1 where they went apart
+  std::array<int, LANES> next{};
+  uint32_t running = ALL;
+  bool waits = false;
+  // By groups, of which the last is open: copies by cp.async, products by wgmma.
+  std::deque<std::vector<Later>> copies{{}}, products{{}};
+
+  Lanes& lanes(int reg) { return registers[reg]; }
+
+  Epoch now(const Instruction& by) const { return {number, clock[number], by.line, 0}; }
+
+  uint8_t* at_global(uint64_t address, size_t bytes, Access access, const Instruction& by) {
+    auto inside = [=](const auto& region) { return address >= region.first && address + bytes <= region.second; };
+    if (!inside(global->last)) {
+      auto found = std::ranges::find_if(global->regions, inside);
+      if (found == global->regions.end()) fail("line " + std::to_string(by.line) + ": no tensor has this memory");
+      global->last = *found;
+    }
+    global->order.touch(address, bytes, access, clock, now(by));
+    return reinterpret_cast<uint8_t*>(address);
+  }
+
+  uint8_t* at_shared(uint32_t address, size_t bytes, Access access, const Instruction& by) {
+    if (address + bytes > block->shared.size()) fail("line " + std::to_string(by.line) + ": beyond shared memory");
+    block->order.touch(address, bytes, access, clock, now(by));
+    return &block->shared[address];
+  }
+
+  // Warps that have the same value may all write it.
+  void store_shared(uint32_t address, const void* made, size_t bytes, const Instruction& by) {
+    const bool inside = address + bytes <= block->shared.size();
+    if (inside && !std::memcmp(&block->shared[address], made, bytes)) return;
+    std::memcpy(at_shared(address, bytes, Access::WRITE, by), made, bytes);
+  }
+};
+
+template <class F>
+void each_lane(uint32_t active, F f) {
+  if (active == ALL)
+    for (int lane = 0; lane < LANES; ++lane) f(lane);
+  else
+    for (; active; active &= active - 1) f(std::countr_zero(active));
+}
+
+// Instructions that lanes do together.
+inline void together(const Warp& warp, const Instruction& by, uint32_t active) {
+  if (active != warp.running) fail("line " + std::to_string(by.line) + ": not all lanes are here");
+}
+
+// What is asynchronous: who closes a group of it, and who waits until no more than so many are left.
+inline Step close(std::deque<std::vector<Later>> Warp::* groups) {
+  return [=](Warp& warp, const Instruction&, uint32_t) { (warp.*groups).emplace_back(); };
+}
+
+inline Step wait(std::deque<std::vector<Later>> Warp::* groups) {
+  return [=](Warp& warp, const Instruction& by, uint32_t) {
+    for (auto& all = warp.*groups; std::ssize(all) - 1 > by.immediate; all.pop_front())
+      for (const Later& each : all.front()) each();
+  };
+}
