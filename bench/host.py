@@ -49,8 +49,8 @@ Launched = Callable[..., None]
 
 
 def stand_in_driver(launcher: Callable[[Any, Any], Launched]) -> None:
-    """Kernels are compiled for an H100. ``launcher`` makes of the source and metadata of each what is called in place of
-    a launch, with what Triton hands its own launchers."""
+    """Kernels are compiled for an H100. Of the source and metadata of each, ``launcher`` makes what is called in place
+    of launches, with what Triton hands its own."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 

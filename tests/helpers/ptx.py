@@ -1,6 +1,7 @@
 """Kernels as Triton compiles them for a GPU (sm_90), executed on a CPU: their PTX, by tests/ptx/machine.cpp.
 
-    python tests/helpers/ptx.py chains 18 180 2500  # 180 batches of 18 forms; without TRITON_INTERPRET
+    TRITON_INTERPRET=0 python tests/helpers/ptx.py chains 18 180 2500  # 180 batches of 18 forms, ids of 2500
+    TRITON_INTERPRET=0 python tests/helpers/ptx.py calls sample "verify_tree walk"
     SPECDEC_TEST_PTX=1 pytest tests/ops -k triton   # tests of the backend
 
 What the interpreter cannot show: what Triton's compiler makes of a kernel, programs that run side by side, and whether
@@ -17,7 +18,7 @@ import random
 import re
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,7 @@ SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
 MEMORY = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 #: Instructions of a warp, after which a launch is taken to wait for ever.
-LIMIT = 2_000_000_000
+LIMIT = 200_000_000
 
 
 class _Grid(ctypes.Structure):
@@ -65,7 +66,6 @@ class Machine:
     """What executes launches: another GPU for each, and another order of its warps, by chance."""
 
     random: random.Random
-    launches: int = 0
 
     @property
     def processors(self) -> int:
@@ -74,7 +74,7 @@ class Machine:
     @property
     def resident(self) -> int:
         """Blocks that are there at a time: where they are few, most find what others left."""
-        return self.random.choice((1, 2, 3, 8))
+        return self.random.choice((1, 5, 30))
 
 
 class Program:
@@ -96,7 +96,7 @@ class Program:
         constants = [f"{register} {bits}" for register, bits in self._constants.items()]
         made = "\n".join([f"{len(self._registers)} {len(constants)}", *constants, *instructions])
         error = ctypes.create_string_buffer(1000)
-        self._handle = machine().ptx_read(made.encode(), error, ctypes.c_size_t(1000))
+        self._handle = machine().ptx_read(made.encode(), error, len(error))
         if not self._handle:
             raise NotImplementedError(error.value.decode())
 
@@ -113,9 +113,11 @@ class Program:
 
     def _operand(self, text: str) -> int:
         """Of a register, a constant, or the begin of shared memory."""
-        if re.match(r"%|[a-z]", text) and text != "global_smem" and not text.startswith(("0x", "0f", "0d")) or text == "_":
+        if text == "global_smem":
+            text = "0"
+        if re.match(r"%|_|[a-z]", text):  # inline assembly names registers as it likes
             return self._register(text)
-        bits = 0 if text == "global_smem" else int(text[2:], 16) if text[:2] in ("0f", "0d") else int(text.rstrip("U"), 0)
+        bits = int(text[2:], 16) if text[:2] in ("0f", "0d") else int(text.rstrip("U"), 0)
         register = self._register(f"constant {bits}")
         self._constants[register] = bits % 2**64
         return register
@@ -125,28 +127,30 @@ class Program:
 
     def _instruction(self, line: int, statement: str) -> str:
         negated, guard, name, rest = INSTRUCTION.fullmatch(statement).groups()
+        addresses = list(MEMORY.finditer(rest))
         immediate = 0
-        memory = MEMORY.search(rest)
         if name.startswith("bra"):
             immediate, operands = self._labels[rest.strip()], []
+        elif "wait_group" in name:
+            immediate, operands = int(rest), []
         elif name.startswith("ld.param"):
             register, parameter = re.fullmatch(r"(%\w+),\s*\[\w+_(param_\d+)\]", rest).groups()
             name = "cvt.s64.s32" if name.endswith("s32") else name.replace("ld.param", "mov")
             operands = self._operands(f"{register}, {parameter}")
-        elif name.startswith("cp.async.c") and "commit" not in name:  # to, from, bytes, bytes that are there
-            (to, _), (source, _) = (each.groups() for each in MEMORY.finditer(rest))
-            sizes = re.split(r"[,\s]+", rest.rsplit("]", 1)[1].strip(", "))
-            name, operands = "cp.async", self._operands(" ".join((to, source, sizes[0], sizes[-1])))
-            if any(int(each[2] or "0", 0) for each in MEMORY.finditer(rest)):
+        elif len(addresses) == 2:  # cp.async: to, from, bytes, how many of them are there
+            size, *given = rest[addresses[1].end() :].strip(", ").split(",")
+            name, operands = (
+                "cp.async",
+                self._operands(" ".join((*(x[1] for x in addresses), size, *(given or [size])))),
+            )
+            if any(int(x[2] or "0", 0) for x in addresses):
                 raise NotImplementedError(statement)
-        elif name.endswith("wait_group") or "wait_group" in name:
-            immediate, operands = int(rest), []
-        elif memory:
-            immediate = int(memory[2] or "0", 0)
-            address = self._operand(memory[1])
-            others = self._operands(rest[: memory.start()] + rest[memory.end() :])
-            first = name.startswith(("st", "red."))
-            operands = [others[0], address, *others[1:]] if name.startswith("atom") else [address, *others] if first else [*others, address]
+        elif addresses:
+            (address,) = addresses
+            immediate = int(address[2] or "0", 0)
+            operands = self._operands(rest[: address.start()] + rest[address.end() :])
+            first = {"st": 0, "stmatrix": 0, "red": 0, "atom": 1}.get(name.partition(".")[0], len(operands))
+            operands.insert(first, self._operand(address[1]))
         else:
             if name.startswith("mov") and "{" in rest:
                 name = name.replace("mov", "unpack" if rest.startswith("{") else "pack")
@@ -154,18 +158,24 @@ class Program:
         guarded = -1 if guard is None else self._register(guard)
         return " ".join(map(str, (name, guarded, int(bool(negated)), immediate, line, len(operands), *operands)))
 
-    def run(self, size: tuple[int, ...], warps: int, shared: int, parameters: list[int], tensors: list[Tensor], how: Machine) -> None:
+    def run(
+        self,
+        size: Sequence[int],
+        warps: int,
+        shared: int,
+        parameters: list[int],
+        tensors: Iterable[Tensor],
+        how: Machine,
+    ) -> None:
         """One launch, to its end; an error that names the line of the PTX where something is wrong."""
-        how.launches += 1
         grid = _Grid((ctypes.c_uint32 * 3)(*size), warps, shared, how.resident, how.random.randrange(2**31), LIMIT)
-        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         regions = [x for begin, size in storages.items() for x in (begin, begin + size)]
         error = ctypes.create_string_buffer(1000)
-        done = machine().ptx_run(
-            ctypes.c_void_p(self._handle), ctypes.byref(grid), (ctypes.c_uint64 * len(regions))(*regions), len(storages),
-            (ctypes.c_uint64 * len(parameters))(*parameters), len(parameters), error, ctypes.c_size_t(1000),
-        )  # fmt: skip
-        if not done:
+        if not machine().ptx_run(
+            ctypes.c_void_p(self._handle), ctypes.byref(grid), (ctypes.c_uint64 * len(regions))(*regions),
+            len(storages), (ctypes.c_uint64 * len(parameters))(*parameters), len(parameters), error, len(error),
+        ):  # fmt: skip
             raise RuntimeError(error.value.decode())
 
 
@@ -215,22 +225,35 @@ def on_cpu(how: Machine) -> None:
     launch.processors_of = lambda device: how.processors  # type: ignore[assignment]
 
 
+def check(names: Iterable[str]) -> None:
+    """Of those calls that the self-test makes on a GPU: an error where one does not return what the reference does."""
+    seed = torch.arange(selftest.common.BATCH)
+    by_reference = dict(selftest.gpu.calls("reference", seed))
+    for name, call in selftest.gpu.calls("triton", seed):
+        for _ in range(16 if name in names else 0):
+            torch.testing.assert_close(call(), by_reference[name](), rtol=1e-5, atol=1e-5, equal_nan=True)
+            seed += 1
+
+
 def main() -> None:
-    """Chains or trees of the self-test, by what a GPU would run."""
+    """Chains or trees of the self-test, or calls by their names, by what a GPU would run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("chains", "trees"))
-    parser.add_argument("forms", type=int, help="of calls, for each of which kernels are compiled")
-    parser.add_argument("batches", type=int)
-    parser.add_argument("vocabs", type=int, nargs="+")
-    parser.add_argument("--form", type=int, help="this one alone")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("chains", "trees"):
+        command = commands.add_parser(name)
+        command.add_argument("forms", type=int, help="of calls, for each of which kernels are compiled")
+        command.add_argument("batches", type=int)
+        command.add_argument("vocabs", type=int, nargs="+")
+    commands.add_parser("calls").add_argument("names", nargs="+")
     chosen = parser.parse_args()
-    how, report = Machine(random.Random(0)), selftest.Report()
-    on_cpu(how)
-    alone = chosen.form is not None
-    selected = selftest.Selection(chosen.forms, chosen.form if alone else 0, chosen.forms if alone else 1)
-    check = {"chains": selftest.check_chains, "trees": selftest.check_trees}[chosen.part]
-    check(report, "triton", "cpu", chosen.batches, tuple(chosen.vocabs), selected)
-    print(json.dumps({**asdict(report), "launches": how.launches}))
+    on_cpu(Machine(random.Random(0)))
+    if chosen.what == "calls":
+        check(chosen.names)
+        return
+    report = selftest.Report()
+    every = {"chains": selftest.check_chains, "trees": selftest.check_trees}[chosen.what]
+    every(report, "triton", "cpu", chosen.batches, tuple(chosen.vocabs), selftest.Selection(chosen.forms))
+    print(json.dumps(asdict(report)))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ void run(const Program& program, const Grid& grid, Global& global, const uint64_
 }  // namespace
 
 // A program as tests/helpers/ptx.py writes it; nullptr, with what is wrong in `error`, where it is not known.
-extern "C" Program* ptx_read(const char* text, char* error, size_t size) try {
+extern "C" Program* ptx_read(const char* text, char* error, int size) try {
   return new Program(read(text));
 } catch (const std::exception& failure) {
   std::snprintf(error, size, "%s", failure.what());
@@ -195,7 +195,7 @@ extern "C" Program* ptx_read(const char* text, char* error, size_t size) try {
 
 // Regions are pairs of addresses. False with what is wrong in `error`.
 extern "C" bool ptx_run(const Program* program, const Grid* grid, const uint64_t* regions, int region_count,
-                        const uint64_t* parameters, int parameter_count, char* error, size_t size) try {
+                        const uint64_t* parameters, int parameter_count, char* error, int size) try {
   Global global;
   for (int i = 0; i < region_count; ++i) global.regions.emplace_back(regions[2 * i], regions[2 * i + 1]);
   run(*program, *grid, global, parameters, parameter_count);

@@ -1,4 +1,4 @@
-// A warp, what it can reach, and an instruction.
+// A warp, its memory, and an instruction.
 #pragma once
 #include <algorithm>
 #include <array>

@@ -4,13 +4,23 @@ and all that programs hand each other is ordered. And the machine that executes 
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 
 import ptx
 import pytest
 import torch
-from forms import EVERYTHING
-from processes import run_python
+import versions
+from forms import some
+
+from specdec_kernels import selftest
+
+#: Of the self-test on a GPU: programs that share rows, that follow a path, and that wait for each other.
+CALLS = some(
+    ("sample", "verify_chain token", "verify_tree recursive"),
+    tuple(name for name, _ in selftest.gpu.calls("reference", torch.arange(3)) if "workspace" not in name),
+)
 
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0\n)\n"
 #: Lane 0 of each warp goes on; %p1: whether it is of the first warp, %p2: of the first block.
@@ -98,29 +108,30 @@ def test_what_is_not_known_is_an_error():
 
 
 def compiled(*arguments):
-    """What Python prints, where kernels are compiled and executed."""
-    done = run_python(*map(str, arguments), TRITON_INTERPRET="0", SPECDEC_TEST_PTX="1")
-    assert not done.returncode, done.stdout + done.stderr
-    return done.stdout
-
-
-#: Of calls: the rule of chains is the form modulo 3, that of trees modulo 4.
-TOKEN, TRAVERSAL = 0, 2
+    """What Python prints, where kernels are compiled and executed. Not forked: a process interprets all its life."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return versions.run([sys.executable, *map(str, arguments)], env=environment | {"SPECDEC_TEST_PTX": "1"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [("chains", 180, 1800, 2500, 20_000), ("trees", 120, 1200, 2500, 20_000)] if EVERYTHING
-    else [("chains", 3, 30, 20_000, "--form", TOKEN), ("trees", 4, 30, 20_000, "--form", TRAVERSAL)],
-)  # fmt: skip
+@pytest.mark.parametrize("name", CALLS)
+def test_as_the_reference(name):
+    compiled(ptx.__file__, "calls", name)
+
+
+@pytest.mark.slow
+def test_tree_attention():
+    """By all kinds of products of matrices that the compiler chooses among."""
+    tests = "tests/ops/test_tree_attention.py"
+    assert " passed" in compiled("-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.brief(kept=lambda parameters: False)
+@pytest.mark.parametrize("arguments", [("chains", 60, 600, 2500, 20_000), ("trees", 48, 240, 2500, 20_000)])
 def test_against_the_oracle(arguments):
+    """Kernels are compiled for an hour."""
     report = json.loads(compiled(ptx.__file__, *arguments))
     assert not report["wrong"]
-    assert report["launches"] >= 20 and report["too_close"] <= report["requests"] / 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["tests/ops/test_tree_attention.py", "tests/ops/test_kv.py"])
-def test_as_the_other_backends(path):
-    assert " passed" in compiled("-m", "pytest", "-q", "-p", "no:cacheprovider", path, "-k", "triton")
+    assert report["requests"] > arguments[2]
+    assert report["too_close"] <= report["requests"] / 10
