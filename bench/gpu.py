@@ -69,12 +69,12 @@ def flashinfer(case: Case, x: Inputs) -> Any:
 
 
 def vllm(case: Case, x: Inputs) -> Any:
-    """Its rejection sampler, which takes probabilities and draws the bonus token apart."""
+    """Its rejection sampler (0.33, V1), which takes logits and draws the bonus token apart."""
     from vllm.v1.sample.rejection_sampler import rejection_sample
 
     batch, drafts, device = case.batch, case.num_draft, x.target.device
-    target = torch.softmax(x.target.float() / TEMPERATURE, -1)
-    bonus = torch.multinomial(target[:, -1], 1).int()
+    target = x.target.float() / TEMPERATURE
+    bonus = torch.multinomial(torch.softmax(target[:, -1], -1), 1).int()
     sampling = SimpleNamespace(
         all_greedy=False, all_random=True, generators={}, temperature=torch.full((batch,), TEMPERATURE, device=device)
     )

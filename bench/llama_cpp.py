@@ -19,6 +19,7 @@ from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.models import load_drafter, load_gguf, smollm2_gguf
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.decode import stream
+from specdec_kernels.extras import brought_by
 
 TOKENS, ROUNDS = 64, 3
 #: After so many seconds no other round is begun.
@@ -32,8 +33,9 @@ class Contenders:
     """Ways to decode one GGUF file, by name."""
 
     def __init__(self) -> None:
-        import llama_cpp
-        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+        with brought_by("llama"):
+            import llama_cpp
+            from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
         self.target, self.tokenizer = load_gguf(smollm2_gguf())
         self.ours: dict[str, tuple[Any, int]] = {PLAIN: (None, 0)}

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from specdec_kernels.cli.consoles import Lines, console, notes
 from specdec_kernels.cli.generate import Session, print_stream, summary
+from specdec_kernels.cli.models import is_gguf
 from specdec_kernels.cli.prompts import PROMPTS
 from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN
 from specdec_kernels.contract import Level, Purpose, counter_tag
@@ -169,9 +170,10 @@ def _report_divergence(session: Session, prompt: str, text: list[int], alone: li
     if temperature > 0:
         scores = _race(scores, temperature, session.settings.seed, len(history))
     margin = abs(float(scores[text[first]] - scores[alone[first]]))
+    cure = "" if is_gguf(session.settings.target) else "; --fixed-rows makes them equal"
     notes.print(
         f"the texts part at token {first}, where what decides (logits, with their noise at a temperature) is "
-        f"{margin:.3g} apart: passes over different numbers of rows round differently; --fixed-rows makes them equal",
+        f"{margin:.3g} apart: passes over different numbers of rows round differently{cure}",
         style="dim",
         highlight=False,
     )

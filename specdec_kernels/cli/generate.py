@@ -73,13 +73,13 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
     """
     for temperature in temperatures:
         make_requests([[0]], 1, settings.seed, settings.max_new_tokens, settings.sampling(temperature))
-    check_drafter(settings.drafter, target_path(settings.target), settings.draft)
     if not is_gguf(settings.target):
         model_path(settings.target)
     elif settings.fixed_rows is not None:
         raise ValueError(f"fixed_rows must be left out for a GGUF target, got {settings.fixed_rows}")
     else:
         gguf_path(settings.target)
+    check_drafter(settings.drafter, target_path(settings.target), settings.draft)
     check_device(settings.device)
     if settings.history is not None:
         check_history(settings.drafter, settings.history)

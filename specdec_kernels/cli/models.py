@@ -158,7 +158,7 @@ def gguf_path(name: str) -> Path:
 
 def is_gguf(name: str | Path) -> bool:
     """Whether llama.cpp runs this target."""
-    return Path(name).suffix == ".gguf"
+    return Path(name).suffix.lower() == ".gguf"
 
 
 def _is_smollm2(target: Path) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specdec_kernels.bench import gpu
+from specdec_kernels.bench.cases import TEMPERATURE, inputs
 from specdec_kernels.bench.clocks import WallClock
+from specdec_kernels.bench.contenders import fused
 from specdec_kernels.cli import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real one runs there")
@@ -60,6 +64,29 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu, "ours", wrong)
     with pytest.raises(RuntimeError, match="triton: the reference disagrees"):
         gpu.measure(case, WallClock(), 1.0)
+
+
+def test_vllm_is_given_what_it_takes(monkeypatch):
+    """By the names of vLLM 0.33, whose own softmax is to give the distribution of the target."""
+    given = {}
+
+    def rejection_sample(
+        draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
+        bonus_token_ids, sampling_metadata,
+    ):  # fmt: skip
+        given.update(locals())
+
+    for name in ("vllm", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.rejection_sampler"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.v1.sample.rejection_sampler"].rejection_sample = rejection_sample
+    case = replace(next(gpu.cases(quick=True)), vocab=300, batch=3)
+    x = inputs(case, lambda x: fused(case, x).num_accepted.long(), cold_bytes=1)[0]
+    gpu.vllm(case, x)
+    flat = (case.batch * case.num_draft, case.vocab)
+    for probs, logits in ((given["target_logits"].softmax(-1), x.target[:, :-1]), (given["draft_probs"], x.draft)):
+        torch.testing.assert_close(probs, torch.softmax(logits.float() / TEMPERATURE, -1).reshape(flat))
+    assert given["cu_num_draft_tokens"].tolist() == [case.num_draft * (i + 1) for i in range(case.batch)]
+    assert given["draft_token_ids"].tolist() == x.tokens.flatten().tolist()
 
 
 def test_without_a_gpu_the_command_says_so():

@@ -260,6 +260,8 @@ def test_comparing_and_measuring_keep_text_and_notes_apart(checkpoint, monkeypat
         (("--drafter", "model", "--draft", "/nowhere"), "a model must be 'smollm2' or the path of a transformers"),
         (("--draft", "/nowhere"), "draft must not be given with drafter='lookup', which has no drafting model"),
         (("--target", "/no/[red]where"), "got '/no/[red]where'"),
+        (("--target", "/nowhere", "--drafter", "auto"), "a model must be 'smollm2' or the path of a transformers"),
+        (("--target", "/nowhere.GGUF", "--drafter", "auto"), "or of a GGUF file, got '/nowhere.GGUF'"),
         (("--show-tree", "--compare"), "show_tree needs a prompt, a drafter, and no --compare"),
         (("--show-tree", "--drafter", "none"), "show_tree needs a prompt, a drafter, and no --compare"),
         (("--history", "/tmp/h", "--compare"), "history needs a prompt, and no --compare"),

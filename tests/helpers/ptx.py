@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import json
 import random
 import re
 import struct
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,9 +26,8 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import selftest
+from specdec_kernels.ops.backends import NATIVE_LIBRARY
 
-SOURCES = Path(__file__).resolve().parents[1] / "ptx"
-LIBRARY = SOURCES.parents[1] / "build" / "ptx" / "machine.so"
 #: In the order of `begin` in tests/ptx/machine.cpp; parameters follow.
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
@@ -48,14 +45,7 @@ class _Grid(ctypes.Structure):
 
 @cache
 def machine() -> ctypes.CDLL:
-    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    with LIBRARY.with_suffix(".lock").open("w") as lock:  # other workers may want it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        changed = max(each.stat().st_mtime for each in SOURCES.iterdir())
-        if not LIBRARY.is_file() or LIBRARY.stat().st_mtime < changed:
-            options = ["-std=c++20", "-O2", "-fwrapv", "-shared", "-fPIC"]
-            subprocess.run(["g++", *options, SOURCES / "machine.cpp", "-o", LIBRARY], check=True)
-    library = ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(NATIVE_LIBRARY.with_name("libspecdec_ptx.so")))
     library.ptx_read.restype = ctypes.c_void_p
     library.ptx_run.restype = ctypes.c_bool
     return library
