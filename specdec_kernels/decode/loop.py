@@ -329,12 +329,14 @@ class Loop:
         """One round for the whole batch: the tokens that its requests gain."""
         batch, statistics = self._batch, self._statistics
         most = min(self._options.drafts(len(batch.requests)), self._target.max_rows() - 1)
+        coupled = self._options.rule == "coupled"
         step = Step(
             num_draft=[min(most, request.remaining - 1) for request in batch.requests],
             seed=batch.seed,
             position=batch.position,
             greedy=batch.greedy,
-            coupled=self._options.rule == "coupled",
+            coupled=coupled,
+            same_text=batch.greedy or coupled,
             **batch.filters,
         )
         with statistics.timed("draft"):

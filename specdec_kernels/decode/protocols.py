@@ -238,6 +238,9 @@ class Step:
     drafter."""
     coupled: bool = False
     """Whether the drafts are verified by the rule ``"coupled"``, and should be drawn with its noise."""
+    same_text: bool = False
+    """Whether the text is the same whatever is drafted: every request is greedy, or the rule is ``"coupled"``. A
+    drafter that has another one draft greedily passes this on as it is."""
     batch: int | None = None
     """Requests of the target's pass, where some of them are without a drafter; None: these are all."""
 

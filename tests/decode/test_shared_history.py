@@ -13,11 +13,20 @@ import pytest
 import torch
 from decoding import exact_distribution
 from distributions import g_test, limit
-from tiny import slow_greedy, steady, tiny
+from small_tokenizers import of_tokens
+from tiny import VOCAB, slow_greedy, steady, tiny
 
 from specdec_kernels import verify_chain
 from specdec_kernels.decode import Scheduler, Statistics, TransformersTarget, generate
-from specdec_kernels.decode.drafters import AsyncDrafter, NGramDrafter, SharedHistory
+from specdec_kernels.decode.drafters import (
+    AsyncDrafter,
+    CallableDrafter,
+    MergedDrafter,
+    NGramDrafter,
+    SharedHistory,
+    TranslatedDrafter,
+    Translation,
+)
 from specdec_kernels.decode.drafters import shared_history as module
 from specdec_kernels.decode.protocols import Step, revertible
 
@@ -220,7 +229,7 @@ def test_texts_of_the_same_seed_are_left_out_at_a_temperature():
     written.propose(step(1, 5))
     written.commit([[6, 7]], None)
     for seed, named, expected in (
-        (5, {}, []), (6, {}, [6, 7]), (5, {"greedy": True}, [6, 7]), (5, {"coupled": True}, [6, 7]),
+        (5, {}, []), (6, {}, [6, 7]), (5, {"same_text": True}, [6, 7]), (5, {"greedy": True}, []),
     ):  # fmt: skip
         other = NGramDrafter(shared=history).begin([[9, 9]], None)
         other.commit([[1, 2, 3, 4]], None)
@@ -231,6 +240,41 @@ def test_texts_of_the_same_seed_are_left_out_at_a_temperature():
     unknown = SharedHistory()
     NGramDrafter(shared=unknown).begin([[1, 2, 3, 4, 6]], None)  # was not asked yet: whose noise will it have?
     assert NGramDrafter(shared=unknown).begin([[1, 2, 3, 4]], None).propose(step(1, 5)).tokens.tolist() == [[]]
+
+
+def other_ids():
+    """From the tokens of the model to the same ones by other ids."""
+    names = "abcdefghijk"[:VOCAB]
+    return Translation(of_tokens(names), of_tokens(names[::-1]))
+
+
+AROUND = {
+    "alone": lambda drafter: drafter,
+    "merged": lambda drafter: MergedDrafter(CallableDrafter(lambda history, count: []), drafter),
+    "translated": lambda drafter: TranslatedDrafter(drafter, other_ids()),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_so_they_are_where_another_drafter_wants_the_likeliest_drafts(model, around):
+    """Which says how to draft, and not that nothing is drawn."""
+
+    def proposed(seeds, temperature=1.0, rule="token"):
+        """Drafts for the last of requests that write one after the other."""
+        drafter = AROUND[around](NGramDrafter(8, shared=SharedHistory()))
+        for seed in seeds:
+            statistics = Statistics()
+            generate(
+                TransformersTarget(model), [[5, 6, 7, 8, 9, 10, 1, 2]], drafter=drafter, num_draft=3, seed=seed,
+                max_new_tokens=20, temperature=temperature, rule=rule, statistics=statistics,
+            )  # fmt: skip
+        return statistics.proposed
+
+    for rule in ("token", "block"):
+        assert proposed([5, 5], rule=rule) == 0
+        assert proposed([5, 6], rule=rule) > 0
+    assert proposed([5, 5], rule="coupled") > 9
+    assert proposed([5, 5], temperature=0.0) > 9
 
 
 @pytest.mark.parametrize("ahead", [False, True])

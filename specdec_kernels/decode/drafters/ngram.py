@@ -82,7 +82,7 @@ class NGramSession:
             for text, seed in zip(self._texts, step.seed.tolist(), strict=True):
                 text.seed = text.origin.seed = seed
         for slot, (text, count) in enumerate(zip(self._texts, step.num_draft, strict=True)):
-            length, tokens = text.find(count, any_seed=step.greedy or step.coupled)
+            length, tokens = text.find(count, any_seed=step.same_text)
             if tokens and length >= self._min_match and length > self._histories.indices[slot].match()[0]:
                 drafts[slot] = tokens
 
