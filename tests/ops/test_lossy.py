@@ -11,7 +11,7 @@ from distributions import table
 from tiny import VOCAB, slow_greedy, tiny
 
 from specdec_kernels import lossy, oracle
-from specdec_kernels.decode import Statistics, TransformersTarget, generate
+from specdec_kernels.decode import Scheduler, Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import CallableDrafter, ModelDrafter, TreeDrafter
 from specdec_kernels.ops import validate
 
@@ -114,6 +114,47 @@ def test_synthetic_acceptance(rule, temperature):
         assert got[3] == 0.0
         control, _ = shares(target, rule, temperature)
         assert abs(control[0] - RATES[0]) > slack[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"temperature": 1e20}),
+        (torch.bfloat16, {"temperature": 5000.0, "repetition_penalty": 0.5}),
+        (torch.float16, {"temperature": 1000.0}),
+        (torch.float32, {"temperature": 1.0, "logit_bias": {5: 1000.0}, "presence_penalty": 100.0}),
+    ],
+)
+def test_synthetic_rates_depend_on_no_parameter(dtype, options):
+    synthetic = lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB, dtype=dtype), RATES)
+    got, slack = shares(synthetic, "token", **options)
+    for rate, want, allowed in zip(got, [*RATES, 0.0], slack, strict=True):
+        assert abs(rate - want) < allowed
+
+
+def test_what_is_forbidden_is_rejected():
+    """Every draft is a token that a bias forbids; the text goes on all the same."""
+    synthetic, statistics = lossy.SyntheticAcceptance(lossy.BlankTarget(VOCAB), [1.0]), Statistics()
+    drafter = CallableDrafter(lambda history, count: [3] * count)
+    (result,) = generate(
+        synthetic, [[1]], drafter=drafter, max_new_tokens=8, logit_bias={3: -math.inf}, statistics=statistics
+    )
+    assert len(result.tokens) == 8
+    assert statistics.accepted == 0 < statistics.proposed
+
+
+@pytest.mark.parametrize("model", [False, True])
+def test_load_tests_run_in_the_scheduler(model):
+    """More requests than run at once, so that some join others."""
+    target = TransformersTarget(tiny(1)) if model else lossy.BlankTarget(300)
+    statistics = Statistics()
+    drafter = CallableDrafter(lambda history, count: [0] * count)
+    scheduler = Scheduler(
+        lossy.SyntheticAcceptance(target, [1.0, 1.0]), drafter, max_requests=2, num_draft=2, statistics=statistics
+    )
+    submissions = [scheduler.submit([1, 2, 3], max_new_tokens=4 + index, seed=index) for index in range(5)]
+    assert [len(submission.result().tokens) for submission in submissions] == [4, 5, 6, 7, 8]
+    assert statistics.accepted == statistics.proposed > 0
 
 
 def test_synthetic_acceptance_leaves_the_bonus_row_alone():
