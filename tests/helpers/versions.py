@@ -70,13 +70,18 @@ def run(command: list[Any], **named: Any) -> str:
     return done.stdout
 
 
-def kernels(*arguments: str, triton: Path | None = None) -> list[Any]:
-    """What `triton_code.py` prints under the Triton in a folder; in a process of its own, which interprets nothing."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+def compiling(*arguments: Any, triton: Path | None = None, **environment: str) -> str:
+    """What Python prints under the Triton in a folder. Not forked: a process that interprets does so to its end."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     if triton:
         environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, Path(__file__).with_name("triton_code.py"), *arguments]
-    return [json.loads(line) for line in run(command, env=environment).splitlines()]
+    return run([sys.executable, *map(str, arguments)], env=environment)
+
+
+def kernels(*arguments: str, triton: Path | None = None) -> list[Any]:
+    """What `triton_code.py` prints under the Triton in a folder."""
+    said = compiling(Path(__file__).with_name("triton_code.py"), *arguments, triton=triton)
+    return [json.loads(line) for line in said.splitlines()]
 
 
 def flaws(found: list[dict[str, Any]]) -> list[str]:

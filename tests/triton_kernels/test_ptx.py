@@ -4,9 +4,7 @@ and all that programs hand each other is ordered. And the machine that executes 
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 
 import ptx
 import pytest
@@ -107,23 +105,25 @@ def test_what_is_not_known_is_an_error():
         run("brev.b32 %r4, %r1; ret;")
 
 
-def compiled(*arguments):
-    """What Python prints, where kernels are compiled and executed. Not forked: a process interprets all its life."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return versions.run([sys.executable, *map(str, arguments)], env=environment | {"SPECDEC_TEST_PTX": "1"})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_as_the_reference(name):
-    compiled(ptx.__file__, "calls", name)
+    versions.compiling(ptx.__file__, "calls", name)
+
+
+@pytest.mark.slow
+@pytest.mark.brief(kept=lambda parameters: False)
+@pytest.mark.parametrize("version", [versions.TRITONS[0], versions.TRITONS[-1]])
+def test_by_the_oldest_and_the_newest_triton(version):
+    versions.compiling(ptx.__file__, "calls", *CALLS, triton=versions.unpacked("triton", version))
 
 
 @pytest.mark.slow
 def test_tree_attention():
     """By all kinds of products of matrices that the compiler chooses among."""
     tests = "tests/ops/test_tree_attention.py"
-    assert " passed" in compiled("-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "triton")
+    command = "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "triton"
+    assert " passed" in versions.compiling(*command, SPECDEC_TEST_PTX="1")
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_tree_attention():
 @pytest.mark.parametrize("arguments", [("chains", 60, 600, 2500, 20_000), ("trees", 48, 240, 2500, 20_000)])
 def test_against_the_oracle(arguments):
     """Kernels are compiled for an hour."""
-    report = json.loads(compiled(ptx.__file__, *arguments))
+    report = json.loads(versions.compiling(ptx.__file__, *arguments))
     assert not report["wrong"]
     assert report["requests"] > arguments[2]
     assert report["too_close"] <= report["requests"] / 10
