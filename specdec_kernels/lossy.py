@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.decode.protocols import Scores, Target, TargetSession
+from specdec_kernels.decode.protocols import Scores, Target, TargetSession, joinable
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.backends import BackendName
 from specdec_kernels.ops.results import VerifiedTree
@@ -107,7 +107,8 @@ class SyntheticAcceptance:
 
     **The text is not the target's.** In each step of a request so many of its drafts are accepted that the i-th is in
     ``rates[i]`` of all steps that have one, under every rule and temperature; behind the last rate none is. Drafts must
-    be chains. What a grammar forbids is rejected.
+    be chains. What a grammar forbids, or a bias of -inf, is rejected; float16 keeps the rates up to a temperature of
+    1,000.
 
     Args:
         target: what scores the rows, at its own cost.
@@ -140,9 +141,6 @@ class SyntheticAcceptance:
 class _SyntheticSession:
     """One stream of a :class:`SyntheticAcceptance`."""
 
-    #: A logit that leaves nothing to the others, and that half precision holds.
-    CERTAIN = 3e4
-
     def __init__(self, session: TargetSession, rates: Tensor, generator: torch.Generator) -> None:
         self._session, self._rates, self._generator = session, rates, generator
         self.features, self.max_rows, self.commit, self.select = (
@@ -155,7 +153,9 @@ class _SyntheticSession:
         index, real = torch.arange(drafts.shape[1]), torch.tensor(counts)[:, None] - 1
         uniform = torch.rand(len(counts), 1, generator=self._generator)
         accepted = index < (uniform < self._rates).sum(1, keepdim=True)
-        logit = torch.where(accepted, self.CERTAIN, -torch.inf).to(scores.logits)[..., None]
+        # What leaves nothing to the others at any temperature, as far as the dtype goes, and bears penalties.
+        certain = min(torch.finfo(scores.logits.dtype).max / 2, 1e30)
+        logit = torch.where(accepted, certain, -torch.inf).to(scores.logits)[..., None]
         logit = torch.where((index < real).to(logit.device)[..., None], logit, scores.logits.gather(2, drafts))
         scores.logits.scatter_(2, drafts, logit)
         return scores
@@ -170,6 +170,9 @@ class _SyntheticSession:
 
     def commit_path(self, paths: Sequence[Sequence[int]]) -> None:
         """Of no tree."""
+
+    def join(self, other: _SyntheticSession) -> None:
+        joinable(self._session).join(other._session)
 
 
 class BlankTarget:
@@ -223,4 +226,7 @@ class _BlankSession:
         pass
 
     def select(self, slots: Sequence[int]) -> None:
+        pass
+
+    def join(self, other: _BlankSession) -> None:
         pass
