@@ -39,9 +39,10 @@ def chain_speculative_sampling(
         maybe_output_emitted_draft_token_num: int32 [B]; drafts that were kept are added to it.
         deterministic: as it is anyway.
         generator: what seeds are drawn from where there is no ``seed``; None is PyTorch's own of the device.
-        seed: int64 [B] or int.
-        offset: int64 [B] or int, for every request; None is 0. Where the seed is one for all, request b is drawn at
-            ``offset + b``, so the next call's offset must be larger by B at least.
+        seed: int, or int64 or uint64 [1] or [B]. Where it is one for all, request b is drawn at ``offset + b``, so the
+            next call's offset must be larger by B at least. Equal entries of [B] share their noise, unless their
+            offsets differ: here a request's slot is no part of it.
+        offset: int, or int64 or uint64 [1] or [B]; None is 0.
         backend: as everywhere.
 
     Returns:
@@ -79,10 +80,12 @@ def chain_speculative_sampling(
     ]
     if seed is None:
         seed = torch.randint(2**63 - 1, (batch,), generator=generator, device=target.device)
-    position = check.integers("offset", 0 if offset is None else offset)
-    if isinstance(seed, int):
+    seeds, position = (
+        check.integers(name, _of_each(value, batch))
+        for name, value in (("seed", seed), ("offset", 0 if offset is None else offset))
+    )
+    if not isinstance(seed, Tensor) or len(seed) == 1:
         position = position + torch.arange(batch, device=target.device)
-    seeds = check.integers("seed", seed)
 
     live = ((ids >= 0) & (ids < vocab)).long().cumprod(1).bool()  # -1 ends a draft
     at = ids.clamp(0, vocab - 1)[..., None]
@@ -114,6 +117,14 @@ def chain_speculative_sampling(
     counters[0] += accept.sum(1)
     counters[1] += accepted
     return tokens.int(), counters[0], counters[1]
+
+
+def _of_each(value: int | Tensor, batch: int) -> int | Tensor:
+    """FlashInfer's seed or offset, uint64 or int64, one for all or one each, as this library's: int or int64 [B]."""
+    if not isinstance(value, Tensor):
+        return value
+    signed = value.view(torch.int64) if value.dtype == torch.uint64 else value
+    return signed.expand(batch) if signed.shape == (1,) else signed
 
 
 def _tiles(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdec_kernels import checks
 from specdec_kernels.integrations.plugins import draft_rows, fits
@@ -72,8 +73,10 @@ def to_parents(retrive_next_token: Tensor, retrive_next_sibling: Tensor) -> Tens
         retrive_next_token, retrive_next_sibling: int64 or int32 [B, N].
 
     Returns:
-        int64 [B, N], -1 for the root and for what hangs nowhere. :func:`specdec_kernels.verify_tree` wants a node's
-        parent before the node, as SGLang has it.
+        int64 [B, N] as for :func:`specdec_kernels.verify_tree`, -1 for the root. A tree ends before its first node that
+        hangs nowhere, with -1 from there on: without the nodes behind it fewer drafts are accepted, and the text is the
+        same in distribution where it is verified by the target alone. A node's parent comes before the node, as SGLang
+        has it.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -82,6 +85,8 @@ def to_parents(retrive_next_token: Tensor, retrive_next_sibling: Tensor) -> Tens
         >>> import torch
         >>> to_parents(torch.tensor([[1, 3, -1, -1]]), torch.tensor([[-1, 2, -1, -1]])).tolist()
         [[-1, 0, 0, 1]]
+        >>> to_parents(torch.tensor([[1, 3, -1, -1]]), torch.tensor([[-1, -1, -1, -1]])).tolist()  # where is node 2?
+        [[-1, 0, -1, -1]]
     """
     check = validate.ArgumentChecker("retrive_next_token", retrive_next_token)
     children = check.ids("retrive_next_token", retrive_next_token, "B, N")
@@ -91,7 +96,9 @@ def to_parents(retrive_next_token: Tensor, retrive_next_sibling: Tensor) -> Tens
     eldest = torch.where(before >= 0, before, node)
     for _ in range(nodes.bit_length()):  # each time twice as far back
         eldest = eldest.gather(1, eldest)
-    return _came_from(children).gather(1, eldest)
+    parents = _came_from(children).gather(1, eldest)
+    ended = (parents < 0).long().cumsum(1) > 1  # the root is the first that has none
+    return parents.masked_fill(ended, -1)
 
 
 def _came_from(links: Tensor) -> Tensor:
@@ -108,19 +115,21 @@ def results(verified: VerifiedTree, retrive_index: Tensor, depth: int) -> SGLang
     Args:
         verified: of a batch of trees of N nodes.
         retrive_index: int64 or int32 [B, N], as of :func:`from_parents`.
-        depth: columns D of ``accept_index``: nodes of the longest path, the root among them.
+        depth: columns D of ``accept_index``: nodes of the longest path, the root among them, or more; at least 1.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     batch, nodes = verified.nodes.shape
+    checks.whole("depth", depth, 1)
     check = validate.ArgumentChecker("nodes", verified.nodes, B=batch, N=nodes)
     rows = check.ids("retrive_index", retrive_index, "B, N").long()
     kept = verified.nodes >= 0
     index = rows.gather(1, verified.nodes.long().clamp(min=0)).masked_fill(~kept, -1)
     predict = torch.zeros(rows.numel() + 1, dtype=torch.int32, device=rows.device)
     predict[index.where(kept, rows.numel())] = verified.tokens.int()
-    return SGLangResults(predict[:-1], index[:, :depth].int(), verified.num_accepted)
+    accept_index = functional.pad(index, (0, depth - nodes), value=-1)  # cut off where there are more
+    return SGLangResults(predict[:-1], accept_index.int(), verified.num_accepted)
 
 
 def register() -> None:
@@ -148,7 +157,8 @@ def blockwise_rejection(
     noise: Any,
     cutoff_verify_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``blockwise_rejection_triton`` of DSpark by :func:`specdec_kernels.verify_chain`, rule ``"token"``.
+    """``blockwise_rejection_triton`` of DSpark by :func:`specdec_kernels.verify_chain`, rule ``"token"``. SGLang passes
+    it no filters, and does not call it where there is top-k or top-p.
 
     Args:
         candidates: ids [B, K+1]; the first is the last token of the text.

@@ -133,6 +133,27 @@ def test_flashinfer_seeds_are_of_each_request():
     assert first == run(generator=torch.Generator().manual_seed(1)) != run(generator=torch.Generator().manual_seed(2))
 
 
+def test_flashinfer_seeds_and_offsets_of_one_element():
+    """Those of a whole batch, whose rows have noise of their own, and of either dtype that FlashInfer has."""
+    draft, ids, target = (x[:1].expand(B, *x.shape[1:]) for x in chains())
+
+    def run(seed, offset):
+        return chain_speculative_sampling(draft, ids, target, seed=seed, offset=offset)[0].tolist()
+
+    one = run(7, 100)
+    for dtype in (torch.int64, torch.uint64):
+        seed, offset = torch.tensor([7], dtype=dtype), torch.tensor([100], dtype=dtype)
+        assert run(seed, offset) == run(7, offset) == run(seed, offset.expand(B)) == one
+    each = torch.arange(B)
+    assert run(each.view(torch.uint64), torch.tensor([5])) == run(each, 5) != run(each, 6)
+    top = torch.tensor([2**64 - 1], dtype=torch.uint64)
+    assert run(top, 5) == run(-1, 5)
+    with pytest.raises(ValueError, match=r"seed must have shape \[B\] = \[48\], got int64 \[2\]"):
+        run(each[:2], 5)
+    with pytest.raises(ValueError, match=r"offset must have shape \[B\] = \[48\], got int64 \[\]"):
+        run(each, torch.tensor(5))
+
+
 def test_flashinfer_counters_are_added_to():
     draft, ids, target = chains()
     _, independent, emitted = chain_speculative_sampling(draft, ids, target, seed=1)
@@ -199,6 +220,32 @@ def test_sglang_links():
         parents = torch.cat([torch.full((20, 1), -1), *up], 1)
         _, child, sibling = sglang.from_parents(parents)
         assert torch.equal(sglang.to_parents(child.int(), sibling.int()), parents)
+
+
+def test_sglang_nodes_that_hang_nowhere():
+    """They end the tree, which can be verified, on a CPU too."""
+    index, child, sibling = sglang.from_parents(PARENTS)
+    child, sibling = child[:2].clone(), sibling[:2].clone()
+    sibling[0, 1] = -1  # where node 2 hangs, with 6 and 7 below it
+    child[1, 1] = -1  # where node 2 hangs, with 3 and 4 below it
+    parents = sglang.to_parents(child, sibling)
+    assert parents.tolist() == [[-1, 0] + [-1] * 6] * 2
+    tokens = torch.arange(8).expand(2, 8)
+    verified = verify_tree(torch.zeros(2, 8, 9), tokens, parents, rule="walk", seed=1, position=0, temperature=0.0)
+    assert sglang.results(verified, index[:2], 4).accept_token_num.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_sglang_results_have_as_many_columns_as_the_longest_path(depth):
+    parents, tokens = torch.tensor([[-1, 0, 0]]), torch.tensor([[0, 5, 6]])
+    logits = torch.zeros(1, 3, 30).index_fill(2, torch.tensor([6]), 9.0)
+    verified = verify_tree(logits, tokens, parents, rule="walk", seed=1, position=9, temperature=0.0)
+    predict, accepted, _ = sglang.results(verified, torch.arange(3)[None], depth)
+    assert accepted.dtype == torch.int32
+    assert accepted.tolist() == [[0, 2, -1, -1, -1, -1][:depth]]
+    assert predict.tolist() == [6, 0, 6]
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        sglang.results(verified, torch.arange(3)[None], 0)
 
 
 def test_sglang_results():
