@@ -18,10 +18,11 @@ with brought_by("decode"):
     from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, GenerationMode
     from transformers.generation import logits_process as processors
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+    from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec_kernels.decode import Drafter, SourcePrompt, Statistics, TransformersTarget, stream
 from specdec_kernels.decode.drafters import AdaptiveDrafter, ModelDrafter, NGramDrafter, RowCosts
-from specdec_kernels.decode.model_facts import is_encoder_decoder
+from specdec_kernels.decode.model_facts import is_encoder_decoder, vocab_size
 from specdec_kernels.decode.requests import packed_mask
 from specdec_kernels.integrations.recording import RecordingTarget
 from specdec_kernels.ops import RuleName
@@ -73,6 +74,9 @@ _PREPARED = ("attention_mask", "position_ids", "past_key_values", "cache_params"
 #: The same of an encoder-decoder, whose mask is that of the sources.
 _PREPARED_WITH_SOURCES = ("attention_mask", "encoder_outputs", "past_key_values", "use_cache")
 
+#: Models that hear all of a source, whatever their ``attention_mask`` says of it.
+_WITHOUT_SOURCE_MASK = ("whisper",)
+
 
 def generate(
     model: Any,
@@ -113,7 +117,7 @@ def generate(
         inputs_tensor: what ``model.generate`` was called with: of an encoder-decoder the sources, which are encoded
             once more here.
         assistant_model, streamer: as of ``model.generate``. It does not hand them on to a function (5.23), so they are
-            read where it keeps them. A streamer takes a batch of one.
+            read where it keeps them. An assistant has the model's vocabulary. A streamer takes a batch of one.
 
     Returns:
         int64 [B, L]: prompts and what they were continued with, then ``pad_token_id``; or, with
@@ -126,6 +130,7 @@ def generate(
             of the model's logits is no distribution, or nothing is allowed.
     """
     found = _dropped_arguments()
+    _check_processes(model, found.get("synced_gpus"))
     assistant_model = found.get("assistant_model") if assistant_model is None else assistant_model
     streamer = found.get("streamer") if streamer is None else streamer
     with_sources = is_encoder_decoder(model)
@@ -136,7 +141,7 @@ def generate(
     prompts: list[Sequence[int]]
     if with_sources:
         padding = [0] * batch
-        sources = _sources(inputs_tensor, model_kwargs.get("attention_mask"), batch)
+        sources = _sources(model, inputs_tensor, model_kwargs.get("attention_mask"), batch)
         prompts = [SourcePrompt(source, row) for source, row in zip(sources, input_ids.tolist(), strict=True)]
     else:
         padding = _padding(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
@@ -169,14 +174,15 @@ def generate(
     with_logits = returns_dict and bool(generation_config.output_logits)
     rows = RecordingTarget(target) if with_scores or with_logits else None
     texts = _Texts(input_ids, own if with_scores else None, rows, others)
+    longest = min(limits, default=generation_config.max_length)  # a criterion that is passed replaces the default
     for token in stream(
         target if rows is None else rows,
         prompts,
         drafter=drafter,
         num_draft=num_draft,
-        max_new_tokens=min([generation_config.max_length, *limits]) - length,
+        max_new_tokens=max(longest - length, 1),  # criteria are first asked behind a token
         seed=None if seeds is None else list(seeds),
-        stop_tokens={int(end) for tensor in ends for end in tensor.flatten()},
+        stop_tokens={int(end) for tensor in ends for end in tensor.flatten() if end >= 0},  # -1 is no end
         stop_when=texts.ends if others else None,
         rule=rule,
         statistics=statistics,
@@ -201,27 +207,51 @@ def generate(
 
 
 def _dropped_arguments() -> dict[str, Any]:
-    """What ``model.generate`` was called with and does not hand on to a function: ``assistant_model`` and ``streamer``.
-    To leave them out would be slow without a sign of it, or have a reader of the streamer wait for ever."""
+    """What ``model.generate`` was called with and does not hand on to a function: ``assistant_model``, ``streamer`` and
+    ``synced_gpus``. To leave them out would be slow without a sign of it, or have a reader of the streamer, or another
+    process, wait for ever."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = sys._getframe(1)
     while frame.f_code is not code:
         if frame.f_back is None:
             return {}
         frame = frame.f_back
-    return {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")}
+    return {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer", "synced_gpus")}
+
+
+def _check_processes(model: Any, synced_gpus: bool | None) -> None:
+    """Whether this process may end before the others do.
+
+    Raises:
+        ValueError: it may not, as passed or by transformers' default.
+    """
+    if synced_gpus is None:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        shared = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        synced_gpus = shared and several and torch.distributed.get_world_size() > 1
+    if synced_gpus:
+        raise ValueError(
+            "synced_gpus must be False here, got True, or None where several processes share a model (DeepSpeed "
+            "ZeRO-3, FSDP): each process ends with its own sequences, and others would wait for it"
+        )
 
 
 def _drafter(drafter: Drafter | None, assistant_model: Any, target: TransformersTarget) -> Drafter:
     """The one that is passed, or of the assistant, or what looks drafts up.
 
     Raises:
-        ValueError: there are two.
+        ValueError: there are two, or the assistant has another vocabulary.
     """
     if assistant_model is not None:
         if drafter is not None:
             raise ValueError("drafter and assistant_model must not both be passed")
-        return ModelDrafter(assistant_model, target.vocab_size)
+        if (own := vocab_size(assistant_model)) != target.vocab_size:
+            raise ValueError(
+                f"assistant_model must have the model's vocab_size {target.vocab_size}, got {own}: with another "
+                "tokenizer pass drafter=IntersectionDrafter(assistant, Translation(tokenizer, assistant_tokenizer), "
+                "vocab_size); with the same one, of fewer ids, drafter=ModelDrafter(assistant, vocab_size)"
+            )
+        return ModelDrafter(assistant_model)
     if drafter is not None:
         return drafter
     # By assumed costs, so that seeds fix the texts. On a GPU a few rows more take no longer.
@@ -251,16 +281,21 @@ def _check_options(config: Any, assistant_model: Any, model_kwargs: dict[str, An
         raise ValueError("past_key_values cannot be honoured here: the loop has its own cache")
 
 
-def _sources(inputs: Tensor | None, mask: Tensor | None, batch: int) -> list[Any]:
+def _sources(model: Any, inputs: Tensor | None, mask: Tensor | None, batch: int) -> list[Any]:
     """The source of each sequence: ids without the padding behind them, or what a model hears or sees.
 
     Raises:
-        ValueError: they are not to be had, or there is padding before one or within.
+        ValueError: they are not to be had, or there is padding before one or within, or of what is no text.
     """
     if inputs is None:
         raise ValueError("model.generate must be called with the inputs of the encoder, got its outputs alone")
     each = inputs.repeat_interleave(batch // len(inputs), 0)  # of several sequences for each
     if each.is_floating_point():
+        if mask is not None and (mask == 0).any() and model.config.model_type not in _WITHOUT_SOURCE_MASK:
+            raise ValueError(
+                "attention_mask must be 1 everywhere in sources that are no token ids, got 0 for "
+                f"{type(model).__name__}: pass sources without padding"
+            )
         return list(each)
     if mask is None:
         mask = torch.ones_like(each)

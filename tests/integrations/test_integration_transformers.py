@@ -21,7 +21,11 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     LogitsProcessor,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
     StoppingCriteria,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
@@ -166,6 +170,15 @@ OPTIONS = {
     "warpers of greedy": {"logits_processor": [hf.TemperatureLogitsWarper(0.5), hf.TopKLogitsWarper(3)]},
     "own processors": {"logits_processor": [hf.SuppressTokensLogitsProcessor([2, 4])], "repetition_penalty": 1.2},
     "own length": {"stopping_criteria": [hf_stops.MaxLengthCriteria(11)]},
+    "own length beyond": {"stopping_criteria": [hf_stops.MaxLengthCriteria(24)]},
+    "own length beyond most": {
+        "max_new_tokens": None, "max_length": 10, "stopping_criteria": [hf_stops.MaxLengthCriteria(14)],
+    },
+    "own length beyond default": {"max_new_tokens": None, "stopping_criteria": [hf_stops.MaxLengthCriteria(31)]},
+    "own lengths": {"stopping_criteria": [hf_stops.MaxLengthCriteria(24), hf_stops.MaxLengthCriteria(22)]},
+    "own length of less than the prompt": {"stopping_criteria": [hf_stops.MaxLengthCriteria(3)]},
+    "no end": {"eos_token_id": -1},
+    "no end and an end": {"eos_token_id": [-1, 7]},
     "own end": {"stopping_criteria": [hf_stops.EosTokenCriteria(7)], "eos_token_id": 3},
     "config": {"generation_config": GenerationConfig(repetition_penalty=1.5, eos_token_id=3, pad_token_id=0)},
 }  # fmt: skip
@@ -180,7 +193,7 @@ def test_options_as_in_plain_generate(model, assistant, name, way):
     assert run(model, **options, **drafts).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"most length", "normalised", "warpers of greedy"}))
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"most length", "no end", "normalised", "warpers of greedy"}))
 def test_options_matter(model, name):
     """The control for the test above: without it the text is another one."""
     assert run(model, **OPTIONS[name]).tolist() != run(model).tolist()
@@ -355,7 +368,7 @@ def test_drafters_and_their_number(model, assistant):
 
 def test_what_generate_drops_is_found(model, assistant):
     """The names that are read from ``model.generate``, should transformers rename them; and a call without it."""
-    assert {"assistant_model", "streamer"} <= set(inspect.signature(GenerationMixin.generate).parameters)
+    assert {"assistant_model", "streamer", "synced_gpus"} <= set(inspect.signature(GenerationMixin.generate).parameters)
     assert ours._dropped_arguments() == {}
     seen = []
     drafter = ours.ModelDrafter
@@ -365,6 +378,23 @@ def test_what_generate_drops_is_found(model, assistant):
     finally:
         ours.ModelDrafter = drafter
     assert seen == [assistant]
+
+
+def test_no_process_is_waited_for(model, monkeypatch):
+    """As transformers has it, under DeepSpeed ZeRO-3 and FSDP with several processes, unless it is told not to."""
+    for name in ("is_deepspeed_zero3_enabled", "is_fsdp_managed_module"):
+        for size in (1, 2):
+            with monkeypatch.context() as patched:
+                patched.setattr(ours, name, lambda *_: True)
+                ours._check_processes(model, None)  # nothing is distributed
+                patched.setattr(torch.distributed, "is_initialized", lambda: True)
+                patched.setattr(torch.distributed, "get_world_size", lambda size=size: size)
+                ours._check_processes(model, False)
+                if size == 1:
+                    ours._check_processes(model, None)
+                else:
+                    with pytest.raises(ValueError, match="synced_gpus must be False here, got True, or None where"):
+                        ours._check_processes(model, None)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -414,6 +444,10 @@ def filled_cache():
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states cannot be honoured"),
         ({"assistant_early_exit": 1}, "assistant_early_exit cannot be honoured"),
         ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight cannot be honoured"),
+        ({"synced_gpus": True}, "synced_gpus must be False here, got True"),
+        ({"assistant_model": tiny(2, vocab=9)},
+         f"assistant_model must have the model's vocab_size {VOCAB}, got 9: .* drafter=IntersectionDrafter"),
+        ({"assistant_model": tiny(2, vocab=20)}, "vocab_size 11, got 20"),
         ({"past_key_values": filled_cache()}, "past_key_values cannot be honoured"),
         ({"position_ids": torch.arange(8).expand(4, 8) + 1}, "position_ids must count"),
         ({"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}, "attention_mask must be 0 to the left"),
@@ -492,3 +526,35 @@ def test_sources_that_cannot_be_known_are_refused():
         run(model, {"encoder_outputs": encoded})
     with pytest.raises(ValueError, match="decoder_attention_mask cannot be honoured here"):
         run(model, {"input_ids": SOURCES[:1], "decoder_attention_mask": torch.ones(1, 1)})
+
+
+@torch.no_grad()
+def test_masks_of_sounds():
+    """What is no text is taken without padding, but by Whisper, whose texts depend on no mask."""
+    sizes = {
+        "vocab_size": 60, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "init_std": 0.3,
+        "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    whisper = WhisperForConditionalGeneration(WhisperConfig(
+        num_mel_bins=8, max_source_positions=50, max_target_positions=40, suppress_tokens=None,
+        begin_suppress_tokens=None, **sizes,
+    )).eval()  # fmt: skip
+    other = Speech2TextForConditionalGeneration(Speech2TextConfig(
+        input_feat_per_channel=8, conv_channels=16, max_source_positions=100, max_target_positions=40, **sizes
+    )).eval()  # fmt: skip
+    for model, shape in ((whisper, (1, 8, 100)), (other, (1, 100, 8))):
+        sounds, mask = 3 * torch.randn(shape), torch.ones(1, 100, dtype=torch.int64)
+        inputs = {"input_features": sounds, "attention_mask": mask}
+        whole = run(model, inputs, custom=False, do_sample=False)
+        assert run(model, inputs, do_sample=False).tolist() == whole.tolist()
+        mask[:, 16:] = 0
+        plain = run(model, inputs, custom=False, do_sample=False)
+        assert (plain.tolist() == whole.tolist()) == (model is whisper)
+        if model is whisper:
+            assert run(model, inputs, do_sample=False).tolist() == plain.tolist()
+        else:
+            with pytest.raises(ValueError, match=r"attention_mask must be 1 everywhere in .* 0 for Speech2Text"):
+                run(model, inputs, do_sample=False)
