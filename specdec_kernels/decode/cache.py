@@ -396,6 +396,11 @@ class RaggedCache:
             layer.forget_rows()
         self.lengths = [n - old + new for n, old, new in zip(self.lengths, fresh, counts, strict=True)]
 
+    def settle(self) -> None:
+        """Squeeze out what is behind a window, where all rows so far are decided on."""
+        for columns in self._columns:
+            columns.settle(columns.used, columns.lengths)
+
     def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
         """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the history, and attends to it and to
         those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""

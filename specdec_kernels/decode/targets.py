@@ -253,6 +253,8 @@ class WindowSession(TransformersSession):
     @torch.inference_mode()
     def score(self, tokens: Tensor, counts: Sequence[int]) -> Scores:
         self._known, rows = self._window.shape[1], tokens.shape[1]
+        if self._known == 0:  # once for all passes over these rows, which are to have as many columns before them
+            self._cache.settle()
         self._window = torch.cat([self._window, tokens], 1)
         padding = (0, self._rows - self._known - rows)
         scores = self._run(functional.pad(self._window, padding), [self._rows])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from architectures import Architecture, build
 from decoding import (
     NAMES,
     PROMPTS,
@@ -29,6 +30,7 @@ from tiny import Altered, greedy, slow_greedy, tiny
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate, stream
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
+    CallableDrafter,
     DraftConfig,
     FeatureDrafter,
     FeatureModel,
@@ -80,6 +82,33 @@ def test_windows_of_fixed_rows_give_the_same_text(target_model, name, rows):
         options = {"max_new_tokens": 21, "temperature": 0.0}
         windows = generate(TransformersTarget(target_model, rows), [prompt], drafter=drafter, num_draft=5, **options)
         assert windows[0].tokens == greedy(target_model, tuple(prompt), 21)
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], [1, 2, 3, 4, 5] * 6], ids=["in the text", "in the prompt"])
+def test_a_row_has_as_many_columns_whatever_is_drafted(prompt):
+    """In windows of fixed rows, also where more and more tokens are behind a sliding window, which are squeezed out."""
+    model, columns, passes = build(Architecture("mistral", {"sliding_window": 8}), 1, "eager"), {}, []
+
+    def note(_, arguments, named):
+        passes.append(int(named["position_ids"][0, 0]))
+        columns.setdefault(passes[-1], set()).add(named["attention_mask"].shape[-1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+
+    def decode(drafter):
+        passes.clear()
+        return generate(
+            TransformersTarget(model, fixed_rows=4, check=False), [prompt], drafter=drafter, num_draft=3, seed=1,
+            temperature=1.0, rule="coupled", max_new_tokens=40, logprobs=True,
+        )[0]  # fmt: skip
+
+    plain = decode(None)
+    assert len(passes) == 41
+    text = prompt + plain.tokens
+    drafted = decode(CallableDrafter(lambda history, count: text[len(history) :][:count]))
+    assert len(passes) == 11
+    assert [counts for counts in columns.values() if len(counts) > 1] == []
+    assert (drafted.tokens, drafted.logprobs) == (plain.tokens, plain.logprobs)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "adaptive" not in name])  # which depends on the clock
