@@ -28,7 +28,7 @@ from specdec_kernels.decode.protocols import (
 )
 from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
-from specdec_kernels.ops import BackendName, RuleName, verify_chain
+from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
@@ -386,18 +386,21 @@ class Loop:
     def _failure(self, request: Request, slot: int, outcome: _Outcome) -> Ending:
         """Why the row that a request's last token was drawn from is no distribution; nothing if another one was read
         that is not (which no token was drawn from)."""
-        row = outcome.drawn_from[slot]
-        logits = outcome.scores.logits[slot, row].float().clone()
-        for token, bias in request.sampling.logit_bias.items():
-            logits[token] += float(bias)  # an int of more than 64 bits would overflow
-        if outcome.masks is not None:
-            mask = outcome.masks[slot, row].to(logits.device)
-            if not bool(mask.any()):
-                return "dead_end"
-            ids = torch.arange(self._vocab, device=logits.device)
-            logits = logits.masked_fill((mask[ids // 32] >> ids % 32 & 1) == 0, -torch.inf)
-        usable = bool(logits.isfinite().any()) and not bool((logits.isnan() | (logits == torch.inf)).any())
-        return "" if usable else "invalid"
+        row = slice(outcome.drawn_from[slot], outcome.drawn_from[slot] + 1)
+        masks = None if outcome.masks is None else outcome.masks[slot, row]
+        if masks is not None and not bool(masks.any()):
+            return "dead_end"
+        # As the operators see it: behind the drafts that were accepted before the row, which penalties count.
+        before = replace(request, generated=request.generated + outcome.tokens[slot][:-1])
+        alone = Batch([before], self._vocab, self._device)
+        drawn = sample(
+            outcome.scores.logits[slot, row],
+            seed=alone.seed,
+            position=alone.position,
+            backend=self._options.backend,
+            **alone.processing(masks),
+        )
+        return "invalid" if bool(drawn.stats.isnan().any()) else ""
 
     @torch.inference_mode()
     def select(self, slots: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from dataclasses import replace
 from itertools import zip_longest
@@ -464,6 +465,34 @@ def test_a_drafter_of_nan_changes_nothing(model, name):
         assert [r.finished for r in results] == ["length"] * 4
     assert statistics.invalid == 0
     assert statistics.accepted > 0
+
+
+@RULES
+@pytest.mark.parametrize("kind", ["none", "chain", "tree"])
+@pytest.mark.parametrize(("most", "tokens"), [(3e38, VOCAB), (-3e38, 1)])
+def test_rows_that_penalties_leave_no_distribution_are_seen(model, rule, kind, most, tokens):
+    """Each id becomes -inf, or +inf, as soon as it was written, be it as a draft of the same step."""
+    written = []
+
+    def known(history, count):
+        return [*written, *[0] * count][len(history) - 2 :][:count]
+
+    drafter = {
+        "none": None, "chain": CallableDrafter(known),
+        "tree": MergedDrafter(CallableDrafter(known), CallableDrafter(lambda history, count: [1])),
+    }  # fmt: skip
+    options = {"presence_penalty": most, "frequency_penalty": most, "temperature": 0.0, "max_new_tokens": 20}
+    for used in (None, drafter[kind]):
+        steps = Statistics()
+        (result,) = generate(
+            TransformersTarget(model), [[1, 2]], drafter=used, rule=rule, logprobs=True, statistics=steps, **options
+        )
+        assert (len(result.tokens), result.finished) == (tokens, "invalid")
+        assert (steps.invalid, steps.emitted) == (1, tokens)
+        assert all(math.isfinite(score) for score in result.logprobs)
+        written += result.tokens
+    assert written[:tokens] == written[tokens:]
+    assert (steps.accepted > 0) == (kind != "none")
 
 
 @RULES
