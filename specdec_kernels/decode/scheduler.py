@@ -404,7 +404,7 @@ class Scheduler:
     def _stops(self, index: int, tokens: Sequence[int]) -> bool:
         submission = self._running[index]
         try:
-            return submission.stop_when is not None and submission.stop_when(index, tokens)
+            return submission.stop_when is not None and bool(submission.stop_when(index, tokens))
         except Exception as error:
             submission.fail(error)
             return True

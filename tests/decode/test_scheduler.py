@@ -156,11 +156,15 @@ def test_what_is_wrong_with_one_request_ends_that_one(model):
     bad = [
         scheduler.submit([1], max_new_tokens=1000),
         scheduler.submit([1, 2], max_new_tokens=9, stop_when=fails),
+        scheduler.submit([1, 2], max_new_tokens=9, stop_when=lambda index, tokens: torch.tensor([tokens[-1], 0]) == 3),
         scheduler.submit([1, 2], max_new_tokens=9, sampling=Sampling(grammar=fails)),
         scheduler.submit([1, 2], max_new_tokens=9, sampling=Sampling(grammar=lambda history: torch.zeros(9))),
     ]
     scheduler.run()
-    errors = [(ValueError, "max_new_tokens"), (KeyError, "mine"), (KeyError, "mine"), (TypeError, "grammar must give")]
+    errors = [
+        (ValueError, "max_new_tokens"), (KeyError, "mine"), (RuntimeError, "Boolean value of Tensor"),
+        (KeyError, "mine"), (TypeError, "grammar must give"),
+    ]  # fmt: skip
     for submission, (error, message) in zip(bad, errors, strict=True):
         with pytest.raises(error, match=message):
             submission.result()
