@@ -447,9 +447,10 @@ class Scheduler:
     def _start(self, prompt: _Prompt) -> bool:
         """Have it decoded; whether it can be, together with those that run."""
         requests = [submission.request for submission in prompt.submissions]
-        if len(requests) > 1:
+        if len(requests) != prompt.slots:  # one at first; more, where samples were cancelled while they waited
             with torch.inference_mode():
                 prompt.session.select([0] * len(requests))
+            prompt.slots = len(requests)
         drafting = self._guarded(prompt)
         if self._running:
             try:
@@ -489,6 +490,8 @@ class _Prompt:
         self._features: list[Tensor] = []
         self._read = 0
         self._session: TargetSession | None = None
+        self.slots = 1
+        """Of the target's session."""
         self.refused = False
         """Whether it was read, but cannot be decoded together with those that ran then."""
 

@@ -836,6 +836,25 @@ def test_samples_are_those_of_requests_alone(model, kind, prompt):
             assert submission.result().tokens == alone(model, index, rule="coupled")
 
 
+@pytest.mark.parametrize("cancelled", [[0], [1, 2]])
+@pytest.mark.parametrize("kind", [TransformersTarget, StaticTarget])
+def test_samples_that_are_cancelled_while_they_wait(kind, cancelled):
+    """For the end of what they cannot be scored together with; of all that are left, one too, texts are those alone."""
+    target, options = kind(steady(build(LONGROPE, 1, "eager"))), {"max_new_tokens": 4}
+    scheduler = Scheduler(target, NGramDrafter(1), rule="coupled")
+    first = scheduler.submit(counted_prompt(8), sampling=GREEDY, **options)
+    samples = scheduler.submit_samples(counted_prompt(30), [5, 6, 7], **options)
+    with pytest.warns(RuntimeWarning, match="but wait: prompts must be"):
+        scheduler.step()
+    for index in cancelled:
+        samples[index].cancel()
+    scheduler.run()
+    assert first.result().finished == "length"
+    for index, submission in enumerate(samples):
+        known = generate(target, [counted_prompt(30)], seed=5 + index, rule="coupled", **options)[0].tokens
+        assert submission.result().tokens == ([] if index in cancelled else known)
+
+
 @pytest.mark.parametrize("error", [KeyError, MemoryError])
 def test_nothing_is_kept_of_requests_that_the_target_failed(model, error):
     scheduler = Scheduler(TransformersTarget(model), NGramDrafter(1))
