@@ -106,9 +106,9 @@ class SyntheticAcceptance:
     """A target that accepts drafts at given rates, whatever they are: for load tests without a drafter that is good.
 
     **The text is not the target's.** In each step of a request so many of its drafts are accepted that the i-th is in
-    ``rates[i]`` of all steps that have one, under every rule and temperature; behind the last rate none is. Drafts must
-    be chains. What a grammar forbids, or a bias of -inf, is rejected; float16 keeps the rates up to a temperature of
-    1,000.
+    ``rates[i]`` of all steps that have one, under every rule, where temperature times repetition penalty is at most
+    1e28 (1,000 for float16); behind the last rate none is. Drafts must be chains. What a grammar or a bias of -inf
+    forbids is rejected.
 
     Args:
         target: what scores the rows, at its own cost.
@@ -153,7 +153,7 @@ class _SyntheticSession:
         index, real = torch.arange(drafts.shape[1]), torch.tensor(counts)[:, None] - 1
         uniform = torch.rand(len(counts), 1, generator=self._generator)
         accepted = index < (uniform < self._rates).sum(1, keepdim=True)
-        # What leaves nothing to the others at any temperature, as far as the dtype goes, and bears penalties.
+        # As large as the dtype has it, so that heat leaves nothing to the others; penalties may still enlarge it.
         certain = min(torch.finfo(scores.logits.dtype).max / 2, 1e30)
         logit = torch.where(accepted, certain, -torch.inf).to(scores.logits)[..., None]
         logit = torch.where((index < real).to(logit.device)[..., None], logit, scores.logits.gather(2, drafts))
