@@ -392,8 +392,13 @@ class Scheduler:
         requests = [submission.request.index for submission in submissions]
         for request in requests:
             self._end(request)
-        if requests:
-            self._loop.select([slot for slot, own in enumerate(self._loop.requests) if own.index not in requests])
+        try:
+            if requests:
+                self._loop.select([slot for slot, own in enumerate(self._loop.requests) if own.index not in requests])
+        except BaseException as error:  # half of it may be done
+            self._fail_running(error)
+            if not isinstance(error, Exception):
+                raise
 
     def _end(self, request: int) -> None:
         """Of a request that runs; what is known of it is its own from here on."""

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -395,6 +396,25 @@ def test_a_join_that_fails_ends_what_ran(model, monkeypatch):
         with pytest.raises(MemoryError, match="no memory"):
             submission.result()
     assert third.result().tokens == alone(model, 2)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_cancellation_that_fails_ends_what_ran(model, error, monkeypatch):
+    """Whoever cancels is told of nothing but what interrupts, and the cancelled request has what there was."""
+    scheduler = Scheduler(TransformersTarget(model))
+    ran = [submitted(scheduler, index) for index in range(3)]
+    scheduler.step()
+    monkeypatch.setattr(RaggedCache, "select", lambda *_: (_ for _ in ()).throw(error("no memory")))
+    with pytest.raises(error) if error is KeyboardInterrupt else nullcontext():
+        ran[0].cancel()
+    monkeypatch.undo()
+    waiting = submitted(scheduler, 3)
+    scheduler.run()
+    assert ran[0].result().tokens == alone(model, 0)[:1]
+    for submission in ran[1:]:
+        with pytest.raises(Exception, match="no memory"):
+            submission.result()
+    assert waiting.result().tokens == alone(model, 3)
 
 
 @pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration, KeyError])
