@@ -102,7 +102,11 @@ class Submission:
 
     def put(self, token: Token) -> None:
         self._tokens.append(token)
-        self.done = self.done or bool(token.finished)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends with an error."""
+        return self._error is not None
 
     @property
     def ready(self) -> bool:
@@ -120,10 +124,12 @@ class Submission:
         return None
 
     def fail(self, error: BaseException) -> None:
+        """Note what it ends with. It is done later: an asynchronous reader looks without the lock, and has the tokens of
+        this step first."""
         if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
             cause, error = error, RuntimeError(f"the request was ended by {error!r}")
             error.__cause__ = cause
-        self._error, self.done = error, True
+        self._error = error
 
 
 @dataclass(order=True)
@@ -355,6 +361,9 @@ class Scheduler:
             submission = self._cancelled.pop()
             if submission.done:
                 continue
+            if submission.request.index in self._running:
+                self._drop([submission])
+                continue
             submission.done = True
             for prompt in self._unread():
                 prompt.submissions = [own for own in prompt.submissions if own is not submission]
@@ -362,8 +371,6 @@ class Scheduler:
             heapq.heapify(self._queue)
             if self._reading is not None and not self._reading.submissions:
                 self._reading = None
-            if submission.request.index in self._running:
-                self._drop([submission])
 
     def _decode(self) -> None:
         try:
@@ -375,7 +382,7 @@ class Scheduler:
             self._running[token.request].put(token)
         for request in {token.request for token in gained if token.finished}:
             self._end(request)
-        self._drop([submission for submission in self._running.values() if submission.done])
+        self._drop([submission for submission in self._running.values() if submission.failed])
 
     def _fail_running(self, error: BaseException) -> None:
         for request, submission in list(self._running.items()):
@@ -385,6 +392,7 @@ class Scheduler:
     def _fail_reading(self, error: BaseException) -> None:
         for submission in self._reading.submissions if self._reading else []:
             submission.fail(error)
+            submission.done = True
         self._reading = None
 
     def _drop(self, submissions: list[Submission]) -> None:
@@ -401,8 +409,10 @@ class Scheduler:
                 raise
 
     def _end(self, request: int) -> None:
-        """Of a request that runs; what is known of it is its own from here on."""
-        self._running.pop(request).acceptance = self.statistics.requests.pop(request, Acceptance())
+        """Of a request that runs, once its tokens were put; what is known of it is its own from here on."""
+        submission = self._running.pop(request)
+        submission.acceptance = self.statistics.requests.pop(request, Acceptance())
+        submission.done = True
 
     # An error in what a request brought with it ends that request, and no other.
 

@@ -548,6 +548,38 @@ def test_no_token_is_lost_where_waiting_for_it_is_cancelled(model):
     assert timeouts
 
 
+def test_an_asynchronous_reader_has_the_tokens_of_the_step_that_fails(model):
+    """Whenever in that step it looks: here before the step is done."""
+    scheduler, found = Scheduler(TransformersTarget(model)), []
+
+    async def read():
+        async for token in failing:
+            found.append(token.token)
+
+    def read_to_the_end():
+        with pytest.raises(KeyError, match="mine"):
+            asyncio.run(read())
+        found.append("error")
+
+    thread = threading.Thread(target=read_to_the_end)
+
+    def fails(index, tokens):
+        raise KeyError("mine")
+
+    def stop_when(index, tokens):
+        if len(tokens) == 1:
+            thread.start()
+            while thread.is_alive() and not scheduler._lock._turn.locked():  # until it has read, or waits
+                time.sleep(0.001)
+        return False
+
+    failing = submitted(scheduler, 0, stop_when=fails)
+    submitted(scheduler, 1, stop_when=stop_when)
+    scheduler.run()
+    thread.join()
+    assert found == [alone(model, 0)[0], "error"]
+
+
 def test_who_waits_is_let_in_between_two_steps(model):
     """However soon the next one begins."""
     scheduler, seen = Scheduler(TransformersTarget(model)), []
