@@ -124,8 +124,8 @@ class Submission:
         return None
 
     def fail(self, error: BaseException) -> None:
-        """Note what it ends with. It is done later: an asynchronous reader looks without the lock, and has the tokens of
-        this step first."""
+        """Note what it ends with. It is done later: an asynchronous reader, who looks without the lock, has the tokens
+        of this step first."""
         if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
             cause, error = error, RuntimeError(f"the request was ended by {error!r}")
             error.__cause__ = cause
@@ -207,7 +207,7 @@ class Scheduler:
         self._queue: list[_Waiting] = []
         self._reading: _Prompt | None = None
         self._running: dict[int, Submission] = {}  # by the index of the request
-        self._loop = Loop(target, drafter, self._options, self.statistics)
+        self._loop = self._idle()
         self._submitted = 0
 
     def submit(
@@ -372,6 +372,10 @@ class Scheduler:
             if self._reading is not None and not self._reading.submissions:
                 self._reading = None
 
+    def _idle(self) -> Loop:
+        """A loop without requests."""
+        return Loop(self._target, self._drafter, self._options, self.statistics)
+
     def _decode(self) -> None:
         try:
             gained = self._loop.step()
@@ -388,6 +392,7 @@ class Scheduler:
         for request, submission in list(self._running.items()):
             submission.fail(error)
             self._end(request)
+        self._loop = self._idle()  # wherever the other one was, its caches go with it
 
     def _fail_reading(self, error: BaseException) -> None:
         for submission in self._reading.submissions if self._reading else []:

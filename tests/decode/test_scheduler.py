@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import itertools
 import os
 import queue
@@ -553,15 +554,12 @@ def test_an_asynchronous_reader_has_the_tokens_of_the_step_that_fails(model):
     scheduler, found = Scheduler(TransformersTarget(model)), []
 
     async def read():
-        async for token in failing:
-            found.append(token.token)
-
-    def read_to_the_end():
         with pytest.raises(KeyError, match="mine"):
-            asyncio.run(read())
+            while True:
+                found.append((await anext(failing)).token)
         found.append("error")
 
-    thread = threading.Thread(target=read_to_the_end)
+    thread = threading.Thread(target=lambda: asyncio.run(read()))
 
     def fails(index, tokens):
         raise KeyError("mine")
@@ -921,6 +919,34 @@ def test_nothing_is_kept_of_requests_that_the_target_failed(model, error):
         with pytest.raises(error, match="no memory"):
             submission.result()
         assert submission.acceptance.request_steps == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_caches_of_requests_that_failed_are_given_back(model, error):
+    """At once, not when the next request is read."""
+    target, sessions = TransformersTarget(model), weakref.WeakSet()
+    begin = target.begin
+
+    def noted(*arguments):
+        sessions.add(session := begin(*arguments))
+        return session
+
+    def fails(*_):
+        raise error
+
+    target.begin = noted
+    scheduler = Scheduler(target)
+    submissions = [submitted(scheduler, index) for index in range(2)]
+    scheduler.step()
+    assert sessions
+    raised = pytest.raises(error) if error is KeyboardInterrupt else nullcontext()
+    with raised, model.register_forward_pre_hook(fails):
+        scheduler.run()
+    del raised
+    assert scheduler.running == 0
+    del submissions  # with their errors, which have the step in their tracebacks
+    gc.collect()
+    assert not sessions
 
 
 #: Seconds at least; `make soak` is an hour.
