@@ -331,6 +331,12 @@ class Scheduler:
             finally:
                 self._in_step = False
                 self._end_cancelled()
+            reading = self._reading
+            if reading is not None and reading.refused is not None and not self._told:  # an error may come of it, too
+                self._told = True
+                warnings.warn(
+                    f"requests are not decoded together, but wait: {reading.refused}", RuntimeWarning, stacklevel=2
+                )
             return bool(self._running or self._queue or self._reading)
 
     def run(self) -> None:
@@ -445,7 +451,8 @@ class Scheduler:
         left = self._chunk
         while left > 0 and (self._reading or self._queue):
             prompt = self._reading or self._queue[0].prompt
-            if len(self._running) + len(prompt.submissions) > self._max_requests or (prompt.refused and self._running):
+            full = len(self._running) + len(prompt.submissions) > self._max_requests
+            if full or (self._running and prompt.refused is not None):
                 return
             if self._reading is None:
                 self._reading = heapq.heappop(self._queue).prompt
@@ -454,18 +461,18 @@ class Scheduler:
                     left -= max(1, self._read(prompt, left))
                 if not prompt.done:
                     return
-                prompt.refused = not self._start(prompt)
+                prompt.refused = self._start(prompt)
             except Exception as error:
                 self._fail_reading(error)
-            if not prompt.refused:
+            if prompt.refused is None:
                 self._reading = None
 
     def _read(self, prompt: _Prompt, most: int) -> int:
         with torch.inference_mode(), self.statistics.timed("prompt"):
             return prompt.read(most)
 
-    def _start(self, prompt: _Prompt) -> bool:
-        """Have it decoded; whether it can be, together with those that run."""
+    def _start(self, prompt: _Prompt) -> str | None:
+        """Have it decoded; or why it cannot be, together with those that run."""
         requests = [submission.request for submission in prompt.submissions]
         if len(requests) != prompt.slots:  # one at first; more, where samples were cancelled while they waited
             with torch.inference_mode():
@@ -476,10 +483,7 @@ class Scheduler:
             try:
                 self._loop.join(requests, prompt.session, drafting)
             except ValueError as error:  # before anything changed
-                if not self._told:
-                    self._told = True
-                    warnings.warn(f"requests are not decoded together, but wait: {error}", RuntimeWarning, stacklevel=2)
-                return False
+                return str(error)
             except Exception as error:  # half of them may have joined
                 self._fail_running(error)
                 raise
@@ -488,7 +492,7 @@ class Scheduler:
         for submission in prompt.submissions:
             submission.prompt_logprobs = prompt.logprobs
             self._running[submission.request.index] = submission
-        return True
+        return None
 
     def _guarded(self, prompt: _Prompt) -> DrafterSession | None:
         if self._drafter is None:
@@ -512,8 +516,8 @@ class _Prompt:
         self._session: TargetSession | None = None
         self.slots = 1
         """Of the target's session."""
-        self.refused = False
-        """Whether it was read, but cannot be decoded together with those that ran then."""
+        self.refused: str | None = None
+        """Why it cannot be decoded together with those that ran when it was read."""
 
     @property
     def session(self) -> TargetSession:
