@@ -365,18 +365,10 @@ class Scheduler:
     def _end_cancelled(self) -> None:
         while self._cancelled:
             submission = self._cancelled.pop()
-            if submission.done:
-                continue
             if submission.request.index in self._running:
                 self._drop([submission])
-                continue
-            submission.done = True
-            for prompt in self._unread():
-                prompt.submissions = [own for own in prompt.submissions if own is not submission]
-            self._queue = [waiting for waiting in self._queue if waiting.prompt.submissions]
-            heapq.heapify(self._queue)
-            if self._reading is not None and not self._reading.submissions:
-                self._reading = None
+            elif not submission.done:
+                self._leave([submission])
 
     def _idle(self) -> Loop:
         """A loop without requests."""
@@ -401,10 +393,21 @@ class Scheduler:
         self._loop = self._idle()  # wherever the other one was, its caches go with it
 
     def _fail_reading(self, error: BaseException) -> None:
-        for submission in self._reading.submissions if self._reading else []:
-            submission.fail(error)
+        if self._reading is not None:
+            for submission in self._reading.submissions:
+                submission.fail(error)
+            self._leave(self._reading.submissions)
+
+    def _leave(self, submissions: list[Submission]) -> None:
+        """Read the prompt of these no more, but for others."""
+        for submission in submissions:
             submission.done = True
-        self._reading = None
+        for prompt in self._unread():
+            prompt.submissions = [own for own in prompt.submissions if not own.done]
+        self._queue = [waiting for waiting in self._queue if waiting.prompt.submissions]
+        heapq.heapify(self._queue)
+        if self._reading is not None and not self._reading.submissions:
+            self._reading = None
 
     def _drop(self, submissions: list[Submission]) -> None:
         """Decode these no more."""
@@ -421,9 +424,10 @@ class Scheduler:
 
     def _end(self, request: int) -> None:
         """Of a request that runs, once its tokens were put; what is known of it is its own from here on."""
-        submission = self._running.pop(request)
+        submission = self._running[request]
         submission.acceptance = self.statistics.requests.pop(request, Acceptance())
         submission.done = True
+        del self._running[request]  # last: what interrupts before loses no request
 
     # An error in what a request brought with it ends that request, and no other.
 
@@ -455,7 +459,8 @@ class Scheduler:
             if full or (self._running and prompt.refused is not None):
                 return
             if self._reading is None:
-                self._reading = heapq.heappop(self._queue).prompt
+                self._reading = prompt  # before it leaves the queue: what interrupts in between loses no request
+                heapq.heappop(self._queue)
             try:
                 while left > 0 and not prompt.done:
                     left -= max(1, self._read(prompt, left))

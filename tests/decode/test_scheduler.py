@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import heapq
 import itertools
 import os
 import queue
@@ -383,6 +384,28 @@ def test_an_interrupted_step_ends_what_it_was_about(model, where, interrupt, mon
         with pytest.raises(RuntimeError, match=rf"the request was ended by {interrupt.__name__}\(\)"):
             submission.result()
     assert waiting.result().tokens == alone(model, 3, rule="coupled")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_an_interrupted_step_loses_no_request(model, taken, monkeypatch):
+    """Right before or behind its being taken out of the queue: its reader would wait for ever."""
+    scheduler, pop = Scheduler(TransformersTarget(model)), heapq.heappop
+
+    def interrupted(waiting):
+        if taken:
+            pop(waiting)
+        raise KeyboardInterrupt
+
+    first, second = submitted(scheduler, 0), submitted(scheduler, 1)
+    monkeypatch.setattr(heapq, "heappop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    monkeypatch.undo()
+    assert first.done
+    assert scheduler.waiting == 1
+    with pytest.raises(RuntimeError, match=r"the request was ended by KeyboardInterrupt\(\)"):
+        first.result()
+    assert second.result().tokens == alone(model, 1)
 
 
 def test_a_join_that_fails_ends_what_ran(model, monkeypatch):
