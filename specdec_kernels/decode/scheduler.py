@@ -160,7 +160,8 @@ class Scheduler:
         max_waiting: requests in the queue at most; ``None`` for any number.
         max_rows: rows of the target's pass at most, of all requests together, as long as each has one; ``None`` for any
             number.
-        chunk: tokens of prompts that are read between two steps at most.
+        chunk: tokens of prompts that are read between two steps at most; but a prompt that cannot be read in pieces, or
+            is to be scored with ``fixed_rows``, at once.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -548,6 +549,8 @@ class _Prompt:
         if self._session is None:
             if self._with_logprobs:  # what a session reads as it begins, it gives no scores of
                 count = 0
+            elif getattr(self._target, "fixed_rows", None) is not None:  # rounds with the pieces that it begins with
+                count = len(prompt) - 1
             try:
                 self._session = self._begin(count)
             except ValueError:  # nothing was read; what is wrong with it is said of the whole prompt

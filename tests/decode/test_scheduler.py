@@ -766,6 +766,24 @@ def test_a_step_reads_a_chunk_of_prompts_and_no_more(model, chunk):
     assert steps == -(-4 * 19 // chunk)
 
 
+@pytest.mark.filterwarnings("ignore:requests are not decoded together")
+def test_windows_begin_with_the_whole_prompt():
+    """Whatever was read in the same step before: what is read as a session begins is rounded otherwise than windows."""
+    target, begun = TransformersTarget(tiny(1, max_position_embeddings=512), fixed_rows=8), []
+    begin = target.begin
+
+    def noted(prompts, *arguments):
+        begun.append(len(prompts[0]))
+        return begin(prompts, *arguments)
+
+    target.begin = noted
+    scheduler = Scheduler(target, chunk=50)
+    for length in (40, 100):
+        scheduler.submit(counted_prompt(length), max_new_tokens=2)
+    scheduler.run()
+    assert begun == [40, 100]
+
+
 @pytest.mark.parametrize("kind", [StaticTarget, TransformersTarget])
 def test_trees_are_as_long_as_the_longest_that_joined(model, kind, monkeypatch):
     """Which some models take only up to a length."""
