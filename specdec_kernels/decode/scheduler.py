@@ -73,7 +73,7 @@ class Submission:
 
     async def __anext__(self) -> Token:
         while not self.ready:  # the thread takes no token, which would be lost where this is cancelled meanwhile
-            await asyncio.to_thread(self._scheduler.advance_to, self, take=False)
+            await self._scheduler.stepped()
         token = self.take()
         if token is None:
             raise StopAsyncIteration
@@ -203,6 +203,7 @@ class Scheduler:
         self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
         self._lock = _FairLock()
         self._in_step = False
+        self._awaited: asyncio.Future[bool] | None = None  # the step that tasks wait for
         self._cancelled: list[Submission] = []  # of which the lists below do not know yet
         self._told = False  # that requests wait for each other
         self._queue: list[_Waiting] = []
@@ -345,14 +346,21 @@ class Scheduler:
         while self.step():
             pass
 
-    def advance_to(self, submission: Submission, take: bool = True) -> Token | None:
-        """The next token of a submission, by as many steps as it takes; ``None`` behind its last, or where it is not
-        to be taken yet."""
+    def advance_to(self, submission: Submission) -> Token | None:
+        """The next token of a submission, by as many steps as it takes; ``None`` behind its last."""
         while True:
             with self._lock:
                 if submission.ready:
-                    return submission.take() if take else None
+                    return submission.take()
                 self.step()
+
+    async def stepped(self) -> None:
+        """Wait for a step, which all tasks of an event loop have in common: any number of them takes one thread, and
+        those that are cancelled leave one step behind."""
+        step, loop = self._awaited, asyncio.get_running_loop()
+        if step is None or step.done() or step.get_loop() is not loop:
+            step = self._awaited = loop.run_in_executor(None, self.step)
+        await asyncio.shield(step)
 
     def cancel(self, submission: Submission) -> None:
         """See :meth:`Submission.cancel`."""

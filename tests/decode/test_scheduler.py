@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
@@ -570,6 +571,48 @@ def test_no_token_is_lost_where_waiting_for_it_is_cancelled(model):
     finally:
         hook.remove()
     assert timeouts
+
+
+def test_tasks_that_wait_share_steps(model):
+    """Whose request is decoded has its tokens as they come, though others wait, and were there before."""
+    scheduler, ended = Scheduler(TransformersTarget(model), max_requests=1), []
+    submissions = [submitted(scheduler, index) for index in range(3)]
+
+    async def collect(submission):
+        first = await anext(submission)
+        ended.append(submission.done)
+        return [first.token, *[token.token async for token in submission]]
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        return await asyncio.gather(*map(collect, reversed(submissions)))
+
+    assert asyncio.run(main()) == [alone(model, index) for index in (2, 1, 0)]
+    assert ended == [False] * 3
+
+
+def test_who_is_cancelled_leaves_one_step_behind(model):
+    """And those who wait for the same one have it."""
+    scheduler, begun, let = Scheduler(TransformersTarget(model), max_requests=1), threading.Event(), threading.Event()
+    first = submitted(scheduler, 0, stop_when=lambda *_: begun.set() or not let.wait(60))
+    second = submitted(scheduler, 1)
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        gone = [asyncio.ensure_future(anext(second)) for _ in range(3)]
+        reader = asyncio.ensure_future(anext(first))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+        let.set()
+        await asyncio.to_thread(lambda: None)  # once the one thread is free
+        assert len(first._tokens) == 1
+        assert (await reader).token == alone(model, 0)[0]
+        return [token.token async for token in second]
+
+    assert asyncio.run(main()) == alone(model, 1)
 
 
 def test_an_asynchronous_reader_has_the_tokens_of_the_step_that_fails(model):
