@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -122,23 +122,29 @@ class Continuation:
             self._show(len(self._text))
         self._closed = True
 
-    def _taken(self) -> Iterator[str]:
-        while self._pieces:
-            yield self._pieces.popleft()
+    # No generators, which would be at their end where waiting for a piece is interrupted or cancelled.
 
-    def __iter__(self) -> Iterator[str]:
-        for _ in self.submission:
-            yield from self._taken()
-        self._close()
-        yield from self._taken()
+    def __iter__(self) -> Continuation:
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async for _ in self.submission:
-            for piece in self._taken():
-                yield piece
-        self._close()
-        for piece in self._taken():
-            yield piece
+    def __next__(self) -> str:
+        while not (self._pieces or self._closed):
+            if next(self.submission, None) is None:
+                self._close()
+        if not self._pieces:
+            raise StopIteration
+        return self._pieces.popleft()
+
+    def __aiter__(self) -> Continuation:
+        return self
+
+    async def __anext__(self) -> str:
+        while not (self._pieces or self._closed):
+            if await anext(self.submission, None) is None:
+                self._close()
+        if not self._pieces:
+            raise StopAsyncIteration
+        return self._pieces.popleft()
 
     def cancel(self) -> None:
         """End it where it is."""

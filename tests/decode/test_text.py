@@ -182,6 +182,46 @@ def test_asynchronous_pieces(model, whole):
     assert asyncio.run(main()) == [whole[: whole.index(whole[5:8])], whole]
 
 
+async def pieces_of(continuation):
+    return [piece async for piece in continuation]
+
+
+def test_pieces_go_on_where_waiting_for_one_was_cancelled(model, whole):
+    """Before the first of them, and in between."""
+
+    async def main():
+        (made,) = generator(model).submit(PROMPT, params())
+        pieces, shown = aiter(made), []
+        for _ in range(3):
+            waiting = asyncio.ensure_future(anext(pieces))
+            await asyncio.sleep(0)  # until it waits, where it does not have a piece at once
+            if waiting.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+                cancelled.append(len(shown))
+            else:
+                shown.append(await waiting)
+            shown.append(await anext(pieces))
+        return "".join(shown + await pieces_of(pieces))
+
+    cancelled: list[int] = []
+    assert asyncio.run(main()) == whole
+    assert cancelled[0] == 0
+
+
+def test_pieces_go_on_where_a_step_of_others_was_interrupted(model, whole):
+    def interrupted(history):
+        raise KeyboardInterrupt
+
+    texts = generator(model, max_requests=1)
+    texts.submit(PROMPT, params(grammar=interrupted))
+    (made,) = texts.submit(PROMPT, params())
+    pieces = iter(made)
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+    assert "".join(pieces) == whole
+
+
 def test_a_cancelled_text_is_what_there_is(model, whole):
     (made,) = generator(model).submit(PROMPT, params())
     pieces = iter(made)
