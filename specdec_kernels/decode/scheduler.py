@@ -157,7 +157,7 @@ class Scheduler:
             ``begin`` those of one prompt); all others, and those that come later, have theirs. So it is if it proposes
             what cannot be verified; where that is wrong for some requests (ids that the target has not), for those.
         max_requests: slots: requests that are decoded together at most.
-        max_waiting: requests in the queue at most; ``None`` for any number.
+        max_waiting: requests in the queue at most, or samples of one prompt; ``None`` for any number.
         max_rows: rows of the target's pass at most, of all requests together, as long as each has one; ``None`` for any
             number.
         chunk: tokens of prompts that are read between two steps at most; but a prompt that cannot be read in pieces, or
@@ -236,7 +236,7 @@ class Scheduler:
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
-            queue.Full: ``max_waiting`` requests wait already.
+            queue.Full: with it, more than ``max_waiting`` requests would wait, where any wait already.
         """
         named = {key: value for key, value in locals().items() if key not in ("self", "prompt", "seed", "stop_when")}
         return self.submit_samples(prompt, [seed], stop_when=[stop_when], **named)[0]
@@ -281,8 +281,10 @@ class Scheduler:
         vocab = self._target.vocab_size
         requests = make_requests([prompt] * count, vocab, seeds, max_new_tokens, each, stops, min_new_tokens)
         with self._lock:
-            if self._max_waiting is not None and len(self._queue) >= self._max_waiting:
-                raise queue.Full(f"max_waiting={self._max_waiting} requests wait already")
+            queued = sum(len(waiting.prompt.submissions) for waiting in self._queue)
+            # Samples of one prompt come together, so an empty queue takes any number of them.
+            if self._max_waiting is not None and queued and queued + count > self._max_waiting:
+                raise queue.Full(f"max_waiting={self._max_waiting} requests at most, got {count} where {queued} wait")
             order = -priority, self._submitted
             submissions = []
             for request, ends in zip(requests, endings, strict=True):

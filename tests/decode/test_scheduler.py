@@ -121,11 +121,23 @@ def test_priorities_and_order():
 def test_a_full_queue():
     scheduler = Scheduler(TransformersTarget(tiny(1)), max_waiting=2)
     submissions = [scheduler.submit([1], max_new_tokens=2) for _ in range(2)]
-    with pytest.raises(queue.Full, match="max_waiting=2 requests wait already"):
+    with pytest.raises(queue.Full, match="max_waiting=2 requests at most, got 1 where 2 wait"):
         scheduler.submit([1])
     scheduler.step()  # they have slots now
     submissions.append(scheduler.submit([1], max_new_tokens=2))
     assert [len(submission.result().tokens) for submission in submissions] == [2, 2, 2]
+
+
+def test_samples_are_requests_of_a_full_queue():
+    """Each of them; but they come together, so that an empty queue takes them."""
+    scheduler = Scheduler(TransformersTarget(tiny(1)), max_waiting=2)
+    scheduler.submit([1])
+    with pytest.raises(queue.Full, match="max_waiting=2 requests at most, got 2 where 1 wait"):
+        scheduler.submit_samples([1], [1, 2])
+    scheduler = Scheduler(TransformersTarget(tiny(1)), max_waiting=2)
+    scheduler.submit_samples([1], [1, 2, 3])
+    with pytest.raises(queue.Full, match="max_waiting=2 requests at most, got 1 where 3 wait"):
+        scheduler.submit([1])
 
 
 @pytest.mark.parametrize("steps", range(5))
