@@ -218,10 +218,10 @@ def on_cpu(how: Machine) -> None:
 def check(names: Iterable[str]) -> None:
     """Of those calls that the self-test makes on a GPU: an error where one does not return what the reference does."""
     seed = torch.arange(selftest.common.BATCH)
-    by_reference = dict(selftest.gpu.calls("reference", seed))
-    for name, call in selftest.gpu.calls("triton", seed):
-        for _ in range(16 if name in names else 0):
-            torch.testing.assert_close(call(), by_reference[name](), rtol=1e-5, atol=1e-5, equal_nan=True)
+    calls, by_reference = (dict(selftest.gpu.calls(backend, seed)) for backend in ("triton", "reference"))
+    for name in names:
+        for _ in range(16):
+            torch.testing.assert_close(calls[name](), by_reference[name](), rtol=1e-5, atol=1e-5, equal_nan=True)
             seed += 1
 
 
