@@ -282,7 +282,7 @@ class Scheduler:
         requests = make_requests([prompt] * count, vocab, seeds, max_new_tokens, each, stops, min_new_tokens)
         with self._lock:
             queued = sum(len(waiting.prompt.submissions) for waiting in self._queue)
-            # Samples of one prompt come together, so an empty queue takes any number of them.
+            # Samples of one prompt are submitted at once, so an empty queue takes any number of them.
             if self._max_waiting is not None and queued and queued + count > self._max_waiting:
                 raise queue.Full(f"max_waiting={self._max_waiting} requests at most, got {count} where {queued} wait")
             order = -priority, self._submitted

@@ -129,7 +129,7 @@ def test_a_full_queue():
 
 
 def test_samples_are_requests_of_a_full_queue():
-    """Each of them; but they come together, so that an empty queue takes them."""
+    """Each of them; but they are submitted at once, so that an empty queue takes them."""
     scheduler = Scheduler(TransformersTarget(tiny(1)), max_waiting=2)
     scheduler.submit([1])
     with pytest.raises(queue.Full, match="max_waiting=2 requests at most, got 2 where 1 wait"):

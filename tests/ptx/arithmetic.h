@@ -77,6 +77,13 @@ void add_comparisons(Table& table, const std::string& type) {
   add("ge", [](T a, T b) { return a >= b; });
 }
 
+template <class T>
+void add_words(Table& table, const std::string& type) {
+  add_bits<T>(table, type);
+  add_logic<T>(table, type);
+  add_comparisons<T>(table, type);
+}
+
 // The other one, if one is nan; 0 is above -0.
 template <class T>
 T larger(T a, T b) {
@@ -92,11 +99,34 @@ void add_arithmetic(Table& table, const std::string& type) {
   table["neg." + type] = lanewise([](T a) { return T(-a); });
 }
 
+template <class To, class From>
+To converted(From x) {
+  if constexpr (std::integral<To> && !std::integral<From>) {  // toward 0, and no further than the range goes
+    double whole = std::trunc(static_cast<double>(x)), size = std::ldexp(1.0, 8 * sizeof(To) - 1);
+    if (std::isnan(whole)) return sizeof(To) == 8 ? std::numeric_limits<To>::min() : To(0);
+    if (whole >= size) return std::numeric_limits<To>::max();
+    if (whole < -size) return std::numeric_limits<To>::min();
+    return static_cast<To>(whole);
+  } else {
+    return static_cast<To>(x);
+  }
+}
+
+template <class From>
+void add_conversions(Table& table, const std::string& from) {
+  auto to = [&]<class To>(const std::string& name, To) {
+    table["cvt." + name + "." + from] = lanewise([](From x) { return converted<To>(x); });
+  };
+  to("f32", 0.0f), to("f64", 0.0), to("s32", int32_t{}), to("s64", int64_t{});
+  to("u16", uint16_t{}), to("u32", uint32_t{}), to("u64", uint64_t{});
+}
+
 template <std::integral T>
 void add_integers(Table& table, const std::string& type) {
   using Wide = std::conditional_t<std::signed_integral<T>, int64_t, uint64_t>;
   add_arithmetic<T>(table, type);
   add_comparisons<T>(table, type);
+  add_conversions<T>(table, type);
   table["div." + type] = lanewise([](T a, T b) { return b ? T(a / b) : T(-1); });
   table["rem." + type] = lanewise([](T a, T b) { return b ? T(a % b) : T(-1); });
   table["max." + type] = lanewise([](T a, T b) { return std::max(a, b); });
@@ -121,29 +151,12 @@ template <std::floating_point T>
 void add_floats(Table& table, const std::string& type) {
   add_arithmetic<T>(table, type);
   add_comparisons<T>(table, type);
+  add_conversions<T>(table, type);
   table["div." + type] = lanewise([](T a, T b) { return a / b; });
   table["max." + type] = lanewise([](T a, T b) { return larger(a, b); });
   table["min." + type] = lanewise([](T a, T b) { return -larger(-a, -b); });
   table["fma." + type] = lanewise([](T a, T b, T c) { return std::fma(a, b, c); });
   table["abs." + type] = lanewise([](T a) { return std::abs(a); });
-}
-
-template <class To, class From>
-To converted(From x) {
-  if constexpr (std::integral<To> && !std::integral<From>) {  // toward 0, and no further than the range goes
-    double whole = std::trunc(static_cast<double>(x)), size = std::ldexp(1.0, 8 * sizeof(To) - 1);
-    if (std::isnan(whole)) return sizeof(To) == 8 ? std::numeric_limits<To>::min() : To(0);
-    if (whole >= size) return std::numeric_limits<To>::max();
-    if (whole < -size) return std::numeric_limits<To>::min();
-    return static_cast<To>(whole);
-  } else {
-    return static_cast<To>(x);
-  }
-}
-
-template <class From, class... To>
-void add_conversions(Table& table, const std::string& from, const std::pair<const char*, To>&... to) {
-  ((table["cvt." + std::string(to.first) + "." + from] = lanewise([](From x) { return converted<To>(x); })), ...);
 }
 
 inline uint16_t rounded(float x) {  // to bfloat16
@@ -166,36 +179,27 @@ inline uint32_t bytes_chosen(uint32_t a, uint32_t b, uint32_t which) {
 
 // All of them.
 inline void add_lanewise(Table& table) {
-  for (const char* type : {"b16", "u16"}) add_bits<uint16_t>(table, type);
-  for (const char* type : {"b32", "u32", "f32"}) add_bits<uint32_t>(table, type);
-  for (const char* type : {"b64", "u64", "f64"}) add_bits<uint64_t>(table, type);
+  add_words<uint16_t>(table, "b16");
+  add_words<uint32_t>(table, "b32");
+  add_words<uint64_t>(table, "b64");
+  add_bits<uint16_t>(table, "u16");
+  for (const char* type : {"u32", "f32"}) add_bits<uint32_t>(table, type);
+  for (const char* type : {"u64", "f64"}) add_bits<uint64_t>(table, type);
   add_bits<uint8_t>(table, "pred");
   add_logic<uint8_t>(table, "pred");
-  add_logic<uint16_t>(table, "b16");
-  add_logic<uint32_t>(table, "b32");
-  add_logic<uint64_t>(table, "b64");
   table["not.pred"] = lanewise([](predicate p) { return predicate{!p.set}; });
-  add_comparisons<uint16_t>(table, "b16");
-  add_comparisons<uint32_t>(table, "b32");
-  add_comparisons<uint64_t>(table, "b64");
-  add_integers<uint16_t>(table, "u16");
-  add_integers<int16_t>(table, "s16");
-  add_integers<uint32_t>(table, "u32");
-  add_integers<int32_t>(table, "s32");
-  add_integers<uint64_t>(table, "u64");
-  add_integers<int64_t>(table, "s64");
+  auto integers = [&](const std::string& bits, auto natural, auto whole) {
+    add_integers<decltype(natural)>(table, "u" + bits);
+    add_integers<decltype(whole)>(table, "s" + bits);
+  };
+  integers("16", uint16_t{}, int16_t{}), integers("32", uint32_t{}, int32_t{}), integers("64", uint64_t{}, int64_t{});
   add_floats<float>(table, "f32");
   add_floats<double>(table, "f64");
-  add_comparisons<bfloat16>(table, "bf16");
-  add_comparisons<_Float16>(table, "f16");
-  auto from = [&]<class From>(const std::string& name, From) {
-    add_conversions<From>(table, name, std::pair{"f32", 0.0f}, std::pair{"f64", 0.0}, std::pair{"s32", int32_t{}},
-                          std::pair{"s64", int64_t{}}, std::pair{"u16", uint16_t{}}, std::pair{"u32", uint32_t{}},
-                          std::pair{"u64", uint64_t{}});
+  auto narrow = [&](const std::string& type, auto number) {
+    add_comparisons<decltype(number)>(table, type);
+    add_conversions<decltype(number)>(table, type);
   };
-  from("f32", 0.0f), from("f64", 0.0), from("bf16", bfloat16{}), from("f16", _Float16{});
-  from("s32", int32_t{}), from("s64", int64_t{}), from("u16", uint16_t{}), from("u32", uint32_t{});
-  from("u64", uint64_t{}), from("s16", int16_t{});
+  narrow("bf16", bfloat16{}), narrow("f16", _Float16{});
   table["cvt.bf16x2.f32"] = lanewise([](float a, float b) { return uint32_t{rounded(a)} << 16 | rounded(b); });
   table["cvt.bf16.f32"] = lanewise([](float a) { return rounded(a); });
   table["cvt.f16.f32"] = lanewise([](float a) { return static_cast<_Float16>(a); });

@@ -126,7 +126,7 @@ inline Step product_of_group(int columns, Number number) {
     const auto& operands = by.operands;
     const int sums = columns / 2;
     const bool from_registers = std::ssize(operands) == sums + 9;
-    if (!from_registers && std::ssize(operands) != sums + 7) fail("line " + std::to_string(by.line) + ": operands");
+    if (!from_registers && std::ssize(operands) != sums + 7) fail(by, "operands");
     auto scalar = [&](int i) { return warp.lanes(operands[i])[0]; };
     const int second = sums + (from_registers ? 4 : 1);
     const bool adds = scalar(second + 1) & 1;

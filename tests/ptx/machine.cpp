@@ -118,7 +118,7 @@ bool advance(Warp& warp, const std::vector<Instruction>& program) {
 void meet(Block& block) {
   Clock all(block.warps[0].clock.size());
   for (const Warp& warp : block.warps) {
-    if (!warp.waits) fail("a barrier that a warp has not come to, which ended");
+    if (!warp.waits) fail("a barrier without a warp that has ended");
     join(all, warp.clock);
   }
   for (Warp& warp : block.warps) {

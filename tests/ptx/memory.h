@@ -25,7 +25,7 @@ template <class F>
 void at_addresses(Warp& warp, const Instruction& by, uint32_t active, int address, int bytes, F f) {
   each_lane(active, [&](int lane) {
     uint64_t at = warp.lanes(address)[lane] + by.immediate;
-    if (at % bytes) fail("line " + std::to_string(by.line) + ": not aligned");
+    if (at % bytes) fail(by, "not aligned");
     f(lane, at);
   });
 }

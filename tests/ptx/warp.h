@@ -34,6 +34,10 @@ struct Instruction {
   std::vector<int> operands;
 };
 
+[[noreturn]] inline void fail(const Instruction& by, const std::string& what) {
+  fail("line " + std::to_string(by.line) + ": " + what);
+}
+
 // By name, without modifiers.
 using Table = std::map<std::string, Step>;
 
@@ -74,7 +78,7 @@ struct Warp {
     auto inside = [=](const auto& region) { return address >= region.first && address + bytes <= region.second; };
     if (!inside(global->last)) {
       auto found = std::ranges::find_if(global->regions, inside);
-      if (found == global->regions.end()) fail("line " + std::to_string(by.line) + ": no tensor has this memory");
+      if (found == global->regions.end()) fail(by, "no tensor has this memory");
       global->last = *found;
     }
     global->order.touch(address, bytes, access, clock, now(by));
@@ -82,7 +86,7 @@ struct Warp {
   }
 
   uint8_t* at_shared(uint32_t address, size_t bytes, Access access, const Instruction& by) {
-    if (address + bytes > block->shared.size()) fail("line " + std::to_string(by.line) + ": beyond shared memory");
+    if (address + bytes > block->shared.size()) fail(by, "beyond shared memory");
     block->order.touch(address, bytes, access, clock, now(by));
     return &block->shared[address];
   }
@@ -105,7 +109,7 @@ void each_lane(uint32_t active, F f) {
 
 // Instructions that lanes do together.
 inline void together(const Warp& warp, const Instruction& by, uint32_t active) {
-  if (active != warp.running) fail("line " + std::to_string(by.line) + ": not all lanes are here");
+  if (active != warp.running) fail(by, "not all lanes are here");
 }
 
 // What is asynchronous: who closes a group of it, and who waits until no more than so many are left.
