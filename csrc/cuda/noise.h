@@ -11,30 +11,19 @@ struct Words {
   uint32_t w[4];
 };
 
-// The words of several counters, `step` apart, which share the keys of the rounds.
-template <int kCount>
-SPECDEC_DEVICE void philox(const Noise& noise, uint32_t index, uint32_t step, Words (&out)[kCount]) {
+SPECDEC_DEVICE Words philox(const Noise& noise, uint32_t index) {
   uint32_t k0 = uint32_t(noise.seed), k1 = uint32_t(noise.seed >> 32);
   compute_here(k0), compute_here(k1);  // and not before a loop, with ten times as many registers
-  SPECDEC_UNROLL
-  for (int n = 0; n < kCount; ++n)
-    out[n] = {{index + uint32_t(n) * step, uint32_t(noise.position), uint32_t(noise.position >> 32), noise.tag}};
+  Words words{{index, uint32_t(noise.position), uint32_t(noise.position >> 32), noise.tag}};
+  uint32_t (&c)[4] = words.w;
   SPECDEC_UNROLL
   for (int round = 0; round < 10; ++round) {
-    SPECDEC_UNROLL
-    for (Words& words : out) {
-      uint32_t (&c)[4] = words.w;
-      const uint64_t even = uint64_t(0xD2511F53u) * c[0], odd = uint64_t(0xCD9E8D57u) * c[2];
-      c[0] = uint32_t(odd >> 32) ^ c[1] ^ k0, c[1] = uint32_t(odd);
-      c[2] = uint32_t(even >> 32) ^ c[3] ^ k1, c[3] = uint32_t(even);
-    }
+    const uint64_t even = uint64_t(0xD2511F53u) * c[0], odd = uint64_t(0xCD9E8D57u) * c[2];
+    c[0] = uint32_t(odd >> 32) ^ c[1] ^ k0, c[1] = uint32_t(odd);
+    c[2] = uint32_t(even >> 32) ^ c[3] ^ k1, c[3] = uint32_t(even);
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-}
-SPECDEC_DEVICE Words philox(const Noise& noise, uint32_t index) {
-  Words words[1];
-  philox(noise, index, 0, words);
-  return words[0];
+  return words;
 }
 
 // A standard exponential, -log1p(-u) of u = (word + 1/2) / 2^32; from 1 - u where u is closer to 1.

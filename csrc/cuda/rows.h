@@ -249,34 +249,36 @@ struct Mass {
 };
 
 // The race of all ids: the coupled rule's draw, its noise keyed on the absolute position. Eight ids of each lane, from
-// `id`; `first` is the warp's. An exponential is not below its uniform, so most need no logarithm to be seen to come
-// later than that one.
+// `id`; `first` is the warp's. Most need no logarithm to be seen to be late: an exponential is not below its uniform.
 template <class Loaded, class Weight>
 SPECDEC_DEVICE void race(const Loaded& v, int id, const Weight& weight, const Noise& noise, Arrived& first) {
-  Words quads[kElements / 4];
-  philox(noise, uint32_t(id / 4), 1, quads);
-  uint32_t early = 0;
   SPECDEC_UNROLL
-  for (int e = 0; e < kElements; ++e)
-    // Indices. NOLINTNEXTLINE(bugprone-integer-division)
-    early |= uint32_t(float(quads[e / 4].w[e % 4]) * (0.999f * 0x1p-32f) < first.time * weight(v.at(e))) << e;
-  SPECDEC_ROLLED
-  for (; early != 0; early &= early - 1) {
-    const int at = std::countr_zero(early);
-    const uint32_t word = at < 4 ? at_of(quads[0].w, at) : at_of(quads[1].w, at - 4);
-    take_part(first, exponential(word), weight(as_float(at_of(v.x, at))), id + at);
+  for (int quad = 0; quad < kElements; quad += 4) {
+    const Words words = philox(noise, uint32_t((id + quad) / 4));
+    uint32_t early = 0;
+    float w[4];
+    SPECDEC_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      w[e] = weight(v.at(quad + e));
+      early |= uint32_t(float(words.w[e]) * (0.999f * 0x1p-32f) < first.time * w[e]) << e;
+    }
+    SPECDEC_ROLLED
+    for (; early != 0; early &= early - 1) {
+      const int at = trailing_zeros(early);
+      take_part(first, exponential(at_of(words.w, at)), at_of(w, at), id + quad + at);
+    }
   }
   first = block::first_in_warp(first);
 }
 
-// One span, of which a lane has its loads; `used(u)` is called once the u-th is not needed any more.
-template <bool kRace, Sums kSums, class Loaded, class F>
+// One span, of which a lane has its loads v(u); `used(u)` is called once the u-th is not needed any more.
+template <bool kRace, Sums kSums, class Loads, class F>
 SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noise& noise, const Table& table,
-                                 const Loaded (&v)[kLoads], const F& used) {
+                                 const Loads& v, const F& used) {
   float x[kLoads], top = -INFINITY;
   const int first_tile = kTilesOfSpan * span + own_tile;
   SPECDEC_UNROLL
-  for (int u = 0; u < kLoads; ++u) x[u] = v[u].top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
+  for (int u = 0; u < kLoads; ++u) x[u] = v(u).top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
   if constexpr (kSums == Sums::with_tops) block::put_tiles(x, own_tile, LargerOrNan(), table.top(first_tile));
   top = block::in_warp(top, LargerOrNan());
   if (block::lane() == 0) put(table.base(span), top);
@@ -284,12 +286,13 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
   Arrived first;
   SPECDEC_UNROLL
   for (int u = 0; u < kLoads; ++u) {
+    const auto& own = v(u);
     if constexpr (kSums != Sums::none) {
-      x[u] = weight(v[u].at(0));
+      x[u] = weight(own.at(0));
       SPECDEC_UNROLL
-      for (int e = 1; e < kElements; ++e) x[u] += weight(v[u].at(e));
+      for (int e = 1; e < kElements; ++e) x[u] += weight(own.at(e));
     }
-    if constexpr (kRace) race(v[u], span * kSpan + load_offset(u), weight, noise, first);
+    if constexpr (kRace) race(own, span * kSpan + load_offset(u), weight, noise, first);
     used(u);
   }
   if constexpr (kSums == Sums::none) return;
@@ -303,14 +306,20 @@ template <bool kRace, class T>
 SPECDEC_DEVICE void measure_carefully(const Row<T>& row, int span, int end, int stride, const Noise& noise) {
   for (; span < end; span = opaque(span + stride)) {  // or its products would be counted on, each in a register
     decltype(row.load(0)) v[kLoads];
+    // There are no registers for 32 floats while some are processed, or race: the first and the last are in memory.
+    const auto in_memory = [](int u) -> Eights& { return u == 0 ? block::memory().aside : block::memory().processed; };
     SPECDEC_UNROLL
     for (int u = 0; u < kLoads; ++u) {
       v[u] = row.load(span * kSpan + load_offset(u));
-      if constexpr (std::is_same_v<T, Mixed>)  // there are no registers for four while one is processed
-        if (u == 0) put_own(block::memory().aside, v[0]);
+      if constexpr (sizeof v[u] > 16)
+        if (u % (kLoads - 1) == 0) put_own(in_memory(u), v[u]);
     }
-    if constexpr (std::is_same_v<T, Mixed>) v[0] = own(block::memory().aside);
-    measure_span<kRace, Sums::with_tops>(span, block::own_tile(), row.sampling().scale2(), noise, row.table(), v,
+    const auto loads = [&](int u) {
+      if constexpr (sizeof v[u] > 16)
+        if (u % (kLoads - 1) == 0) return own(in_memory(u));
+      return v[u];
+    };
+    measure_span<kRace, Sums::with_tops>(span, block::own_tile(), row.sampling().scale2(), noise, row.table(), loads,
                                          [](int) {});
   }
 }
@@ -332,8 +341,9 @@ SPECDEC_DEVICE int measure_whole(const Row<T>& row, int span, int end, int strid
     // the last one it is the begin of the row, the same for all lanes: a load that may be left out would go to other
     // registers first.
     const T* next = span + stride < end ? begin + ((span + stride) * kSpan + load_offset(0)) : begin;
-    measure_span<false, kSums>(span, own_tile, scale2, {}, table, v,
-                               [&](int u) { v[u] = eight_at(next + u * kLanes * kElements); });
+    measure_span<false, kSums>(
+        span, own_tile, scale2, {}, table, [&](int u) -> const auto& { return v[u]; },
+        [&](int u) { v[u] = eight_at(next + u * kLanes * kElements); });
   }
   return span;
 }

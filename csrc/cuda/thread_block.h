@@ -56,6 +56,8 @@ constexpr int kElements = 8, kLoads = kSpan / (kElements * kLanes);
 
 SPECDEC_DEVICE float float_of_bits(int bits) { return std::bit_cast<float>(bits); }
 SPECDEC_DEVICE int bits_of(float x) { return std::bit_cast<int>(x); }
+// Not std::countr_zero, of which nvcc makes 32 for any number and says nothing: what it calls is the host's.
+SPECDEC_DEVICE int trailing_zeros(uint32_t x) { return std::popcount(~x & (x - 1)); }
 
 // The larger one; nan if either is: so the largest logit of a row says whether the row is valid.
 struct LargerOrNan {
@@ -296,7 +298,7 @@ SPECDEC_DEVICE int first_where(int begin, int end, const F& f) {
   SPECDEC_ROLLED
   for (; begin < end; begin += 32) {
     const uint32_t hits = bits([&](int bit) { return begin + bit < end && f(begin + bit); });
-    if (hits != 0) return begin + std::countr_zero(hits);
+    if (hits != 0) return begin + trailing_zeros(hits);
   }
   return end;
 }

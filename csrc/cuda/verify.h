@@ -331,9 +331,7 @@ class VerifyProgram {
   SPECDEC_DEVICE uint32_t* rows_done() const { return counters() + rows_; }
   SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
   SPECDEC_DEVICE uint32_t* settled_bits() const { return counters() + rows_ + 2; }
-  SPECDEC_DEVICE bool is_settled() const {
-    return (glance(settled_bits() + part().row / 32) >> part().row % 32 & 1) != 0;
-  }
+  SPECDEC_DEVICE bool is_settled() const { return glance(settled_bits() + part().row / 32) >> part().row % 32 & 1; }
 
   // Whether the path passes a row by, since it goes on from this one to `next`: it is below this row, but not below
   // `next`, nor that itself.
