@@ -1,6 +1,6 @@
 """Tests that take ``backend`` run once for each implementation but for what their module names in ``WITHOUT``; where
-there is no GPU, Triton in its interpreter and the CUDA programs on the CPU; with SPECDEC_TEST_PTX=1 what Triton
-compiles for a GPU, executed by tests/helpers/ptx.py.
+there is no GPU, Triton in its interpreter and the CUDA programs on the CPU; with SPECDEC_TEST_PTX=triton or =cuda what
+is compiled for a GPU of that one, executed by tests/helpers/ptx.py.
 
 Markers say what is not run, or not every time:
 
@@ -23,7 +23,7 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports the kernels.
     os.environ["SPECDEC_EMULATE_CUDA"] = "1"
-    if "SPECDEC_TEST_PTX" not in os.environ:
+    if os.environ.get("SPECDEC_TEST_PTX") != "triton":
         os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -39,7 +39,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if "SPECDEC_TEST_PTX" in os.environ:
     import ptx
 
-    ptx.on_cpu(ptx.Machine(random.Random(0)))
+    ptx.on_cpu(os.environ["SPECDEC_TEST_PTX"], ptx.Machine(random.Random(0)))
 elif not torch.cuda.is_available():
     skip_repeated_work()
 

@@ -28,7 +28,7 @@ PLATFORM = f"manylinux_2_28_{platform.machine()}"
 #: What PyTorch brings.
 NOT_OURS = [f"--exclude={name}" for name in ("libtorch*.so", "libc10*.so")]
 #: What is of no use without a checkout.
-NOT_IN_A_WHEEL = re.compile(r"emulated|libspecdec_(bench|ptx)|safetensors|results/|csrc/|tests/|\.cpp$|\.cu$")
+NOT_IN_A_WHEEL = re.compile(r"emulated|libspecdec_(bench|(cuda_)?ptx)|safetensors|results/|csrc/|tests/|\.cpp$|\.cu$")
 
 
 def run(*command: Any, **named: Any) -> str:

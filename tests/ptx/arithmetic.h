@@ -69,6 +69,7 @@ void add_comparisons(Table& table, const std::string& type) {
     if constexpr (!std::integral<T>)  // or one of them is nan
       table["setp." + name + "u." + type] = lanewise([f](T a, T b) { return predicate{f(a, b) || a != a || b != b}; });
   };
+  table["setp.num." + type] = lanewise([](T a, T b) { return predicate{a == a && b == b}; });
   add("eq", [](T a, T b) { return a == b; });
   add("ne", [](T a, T b) { return a == a && b == b && a != b; });
   add("lt", [](T a, T b) { return a < b; });
@@ -118,7 +119,7 @@ void add_conversions(Table& table, const std::string& from) {
     table["cvt." + name + "." + from] = lanewise([](From x) { return converted<To>(x); });
   };
   to("f32", 0.0f), to("f64", 0.0), to("s32", int32_t{}), to("s64", int64_t{});
-  to("u16", uint16_t{}), to("u32", uint32_t{}), to("u64", uint64_t{});
+  to("s16", int16_t{}), to("u16", uint16_t{}), to("u32", uint32_t{}), to("u64", uint64_t{});
 }
 
 template <std::integral T>
@@ -134,7 +135,7 @@ void add_integers(Table& table, const std::string& type) {
   table["mad." + type] = lanewise([](T a, T b, T c) { return T(a * b + c); });
   table["mul.wide." + type] = lanewise([](T a, T b) { return Wide{a} * Wide{b}; });
   table["mad.wide." + type] = lanewise([](T a, T b, Wide c) { return Wide{a} * Wide{b} + c; });
-  table["mul.hi." + type] = lanewise([](T a, T b) { return T(Wide{a} * Wide{b} >> 32); });
+  table["mul.hi." + type] = lanewise([](T a, T b) { return T(__int128{a} * b >> 8 * sizeof(T)); });
   table["shr." + type] = lanewise([](T a, uint32_t n) {
     constexpr uint32_t last = 8 * sizeof(T) - 1;
     return n <= last ? T(a >> n) : std::signed_integral<T> ? T(a >> last) : T(0);
@@ -144,6 +145,17 @@ void add_integers(Table& table, const std::string& type) {
     uint32_t rest = 64 - std::min(count & 255u, 63u);
     if (rest == 64) return T(0);
     return std::signed_integral<T> ? T(whole << rest >> rest) : T(static_cast<uint64_t>(whole) << rest >> rest);
+  });
+}
+
+template <std::unsigned_integral T>
+void add_bit_fields(Table& table, const std::string& type) {
+  table["bfi." + type] = lanewise([](T a, T b, uint32_t from, uint32_t count) {
+    constexpr uint32_t size = 8 * sizeof(T);
+    from = std::min(from & 255u, size), count = std::min(count & 255u, size - from);
+    if (!count) return b;
+    const T field = T(T(~T{0}) >> (size - count)) << from;
+    return T((b & ~field) | (T(a << from) & field));
   });
 }
 
@@ -157,6 +169,12 @@ void add_floats(Table& table, const std::string& type) {
   table["min." + type] = lanewise([](T a, T b) { return -larger(-a, -b); });
   table["fma." + type] = lanewise([](T a, T b, T c) { return std::fma(a, b, c); });
   table["abs." + type] = lanewise([](T a) { return std::abs(a); });
+}
+
+// The sum toward 0: the nearest one, or the next one where that is further away than what was summed.
+inline float sum_toward_0(float a, float b) {
+  const float sum = a + b, of_b = sum - a, missing = (a - (sum - of_b)) + (b - of_b);
+  return missing != 0 && (missing < 0) != (sum < 0) ? std::nextafter(sum, 0.0f) : sum;
 }
 
 inline uint16_t rounded(float x) {  // to bfloat16
@@ -193,6 +211,8 @@ inline void add_lanewise(Table& table) {
     add_integers<decltype(whole)>(table, "s" + bits);
   };
   integers("16", uint16_t{}, int16_t{}), integers("32", uint32_t{}, int32_t{}), integers("64", uint64_t{}, int64_t{});
+  add_bit_fields<uint32_t>(table, "b32"), add_bit_fields<uint64_t>(table, "b64");
+  add_conversions<int8_t>(table, "s8"), add_conversions<uint8_t>(table, "u8");
   add_floats<float>(table, "f32");
   add_floats<double>(table, "f64");
   auto narrow = [&](const std::string& type, auto number) {
@@ -207,9 +227,29 @@ inline void add_lanewise(Table& table) {
     auto half = [](float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); };
     return uint32_t{half(a)} << 16 | half(b);
   });
-  table["ex2.f32"] = lanewise([](float a) { return flushed(std::exp2(flushed(a))); });
-  table["rcp.f64"] =
+  table["add.rz.f32"] = lanewise([](float a, float b) { return sum_toward_0(a, b); });
+  table["max.NaN.f32"] = lanewise([](float a, float b) { return a != a || b != b ? NAN : larger(a, b); });
+  auto pairs = [&](const std::string& type, auto half) {
+    table["max.NaN." + type] = lanewise([](uint32_t a, uint32_t b) {
+      auto larger_half = [&](int from) -> uint32_t {
+        const float x = std::bit_cast<decltype(half)>(uint16_t(a >> from));
+        const float y = std::bit_cast<decltype(half)>(uint16_t(b >> from));
+        return x != x || y != y                                                      ? 0x7fff
+               : std::bit_cast<uint32_t>(larger(x, y)) == std::bit_cast<uint32_t>(x) ? a >> from & 0xffff
+                                                                                     : b >> from & 0xffff;
+      };
+      return larger_half(16) << 16 | larger_half(0);
+    });
+  };
+  pairs("bf16x2", bfloat16{}), pairs("f16x2", _Float16{});
+  for (const char* full : {"div.approx.f32", "div.full.f32"}) table[full] = table["div.f32"];
+  table["rcp.f32"] = lanewise([](float a) { return 1 / a; });
+  table["rcp.f64"] = lanewise([](double a) { return 1 / a; });
+  table["lg2.approx.f32"] = lanewise([](float a) { return std::log2(a); });
+  table["ex2.approx.f32"] = lanewise([](float a) { return flushed(std::exp2(flushed(a))); });
+  table["rcp.approx.f64"] =
       lanewise([](double a) { return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / a) >> 32 << 32); });
+  table["cvta.to.global.u64"] = table["mov.b64"];
   table["popc.b32"] = lanewise([](uint32_t a) { return static_cast<uint32_t>(std::popcount(a)); });
   table["prmt.b32"] = lanewise([](uint32_t a, uint32_t b, uint32_t which) { return bytes_chosen(a, b, which); });
   // Several words of 16, 32 or 64 bits as one, and one as several; an operand of -1 is left out.

@@ -10,17 +10,21 @@ constexpr int GROUP = 4;  // warps that multiply matrices together
 inline Step shuffle(const std::string& way) {
   return [way](Warp& warp, const Instruction& by, uint32_t active) {
     together(warp, by, active);
-    const Lanes from = warp.lanes(by.operands[1]);
+    const int* operands = by.operands.data();  // the result, perhaps whether there is one, and what it comes of
+    const bool tells = by.operands.size() == 6;
+    const Lanes from = warp.lanes(operands[tells + 1]);
     each_lane(active, [&](int lane) {
-      const int by_how = warp.lanes(by.operands[2])[lane] & 31;
-      const uint32_t bounds = warp.lanes(by.operands[3])[lane], segment = bounds >> 8 & 31;
+      const int by_how = warp.lanes(operands[tells + 2])[lane] & 31;
+      const uint32_t bounds = warp.lanes(operands[tells + 3])[lane], segment = bounds >> 8 & 31;
       const int last = (lane & segment) | (bounds & 31 & ~segment), first = lane & segment;
       const int at = way == "bfly"   ? lane ^ by_how
                      : way == "up"   ? lane - by_how
                      : way == "down" ? lane + by_how
                                      : first | by_how;
       const bool inside = way == "up" ? at >= last : at <= last;  // `up`: 0 is where it begins
-      warp.lanes(by.operands[0])[lane] = static_cast<uint32_t>(from[inside ? at : lane]);
+      if (inside && !(active >> at & 1)) fail(by, "a lane that is not here");
+      warp.lanes(operands[0])[lane] = static_cast<uint32_t>(from[inside ? at : lane]);
+      if (tells) warp.lanes(operands[1])[lane] = inside;
     });
   };
 }
@@ -34,6 +38,14 @@ Step reduction(F f) {
     each_lane(active & (active - 1), [&](int lane) { all = f(all, value<T>(in[lane])); });
     each_lane(active, [&](int lane) { warp.lanes(by.operands[0])[lane] = static_cast<uint32_t>(all); });
   };
+}
+
+inline void ballot(Warp& warp, const Instruction& by, uint32_t active) {
+  together(warp, by, active);
+  const Lanes& in = warp.lanes(by.operands[1]);
+  uint32_t all = 0;
+  each_lane(active, [&](int lane) { all |= (in[lane] & 1) << lane; });
+  each_lane(active, [&](int lane) { warp.lanes(by.operands[0])[lane] = all; });
 }
 
 // 8 x 8 elements of 16 bits, `count` of them: lane l has two neighbours of row l / 4, or of column l / 4.
@@ -51,9 +63,9 @@ inline Step matrices(int count, bool transposed, bool store) {
           uint32_t address = static_cast<uint32_t>(rows[8 * matrix + row] + by.immediate) + 2 * column;
           uint8_t* word = reinterpret_cast<uint8_t*>(&pair) + 2 * half;
           if (store)
-            warp.store_shared(address, word, 2, by);
+            warp.store_shared(address, word, 2, by, lane);
           else
-            std::memcpy(word, warp.at_shared(address, 2, Access::READ, by), 2);
+            std::memcpy(word, warp.at_shared(address, 2, Access::READ, by, lane), 2);
         }
         if (!store) elements[lane] = pair;
       });
@@ -137,7 +149,7 @@ inline Step product_of_group(int columns, Number number) {
       const int* sums_at = by.operands.data();
       auto element = [&](const Descriptor& matrix, uint32_t other, uint32_t k) {
         uint16_t x;
-        std::memcpy(&x, warp.at_shared(matrix.address(other, k), 2, Access::READ, by), 2);
+        std::memcpy(&x, warp.at_shared(matrix.address(other, k), 2, Access::READ, by, SEVERAL), 2);
         return number(x);
       };
       add_products(
@@ -157,6 +169,9 @@ inline void add_collectives(Table& table) {
   table["redux.add.s32"] = reduction<int32_t>(std::plus<>());
   table["redux.max.s32"] = reduction<int32_t>([](int32_t a, int32_t b) { return std::max(a, b); });
   table["redux.min.s32"] = reduction<int32_t>([](int32_t a, int32_t b) { return std::min(a, b); });
+  table["redux.or.b32"] = reduction<uint32_t>(std::bit_or<>());
+  table["vote.ballot.b32"] = ballot;
+  table["bar.warp"] = together;
   table["redux.min.u32"] = reduction<uint32_t>([](uint32_t a, uint32_t b) { return std::min(a, b); });
   for (int count : {1, 2, 4})
     for (bool transposed : {false, true})

@@ -1,7 +1,8 @@
-// A GPU that takes its time: it executes PTX, what Triton hands NVIDIA's assembler, some instructions of one warp after
-// some of another, in an order drawn by chance, and fails where two warps touch a byte with nothing that orders them.
+// A GPU that takes its time: it executes PTX, what Triton and nvcc hand NVIDIA's assembler, some instructions of one
+// warp after some of another, in an order drawn by chance, and fails where two warps, or lanes of one, touch a byte
+// with nothing that orders them.
 //
-// It knows what Triton 3.6 to 3.9 write of our kernels for sm_90. Whatever else it meets is an error.
+// It knows what Triton 3.6 to 3.9 and nvcc 13.0 write of our kernels for sm_90. Whatever else it meets is an error.
 // Copies and products that are asynchronous happen as late as they may, where they are waited for.
 #include <algorithm>
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -19,12 +21,18 @@
 
 namespace {
 
+template <class F>
+void go(Warp& warp, uint32_t active, F to) {
+  if (warp.common >= 0) warp.next.fill(std::exchange(warp.common, -1));
+  each_lane(active, [&](int lane) { warp.next[lane] = to(lane); });
+}
+
 Table made_table() {
   Table table;
   add_lanewise(table);
   add_collectives(table);
-  add_copies(table);
-  for (const char* idle : {"bar.warp", "wgmma.fence", "fence.proxy.async.shared::cta"})
+  add_fence_and_copies(table);
+  for (const char* idle : {"nanosleep.u32", "wgmma.fence", "fence.proxy.async.shared::cta"})
     table[idle] = [](Warp&, const Instruction&, uint32_t) {};
   table["bra"] = [](Warp& warp, const Instruction& by, uint32_t active) {
     const int to = static_cast<int>(by.immediate);
@@ -32,13 +40,21 @@ Table made_table() {
       warp.common = to;
       return;
     }
-    if (warp.common >= 0) warp.next.fill(std::exchange(warp.common, -1));
-    each_lane(active, [&](int lane) { warp.next[lane] = to; });
+    go(warp, active, [&](int) { return to; });
+  };
+  table["return"] = [](Warp& warp, const Instruction& by, uint32_t active) {  // of a function, to who called it
+    go(warp, active, [&](int lane) { return static_cast<int>(warp.lanes(by.operands[0])[lane]); });
   };
   table["ret"] = [](Warp& warp, const Instruction&, uint32_t active) { warp.running &= ~active; };
   table["bar"] = [](Warp& warp, const Instruction& by, uint32_t active) {
     together(warp, by, active);
     if (warp.lanes(by.operands[0])[0] || by.operands.size() > 1) fail("a barrier of a part of a block");
+    warp.waits = true;
+  };
+  table["bar.red.or.pred"] = [](Warp& warp, const Instruction& by, uint32_t active) {
+    together(warp, by, active);
+    if (warp.lanes(by.operands[1])[0] || by.operands.size() > 3) fail("a barrier of a part of a block");
+    warp.vote = {.mine = by.operands[2], .any = by.operands[0]};
     warp.waits = true;
   };
   return table;
@@ -47,8 +63,7 @@ Table made_table() {
 // The step of a name with its modifiers, such as ld.global.v4.b32 or atom.global.gpu.acq_rel.add.u32.
 Step step_of(const std::string& name) {
   static const Table table = made_table();
-  static const std::vector<std::string> IGNORED{"rn",   "rzi",     "ftz", "approx", "full",
-                                                "sync", "aligned", "lo",  "uni",    "gpu"};
+  static const std::vector<std::string> IGNORED{"rn", "rzi", "ftz", "sync", "aligned", "lo", "uni", "gpu"};
   std::vector<std::string> parts;
   std::stringstream all(name);
   for (std::string part; std::getline(all, part, '.');)
@@ -63,13 +78,14 @@ Step step_of(const std::string& name) {
 struct Program {
   std::vector<Instruction> instructions;
   std::vector<Lanes> registers;  // as they are at the begin
+  size_t own = 0;                // bytes of each lane
 };
 
 Program read(const char* text) {
   Program program;
   std::istringstream in(text);
   size_t registers = 0, constants = 0;
-  in >> registers >> constants;
+  in >> registers >> program.own >> constants;
   Lanes unknown;
   unknown.fill(0xdeadbeefdeadbeef);
   program.registers.assign(registers, unknown);
@@ -81,12 +97,30 @@ Program read(const char* text) {
     for (int& operand : each.operands) in >> operand;
     if (!steps.contains(each.name)) steps[each.name] = step_of(each.name);
     each.step = steps[each.name];
+    const std::string kind = each.name.substr(0, each.name.find('.'));
+    each.masked = kind == "shfl" || kind == "vote" || kind == "redux" || each.name.starts_with("bar.warp");
+    each.gathers = each.masked || kind == "bar" || each.name.find(".sync") != std::string::npos;
     program.instructions.push_back(each);
   }
   return program;
 }
 
-// One instruction of the lanes that are furthest behind; false where the warp waits or has ended.
+// The lanes that are furthest behind, but for those that wait for others at what they do together.
+uint32_t furthest_behind(Warp& warp, const std::vector<Instruction>& program) {
+  const Instruction* waited_at = nullptr;
+  for (uint32_t left = warp.running, lanes = 0; left; left &= ~lanes) {
+    int at = std::numeric_limits<int>::max();
+    each_lane(left, [&](int lane) { at = std::min(at, warp.next[lane]); });
+    lanes = 0;
+    each_lane(left, [&](int lane) { lanes |= uint32_t{warp.next[lane] == at} << lane; });
+    const Instruction& instruction = program.at(at);
+    if (!instruction.gathers || !(companions(warp, instruction, std::countr_zero(lanes)) & ~lanes)) return lanes;
+    if (!waited_at) waited_at = &instruction;
+  }
+  fail(*waited_at, "not all lanes are here");
+}
+
+// One instruction of some lanes; false where the warp waits or has ended.
 bool advance(Warp& warp, const std::vector<Instruction>& program) {
   if (!warp.running) return false;
   uint32_t lanes = warp.running;
@@ -94,9 +128,9 @@ bool advance(Warp& warp, const std::vector<Instruction>& program) {
   if (at >= 0) {
     ++warp.common;
   } else {
-    at = static_cast<int>(program.size());
-    each_lane(warp.running, [&](int lane) { at = std::min(at, warp.next[lane]); });
-    each_lane(warp.running, [&](int lane) { warp.next[lane] == at ? ++warp.next[lane] : lanes &= ~(1u << lane); });
+    lanes = furthest_behind(warp, program);
+    at = warp.next[std::countr_zero(lanes)];
+    each_lane(lanes, [&](int lane) { ++warp.next[lane]; });
   }
   const Instruction& instruction = program.at(at);
   uint32_t active = lanes;
@@ -117,14 +151,19 @@ bool advance(Warp& warp, const std::vector<Instruction>& program) {
 // All warps of a block are at a barrier, or have ended: what each did before is known to all.
 void meet(Block& block) {
   Clock all(block.warps[0].clock.size());
-  for (const Warp& warp : block.warps) {
+  bool any = false;
+  for (Warp& warp : block.warps) {
     if (!warp.waits) fail("a barrier without a warp that has ended");
+    if ((warp.vote.mine < 0) != (block.warps[0].vote.mine < 0)) fail("a barrier at which not all warps vote");
     join(all, warp.clock);
+    if (warp.vote.mine >= 0) each_lane(warp.running, [&](int lane) { any |= warp.lanes(warp.vote.mine)[lane] & 1; });
   }
   for (Warp& warp : block.warps) {
     warp.clock = all;
     ++warp.clock[warp.number];
     warp.waits = false;
+    if (warp.vote.mine >= 0) warp.lanes(warp.vote.any).fill(any);
+    warp.vote = {};
   }
 }
 
@@ -135,9 +174,9 @@ struct Grid {
   uint64_t limit;  // instructions of warps
 };
 
-// Registers 0 to 6: the thread, the block in three dimensions, and how many blocks there are. Then the parameters.
+// Registers 0 to 6: the thread, the block in three dimensions, and how many blocks there are.
 std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& global, uint32_t number,
-                             const uint64_t* parameters, int count) {
+                             std::string_view parameters) {
   auto block = std::make_unique<Block>();
   block->shared.assign(grid.shared, 0xa5);
   const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2] * grid.warps;
@@ -148,13 +187,15 @@ std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& g
                             number / grid.size[0] / grid.size[1]};
     for (int lane = 0; lane < LANES; ++lane) warp.lanes(0)[lane] = rank * LANES + lane;
     for (int i = 0; i < 3; ++i) warp.lanes(1 + i).fill(at[i]), warp.lanes(4 + i).fill(grid.size[i]);
-    for (int i = 0; i < count; ++i) warp.lanes(7 + i).fill(parameters[i]);
+    warp.own.resize(LANES * program.own);
+    for (int lane = 0; lane < LANES; ++lane) std::ranges::copy(parameters, warp.own.begin() + lane * program.own);
+    warp.seen = warp.fenced = Clock(total);
     block->warps.push_back(std::move(warp));
   }
   return block;
 }
 
-void run(const Program& program, const Grid& grid, Global& global, const uint64_t* parameters, int count) {
+void run(const Program& program, const Grid& grid, Global& global, std::string_view parameters) {
   std::mt19937 random(grid.seed);
   const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2];
   if (total * grid.warps > 4095) fail("more warps than are told apart");
@@ -162,7 +203,7 @@ void run(const Program& program, const Grid& grid, Global& global, const uint64_
   uint64_t steps = 0;
   for (uint32_t next = 0; next < total || !resident.empty();) {
     while (next < total && std::ssize(resident) < grid.resident)
-      resident.push_back(begin(program, grid, global, next++, parameters, count));
+      resident.push_back(begin(program, grid, global, next++, parameters));
     const size_t chosen = random() % resident.size();
     Block& block = *resident[chosen];
     std::vector<Warp*> ready;
@@ -193,12 +234,12 @@ extern "C" Program* ptx_read(const char* text, char* error, int size) try {
   return nullptr;
 }
 
-// Regions are pairs of addresses. False with what is wrong in `error`.
+// Regions are pairs of addresses, in their order. False with what is wrong in `error`.
 extern "C" bool ptx_run(const Program* program, const Grid* grid, const uint64_t* regions, int region_count,
-                        const uint64_t* parameters, int parameter_count, char* error, int size) try {
+                        const char* parameters, int parameter_bytes, char* error, int size) try {
   Global global;
   for (int i = 0; i < region_count; ++i) global.regions.emplace_back(regions[2 * i], regions[2 * i + 1]);
-  run(*program, *grid, global, parameters, parameter_count);
+  run(*program, *grid, global, {parameters, static_cast<size_t>(parameter_bytes)});
   return true;
 } catch (const std::exception& failure) {
   std::snprintf(error, size, "%s", failure.what());

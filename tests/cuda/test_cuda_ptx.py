@@ -1,0 +1,37 @@
+"""What nvcc makes of the CUDA programs, executed on a CPU (tests/ptx): the same tokens as the reference's and the
+oracle's, and all that threads hand each other is ordered. Without a GPU nothing else runs it."""
+
+from __future__ import annotations
+
+import json
+
+import ptx
+import pytest
+import versions
+from forms import EVERYTHING
+
+#: Programs that share rows, that race, and that wait for each other.
+CALLS = ["sample", "verify_chain coupled", "verify_tree recursive"]
+
+
+@pytest.mark.slow
+def test_as_the_reference():
+    versions.compiling(ptx.__file__, "cuda", "calls", *([] if EVERYTHING else [*CALLS, "--times=3"]))
+
+
+@pytest.mark.slow
+@pytest.mark.brief(kept=lambda parameters: False)
+@pytest.mark.parametrize("arguments", [("chains", 300, 600, 2500, 20_000), ("trees", 240, 300, 2500, 20_000)])
+def test_against_the_oracle(arguments):
+    report = json.loads(versions.compiling(ptx.__file__, "cuda", *arguments))
+    assert not report["wrong"]
+    assert report["requests"] > arguments[2]
+    assert report["too_close"] <= report["requests"] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.brief(kept=lambda parameters: False)
+def test_operators():
+    """The tests of all backends."""
+    command = "-m", "pytest", "-p", "no:cacheprovider", "tests/ops", "-k", "cuda"
+    assert " passed" in versions.compiling(*command, SPECDEC_TEST_PTX="cuda", SPECDEC_TEST_EVERYTHING="")
