@@ -51,6 +51,13 @@ def torch_folder() -> Path | None:
     return found.parent
 
 
+def nvcc_options() -> list[str]:
+    """Of CMake, for the nvcc of the package where that is installed; else CMake looks for one."""
+    nvcc = installed("nvidia/cu13/bin/nvcc")
+    # It looks for its libraries in lib64, where the package has none.
+    return [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"] if nvcc else []
+
+
 def _torch_where_there_is_none() -> list[str]:
     check_platform()
     return [] if torch_folder() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]

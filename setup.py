@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import check_platform, installed, torch_folder
+from build_backend import check_platform, nvcc_options, torch_folder
 
 ROOT = Path(__file__).parent.resolve()
 #: What the environment may say of the build, and the options of CMake that it sets.
@@ -35,10 +35,7 @@ class CMakeBuild(build_ext):
         for name, option in SETTINGS.items():
             value = os.environ.get(name)
             options += [f"-D{option}={value}"] if value else [f"-U{option}"]  # not what an earlier build was told
-        # The nvcc of the package where that is installed; else CMake looks for one.
-        if nvcc := installed("nvidia/cu13/bin/nvcc"):
-            # It looks for its libraries in lib64, where the package has none.
-            options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}"]
+        options += nvcc_options()
         cmake = [sys.executable, "-m", "cmake"]  # that of the build's requirements, whatever the system's
         subprocess.run([*cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run([*cmake, "--build", build], check=True)

@@ -30,6 +30,9 @@ from queue import SimpleQueue
 sys.path.append(str(Path(__file__).resolve().parent.parent / "helpers"))
 from processes import FORKS
 
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+from build_backend import nvcc_options
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLES = Path(__file__).parent
 #: Seconds that a test may take, on a machine that does many things at once.
@@ -39,7 +42,11 @@ LARGE = 1 << 19
 #: At the top of the tree, what no copy needs.
 UNWANTED = ("build", "dist", "demo_weights")
 #: The library that a layer's C++ becomes, with what is common to all of them.
-LIBRARIES = {"cpu": "libspecdec_cpu", "cuda": "libspecdec_cuda_emulated", "native": "_native"}
+LIBRARIES = {
+    "cpu": "libspecdec_cpu", "cuda": "libspecdec_cuda_emulated", "cuda_ptx": "libspecdec_cuda_ptx", "native": "_native",
+}  # fmt: skip
+#: What nvcc compiles, for a minute each.
+NVCC = "cuda_ptx"
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,11 @@ class Copy:
     def _build(self, library: str) -> Path:
         """The library as the sources are now, in place of the tree's own. Without optimisation, which would take longer
         than it saves."""
-        build = self.folder / "build"
+        by_nvcc = library == LIBRARIES[NVCC]
+        build = self.folder / ("build_by_nvcc" if by_nvcc else "build")
         cmake = [sys.executable, "-m", "cmake"]
-        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DSPECDEC_CUDA=0", "-DSPECDEC_OPTIMIZE=0"]
+        options = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", "-DSPECDEC_OPTIMIZE=0"]
+        options += ["-DCMAKE_CUDA_ARCHITECTURES=90-virtual", *nvcc_options()] if by_nvcc else ["-DSPECDEC_CUDA=0"]
         for command in (
             [*cmake, "-S", self.folder, "-B", build, *options],
             [*cmake, "--build", build, "--parallel", "2", "--target", library.removeprefix("lib")],
