@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 
 import numpy as np
 import triton.language as tl
@@ -19,6 +20,7 @@ def skip_repeated_work() -> None:
         _share_types()
         _leave_like_types()
         _leave_like_shapes()
+        _compute_operators()
         _compute_philox()
 
 
@@ -87,6 +89,20 @@ def _share_types() -> None:
     interpreter.TensorHandle.__post_init__ = lambda self: None
 
 
+INTEGERS = {
+    dtype.name: range(dtype.get_int_min_value(), dtype.get_int_max_value() + 1)
+    for dtype in (getattr(core, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+}
+FLOATS = {"fp32", "fp64"}  # a quotient of narrower ones is wider
+NEVER_PROMOTED = {"int1", *INTEGERS, *FLOATS}
+
+
+def _gives_way(number, name):
+    """Whether beside a tensor of a dtype a number is one of that dtype."""
+    kind = type(number)
+    return (name in INTEGERS and kind is int and number in INTEGERS[name]) or (name in FLOATS and kind in (int, float))
+
+
 def _filled(type, value):
     """A tensor of one value."""
     shape = type.shape if type.is_block() else 1
@@ -98,25 +114,14 @@ def _leave_like_types() -> None:
     """Two tensors of one shape and type are taken as they are, and a number as one like the tensor beside it: what the
     rules for promoting and broadcasting arrive at, which take most of the time that is left."""
     check = semantic.TritonSemantic.binary_op_type_checking_impl
-    integers = {
-        dtype.name: range(dtype.get_int_min_value(), dtype.get_int_max_value() + 1)
-        for dtype in (getattr(core, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
-    }
-    floats = {"fp32", "fp64"}  # a quotient of narrower ones is wider
-    never_promoted = {"int1", *integers, *floats}
 
     def like(tensor, number):
         """The number as such a tensor; None if it is no number, or not of a kind that gives way to the tensor's."""
-        name, kind = tensor.dtype.name, type(number)
-        if not (
-            (name in integers and kind is int and number in integers[name]) or (name in floats and kind in (int, float))
-        ):
-            return None
-        return _filled(tensor.type, number or 0)  # -0.0 is 0.0 there
+        return _filled(tensor.type, number or 0) if _gives_way(number, tensor.dtype.name) else None  # -0.0 is 0.0 there
 
     def check_unlike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         if type(lhs) is type(rhs) is core.tensor:
-            if lhs.shape is rhs.shape and lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in never_promoted:
+            if lhs.shape is rhs.shape and lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in NEVER_PROMOTED:
                 return lhs, rhs
         elif arithmetic_check:
             if type(lhs) is core.tensor and (other := like(lhs, rhs)) is not None:
@@ -149,6 +154,91 @@ def _leave_like_shapes() -> None:
         return self.name == other.name if type(other) is core.dtype else equal(self, other)
 
     rules.broadcast_impl_value, rules.cast, core.dtype.__eq__ = broadcast_unlike, cast_unlike, equal_names
+
+
+COMPARISONS = {f"__{name}__": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
+BITWISE = {f"__{name}__": getattr(operator, f"__{name}__") for name in ("and", "or", "xor")}
+ARITHMETIC = {f"__{name}__": getattr(operator, name) for name in ("add", "sub", "mul")}
+REVERSE = {"__radd__": operator.add, "__rsub__": lambda x, y: y - x, "__rmul__": operator.mul}
+OPERATORS = COMPARISONS | BITWISE | ARITHMETIC | REVERSE
+
+
+def _compute_operators() -> None:
+    """An operator of tensors of one shape, or of a tensor and a scalar or a number, is NumPy's own where the dtypes
+    leave no doubt, and so is a pointer with an offset: else each goes through ten functions."""
+    patch_attribute = interpreter._patch_attr
+
+    def patch_operator(obj, name, member, builder, scope):
+        patch_attribute(obj, name, member, builder, scope)
+        if obj is core.tensor and name in OPERATORS:
+            by_rules = getattr(obj, name)
+
+            def call(lhs, rhs):
+                result = _computed(name, lhs, rhs)
+                return by_rules(lhs, rhs) if result is None else result
+
+            scope.set_attr(obj, name, call)
+        if obj is core.tensor and name == "__getitem__":
+            scope.set_attr(obj, name, _with_axes)
+
+    interpreter._patch_attr = patch_operator
+
+
+def _with_axes(tensor, slices):
+    """A tensor with new axes, as NumPy says it too; there are no other slices."""
+    assert all(each is None or each == slice(None) for each in slices)
+    data = tensor.handle.data[slices]
+    return core.tensor(
+        interpreter.TensorHandle(data, tensor.handle.dtype), core.block_type(tensor.dtype, list(data.shape))
+    )
+
+
+def _computed(name, lhs, rhs):
+    """What an operator gives; None where it takes the rules of the language."""
+    rhs = rhs.value if type(rhs) is core.constexpr else rhs
+    tensors = type(rhs) is core.tensor
+    data = rhs.handle.data if tensors else rhs or 0  # -0.0 is 0.0 there
+    if lhs.dtype.is_ptr():
+        offset = _offset(lhs.dtype, rhs, data) if name == "__add__" else None
+        if offset is None:
+            return None
+        dtype, result = lhs.dtype, interpreter.TensorHandle(lhs.handle.data + offset, lhs.handle.dtype)
+    elif dtype := _dtype_of(name, lhs, rhs):
+        result = interpreter.TensorHandle(OPERATORS[name](lhs.handle.data, data), dtype)
+    else:
+        return None
+    if not tensors or rhs.shape is lhs.shape or not rhs.type.is_block():
+        return core.tensor(result, _like(lhs.type, dtype))
+    return core.tensor(result, core.block_type(dtype, list(result.data.shape)))
+
+
+def _like(type, dtype):
+    """A type of the same shape."""
+    return dtype if not type.is_block() else type if type.scalar is dtype else type.with_element_ty(dtype)
+
+
+def _dtype_of(name, lhs, rhs):
+    """Of what an operator gives for two tensors, or a tensor and a number; None where that takes more rules."""
+    own = lhs.dtype
+    if type(rhs) is not core.tensor:
+        known = _gives_way(rhs, own.name)
+    elif own.name == rhs.dtype.name:
+        known = own.name in NEVER_PROMOTED and (own.name != "int1" or name in BITWISE)
+    else:
+        known, own = {own.name, rhs.dtype.name} == {"int32", "int64"}, core.int64
+    if not known or (name in BITWISE and own.name in FLOATS):
+        return None
+    return core.int1 if name in COMPARISONS else own
+
+
+def _offset(pointer, count, data):
+    """Bytes of so many elements, a tensor of ``data`` or a number; None if they are not of a kind that is one."""
+    size = max(1, pointer.element_ty.primitive_bitwidth // 8)
+    if type(count) is int:
+        return np.uint64(size * count % 2**64)
+    return (
+        size * data.astype(np.uint64) if type(count) is core.tensor and count.dtype.name in ("int32", "int64") else None
+    )
 
 
 def _compute_philox() -> None:
