@@ -174,22 +174,35 @@ struct Grid {
   uint64_t limit;  // instructions of warps
 };
 
+// What is left of blocks that have ended, for those that come after them: registers, which cost more to make than many
+// a warp does; and, by warps that are told apart, the clocks. Of more blocks than that some that follow each other are
+// taken for one.
+struct Ended {
+  static constexpr uint32_t MOST_WARPS = 4095;
+  Clock clocks;
+  std::vector<std::vector<Lanes>> registers;
+};
+
 // Registers 0 to 6: the thread, the block in three dimensions, and how many blocks there are.
-std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& global, uint32_t number,
+std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& global, Ended& ended, uint32_t number,
                              std::string_view parameters) {
   auto block = std::make_unique<Block>();
   block->shared.assign(grid.shared, 0xa5);
-  const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2] * grid.warps;
+  const size_t warps = ended.clocks.size();
   for (int rank = 0; rank < grid.warps; ++rank) {
-    Warp warp{&global, block.get(), rank, Clock(total), number * grid.warps + rank, program.registers};
-    warp.clock[warp.number] = 1;
+    const auto own = static_cast<uint32_t>((number * grid.warps + rank) % warps);
+    Warp warp{&global, block.get(), rank, Clock(warps), own, {}};
+    warp.clock[own] = ended.clocks[own] + 1;
+    if (ended.registers.empty()) ended.registers.push_back(program.registers);
+    warp.registers = std::move(ended.registers.back());
+    ended.registers.pop_back();
     const uint32_t at[3] = {number % grid.size[0], number / grid.size[0] % grid.size[1],
                             number / grid.size[0] / grid.size[1]};
     for (int lane = 0; lane < LANES; ++lane) warp.lanes(0)[lane] = rank * LANES + lane;
     for (int i = 0; i < 3; ++i) warp.lanes(1 + i).fill(at[i]), warp.lanes(4 + i).fill(grid.size[i]);
     warp.own.resize(LANES * program.own);
     for (int lane = 0; lane < LANES; ++lane) std::ranges::copy(parameters, warp.own.begin() + lane * program.own);
-    warp.seen = warp.fenced = Clock(total);
+    warp.seen = warp.fenced = Clock(warps);
     block->warps.push_back(std::move(warp));
   }
   return block;
@@ -198,22 +211,33 @@ std::unique_ptr<Block> begin(const Program& program, const Grid& grid, Global& g
 void run(const Program& program, const Grid& grid, Global& global, std::string_view parameters) {
   std::mt19937 random(grid.seed);
   const uint32_t total = grid.size[0] * grid.size[1] * grid.size[2];
-  if (total * grid.warps > 4095) fail("more warps than are told apart");
+  const uint32_t apart = std::min(total, Ended::MOST_WARPS / grid.warps);
+  if (std::cmp_greater(std::min<uint32_t>(grid.resident, total), apart)) fail("more warps than are told apart");
+  Ended ended{Clock(apart * grid.warps), {}};
+  std::vector<bool> is_there(apart);
   std::vector<std::unique_ptr<Block>> resident;
   uint64_t steps = 0;
   for (uint32_t next = 0; next < total || !resident.empty();) {
-    while (next < total && std::ssize(resident) < grid.resident)
-      resident.push_back(begin(program, grid, global, next++, parameters));
+    for (; next < total && std::ssize(resident) < grid.resident && !is_there[next % apart]; ++next) {
+      is_there[next % apart] = true;
+      resident.push_back(begin(program, grid, global, ended, next, parameters));
+    }
     const size_t chosen = random() % resident.size();
     Block& block = *resident[chosen];
     std::vector<Warp*> ready;
     for (Warp& warp : block.warps)
       if (warp.running && !warp.waits) ready.push_back(&warp);
     if (ready.empty()) {
-      if (std::ranges::any_of(block.warps, [](const Warp& warp) { return warp.running; }))
+      if (std::ranges::any_of(block.warps, [](const Warp& warp) { return warp.running; })) {
         meet(block);
-      else
-        resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
+        continue;
+      }
+      for (Warp& warp : block.warps) {
+        ended.clocks[warp.number] = warp.clock[warp.number];
+        ended.registers.push_back(std::move(warp.registers));
+      }
+      is_there[block.warps[0].number / grid.warps] = false;
+      resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
       continue;
     }
     Warp& warp = *ready[random() % ready.size()];
