@@ -69,7 +69,7 @@ except ValueError:
 @pytest.mark.slow
 def test_threads_of_a_cpu_wait_for_each_other():
     """Chains by several threads of their own, under the thread sanitizer; controls are among the mutants."""
-    build = sanitized("thread", "specdec_threads_check")
+    build = sanitized("specdec_threads_check")
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run(
         [build / "specdec_threads_check"], env=environment, capture_output=True, text=True, timeout=600
@@ -86,7 +86,7 @@ def in_brief(parameters):
 @pytest.mark.brief(kept=in_brief)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
 def test_sanitizers_find_nothing(isa):
-    build = sanitized("address,undefined", "specdec_cpu", "specdec_cuda_emulated")
+    build = sanitized("specdec_cpu", "specdec_cuda_emulated")
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
