@@ -241,9 +241,8 @@ def test_what_is_not_known_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
-def test_as_the_reference(name):
-    versions.compiling(ptx.__file__, "triton", "calls", name)
+def test_as_the_reference():
+    versions.compiling(ptx.__file__, "triton", "calls", *CALLS)
 
 
 @pytest.mark.slow
