@@ -115,7 +115,7 @@ def test_a_wrong_draft_distribution_is_seen(verify_chain, rule, kind):
 def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rule):
     """Case 3, by frequencies: declared as it was, the text has the target's distribution, declared as 1 it has not; and
     decision by decision it is that of the stats, and that of logits divided by it."""
-    count, heat = {"triton": 12}.get(backend, 20_000), 0.5
+    count, heat = {"triton": 12, "cuda": 200}.get(backend, 20_000), 0.5
     generator = torch.Generator().manual_seed(2)
     target, draft = torch.randn(6, generator=generator), torch.randn(6, generator=generator) * 0.8
     seeds, key = torch.arange(count), {"seed": torch.arange(count), "position": POSITION, "rule": rule}
@@ -128,7 +128,7 @@ def test_drafts_at_a_temperature_of_their_own(backend, sample, verify_chain, rul
     for other in (each, divided, by_stats):
         assert (other.tokens != right.tokens).sum() <= count // 10_000  # rounded apart
     wrong = verify_chain(rows, drawn.tokens[:, None], drafts, **key, draft_temperature=1.0)
-    if backend == "triton":  # interpreted: too few to count
+    if count < 20_000:  # interpreted, or emulated: too few for frequencies
         assert not torch.equal(wrong.tokens, right.tokens)
         return
 
