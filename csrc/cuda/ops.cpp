@@ -73,7 +73,8 @@ Tensor make_memory(int64_t size, int32_t device) {
 void* zeroed_counters(void* own, int64_t bytes, int32_t device, cudaStream_t stream) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capturing));
-  if (capturing != cudaStreamCaptureStatusNone) return check(cudaMemsetAsync(own, 0, size_t(bytes), stream)), own;
+  const auto in_scratch = [&] { return check(cudaMemsetAsync(own, 0, size_t(bytes), stream)), own; };
+  if (capturing != cudaStreamCaptureStatusNone) return in_scratch();
   static std::mutex mutex;
   static std::map<std::pair<int32_t, cudaStream_t>, std::pair<void*, int64_t>> cached;
   const std::lock_guard lock(mutex);
@@ -81,11 +82,13 @@ void* zeroed_counters(void* own, int64_t bytes, int32_t device, cudaStream_t str
   if (size < bytes) {  // those that are too few stay: another thread may be about to launch with them
     auto mode = cudaStreamCaptureModeRelaxed;  // or it would end what another thread captures
     check(cudaThreadExchangeStreamCaptureMode(&mode));
-    const cudaError_t error = cudaMalloc(&own, size_t(2 * bytes));
+    void* more = nullptr;
+    const cudaError_t error = cudaMalloc(&more, size_t(2 * bytes));
     check(cudaThreadExchangeStreamCaptureMode(&mode));
+    if (error == cudaErrorMemoryAllocation) return cudaGetLastError(), in_scratch();  // PyTorch may hold all there is
     check(error);
-    check(cudaMemsetAsync(own, 0, size_t(2 * bytes), stream));
-    counters = own, size = 2 * bytes;
+    check(cudaMemsetAsync(more, 0, size_t(2 * bytes), stream));
+    counters = more, size = 2 * bytes;
   }
   return counters;
 }

@@ -380,7 +380,7 @@ def test_launchers_in_python_get_the_arguments_of_the_operators():
 
 
 HOST = """
-import ctypes, torch
+import ctypes, os, torch
 from specdec_kernels import sample, sample_children, verify_chain, verify_chain_workspace, verify_tree
 from specdec_kernels.ops.backends import _FAST, BACKENDS
 assert _FAST["cuda", False] is not _FAST[None, False]
@@ -413,6 +413,13 @@ assert counts() == (0, 1, 2)  # another stream, another memory
 emulate(stream=8, capturing=True)
 chain(3), chain(3)
 assert counts() == (0, 2, 2)  # a graph may run beside anything
+os.environ["SPECDEC_EMULATED_FULL"] = "1"
+emulate(stream=16)
+chain(3), chain(3)
+assert counts() == (0, 2, 2)  # so it is where there is no memory to keep
+del os.environ["SPECDEC_EMULATED_FULL"]
+chain(3), chain(3)
+assert counts() == (0, 1, 2)
 size = verify_chain_workspace(8, 4, 700)
 memory = torch.zeros(size + 256, dtype=torch.uint8)
 begin = -memory.data_ptr() % 256

@@ -8,7 +8,7 @@
 #include <utility>
 
 #define CUDART_VERSION 0
-enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsafe };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsafe };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
@@ -36,7 +36,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = processors ? setting("SPECDEC_EMULATED_PROCESSORS", 1) : setting("SPECDEC_EMULATED_CAPABILITY", 9);
   return cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void** memory, size_t size) {
+  if (specdec::cuda::emulated::setting("SPECDEC_EMULATED_FULL", 0)) return cudaErrorMemoryAllocation;
   *memory = std::malloc(size);
   // As if another thread captured.
   return specdec::cuda::emulated::mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsafe;
