@@ -251,7 +251,7 @@ def other_ids():
 AROUND = {
     "alone": lambda drafter: drafter,
     "merged": lambda drafter: MergedDrafter(CallableDrafter(lambda history, count: []), drafter),
-    "translated": lambda drafter: TranslatedDrafter(drafter, other_ids()),
+    "translated": lambda drafter: TranslatedDrafter(drafter, other_ids(), VOCAB),
 }
 
 

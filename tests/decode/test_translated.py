@@ -102,7 +102,7 @@ def test_the_target_by_other_ids_is_always_right(temperature, rule):
     prompts = [[0, 1, 2, 3, 4], [5], [7, 7, 1]]
     for drafter in (
         IntersectionDrafter(other, Translation(*tokenizers), 8),
-        TranslatedDrafter(ModelDrafter(other), Translation(*tokenizers)),
+        TranslatedDrafter(ModelDrafter(other), Translation(*tokenizers), 8),
     ):
         if temperature and isinstance(drafter, TranslatedDrafter):
             continue  # its drafts are the likeliest
@@ -126,8 +126,8 @@ def made(kind, sharp=0.8):
         "intersection": lambda: IntersectionDrafter(small, translation, 4, drafting),
         "tree": lambda: TreeDrafter(IntersectionDrafter(small, translation, 4), Growth(2, 2, 2)),
         "siblings": lambda: IntersectionDrafter(small, translation, 4, replace(drafting, siblings=1)),
-        "point masses": lambda: TranslatedDrafter(ModelDrafter(small), translation),
-        "looked up": lambda: TranslatedDrafter(NGramDrafter(1), translation),
+        "point masses": lambda: TranslatedDrafter(ModelDrafter(small), translation, 4),
+        "looked up": lambda: TranslatedDrafter(NGramDrafter(1), translation, 4),
     }[kind]()
 
 
@@ -205,7 +205,7 @@ def test_drafts_are_tokens_of_both():
 
 def test_a_token_becomes_several_and_one_without_text_ends_the_drafts():
     own = [4, 0, 1, 0]  # "bc", "c", "d" and "c"
-    drafter = TranslatedDrafter(CallableDrafter(lambda history, count: own[:count]), Translation(*TOKENIZERS))
+    drafter = TranslatedDrafter(CallableDrafter(lambda history, count: own[:count]), Translation(*TOKENIZERS), 4)
     for count, tokens in ((6, [1, 2, 2]), (2, [1, 2]), (1, [1])):
         assert drafter.begin([[0]], None).propose(steps_of([count])).tokens.tolist() == [tokens]
 
@@ -214,7 +214,7 @@ def test_requests_come_and_go():
     model, translation = tiny(7, vocab=4, sharp=2.0), Translation(*TOKENIZERS)
     small = tiny(8, vocab=5, sharp=2.0)
     prompts = [[0, 1], [2], [3, 3, 1]]
-    for drafter in (IntersectionDrafter(small, translation, 4), TranslatedDrafter(ModelDrafter(small), translation)):
+    for drafter in (IntersectionDrafter(small, translation, 4), TranslatedDrafter(ModelDrafter(small), translation, 4)):
         scheduler = Scheduler(TransformersTarget(model), drafter, max_requests=2)
         asked = [scheduler.submit(prompt, sampling=Sampling(temperature=0.0), max_new_tokens=9) for prompt in prompts]
         scheduler.run()
@@ -227,10 +227,26 @@ def test_a_prompt_that_says_nothing_to_the_drafter():
     model, small = tiny(7, vocab=4, sharp=2.0), tiny(8, vocab=3, sharp=2.0)
     for drafter in (
         IntersectionDrafter(small, Translation(*letters), 4),
-        TranslatedDrafter(ModelDrafter(small), Translation(*letters)),
+        TranslatedDrafter(ModelDrafter(small), Translation(*letters), 4),
     ):
         (result,) = generate(TransformersTarget(model), [[3]], drafter=drafter, max_new_tokens=12, temperature=0.0)
         assert result.tokens == slow_greedy(model, [3], 12)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 2)])
+def test_tokenizers_have_more_tokens_than_models(sizes):
+    """What the target has no id for ends the drafts; what the drafter has none for is left out of what it reads."""
+    translation = Translation(of_tokens("abcd"), of_tokens("dcba"))
+    model, small = tiny(7, vocab=sizes[0]), tiny(8, vocab=sizes[1])
+    for drafter in (
+        TranslatedDrafter(CallableDrafter(lambda history, count: [3, 0, 3]), translation, sizes[0]),  # "a", "d", "a"
+        TranslatedDrafter(ModelDrafter(small), translation, sizes[0]),
+        IntersectionDrafter(small, translation, sizes[0]),
+    ):
+        (result,) = generate(TransformersTarget(model), [[0, 2, 1]], drafter=drafter, max_new_tokens=8, temperature=0.0)
+        assert result.tokens == slow_greedy(model, [0, 2, 1], 8)
+    guessing = TranslatedDrafter(CallableDrafter(lambda history, count: [3, 0, 3]), translation, 3)
+    assert guessing.begin([[0]], None).propose(steps_of([3])).tokens.tolist() == [[0]]
 
 
 def test_arguments_are_checked():
@@ -238,14 +254,18 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match="translation must be a Translation"):
         IntersectionDrafter(small, TOKENIZERS, 4)
     with pytest.raises(TypeError, match="translation must be a Translation"):
-        TranslatedDrafter(ModelDrafter(small), TOKENIZERS)
+        TranslatedDrafter(ModelDrafter(small), TOKENIZERS, 4)
     with pytest.raises(ValueError, match="share a token, got none in common"):
         IntersectionDrafter(small, Translation(of_tokens("ab"), of_tokens("cd")), 2)
     with pytest.raises(ValueError, match="must draft chains and read no features, got ModelDrafter"):
-        TranslatedDrafter(ModelDrafter(small, config=DraftConfig(siblings=1)), translation)
+        TranslatedDrafter(ModelDrafter(small, config=DraftConfig(siblings=1)), translation, 4)
     tree = TreeDrafter(ModelDrafter(small), Growth(2, 2, 2))
     with pytest.raises(TypeError, match="must draft chains, got a drafter of trees"):
-        generate(TransformersTarget(tiny(7, vocab=4)), [[0]], drafter=TranslatedDrafter(tree, translation))
+        generate(TransformersTarget(tiny(7, vocab=4)), [[0]], drafter=TranslatedDrafter(tree, translation, 4))
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
+        TranslatedDrafter(ModelDrafter(small), translation, 0)
+    with pytest.raises(ValueError, match=r"drafter must draft from the target's vocabulary.*got vocab_size=3"):
+        generate(TransformersTarget(tiny(7, vocab=4)), [[0]], drafter=TranslatedDrafter(NGramDrafter(), translation, 3))
     config = T5Config(vocab_size=5, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     encoding = AutoModelForSeq2SeqLM.from_config(config)
     with pytest.raises(ValueError, match="decoder alone to draft with another tokenizer"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels.checks import whole
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
@@ -88,7 +89,8 @@ class IntersectionSession(ModelSession):
         super().commit([self._placed(self._translation.tokens(new)) for new in tokens], None)
 
     def _placed(self, own: Sequence[int]) -> list[int]:
-        return [self._behind + token for token in own]
+        """What the model has ids for, which may be fewer than its tokenizer's."""
+        return [self._behind + token for token in own if token < self._own_vocab]
 
     def _known(self, tokens: Tensor) -> Tensor:
         return self._own[tokens]
@@ -107,19 +109,22 @@ class TranslatedDrafter:
     Args:
         drafter: of chains, in its own tokenizer's ids, which reads no features of the target.
         translation: from the target's tokenizer to the drafter's.
+        vocab_size: of the target, whose tokenizer may have more tokens: these are never drafted.
 
     Raises:
-        TypeError, ValueError: neither is what it should be.
+        TypeError, ValueError: one of them is not what it should be.
     """
 
     feature_layers: Sequence[int] = ()
 
-    def __init__(self, drafter: Drafter, translation: Translation) -> None:
+    def __init__(self, drafter: Drafter, translation: Translation, vocab_size: int) -> None:
         _check_translation(translation)
+        whole("vocab_size", vocab_size, 1)
         siblings: int = getattr(drafter, "siblings", 0)
         if drafter.feature_layers or siblings:
             raise ValueError(f"drafter must draft chains and read no features, got {type(drafter).__name__}")
-        self.drafter, self.translation, self.back = drafter, translation, translation.reversed()
+        self.drafter, self.translation, self.vocab_size = drafter, translation, vocab_size
+        self.back = translation.reversed()
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> TranslatedSession:
         translated = [self.translation.prompt(prompt) for prompt in prompts]
@@ -145,8 +150,8 @@ class TranslatedSession:
     def _translated(self, drafts: Sequence[int]) -> list[int]:
         translated = list[int]()
         for token in drafts:
-            tokens, whole = self._drafter.back.of(token)
-            if not whole:
+            tokens, complete = self._drafter.back.of(token)
+            if not complete or max(tokens) >= self._drafter.vocab_size:
                 break
             translated += tokens
         return translated
