@@ -10,7 +10,9 @@ On a CPU the same functions run as they are, and are tested; the capture has not
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -282,12 +284,15 @@ class CachePool:
     One cache, since it is large: where several streams run at once, the others' are given up."""
 
     def __init__(self) -> None:
-        self._idle: StaticCache | None = None
+        # Of threads that take it at once one has it, since ``pop`` is one operation. No lock: a stream may end wherever
+        # garbage is collected, in a thread that holds it.
+        self._idle: deque[StaticCache] = deque(maxlen=1)
 
     def lend(self, stream: Any, model: Any, kinds: Sequence[Kind], slots: int, columns: int) -> StaticCache:
         """A cache with at least so many columns, for as long as ``stream`` lives."""
-        cache, self._idle = self._idle, None
-        wanted = rounded(columns)
+        cache, wanted = None, rounded(columns)
+        with suppress(IndexError):
+            cache = self._idle.pop()
         if cache is None or not cache.serves(model, slots, wanted):
             cache = StaticCache(model, kinds, slots, wanted)
         cache.clear()
@@ -295,7 +300,7 @@ class CachePool:
         return cache
 
     def _take_back(self, cache: StaticCache) -> None:
-        self._idle = cache
+        self._idle.append(cache)
 
 
 class Graphs:

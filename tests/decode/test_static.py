@@ -185,14 +185,14 @@ def test_later_streams_replay_what_the_first_one_recorded(model, recorded):
     options = {"temperature": 0.9, "drafter": drafter}
     decoded(target, **options)
     once = list(recorded)
-    storage = target.caches._idle.layers[0].storage
+    storage = target.caches._idle[0].layers[0].storage
     with torch.inference_mode():
-        for cache in (target.caches._idle, drafter.caches._idle):
+        for cache in (target.caches._idle[0], drafter.caches._idle[0]):
             cache.layers[0].storage[0].fill_(torch.nan)
     other = decoded(TransformersTarget(model), ModelDrafter(tiny(2)), PROMPTS[1:], temperature=0.9)
     assert decoded(target, prompts=PROMPTS[1:], **options) == other
     assert recorded == once
-    assert target.caches._idle.layers[0].storage is storage
+    assert target.caches._idle[0].layers[0].storage is storage
 
 
 def test_streams_at_the_same_time_have_caches_of_their_own(model):
@@ -206,16 +206,16 @@ def test_streams_at_the_same_time_have_caches_of_their_own(model):
 def test_a_cache_serves_no_stream_of_another_size_nor_a_changed_model():
     target = StaticTarget(tiny(1, layers=2), check=False)
     decoded(target)
-    first = target.caches._idle
+    first = target.caches._idle[0]
     decoded(target, prompts=PROMPTS[:2])
-    second = target.caches._idle
+    second = target.caches._idle[0]
     assert second is not first
     decoded(target, prompts=PROMPTS[:2], max_new_tokens=100)
-    third = target.caches._idle
+    third = target.caches._idle[0]
     assert third.capacity > second.capacity
     target.model.bfloat16()
     decoded(target, prompts=PROMPTS[:2], max_new_tokens=100)
-    assert target.caches._idle is not third
+    assert target.caches._idle[0] is not third
 
 
 def begun(model, prompts=PROMPTS[:3]):
@@ -324,7 +324,7 @@ def test_what_is_dropped_leaves_nothing(model, recorded):
             session._cache.replay(static.stepped, **arguments)
         target, cache = session._target, weakref.ref(session._cache)
         del session
-        assert target.caches._idle is cache()
+        assert target.caches._idle[0] is cache()
         del target
         assert cache() is None
     finally:
