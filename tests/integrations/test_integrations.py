@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,20 +287,19 @@ def test_plugins_can_be_loaded_without_their_stacks(group):
 
 
 def test_the_documentation_runs(monkeypatch, tmp_path):
+    """Each block by itself; a file of llama.cpp is all that one of them needs."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
-    inputs = {
-        "input_ids": torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]),
-        "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4]),
-    }
-    scope = {"model": tiny(1), "assistant": tiny(2), "inputs": {**inputs, "pad_token_id": 0}}
     monkeypatch.setitem(sys.modules, "llama_cpp", LlamaCpp(tiny(3, vocab=300)))
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").touch()
-    for block in blocks:
+    torch.manual_seed(0)
+    scopes: list[dict[str, Any]] = [{} for _ in blocks]
+    for block, scope in zip(blocks, scopes, strict=True):
         exec(block, scope)
-    assert [len(result.tokens) for result in scope["results"]] == [64, 64]
-    assert scope["texts"].shape[0] == scope["tokens"].shape[0] == 2
-    assert scope["accept_token_num"].shape == (1,)
-    record = scope["statistics"].record()
-    assert json.loads(json.dumps(record)) == record
+    inside, llama, flashinfer, trees, load = scopes
+    assert inside["texts"].shape[0] == flashinfer["tokens"].shape[0] == 2
+    assert [len(result.tokens) for result in llama["results"]] == [64, 64]
+    assert trees["accept_token_num"].shape == (1,)
+    for record in (inside["statistics"].record(), load["statistics"].record()):
+        assert json.loads(json.dumps(record)) == record
     assert 1 < record["mean_acceptance_length"] < 4
