@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.decode.protocols import Scores, Target, TargetSession, joinable
+from specdec_kernels.decode.protocols import Scores, Target, TargetSession, joinable, shares_ids
 from specdec_kernels.ops import validate, verify_chain
 from specdec_kernels.ops.backends import BackendName
 from specdec_kernels.ops.results import VerifiedTree
@@ -128,6 +128,7 @@ class SyntheticAcceptance:
             raise ValueError(f"rates must be in [0, 1], none above the one before, got {list(rates)}")
         self.target, self.rates = target, list(rates)
         self.device, self.vocab_size, self.stop_tokens = target.device, target.vocab_size, target.stop_tokens
+        self.shares_ids = shares_ids(target)
         self._generator = torch.Generator().manual_seed(seed)
 
     def begin(

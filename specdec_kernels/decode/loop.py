@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec_kernels.checks import choice, ids_of, whole
+from specdec_kernels.checks import choice, flags, ids_of, whole
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.names import explains_names
 from specdec_kernels.decode.proposals import check_proposal
@@ -25,6 +25,7 @@ from specdec_kernels.decode.protocols import (
     TreeDraft,
     counted,
     joinable,
+    shares_ids,
 )
 from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
 from specdec_kernels.decode.statistics import Statistics
@@ -96,6 +97,7 @@ class Options:
     def __post_init__(self) -> None:
         whole("num_draft", self.num_draft, 0)
         choice("rule", self.rule, _TREE_RULES)
+        flags(logprobs=self.logprobs)
         check_stop_when(self.stop_when)
 
     def drafts(self, batch: int) -> int:
@@ -171,7 +173,9 @@ def stream(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "grammar": grammar,
     }  # fmt: skip
-    requests = make_requests(prompts, target.vocab_size, seed, max_new_tokens, sampling, stops, min_new_tokens)
+    requests = make_requests(
+        prompts, target.vocab_size, seed, max_new_tokens, sampling, stops, min_new_tokens, shares_ids(target)
+    )
     if not requests:
         return iter(())
     loop = Loop(target, drafter, options, Statistics() if statistics is None else statistics)

@@ -108,6 +108,20 @@ def check_decoder_alone(model: Any, purpose: str, otherwise: str) -> None:
         )
 
 
+def reads_ids(model: Any) -> bool:
+    """Whether the encoder of an encoder-decoder reads token ids, and no sounds or images."""
+    return bool(model.get_encoder().main_input_name == "input_ids")
+
+
+def shares_ids(model: Any) -> bool:
+    """Whether an encoder-decoder reads the ids that it writes, as far as its sizes and its configuration tell: some
+    translators (Marian), and encoders and decoders that were put together, have a vocabulary each."""
+    if not is_encoder_decoder(model) or not reads_ids(model):
+        return False
+    read: int = model.get_encoder().get_input_embeddings().num_embeddings
+    return read == vocab_size(model) and getattr(model.config, "share_encoder_decoder_embeddings", True)
+
+
 def source_length(model: Any) -> int | None:
     """Ids that a source may have, None for any number."""
     names = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
@@ -125,7 +139,7 @@ def check_sources(model: Any, prompts: Sequence[Sequence[int]]) -> None:
         refuse_sources(prompts, _name(model))
         return
     encoder = model.get_encoder()
-    reads_ids, limit = encoder.main_input_name == "input_ids", source_length(model)
+    of_ids, limit = reads_ids(model), source_length(model)
     shapes = set()
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
@@ -133,8 +147,8 @@ def check_sources(model: Any, prompts: Sequence[Sequence[int]]) -> None:
             raise TypeError(
                 f"{name} must be a SourcePrompt for {_name(model)}, which has an encoder: target.prompt(...)"
             )
-        if isinstance(prompt.source, torch.Tensor) == reads_ids:
-            kind = "token ids" if reads_ids else f"a floating tensor, its {encoder.main_input_name}"
+        if isinstance(prompt.source, torch.Tensor) == of_ids:
+            kind = "token ids" if of_ids else f"a floating tensor, its {encoder.main_input_name}"
             raise TypeError(f"{name}.source must be {kind} for {_name(model)}, got {type(prompt.source).__name__}")
         if isinstance(prompt.source, torch.Tensor):
             shapes.add(tuple(prompt.source.shape))

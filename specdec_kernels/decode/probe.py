@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.protocols import SourcePrompt
+from specdec_kernels.decode.sources import encoder_inputs
 
 Use = Literal["chains", "batches", "trees"]
 
@@ -125,8 +126,8 @@ def _difference(model: Any, ids: Sequence[int], logits: Tensor) -> float:
     Of the row in the middle: rounding can send a token to another expert, which is a row or two, while a wrong history
     is wrong for all rows behind it."""
     if isinstance(ids, SourcePrompt):
-        source, name = torch.as_tensor(ids.source, device=model.device)[None], model.get_encoder().main_input_name
-        outputs = model(**{name: source}, decoder_input_ids=_rows(model, [ids]), use_cache=False)
+        inputs = encoder_inputs(model, [ids.source])
+        outputs = model(**inputs, decoder_input_ids=_rows(model, [ids]), use_cache=False)
     else:
         outputs = model(input_ids=_rows(model, [ids]), use_cache=False)
     plain = outputs.logits[0, -len(logits) :].float()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.checks import ids_of
+from specdec_kernels.checks import flags, ids_of
 from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
 from specdec_kernels.ops.results import Verified
@@ -33,18 +33,23 @@ class SourcePrompt(tuple[int, ...]):
     It is a sequence of those tokens, so that whatever takes prompts takes it; a slice of it has the same source.
 
     Args:
-        source: token ids; or a floating tensor as the encoder takes it, without the dimension of the batch (Whisper:
-            the features [mel, frames]).
+        source: token ids; or a floating tensor of any dtype, as the encoder takes it without the dimension of the
+            batch (Whisper: the features [mel, frames]).
         tokens: what the text begins with, at least the token that the decoder starts with.
+        shares_ids: whether ids of the source are of the vocabulary that the text is written in, so that a drafter may
+            look drafts up there. A target that knows better tells its drafters.
 
     Raises:
-        TypeError, ValueError: ``source`` is neither, or empty.
+        TypeError, ValueError: ``source`` is neither, or empty; ``shares_ids`` is no bool.
     """
 
     source: list[int] | Tensor
+    shares_ids: bool
 
-    def __new__(cls, source: Sequence[int] | Tensor, tokens: Iterable[int]) -> SourcePrompt:
+    def __new__(cls, source: Sequence[int] | Tensor, tokens: Iterable[int], shares_ids: bool = True) -> SourcePrompt:
+        flags(shares_ids=shares_ids)
         made = super().__new__(cls, tokens)
+        made.shares_ids = shares_ids
         made.source = source if _is_floating(source) else ids_of("source", source)
         if not len(made.source):
             raise ValueError("source must not be empty")
@@ -56,10 +61,10 @@ class SourcePrompt(tuple[int, ...]):
     def __getitem__(self, place: slice) -> SourcePrompt: ...
     def __getitem__(self, place: SupportsIndex | slice) -> int | SourcePrompt:
         found = super().__getitem__(place)
-        return SourcePrompt(self.source, found) if isinstance(found, tuple) else found
+        return SourcePrompt(self.source, found, self.shares_ids) if isinstance(found, tuple) else found
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.source, tuple(self)
+        return self.source, tuple(self), self.shares_ids
 
 
 def _is_floating(source: Any) -> TypeGuard[Tensor]:
@@ -367,7 +372,8 @@ def revertible(session: Any) -> RevertibleSession:
 
 
 class Target(Protocol):
-    """A model that scores rows against what it has read."""
+    """A model that scores rows against what it has read. A ``shares_ids``, where it has one, says whether it reads
+    sources in the ids that it writes; where it does not, drafters look nothing up in them."""
 
     @property
     def device(self) -> torch.device:
@@ -389,6 +395,11 @@ class Target(Protocol):
         Raises:
             ValueError: it cannot score such histories as it should, before anything is read.
         """
+
+
+def shares_ids(target: Target) -> bool:
+    """Whether a target reads sources in the ids that it writes: yes, unless it says otherwise."""
+    return bool(getattr(target, "shares_ids", True))
 
 
 class DrafterSession(Protocol):

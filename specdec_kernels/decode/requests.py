@@ -108,8 +108,10 @@ def make_requests(
     sampling: Mapping[str, Any],
     stop_tokens: frozenset[int] = frozenset(),
     min_new_tokens: Any = 0,
+    shares_ids: bool = True,
 ) -> list[Request]:
-    """Check the arguments of a batch, each one for all or a list, and make its requests.
+    """Check the arguments of a batch, each one for all or a list, and make its requests; ``shares_ids`` is what the
+    target says.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -119,7 +121,7 @@ def make_requests(
     every = list(prompts)
     if any(hasattr(prompt, "__index__") and not hasattr(prompt, "__len__") for prompt in every):
         raise TypeError(f"prompts must be a list of lists of token ids, [prompt] for one, got {shortened(every)}")
-    histories = [_history(index, prompt, vocab) for index, prompt in enumerate(every)]
+    histories = [_history(index, prompt, vocab, shares_ids) for index, prompt in enumerate(every)]
     count = len(histories)
     columns = {name: _each(name, value, count) for name, value in sampling.items()}
     seeds, limits = _each("seed", seed, count), _each("max_new_tokens", max_new_tokens, count)
@@ -139,8 +141,8 @@ def make_requests(
     return made
 
 
-def _history(index: int, prompt: Any, vocab: int) -> Sequence[int]:
-    """The ids of a prompt, with its source if it has one.
+def _history(index: int, prompt: Any, vocab: int, shares_ids: bool) -> Sequence[int]:
+    """The ids of a prompt, with its source if it has one, and whether drafts may be looked up there.
 
     Raises:
         TypeError, ValueError: they are none, or there are none.
@@ -148,7 +150,11 @@ def _history(index: int, prompt: Any, vocab: int) -> Sequence[int]:
     ids = ids_of(f"prompts[{index}]", prompt, vocab)
     if not ids:
         raise ValueError(f"prompts must not be empty, got an empty prompt at index {index}")
-    return SourcePrompt(prompt.source, ids) if isinstance(prompt, SourcePrompt) else ids
+    if not isinstance(prompt, SourcePrompt):
+        return ids
+    # An id beyond the vocabulary is none of the text's, whatever is said.
+    known = isinstance(prompt.source, Tensor) or max(prompt.source) < vocab
+    return SourcePrompt(prompt.source, ids, prompt.shares_ids and shares_ids and known)
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

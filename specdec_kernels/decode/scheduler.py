@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_kernels.checks import ids_of, listed, whole
+from specdec_kernels.checks import flags, ids_of, listed, whole
 from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties, check_stop_when
 from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
@@ -28,6 +28,7 @@ from specdec_kernels.decode.protocols import (
     TargetSession,
     TreeDraft,
     joinable,
+    shares_ids,
     spread,
 )
 from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
@@ -200,7 +201,9 @@ class Scheduler:
         self._target, self._drafter = target, drafter
         self._options = Options(num_draft, rule, logprobs, backend, self._stops, max_rows)
         self.statistics = Statistics() if statistics is None else statistics
-        self._max_requests, self._max_waiting, self._chunk = max_requests, max_waiting, chunk
+        self.max_requests = max_requests
+        """Slots."""
+        self._max_waiting, self._chunk = max_waiting, chunk
         self._lock = _FairLock()
         self._in_step = False
         self._awaited: asyncio.Future[bool] | None = None  # the step that tasks wait for
@@ -263,10 +266,11 @@ class Scheduler:
             raise TypeError(f"sampling must be a Sampling, got {type(sampling).__name__}")
         if isinstance(priority, bool) or not isinstance(priority, (int, float)) or priority != priority:
             raise TypeError(f"priority must be a number, got {priority!r}")
+        flags(prompt_logprobs=prompt_logprobs)
         seeds = listed("seeds", seeds, "seeds")
-        if not 0 < len(seeds) <= self._max_requests:
+        if not 0 < len(seeds) <= self.max_requests:
             raise ValueError(
-                f"seeds must be at least one, and no more than max_requests={self._max_requests}, got {len(seeds)}"
+                f"seeds must be at least one, and no more than max_requests={self.max_requests}, got {len(seeds)}"
             )
         count = len(seeds)
         endings = (
@@ -278,8 +282,8 @@ class Scheduler:
             check_stop_when(ends)
         each = {item.name: [getattr(sampling, item.name)] * count for item in fields(sampling)}
         stops = self._target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
-        vocab = self._target.vocab_size
-        requests = make_requests([prompt] * count, vocab, seeds, max_new_tokens, each, stops, min_new_tokens)
+        vocab, known = self._target.vocab_size, shares_ids(self._target)
+        requests = make_requests([prompt] * count, vocab, seeds, max_new_tokens, each, stops, min_new_tokens, known)
         with self._lock:
             queued = sum(len(waiting.prompt.submissions) for waiting in self._queue)
             # Samples of one prompt are submitted at once, so an empty queue takes any number of them.
@@ -466,7 +470,7 @@ class Scheduler:
         left = self._chunk
         while left > 0 and (self._reading or self._queue):
             prompt = self._reading or self._queue[0].prompt
-            full = len(self._running) + len(prompt.submissions) > self._max_requests
+            full = len(self._running) + len(prompt.submissions) > self.max_requests
             if full or (self._running and prompt.refused is not None):
                 return
             if self._reading is None:

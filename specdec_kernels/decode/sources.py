@@ -26,6 +26,15 @@ def sources_of(model: Any, prompts: Sequence[Sequence[int]]) -> EncodedSources |
     return EncodedSources(model, sourced)
 
 
+def encoder_inputs(model: Any, sources: Sequence[Sequence[int] | Tensor]) -> dict[str, Tensor]:
+    """Sources of one kind, which were checked, as a model's encoder takes them: ids padded behind; what it hears or
+    sees in the model's dtype, as no processor of transformers makes it."""
+    features = [source for source in sources if isinstance(source, Tensor)]
+    ids = [source for source in sources if not isinstance(source, Tensor)]
+    read = torch.stack(features).to(model.device, model.dtype) if features else padded(ids, 0, device=model.device)
+    return {model.get_encoder().main_input_name: read}
+
+
 class EncodedSources:
     """The sources of a batch, read once by an encoder-decoder. Calling it is a pass of the decoder, which keeps the
     keys and values of its cross-attention.
@@ -44,18 +53,14 @@ class EncodedSources:
     def __init__(self, model: Any, prompts: Sequence[SourcePrompt]) -> None:
         self._model, self._takes_positions = model, model_facts.takes(model, "decoder_position_ids")
         listen_for_positions(model.get_decoder())
-        encoder, device = model.get_encoder(), model.device
-        features = [prompt.source for prompt in prompts if isinstance(prompt.source, Tensor)]
-        ids = [prompt.source for prompt in prompts if not isinstance(prompt.source, Tensor)]
-        self._lengths = [len(source) for source in ids]
+        sources = [prompt.source for prompt in prompts]
+        self._lengths = [len(source) for source in sources if not isinstance(source, Tensor)]
         """Of each request; empty where all states are always attended to."""
-        self._mask = self._mask_of(max(self._lengths, default=0), device)
-        if ids:
-            read = encoder(input_ids=padded(ids, 0, device=device), attention_mask=self._mask)
-        else:
-            read = encoder(torch.stack(features).to(device, model.dtype))
+        self._mask = self._mask_of(max(self._lengths, default=0), model.device)
+        masked = {"attention_mask": self._mask} if self._lengths else {}
+        read = model.get_encoder()(**encoder_inputs(model, sources), **masked)
         self._states: Tensor = read.last_hidden_state
-        if ids and self._states.shape[1] != max(self._lengths):
+        if self._lengths and self._states.shape[1] != max(self._lengths):
             raise ValueError(
                 f"model must have an encoder with a state for each of {max(self._lengths)} ids, got "
                 f"{self._states.shape[1]} of {type(model).__name__}"

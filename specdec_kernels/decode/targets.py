@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.checks import whole
+from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.probe import Use, probe
@@ -33,20 +33,22 @@ class TransformersTarget:
         model: any causal model, or encoder-decoder, whose layers keep keys and values of tokens, or states (Mamba,
             Qwen3-Next, LFM2), in evaluation mode.
         fixed_rows: score in windows of exactly this many rows, at fixed offsets of the history. Passes over different
-            numbers of rows, or of keys, round differently, so that a greedy text depends, after some tens of tokens,
-            on how it was drafted. In a window every token is always scored in the same row of the same shape,
-            whatever was drafted, so it does not. The price: rows of the window that are known already are scored
-            again, and drafts end with the window. For chains of a batch of one.
+            numbers of rows, or of keys, round differently, so that a greedy text depends on how it was drafted, sooner
+            or later: in bfloat16 after a few tokens. In a window every token is always scored in the same row of the
+            same shape, whatever was drafted, so it does not. The price: rows of the window that are known already are
+            scored again, and drafts end with the window. For chains of a batch of one.
         check: compare with a plain pass before first use, which costs a few passes over some tokens.
 
     Raises:
-        TypeError, ValueError: a model that the loop cannot use, with the reason; ``fixed_rows`` below 1.
+        TypeError, ValueError: a model that the loop cannot use, with the reason; ``fixed_rows`` below 1; a ``check``
+            that is no bool.
     """
 
     def __init__(self, model: Any, fixed_rows: int | None = None, *, check: bool = True) -> None:
         self.layers = model_facts.check_model(model)
         if fixed_rows is not None:
             whole("fixed_rows", fixed_rows, 1, expected="None or an int")
+        flags(check=check)
         self.model, self.fixed_rows, self.check = model, fixed_rows, check
         self.vocab_size = model_facts.vocab_size(model)
 
@@ -58,6 +60,10 @@ class TransformersTarget:
     @property
     def stop_tokens(self) -> frozenset[int]:
         return model_facts.stop_tokens(self.model)
+
+    @property
+    def shares_ids(self) -> bool:
+        return model_facts.shares_ids(self.model)
 
     def prompt(self, source: Sequence[int] | Tensor, tokens: Sequence[int] | None = None) -> SourcePrompt:
         """A prompt of an encoder-decoder.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
-from specdec_kernels.checks import listed, whole
+from specdec_kernels.checks import flags, listed, whole
 from specdec_kernels.decode.loop import Ending
 from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
@@ -22,12 +22,13 @@ class SamplingParams(Sampling):
     """How a prompt is continued.
 
     Fields, beside those of :class:`Sampling`:
-        n: continuations, each with a seed of its own; the target reads the prompt once.
+        n: continuations, each with a seed of its own; the target reads the prompt once. They are decoded together, so
+            that there are no more of them than the scheduler's ``max_requests`` (8).
         max_new_tokens, min_new_tokens: of each continuation; before the least number no stop token can be drawn.
         stop: strings that end a continuation. None of them, and nothing behind it, is part of the text, unless
             ``include_stop`` keeps the string itself.
         stop_tokens: token ids that end it; ``None``: the model's own end tokens.
-        seed: of the first continuation, the others' count on from it; ``None`` draws them.
+        seed: of the first continuation, the others' count on from it, all in [-2^63, 2^63); ``None`` draws them.
         prompt_logprobs: note the log-probabilities of the prompt's tokens.
 
     Raises:
@@ -46,6 +47,11 @@ class SamplingParams(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("n", self.n, 1)
+        if self.seed is not None:
+            whole("seed", self.seed, -(1 << 63), 1 << 63, expected="an int or None")
+            if self.seed + self.n > 1 << 63:
+                raise ValueError(f"seed must be at most 2^63 - n for n={self.n} continuations, got {self.seed}")
+        flags(include_stop=self.include_stop, prompt_logprobs=self.prompt_logprobs)
         listed = isinstance(self.stop, (str, Sequence))
         if not listed or not all(isinstance(stop, str) and stop for stop in self.stops):
             raise TypeError(f"stop must be a string or a list of strings, none of them empty, got {self.stop!r}")
@@ -194,11 +200,13 @@ class TextGenerator:
             ``params.n`` continuations.
 
         Raises:
-            TypeError, ValueError, queue.Full: as of :meth:`Scheduler.submit`; stop strings where the tokenizer
-                says nothing of a text before its end.
+            TypeError, ValueError, queue.Full: as of :meth:`Scheduler.submit`; more continuations than the scheduler
+                decodes together; stop strings where the tokenizer says nothing of a text before its end.
         """
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        if params.n > self.scheduler.max_requests:
+            raise ValueError(f"n must be at most max_requests={self.scheduler.max_requests}, got {params.n}")
         if params.stops and getattr(self.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"stop needs a tokenizer of the tokenizers library, got {type(self.tokenizer).__name__}")
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

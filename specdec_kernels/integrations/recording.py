@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec_kernels.decode.protocols import Scores, Target, TargetSession
+from specdec_kernels.decode.protocols import Scores, Target, TargetSession, shares_ids
 
 
 class RecordingTarget:
@@ -17,6 +17,7 @@ class RecordingTarget:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.device, self.vocab_size, self.stop_tokens = target.device, target.vocab_size, target.stop_tokens
+        self.shares_ids = shares_ids(target)
         self.rows: list[list[Tensor]] = []
 
     def begin(

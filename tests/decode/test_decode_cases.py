@@ -638,6 +638,12 @@ def test_what_is_no_target_or_no_drafter(model):
         CallableDrafter([1, 2])
     with pytest.raises(TypeError, match=r"min_match must be an int, got 1.5"):
         NGramDrafter(1.5)
+    with pytest.raises(TypeError, match=r"check must be True or False, got 'no'"):
+        TransformersTarget(model, check="no")
+    with pytest.raises(TypeError, match=r"dynamic must be True or False, got 'no'"):
+        Growth(dynamic="no")
+    with pytest.raises(TypeError, match=r"depth must be an int, got 2.5"):
+        Growth(depth=2.5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from processes import run_python
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
-from specdec_kernels.decode.drafters import FeatureModel
+from specdec_kernels.decode.drafters import FeatureDrafter, FeatureModel
 from specdec_kernels.decode.drafters.eight_bits import FEW, EightBitLinear, rounded, with_eight_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -120,6 +120,8 @@ def test_what_the_operator_could_not_read_is_refused():
 def test_a_model_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"eight_bits needs the C\+\+ for CPUs: got a weight on meta"):
         EightBitLinear(torch.zeros(4, 4, device="meta"))
+    with pytest.raises(TypeError, match="eight_bits must be True or False, got 8"):
+        FeatureDrafter(None, None, eight_bits=8)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "scalar"])

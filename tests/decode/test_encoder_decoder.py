@@ -16,7 +16,15 @@ from architectures import PROMPTS as CAUSAL
 from architectures import TOKENS, Architecture, build, expected
 from distributions import g_test, limit
 from forms import some
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, GenerationMixin, logging
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GenerationMixin,
+    logging,
+)
 
 from specdec_kernels.decode import (
     Sampling,
@@ -36,7 +44,10 @@ from specdec_kernels.decode.drafters import (
     StaticDrafter,
     TreeDrafter,
 )
+from specdec_kernels.decode.drafters.histories import Histories
+from specdec_kernels.decode.requests import make_requests
 from specdec_kernels.decode.sources import EncodedSources
+from specdec_kernels.integrations.recording import RecordingTarget
 
 logging.set_verbosity_error()
 
@@ -182,6 +193,14 @@ def test_requests_come_and_go(name):
         assert [own.result().tokens for own in asked] == [known[index][: LENGTHS[index]] for index in order]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sounds_of_another_dtype(dtype):
+    """As a processor of transformers makes them, for models of any dtype; also where a plain pass is compared with."""
+    model, heard = made(RIGHT["whisper"], 1).to(dtype), sources("whisper")[0]
+    assert heard.dtype == torch.float32
+    assert decoded(model, None, [(heard,)]) == decoded(model, None, [(heard.to(dtype),)])
+
+
 def test_sounds_of_another_length_cannot_join():
     """What of them were padding is not known; the others go on."""
     model = models("whisper")[0]
@@ -223,6 +242,56 @@ def test_lookup_in_the_source(beginning):
         assert drafted(session, 3) == drafts
         session.commit([[9]], None)
         assert drafted(session, 2) == ([10, 11] if with_sources else [])
+
+
+def with_two_vocabularies(kind: str) -> Any:
+    """A model that reads other ids than it writes; as many of them, or more."""
+    if kind == "put together":
+        small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+        reads = BertConfig(vocab_size=60, pad_token_id=0, **small)
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(
+            reads, BertConfig(vocab_size=23, pad_token_id=0, is_decoder=True, add_cross_attention=True, **small)
+        )
+        torch.manual_seed(1)
+        model = EncoderDecoderModel(config).eval()
+        model.config.decoder_start_token_id = START
+        return model
+    named = {"vocab_size": 23 if kind == "as many" else 60, "decoder_vocab_size": 23}
+    return made(Architecture("marian", {**STARTED, **named, "share_encoder_decoder_embeddings": False}), 1)
+
+
+@pytest.mark.parametrize("kind", ["as many", "more", "put together"])
+@pytest.mark.parametrize("way", ["target.prompt", "SourcePrompt", "Scheduler", "RecordingTarget"])
+def test_no_lookup_in_ids_of_another_vocabulary(kind, way, monkeypatch):
+    """Whoever makes the prompt: the text is the model's, and what is drafted depends on no source."""
+    model = with_two_vocabularies(kind)
+    target: Any = TransformersTarget(model)
+    ids = [START, 5, 6, 7, 8, 22] if kind == "as many" else [START, 5, 6, 57, 58, 59]
+    prompt = SourcePrompt(ids, [START, 5]) if way == "SourcePrompt" else target.prompt(ids, [START, 5])
+    known, looked_up = [], Histories.__init__
+    monkeypatch.setattr(Histories, "__init__", lambda self, texts: known.extend(texts) or looked_up(self, texts))
+    options = {"max_new_tokens": 6, "stop_tokens": ()}
+    if way == "Scheduler":
+        submission = Scheduler(target, NGramDrafter(1)).submit(prompt, sampling=Sampling(temperature=0.0), **options)
+        text = submission.result().tokens
+    else:
+        wrapped = RecordingTarget(target) if way == "RecordingTarget" else target
+        (result,) = generate(wrapped, [prompt], drafter=NGramDrafter(1), temperature=0.0, **options)
+        text = result.tokens
+    assert [list(history) for history in known] == [[START, 5]]
+    (alone,) = generate(target, [prompt], temperature=0.0, **options)
+    assert text == alone.tokens
+
+
+def test_ids_beyond_the_vocabulary_are_looked_up_nowhere():
+    """Whatever is said of them: by a target of one's own, say, which says nothing."""
+    source = [START, 5, 6, 57, 58, 59]
+    for shares_ids, vocab, found in ((True, 60, True), (False, 60, False), (True, 59, False)):
+        (request,) = make_requests([SourcePrompt(source, [START])], vocab, 1, 4, {}, shares_ids=shares_ids)
+        assert isinstance(request.prompt, SourcePrompt)
+        assert request.prompt[:1].shares_ids == copy.deepcopy(request.prompt).shares_ids == found
+    with pytest.raises(TypeError, match="shares_ids must be True or False, got 1"):
+        SourcePrompt([1], [1], 1)
 
 
 def drafted(session: Any, count: int) -> list[int]:

@@ -738,6 +738,7 @@ def test_nothing_is_kept_of_what_has_ended(model):
         ({"chunk": 1.5}, TypeError, "chunk must be an int, got 1.5"),
         ({"num_draft": -1}, ValueError, "num_draft must be at least 0"),
         ({"rule": "best"}, ValueError, "rule must be one of"),
+        ({"logprobs": 1}, TypeError, "logprobs must be True or False, got 1"),
         ({"drafter": "ngram"}, TypeError, "drafter must be a Drafter, such as"),
     ],
 )
@@ -754,6 +755,7 @@ def test_bad_schedulers(model, options, error, message):
         ({"prompt": [1], "sampling": {"temperature": 1.0}}, TypeError, "sampling must be a Sampling, got dict"),
         ({"prompt": [1], "priority": float("nan")}, TypeError, "priority must be a number, got nan"),
         ({"prompt": [1], "max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+        ({"prompt": [1], "prompt_logprobs": 1}, TypeError, "prompt_logprobs must be True or False, got 1"),
         ({"prompt": [1], "stop_when": 3}, TypeError, "stop_when must be a function of .* got 3"),
         ({"prompt": [1], "seeds": 3}, TypeError, "seeds must be a list of seeds, got 3"),
         ({"prompt": [1], "seeds": [1, 2], "stop_when": len}, TypeError, "stop_when must be a list of functions"),

@@ -256,7 +256,16 @@ def test_a_character_that_is_cut_in_half_is_shown_once(model):
         ({"stop": 7}, TypeError, "stop must be a string"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"min_new_tokens": 50}, ValueError, r"min_new_tokens must be in \[0, max_new_tokens = 40\], got 50"),
-        ({"n": 9}, ValueError, "seeds must be at least one, and no more than max_requests=8, got 9"),
+        ({"n": 9}, ValueError, "n must be at most max_requests=8, got 9"),
+        ({"seed": 2**63}, ValueError, r"seed must be in \[-2\^63, 2\^63\), got 9223372036854775808"),
+        ({"seed": 1.5}, TypeError, "seed must be an int or None, got 1.5"),
+        (
+            {"seed": 2**63 - 1, "n": 2},
+            ValueError,
+            r"seed must be at most 2\^63 - n for n=2 .*, got 9223372036854775807",
+        ),
+        ({"include_stop": 2}, TypeError, "include_stop must be True or False, got 2"),
+        ({"prompt_logprobs": "no"}, TypeError, "prompt_logprobs must be True or False, got 'no'"),
     ],
 )
 def test_bad_parameters(model, named, error, message):

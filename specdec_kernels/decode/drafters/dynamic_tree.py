@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode.drafters.autoregressive import (
     AutoregressiveDrafter,
     AutoregressiveSession,
@@ -36,7 +37,7 @@ class Growth:
     """How a tree grows. None of it changes the distribution of the text, only its speed.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a value of another type, or out of its range.
     """
 
     depth: int = 5
@@ -51,8 +52,8 @@ class Growth:
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "children"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            whole(name, getattr(self, name), 1)
+        flags(dynamic=self.dynamic)
 
 
 class TreeDrafter:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec_kernels.checks import flags
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.cache import WHOLE, RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
@@ -49,12 +50,13 @@ class FeatureDrafter:
         eight_bits: draft with weights of eight bits, by C++ for CPUs, which takes half of the time.
 
     Raises:
-        ValueError: ``eight_bits`` where that cannot run.
+        TypeError, ValueError: ``eight_bits`` is no bool, or cannot run.
     """
 
     def __init__(
         self, model: FeatureModel, target: Any, config: DraftConfig = DraftConfig(), eight_bits: bool = False
     ) -> None:
+        flags(eight_bits=eight_bits)
         self.config, self.network = config, model
         self.feature_layers: Sequence[int] = model.layers
         self.device, self.context = model.shortlist.device, model_facts.context_length(target)

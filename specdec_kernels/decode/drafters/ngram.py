@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from specdec_kernels.checks import whole
+from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode.drafters.histories import Histories
 from specdec_kernels.decode.drafters.shared_history import SharedHistory, SharedText
 from specdec_kernels.decode.protocols import Draft, SourcePrompt, Step
@@ -19,7 +19,8 @@ class NGramDrafter:
     Args:
         min_match: tokens of that suffix at least; below it nothing is drafted.
         sources: look for it in the source of an encoder-decoder's prompt too, as if that had been written before,
-            behind the tokens that the text begins with. Summaries and corrections copy it.
+            behind the tokens that the text begins with. Summaries and corrections copy it. Not where the model's
+            encoder has another vocabulary than its decoder.
         shared: texts of other requests, in which the last tokens are looked for too; what is longer counts. What is
             drafted then depends on what else was written, so that at a temperature, under the rules ``"token"`` and
             ``"block"``, the same seed may give another text.
@@ -32,8 +33,7 @@ class NGramDrafter:
 
     def __init__(self, min_match: int = 2, sources: bool = True, shared: SharedHistory | None = None) -> None:
         whole("min_match", min_match, 1)
-        if not isinstance(sources, bool):
-            raise TypeError(f"sources must be a bool, got {sources!r}")
+        flags(sources=sources)
         if shared is not None and not isinstance(shared, SharedHistory):
             raise TypeError(f"shared must be a SharedHistory, got {type(shared).__name__}")
         self.min_match, self.sources, self.shared = min_match, sources, shared
@@ -46,8 +46,8 @@ class NGramDrafter:
 
 def with_source(prompt: Sequence[int]) -> Sequence[int]:
     """A prompt behind its source, which stands behind what the text begins with once more, so that the beginning of the
-    text is looked up at the beginning of the source."""
-    if isinstance(prompt, SourcePrompt) and not isinstance(prompt.source, Tensor):
+    text is looked up at the beginning of the source; without it, where its ids are none of the text's."""
+    if isinstance(prompt, SourcePrompt) and prompt.shares_ids and not isinstance(prompt.source, Tensor):
         return [*prompt, *prompt.source, *prompt]
     return prompt
 
