@@ -48,6 +48,7 @@ from specdec_kernels.decode.drafters.histories import Histories
 from specdec_kernels.decode.requests import make_requests
 from specdec_kernels.decode.sources import EncodedSources
 from specdec_kernels.integrations.recording import RecordingTarget
+from specdec_kernels.lossy import SyntheticAcceptance
 
 logging.set_verbosity_error()
 
@@ -266,6 +267,7 @@ def test_no_lookup_in_ids_of_another_vocabulary(kind, way, monkeypatch):
     """Whoever makes the prompt: the text is the model's, and what is drafted depends on no source."""
     model = with_two_vocabularies(kind)
     target: Any = TransformersTarget(model)
+    assert [each.shares_ids for each in (target, SyntheticAcceptance(target, [0.5]))] == [False, False]
     ids = [START, 5, 6, 7, 8, 22] if kind == "as many" else [START, 5, 6, 57, 58, 59]
     prompt = SourcePrompt(ids, [START, 5]) if way == "SourcePrompt" else target.prompt(ids, [START, 5])
     known, looked_up = [], Histories.__init__
