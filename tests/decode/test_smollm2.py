@@ -96,7 +96,18 @@ def test_generate_and_doctor(monkeypatch):
     from specdec_kernels.cli.main import app
 
     runner = CliRunner()
-    options = ["--rule", "coupled", "--temperature", "0.8", "--top-p", "0.9", "--num-draft", "3", "--precision", "float32"]
+    options = [
+        "--rule",
+        "coupled",
+        "--temperature",
+        "0.8",
+        "--top-p",
+        "0.9",
+        "--num-draft",
+        "3",
+        "--precision",
+        "float32",
+    ]
     result = runner.invoke(app, ["generate", "Say hello.", "--max-new-tokens", "8", "--compare", *options])
     assert result.exit_code == 0, result.output
     assert "Compared with plain decoding" in result.output
