@@ -21,6 +21,9 @@ STEEP = 2.0**31
 #: What turns a filter off, where requests of a batch differ; None does for all of them.
 TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
 
+#: Seeds, from the least on: any 64 bits, as PyTorch has them in an int64.
+SEEDS = (-(1 << 63), 1 << 63)
+
 #: Rows of one step: the row has 16 bits of the Philox counter.
 MAX_ROWS = 1 << 16
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec_kernels import checks
 from specdec_kernels.checks import ids_of, whole
-from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, SEEDS, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.protocols import SourcePrompt
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts
 from specdec_kernels.tensors import CPU, padded, to_device
@@ -130,7 +130,7 @@ def make_requests(
     for index, (own_seed, limit, at_least) in enumerate(zip(seeds, limits, least, strict=True)):
         if own_seed is None:
             own_seed = secrets.randbits(63)
-        whole("seed", own_seed, -(1 << 63), 1 << 63, expected="an int, a list of int, or None")
+        whole("seed", own_seed, *SEEDS, expected="an int, a list of int, or None")
         whole("max_new_tokens", limit, 1, expected="an int or a list of int")
         whole("min_new_tokens", at_least, expected="an int or a list of int")
         if not 0 <= at_least <= limit:

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from specdec_kernels.checks import flags, listed, whole
+from specdec_kernels.contract import SEEDS
 from specdec_kernels.decode.loop import Ending
 from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
@@ -48,8 +49,8 @@ class SamplingParams(Sampling):
         super().__post_init__()
         whole("n", self.n, 1)
         if self.seed is not None:
-            whole("seed", self.seed, -(1 << 63), 1 << 63, expected="an int or None")
-            if self.seed + self.n > 1 << 63:
+            whole("seed", self.seed, *SEEDS, expected="an int or None")
+            if self.seed + self.n > SEEDS[1]:
                 raise ValueError(f"seed must be at most 2^63 - n for n={self.n} continuations, got {self.seed}")
         flags(include_stop=self.include_stop, prompt_logprobs=self.prompt_logprobs)
         listed = isinstance(self.stop, (str, Sequence))

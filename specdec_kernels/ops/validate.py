@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from specdec_kernels.checks import MOST_TOP_K, RANGES, describe, number, whole
-from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.contract import MAX_ROWS, MIN_P_OFF, SEEDS, TOP_K_OFF, TOP_P_OFF
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
@@ -32,7 +32,7 @@ def within(name: str, value: Tensor, least: int, most: int, expected: str) -> No
 
 
 #: Ints that operators take as int64: the least, and the end. Seeds may be anything, as whatever else is.
-_INTEGERS = {"seed": (-(1 << 63), 1 << 63), "position": (0, 1 << 63), "row": (0, MAX_ROWS)}
+_INTEGERS = {"seed": SEEDS, "position": (0, 1 << 63), "row": (0, MAX_ROWS)}
 
 
 def repeated(name: str, value: int, size: int, device: torch.device | None) -> Tensor:
