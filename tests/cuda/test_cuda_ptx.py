@@ -3,8 +3,6 @@ oracle's, and all that threads hand each other is ordered. Without a GPU nothing
 
 from __future__ import annotations
 
-import json
-
 import ptx
 import pytest
 import versions
@@ -23,10 +21,7 @@ def test_as_the_reference():
 @pytest.mark.brief(kept=lambda parameters: False)
 @pytest.mark.parametrize("arguments", [("chains", 300, 600, 2500, 20_000), ("trees", 240, 300, 2500, 20_000)])
 def test_against_the_oracle(arguments):
-    report = json.loads(versions.compiling(ptx.__file__, "cuda", *arguments))
-    assert not report["wrong"]
-    assert report["requests"] > arguments[2]
-    assert report["too_close"] <= report["requests"] / 10
+    ptx.hold_against_the_oracle("cuda", *arguments)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import budget
 import torch
+import versions
 from torch import Tensor
 
 from specdec_kernels import selftest
@@ -113,6 +114,7 @@ class _Function(NamedTuple):
             raise NotImplementedError(f"line {line}: {self.body[at : at + 80]}")
 
 
+@cache  # one file has many kernels
 def functions(text: str) -> dict[str, _Function]:
     """Those that a file defines, by name."""
     text = re.sub(r"//.*", "", text)
@@ -413,6 +415,14 @@ def check(backend: Any, names: Iterable[str], times: int) -> None:
         for _ in range(times):
             torch.testing.assert_close(calls[name](), by_reference[name](), rtol=1e-5, atol=1e-5, equal_nan=True)
             seed += 1
+
+
+def hold_against_the_oracle(backend: str, what: str, forms: int, batches: int, *vocabs: int) -> None:
+    """Chains or trees of the self-test, in a process of its own."""
+    report = json.loads(versions.compiling(__file__, backend, what, forms, batches, *vocabs))
+    assert not report["wrong"]
+    assert report["requests"] > batches
+    assert report["too_close"] <= report["requests"] / 10
 
 
 def main() -> None:

@@ -27,6 +27,13 @@ void go(Warp& warp, uint32_t active, F to) {
   each_lane(active, [&](int lane) { warp.next[lane] = to(lane); });
 }
 
+// The warp waits for its block, at a barrier of so many operands, one of them its number.
+void wait_for_block(Warp& warp, const Instruction& by, uint32_t active, int number, size_t operands) {
+  together(warp, by, active);
+  if (warp.lanes(number)[0] || by.operands.size() > operands) fail(by, "a barrier of a part of a block");
+  warp.waits = true;
+}
+
 Table made_table() {
   Table table;
   add_lanewise(table);
@@ -47,15 +54,11 @@ Table made_table() {
   };
   table["ret"] = [](Warp& warp, const Instruction&, uint32_t active) { warp.running &= ~active; };
   table["bar"] = [](Warp& warp, const Instruction& by, uint32_t active) {
-    together(warp, by, active);
-    if (warp.lanes(by.operands[0])[0] || by.operands.size() > 1) fail("a barrier of a part of a block");
-    warp.waits = true;
+    wait_for_block(warp, by, active, by.operands[0], 1);
   };
   table["bar.red.or.pred"] = [](Warp& warp, const Instruction& by, uint32_t active) {
-    together(warp, by, active);
-    if (warp.lanes(by.operands[1])[0] || by.operands.size() > 3) fail("a barrier of a part of a block");
+    wait_for_block(warp, by, active, by.operands[1], 3);
     warp.vote = {.mine = by.operands[2], .any = by.operands[0]};
-    warp.waits = true;
   };
   return table;
 }
