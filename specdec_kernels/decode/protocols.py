@@ -28,7 +28,7 @@ Record = TypeVar("Record", "Draft", "TreeDraft", "Step")
 
 
 class SourcePrompt(tuple[int, ...]):
-    """What an encoder-decoder is asked for: the tokens that its text begins with, and the source for its encoder.
+    """The prompt of an encoder-decoder: the tokens that its text begins with, and the source for its encoder.
 
     It is a sequence of those tokens, so that whatever takes prompts takes it; a slice of it has the same source.
 

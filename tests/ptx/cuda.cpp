@@ -17,7 +17,7 @@
 
 namespace {
 
-// What kernels may touch: of tensors, and what the runtime was asked for. As on a GPU it begins at 512 bytes, and what
+// What kernels may touch: of tensors, and what the runtime allocated. As on a GPU it begins at 512 bytes, and what
 // is in it before it is written is no number.
 class Memory final : public c10::Allocator {
  public:
