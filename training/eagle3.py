@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 from specdec_kernels.cli.models import DRAFTER_WEIGHTS, load_target, weights
-from specdec_kernels.decode.drafters.eagle3 import Eagle3Model
+from specdec_kernels.decode.drafters.eagle3 import Eagle3Model, Norms
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from training.collect import FEATURE_LAYERS
 from training.train import Conversation, Training, batches, fit, read_by, report
@@ -47,7 +47,8 @@ def started(target: Any, drafter: FeatureModel, conversations: list[Conversation
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = 1
     width, embeddings = config.hidden_size, target.get_input_embeddings().weight.detach().float()
-    model = Eagle3Model(config, len(LAYERS) * width, len(drafter.shortlist), True, norm_before_fc=True)
+    norms = Norms(norm_before_residual=True, norm_before_fc=True)
+    model = Eagle3Model(config, len(LAYERS), width, len(drafter.shortlist), norms)
     counts = [min(len(hidden), len(ids) - 1) for ids, hidden, _ in conversations]
     pairs = list(zip(counts, conversations, strict=True))
     hidden = torch.cat([states[:count] for count, (_, states, _) in pairs]).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from decoding import exact_distribution
 from distributions import g_test, limit
 from eagle3_layout import Reference, hidden_states
 from safetensors.torch import save_file
-from tiny import VOCAB, slow_greedy, steady, tiny
+from tiny import VOCAB, Altered, slow_greedy, steady, tiny
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
@@ -92,6 +93,15 @@ def with_input_norm(config, weights):
     weights["input_norm.weight"] = torch.rand(weights["fc.weight"].shape[1]) + 0.5
 
 
+def with_norms_of_states(config, weights):
+    config["fc_norm"] = True
+    weights |= {f"fc_norm.{n}.weight": torch.rand(weights["fc.weight"].shape[1] // 3) + 0.5 for n in range(3)}
+
+
+def with_window(config, weights):
+    config["transformer_layer_config"] |= {"layer_types": ["sliding_attention"], "sliding_window": 3}
+
+
 def step(wanted, **named):
     batch = len(wanted)
     each = {"seed": torch.zeros(batch, dtype=torch.int64), "position": torch.full((batch,), 5)}
@@ -100,8 +110,26 @@ def step(wanted, **named):
 
 @pytest.mark.parametrize(
     "described",
-    [{}, {"norm_before_residual": True}, {"kind": "qwen3"}, {"change": with_rope}, {"change": with_input_norm}],
-    ids=["llama", "norm before residual", "qwen3", "rotary of llama 3", "norm before fc"],
+    [
+        {},
+        {"norm_before_residual": True},
+        {"norm_output": True},
+        {"kind": "qwen3"},
+        {"change": with_rope},
+        {"change": with_input_norm},
+        {"change": with_norms_of_states},
+        {"change": with_window},
+    ],
+    ids=[
+        "llama",
+        "norm before residual",
+        "norm of outputs",
+        "qwen3",
+        "rotary of llama 3",
+        "norm before fc",
+        "norms of hidden states",
+        "window",
+    ],
 )
 def test_drafts_are_those_of_the_layout(tmp_path, described):
     """Of two histories of different lengths, before and after a step that kept different numbers of tokens."""
@@ -164,25 +192,37 @@ def test_greedy_text_is_the_targets(tmp_path, kind, tree):
     assert statistics.accepted > 0
 
 
-def test_the_distribution_is_the_targets(tmp_path):
-    """The target's ids that cannot be drafted keep their probabilities."""
-    model = tiny(4, vocab=4, layers=5)
-    folder = write(tmp_path / "drafter", vocab=4, targets=[3, 1])
-    drafter, length, requests = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.8)), 3, 1600
+def measured(drafter, model, rule):
+    """(statistic, degrees of freedom) of texts of three tokens, of which some drafts were accepted."""
+    length, requests, target = 3, 800, TransformersTarget(model)
     distribution = exact_distribution(model, [1, 2], 0.8, length)
-    target = TransformersTarget(model)
+    counts, statistics = dict.fromkeys(distribution, 0), Statistics()
+    for first in range(0, requests, 200):
+        for each in generate(
+            target, [[1, 2]] * 200, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8,
+            rule=rule, seed=list(range(first, first + 200)), statistics=statistics,
+        ):  # fmt: skip
+            counts[tuple(each.tokens)] += 1
+    assert 0 < statistics.accepted < statistics.proposed
+    observed = torch.tensor(list(counts.values())).double()
+    return g_test(observed.numpy(), torch.tensor(list(distribution.values())).numpy())
+
+
+def test_the_distribution_is_the_targets(tmp_path):
+    """The target's ids that cannot be drafted keep their probabilities. The control: drafts that were drawn colder than
+    they say have another distribution."""
+
+    def warmer(draft, step):
+        return draft if draft.logits is None else replace(draft, stats=None, temperature=0.8)
+
+    model = tiny(4, vocab=4, layers=5, sharp=1.0)
+    folder = write(tmp_path / "drafter", vocab=4, targets=[3, 1])
+    drafter = Eagle3Drafter(folder, model, DraftConfig(temperature_scale=0.3))
     for rule in ("token", "block", "coupled"):
-        counts, statistics = dict.fromkeys(distribution, 0), Statistics()
-        for first in range(0, requests, 200):
-            for each in generate(
-                target, [[1, 2]] * 200, drafter=drafter, num_draft=2, max_new_tokens=length, temperature=0.8,
-                rule=rule, seed=list(range(first, first + 200)), statistics=statistics,
-            ):  # fmt: skip
-                counts[tuple(each.tokens)] += 1
-        observed = torch.tensor(list(counts.values())).double()
-        statistic, freedom = g_test(observed.numpy(), torch.tensor(list(distribution.values())).numpy())
+        statistic, freedom = measured(drafter, model, rule)
         assert statistic < limit(freedom)
-        assert 0 < statistics.accepted < statistics.proposed
+    statistic, freedom = measured(Altered(drafter, warmer), model, "token")
+    assert statistic > limit(freedom)
 
 
 def test_layers_that_are_read(tmp_path):
@@ -190,11 +230,16 @@ def test_layers_that_are_read(tmp_path):
     folder = write(tmp_path / "drafter", eagle_aux_hidden_state_layer_ids=None)
     assert Eagle3Drafter(folder, model).feature_layers == (2, 2, 2)
     assert Eagle3Drafter(folder, model, feature_layers=(0, 1, 4)).feature_layers == (0, 1, 4)
-    for layers in ((0, 1, 5), (-1, 0, 1)):
-        with pytest.raises(ValueError, match=r"feature_layers must be in \[0, 5\) for this target, got"):
+    for layers, got in (((0, 1, 5), 5), (torch.tensor([-1, 0, 1]), -1)):
+        message = rf"feature_layers must hold layers of this target in \[0, 5\), got {got}"
+        with pytest.raises(ValueError, match=message):
             Eagle3Drafter(folder, model, feature_layers=layers)
     with pytest.raises(ValueError, match=r"path must hold the weights"):
         Eagle3Drafter(folder, model, feature_layers=(0, 1))
+    with pytest.raises(ValueError, match="feature_layers must hold layers of this target, got none"):
+        Eagle3Drafter(folder, model, feature_layers=())
+    with pytest.raises(TypeError, match=r"path must be a list of layers of this target, got 3"):
+        Eagle3Drafter(write(tmp_path / "one", eagle_aux_hidden_state_layer_ids=3), model)
 
 
 def test_hidden_states_of_another_dtype_are_read(tmp_path):
@@ -238,7 +283,23 @@ def other(name, value):
             {"speculators_model_type": "eagle"},
             "EAGLE-3 config.json of speculators, .* got speculators_model_type 'eagle'",
         ),
-        ({"norm_before_residual": None}, "path must say norm_before_residual in its config.json, got None"),
+        (
+            {"norm_before_residual": None},
+            "path must say norm_before_residual, true or false, in its config.json, got None",
+        ),
+        ({"norm_output": "yes"}, "path must say norm_output, true or false, in its config.json, got 'yes'"),
+        ({"norm_before_fc": True}, r"the weights {'input_norm.weight': \[96\]} .* got {'input_norm.weight': None}"),
+        ({"norm_before_fc": True, "fc_norm": True}, "with norm_before_fc or fc_norm, got both"),
+        ({"draft_vocab_size": 3}, "path must have a head of its draft_vocab_size, 3, got 5 rows"),
+        ({"transformer_layer_config": []}, "with a transformer_layer_config, got"),
+        (edit(num_attention_heads=5, head_dim=None), "a transformer_layer_config of llama, got"),
+        (edit(layer_types=["sliding_attention"]), "its sliding_window, got 'sliding_attention' and None"),
+        (edit(layer_types=["chunked_attention"]), "its sliding_window, got 'chunked_attention' and None"),
+        (edit(partial_rotary_factor=0.5), "path must be of a drafter with partial_rotary_factor 1.0, got 0.5"),
+        (
+            edit(rope_parameters={"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 9.0}}),
+            r"with rope_parameters of one kind, got those of \['full_attention', 'sliding_attention'\]",
+        ),
         (edit(model_type="gemma"), r"whose layer is one of \['llama', 'qwen3'\], got 'gemma'"),
         (edit(num_hidden_layers=2), "path must be of a drafter with num_hidden_layers 1, got 2"),
         (edit(hidden_act="gelu"), "path must be of a drafter with hidden_act silu, got 'gelu'"),
@@ -246,6 +307,8 @@ def other(name, value):
         (other("d2t", torch.tensor([7, -1, 1, 7, 7])), r"path must have a d2t \[5\] to ids .* got 5 to 0 .. 11"),
         (other("d2t", torch.tensor([0, -1, 1, 7, 1])), r"each once, got 5 to 0 .. 10"),
         (other("d2t", torch.zeros(4, dtype=torch.int64)), r"path must have a d2t \[5\] to ids .* got 4 to 0 .. 3"),
+        (other("d2t", torch.zeros(0, dtype=torch.int64)), r"path must have a d2t \[5\], got int64 \[0\]"),
+        (other("d2t", torch.tensor(1)), r"path must have a d2t \[5\], got int64 \[\]"),
         (other("d2t", None), "path must have a d2t for its 5 draft ids of the target's 11, got none"),
         (
             other("t2d", torch.ones(VOCAB, dtype=torch.bool)),
@@ -272,3 +335,22 @@ def test_files_that_are_missing(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"path must be a folder with a model.safetensors, got"):
         Eagle3Drafter(folder, target_model())
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("config.json", "[]"), ("model.safetensors", "x")])
+def test_files_that_cannot_be_read(tmp_path, name, content):
+    folder = write(tmp_path / "drafter")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"path must have a {name} (that can be read|with names in it), got"):
+        Eagle3Drafter(folder, target_model())
+
+
+def test_what_is_read_can_be_told_from_what_is_drafted_from(tmp_path):
+    """By its width alone."""
+    model = steady(tiny(1, layers=5, hidden_size=8, num_attention_heads=4))
+    folder = write(tmp_path / "drafter", target_width=8)
+    with pytest.raises(ValueError, match="told from what it reads of the target by their width, got 24"):
+        Eagle3Drafter(folder, model)
+    drafter = Eagle3Drafter(write(tmp_path / "other"), target_model())
+    with pytest.raises(ValueError, match="of its hidden states it reads 96 numbers a token, got 48"):
+        drafter.begin([[1, 2, 3]], torch.zeros(1, 2, 48))

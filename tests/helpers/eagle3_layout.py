@@ -32,6 +32,7 @@ class Reference:
         if rope.get("rope_type") == "llama3":
             frequencies = torch.tensor([self.stretched(float(f)) for f in frequencies], dtype=torch.float64)
         self.frequencies = frequencies
+        self.window = layer["sliding_window"] if layer.get("layer_types") == ["sliding_attention"] else math.inf
 
     @staticmethod
     def stretched(frequency):
@@ -60,12 +61,17 @@ class Reference:
         width, size = self.layer["hidden_size"], self.layer["head_dim"]
         group = self.layer["num_attention_heads"] // self.layer["num_key_value_heads"]
         for position, (token, feature) in enumerate(zip(tokens, features, strict=True)):
-            if feature is None:
-                feature = outputs[-1]
             hidden = feature
-            if len(feature) != width:
-                if "input_norm.weight" in w:
+            if feature is None:
+                hidden = outputs[-1]
+                if self.config.get("norm_output"):
+                    hidden = self.norm("norm.weight", hidden)
+            elif len(feature) != width:
+                if self.config.get("norm_before_fc"):
                     feature = self.norm("input_norm.weight", feature)
+                if self.config.get("fc_norm"):
+                    states = feature.chunk(3)
+                    feature = torch.cat([self.norm(f"fc_norm.{n}.weight", state) for n, state in enumerate(states)])
                 hidden = w["fc.weight"] @ feature
             embedded = self.norm(own + "input_layernorm.weight", w["embed_tokens.weight"][token])
             normed = self.norm(own + "hidden_norm.weight", hidden)
@@ -77,11 +83,13 @@ class Reference:
                 }
             keys.append([self.turned(h, position) for h in heads["k"]])
             values.append(heads["v"])
+            seen = slice(int(max(0, position + 1 - self.window)), None)
             attended = []
             for head, query in enumerate(heads["q"]):
                 shared = head // group
-                scores = torch.stack([self.turned(query, position) @ key[shared] for key in keys]) / math.sqrt(size)
-                attended.append(sum(p * value[shared] for p, value in zip(scores.softmax(0), values, strict=True)))
+                scores = [self.turned(query, position) @ key[shared] for key in keys[seen]]
+                weights = (torch.stack(scores) / math.sqrt(size)).softmax(0)
+                attended.append(sum(p * value[shared] for p, value in zip(weights, values[seen], strict=True)))
             residual = normed if self.config["norm_before_residual"] else hidden
             x = residual + w[own + "self_attn.o_proj.weight"] @ torch.cat(attended)
             y = self.norm(own + "post_attention_layernorm.weight", x)

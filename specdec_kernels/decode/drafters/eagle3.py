@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specdec_kernels.checks import describe, ids_of
 from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.cache import WHOLE, Kind
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.feature import FeatureSession
 from specdec_kernels.decode.drafters.feature_model import FeatureModel, FeatureNetwork
@@ -39,22 +41,33 @@ _LAYER_FIELDS = (
 _ROTARY = ("default", "linear", "llama3", "yarn")
 
 
+class Norms(NamedTuple):
+    """Where the network has norms, by the names of ``config.json``."""
+
+    norm_before_residual: bool
+    """What the layer adds to is what it reads after the norm."""
+    norm_before_fc: bool = False
+    """One before ``fc``, over all hidden states that are read."""
+    fc_norm: bool = False
+    """One before ``fc`` for each of them, in its place."""
+    norm_output: bool = False
+    """Further drafts read the layer's output behind the final norm (EAGLE-3.1)."""
+
+
 class Eagle3Model(FeatureNetwork):
     """The network, with its parameters named as in the files.
 
     Args:
         config: of transformers, of the one layer.
-        read: numbers that are read of the target at each token.
+        states: hidden states of the target that are read at each token.
+        target_width: numbers of each.
         draft_vocab: columns of the head, Vd.
-        norm_before_residual: whether what the layer adds to is what it reads after the norm.
-        norm_before_fc: whether there is a norm before ``fc``.
+        norms: where there are any beside those of the layer.
     """
 
-    def __init__(
-        self, config: Any, read: int, draft_vocab: int, norm_before_residual: bool, norm_before_fc: bool = False
-    ) -> None:
+    def __init__(self, config: Any, states: int, target_width: int, draft_vocab: int, norms: Norms) -> None:
         super().__init__()
-        self.config, self._norm_before_residual = config, norm_before_residual
+        self.config, self._norms = config, norms
         width, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -85,10 +98,11 @@ class Eagle3Model(FeatureNetwork):
                 }
             ),
         }
-        if norm_before_fc:
-            self.input_norm = nn.RMSNorm(read, eps)
-        self._norm_before_fc = norm_before_fc
-        self.fc = nn.Linear(read, width, bias=False)
+        if norms.norm_before_fc:
+            self.input_norm = nn.RMSNorm(states * target_width, eps)
+        if norms.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(target_width, eps) for _ in range(states))
+        self.fc = nn.Linear(states * target_width, width, bias=False)
         self.layers = nn.ModuleList([nn.ModuleDict(layer)])
         self.norm = nn.RMSNorm(width, eps)
         self.lm_head = nn.Linear(width, draft_vocab, bias=False)
@@ -99,10 +113,23 @@ class Eagle3Model(FeatureNetwork):
         layer: Any = self.layers[0]
         features = features.to(embeddings.dtype)  # llama.cpp's are float32
         if features.shape[-1] == self.fc.in_features:
-            features = self.fc(self.input_norm(features) if self._norm_before_fc else features)
-        normed = layer["hidden_norm"](features)
+            features = self.fc(self._normed(features))
+        elif features.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                "drafter must be used with the target that it was made for: of its hidden states it reads "
+                f"{self.fc.in_features} numbers a token, got {features.shape[-1]}"
+            )
+        normed: Tensor = layer["hidden_norm"](features)
         read = torch.cat([layer["input_layernorm"](embeddings), normed], -1)
-        return (normed if self._norm_before_residual else features), read
+        return (normed if self._norms.norm_before_residual else features), read
+
+    def _normed(self, features: Tensor) -> Tensor:
+        """The target's hidden states as ``fc`` reads them."""
+        if self._norms.fc_norm:
+            states = features.chunk(len(self.fc_norm), -1)
+            return torch.cat([norm(state) for norm, state in zip(self.fc_norm, states, strict=True)], -1)
+        normed: Tensor = self.input_norm(features) if self._norms.norm_before_fc else features
+        return normed
 
     def project(self, x: tuple[Tensor, Tensor], position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As of :meth:`FeatureNetwork.project`."""
@@ -118,17 +145,17 @@ class Eagle3Model(FeatureNetwork):
         return queries, keys, values
 
     def finish(self, x: tuple[Tensor, Tensor], attended: Tensor) -> Tensor:
-        """The outputs before the final norm: as of :meth:`FeatureNetwork.finish`."""
+        """As of :meth:`FeatureNetwork.finish`: the outputs as further drafts read them."""
         layer: Any = self.layers[0]
         mlp, (residual, _) = layer["mlp"], x
         hidden = residual + layer["self_attn"]["o_proj"](attended.transpose(1, 2).flatten(2))
         y = layer["post_attention_layernorm"](hidden)
         outputs: Tensor = hidden + mlp["down_proj"](functional.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
-        return outputs
+        return self.norm(outputs) if self._norms.norm_output else outputs
 
     def head(self, features: Tensor) -> Tensor:
         """The Vd logits after each output."""
-        logits: Tensor = self.lm_head(self.norm(features))
+        logits: Tensor = self.lm_head(features if self._norms.norm_output else self.norm(features))
         return logits
 
     @torch.no_grad()
@@ -159,12 +186,13 @@ class Eagle3Model(FeatureNetwork):
         weights["d2t"] = shortlist - torch.arange(len(shortlist))
         weights["t2d"] = torch.zeros(vocab, dtype=torch.bool).scatter(0, shortlist, True)
         layer = {name: getattr(self.config, name, None) for name in _LAYER_FIELDS}
+        if (kind := _kind(self.config)).window is not None:
+            layer |= {"layer_types": [kind.name], "sliding_window": kind.window}
         config = {
             "architectures": ["Eagle3DraftModel"],
             "speculators_model_type": "eagle3",
             "draft_vocab_size": len(shortlist),
-            "norm_before_residual": self._norm_before_residual,
-            "norm_before_fc": self._norm_before_fc,
+            **self._norms._asdict(),
             "target_hidden_size": model_facts.text_config(target).hidden_size,
             "eagle_aux_hidden_state_layer_ids": list(feature_layers),
             "tie_word_embeddings": False,
@@ -216,9 +244,10 @@ class Eagle3Drafter:
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"path must be a folder with a {name}, got {str(path)!r}")
-        written = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
+        written = _read(folder / "config.json", lambda path: json.loads(path.read_text()))
+        state = _read(folder / "model.safetensors", load_file)
         self.config, self.model_config = config, _layer_config(written)
+        self.kind = _kind(self.model_config)
         text = model_facts.text_config(target)
         self.feature_layers = _feature_layers(feature_layers, written, text.num_hidden_layers)
         self.vocab_size = model_facts.vocab_size(target)
@@ -239,9 +268,13 @@ class Eagle3Drafter:
             )
         embeddings = embeddings.to(target.device, target.dtype)
         self.embed: Callable[[Tensor], Tensor] = lambda tokens: functional.embedding(tokens, embeddings)
-        read = len(self.feature_layers) * text.hidden_size
+        if len(self.feature_layers) * text.hidden_size == width:
+            raise ValueError(
+                "path must be of a drafter whose own outputs are told from what it reads of the target by their width, "
+                f"got {width} for both"
+            )
         self.network = Eagle3Model(
-            self.model_config, read, len(shortlist), written["norm_before_residual"], "input_norm.weight" in state
+            self.model_config, len(self.feature_layers), text.hidden_size, len(shortlist), _norms(written)
         )
         _load(self.network, {name: weight.to(target.dtype) for name, weight in state.items()})
         self.network.to(target.device).eval()
@@ -256,49 +289,98 @@ class Eagle3Drafter:
         return FeatureSession(self, prompts, features)
 
 
+def _read(path: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
+    """What a file has by names."""
+    try:
+        content = reader(path)
+    except Exception as error:  # a file that was cut off, or is a pointer to another
+        raise ValueError(f"path must have a {path.name} that can be read, got ({error}) of {str(path)!r}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path must have a {path.name} with names in it, got {type(content).__name__}")
+    return content
+
+
+def _norms(written: dict[str, Any]) -> Norms:
+    """As the files say it. Readers differ in what they take for a missing ``norm_before_residual``."""
+    said: dict[str, Any] = {name: written.get(name, Norms._field_defaults.get(name)) for name in Norms._fields}
+    for name, value in said.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"path must say {name}, true or false, in its config.json, got {value!r}")
+    if said["norm_before_fc"] and said["fc_norm"]:
+        raise ValueError("path must be of a drafter with norm_before_fc or fc_norm, got both")
+    return Norms(**said)
+
+
 def _layer_config(written: dict[str, Any]) -> Any:
     """The transformers configuration of the layer."""
-    if written.get("speculators_model_type") != "eagle3" or "transformer_layer_config" not in written:
+    layer = written.get("transformer_layer_config")
+    if written.get("speculators_model_type") != "eagle3" or not isinstance(layer, dict):
         raise ValueError(
             "path must have an EAGLE-3 config.json of speculators, with a transformer_layer_config, got "
             f"speculators_model_type {written.get('speculators_model_type')!r}"
         )
-    if not isinstance(written.get("norm_before_residual"), bool):  # readers differ in what they take a missing one for
-        raise ValueError(
-            f"path must say norm_before_residual in its config.json, got {written.get('norm_before_residual')!r}"
-        )
-    layer = dict(written["transformer_layer_config"])
-    kind = layer.pop("model_type", "llama")
+    kind, rotary = layer.get("model_type", "llama"), layer.get("rope_parameters") or {}
     if kind not in _CONFIGS:
         raise ValueError(f"path must be of a drafter whose layer is one of {list(_CONFIGS)}, got {kind!r}")
-    config = _CONFIGS[kind](**layer)
-    rotary = (config.rope_parameters or {}).get("rope_type", "default")
-    known = {"num_hidden_layers": (config.num_hidden_layers, 1), "hidden_act": (config.hidden_act, "silu")}
+    if several := [name for name, value in rotary.items() if isinstance(value, dict)]:
+        raise ValueError(f"path must be of a drafter with rope_parameters of one kind, got those of {several}")
+    try:
+        config = _CONFIGS[kind](**{name: value for name, value in layer.items() if name != "model_type"})
+    except Exception as error:  # transformers' own checks
+        raise ValueError(f"path must have a transformer_layer_config of {kind}, got ({error})") from error
+    rotary = config.rope_parameters or {}
+    partial = rotary.get("partial_rotary_factor", layer.get("partial_rotary_factor"))
+    known = {
+        "num_hidden_layers": (config.num_hidden_layers, 1),
+        "hidden_act": (config.hidden_act, "silu"),
+        "partial_rotary_factor": (1.0 if partial is None else partial, 1.0),
+    }
     for name, (got, expected) in known.items():
         if got != expected:
             raise ValueError(f"path must be of a drafter with {name} {expected}, got {got!r}")
-    if rotary not in _ROTARY:
-        raise ValueError(f"path must be of a drafter with rotary frequencies of {_ROTARY}, got {rotary!r}")
+    if (frequencies := rotary.get("rope_type", "default")) not in _ROTARY:
+        raise ValueError(f"path must be of a drafter with rotary frequencies of {_ROTARY}, got {frequencies!r}")
     return config
+
+
+def _kind(config: Any) -> Kind:
+    """What the layer attends to."""
+    name, window = (getattr(config, "layer_types", None) or [WHOLE.name])[0], getattr(config, "sliding_window", None)
+    if name == WHOLE.name:
+        return WHOLE
+    if name != "sliding_attention" or not isinstance(window, int) or window < 1:
+        raise ValueError(
+            "path must be of a drafter with full_attention, or with sliding_attention and its sliding_window, got "
+            f"{name!r} and {window!r}"
+        )
+    return Kind(name, window)
 
 
 def _feature_layers(requested: Sequence[int] | None, written: dict[str, Any], count: int) -> tuple[int, ...]:
     """The layers of the target that are read, of which it has ``count``."""
-    layers = requested or written.get("eagle_aux_hidden_state_layer_ids") or (2, count // 2, count - 3)
+    name, layers = "feature_layers", requested
+    if layers is None:
+        name, layers = "path", written.get("eagle_aux_hidden_state_layer_ids")
+    layers = (2, count // 2, count - 3) if layers is None else layers
     # The output of the last layer before the norm, number `count` for others, is none of transformers' hidden states.
-    if not all(isinstance(layer, int) and 0 <= layer < count for layer in layers):
-        raise ValueError(f"feature_layers must be in [0, {count}) for this target, got {list(layers)}")
-    return tuple(layers)
+    found = ids_of(name, layers, count, "layers of this target")
+    if not found:
+        raise ValueError(f"{name} must hold layers of this target, got none")
+    return tuple(found)
 
 
 def _targets(state: dict[str, Tensor], written: dict[str, Any], vocab_size: int) -> Tensor:
     """int64 [Vd]: the target id of every draft id; taken from the weights."""
     offsets, mask = state.pop("d2t", None), state.pop("t2d", None)
     rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else written.get("draft_vocab_size")
+    if (said := written.get("draft_vocab_size", rows)) != rows:
+        raise ValueError(f"path must have a head of its draft_vocab_size, {said}, got {rows} rows")
     if offsets is None:
         if rows != vocab_size:
             raise ValueError(f"path must have a d2t for its {rows} draft ids of the target's {vocab_size}, got none")
         return torch.arange(vocab_size)
+    if offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"path must have a d2t [{rows}], got {describe(offsets)}")
     targets = torch.arange(len(offsets)) + offsets.long()
     if len(offsets) != rows or len(targets.unique()) != rows or targets.min() < 0 or targets.max() >= vocab_size:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from specdec_kernels.checks import flags
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import WHOLE, RaggedCache
+from specdec_kernels.decode.cache import WHOLE, Kind, RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, with_eight_bits
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
@@ -29,6 +29,8 @@ class FeatureReader(Protocol):
     vocabulary: DraftVocabulary | None
     """The S ids that can be drafted; ``None``: all of the target's."""
     context: int | None
+    kind: Kind
+    """What its layer attends to."""
     embed: Callable[[Tensor], Tensor]
     forward: Callable[..., Tensor]
     """Arguments and features as of :meth:`FeatureModel.forward`."""
@@ -57,7 +59,7 @@ class FeatureDrafter:
         self, model: FeatureModel, target: Any, config: DraftConfig = DraftConfig(), eight_bits: bool = False
     ) -> None:
         flags(eight_bits=eight_bits)
-        self.config, self.network = config, model
+        self.config, self.network, self.kind = config, model, WHOLE
         self.feature_layers: Sequence[int] = model.layers
         self.device, self.context = model.shortlist.device, model_facts.context_length(target)
         self.vocabulary: DraftVocabulary | None = DraftVocabulary(model.shortlist, model_facts.vocab_size(target))
@@ -89,10 +91,8 @@ class FeatureSession(AutoregressiveSession):
         self._repetitions = drafter.repetitions
         self._histories = None if self._repetitions is None else Histories(prompts)
         device = drafter.device
-        super().__init__(
-            drafter.config, RaggedCache([WHOLE], len(prompts), device), device, drafter.vocabulary, drafter.context,
-            prompts, features,
-        )  # fmt: skip
+        cache = RaggedCache([drafter.kind], len(prompts), device)
+        super().__init__(drafter.config, cache, device, drafter.vocabulary, drafter.context, prompts, features)
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
         super().commit(tokens, features)
