@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from rich.text import Text
 
-from specdec_kernels.cli.consoles import Lines, console, notes
+from specdec_kernels.cli.consoles import Lines, console, notes, print_line
 from specdec_kernels.cli.generate import Session, print_stream, summary
 from specdec_kernels.cli.models import is_gguf
 from specdec_kernels.cli.prompts import PROMPTS
@@ -140,8 +140,8 @@ def compare(session: Session, prompt: str, temperature: float, seconds: float) -
     if not comparison.pairs:
         raise _too_short(seconds)
     with_drafts, plain = comparison.pairs[0]
-    notes.print(f"with drafts:    {summary(with_drafts)}", highlight=False, soft_wrap=True)
-    notes.print(f"without drafts: {summary(plain)}", highlight=False, soft_wrap=True)
+    print_line(notes, f"with drafts:    {summary(with_drafts)}")
+    print_line(notes, f"without drafts: {summary(plain)}")
     if comparison.scatters:
         notes.print(comparison.warning(), style="yellow", highlight=False)
     told, pairs = in_words(comparison.speed_up), len(comparison.pairs)

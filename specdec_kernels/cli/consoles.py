@@ -10,6 +10,11 @@ console = Console()
 notes = Console(stderr=True)
 
 
+def print_line(to: Console, line: str, style: str = "none") -> None:
+    """Print it as it is: nothing in it is markup or an emoji, nothing is coloured or wrapped."""
+    to.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class Lines:
     """A table whose lines are printed as they come. Where a cell is wider than its column the line is longer, wherever
     it goes: nothing is left out or wrapped.
@@ -28,5 +33,4 @@ class Lines:
             self._begun = True
             self.print(*self._columns, style="dim")
         aligned = (f"{cell:{how}}" for cell, how in zip(cells, self._columns.values(), strict=False))
-        line = "  ".join(aligned).rstrip()
-        self._to.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(self._to, "  ".join(aligned).rstrip(), style)

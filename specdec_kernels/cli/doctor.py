@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from specdec_kernels import selftest
-from specdec_kernels.cli.consoles import Lines
+from specdec_kernels.cli.consoles import Lines, print_line
 from specdec_kernels.ops import BACKENDS
 from specdec_kernels.version import __version__
 
@@ -32,19 +32,11 @@ def _build_facts() -> dict[str, str | bool]:
     return build_facts()
 
 
-def _root(error: BaseException) -> str:
-    """What an error began with, in a line: compilers wrap it in pages of source."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
-
-
 def _gpus() -> str:
     try:
         return str([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none")
     except RuntimeError as error:  # a driver that this torch cannot use
-        return _root(error)
+        return selftest.root_line(error)
 
 
 def describe(console: Console) -> None:
@@ -56,7 +48,7 @@ def describe(console: Console) -> None:
         f"native code: {built}",
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; GPUs: {_gpus()}",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def report(console: Console) -> bool:
@@ -75,7 +67,7 @@ def report(console: Console) -> bool:
             result = selftest.run(backend.name, device, count=24)  # type: ignore[arg-type]
         except Exception as error:  # whatever a compiler or a driver raises
             healthy = False
-            lines.print(backend.name, backend.detail, backend.device, "-", f"FAILS: {_root(error)}")
+            lines.print(backend.name, backend.detail, backend.device, "-", f"FAILS: {selftest.root_line(error)}")
             continue
         healthy &= known and not result.wrong
         verdict = f"{len(result.wrong)} of {result.requests} wrong" if result.wrong else f"{result.requests} agree"

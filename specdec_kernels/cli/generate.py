@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from specdec_kernels.cli.consoles import console, notes
+from specdec_kernels.cli.consoles import console, notes, print_line
 from specdec_kernels.cli.models import (
     DRAFTING,
     WITH_SIBLINGS,
@@ -207,7 +207,7 @@ def write(session: Session, prompt: str, temperature: float, show_tree: bool = F
     print_stream(session, session.decode(prompt, temperature, True, statistics))
     if session.shared is not None and session.settings.history is not None:
         session.shared.save(session.settings.history)
-    notes.print(summary(statistics), style="dim", highlight=False, soft_wrap=True)
+    print_line(notes, summary(statistics), style="dim")
     if watched is not None and watched.best is not None:
         draft, emitted = watched.best
         key = Text.assemble(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from specdec_kernels.cli.consoles import console, notes
+from specdec_kernels.cli.consoles import console, notes, print_line
 from specdec_kernels.cli.models import SMOLLM2, DrafterName
 from specdec_kernels.ops import RuleName
 from specdec_kernels.version import __version__
@@ -34,7 +34,7 @@ def _errors_in_a_line() -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         line = " ".join(str(error).split())
-        notes.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_line(notes, f"error: {line}", style="red")
         raise typer.Exit(2) from None
 
 
@@ -188,7 +188,7 @@ def bench(
         measure = import_module(f"specdec_kernels.bench.{name}").main
         measure(out, *arguments.get(name, ()), console, **options)
         if out is not None:
-            notes.print(f"wrote to {out}", markup=False, highlight=False, soft_wrap=True)
+            print_line(notes, f"wrote to {out}")
 
 
 @app.command()
@@ -217,7 +217,7 @@ def gpu_report(
     with _errors_in_a_line():
         from specdec_kernels.bench.report import run
 
-        healthy = run(out, dry, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        healthy = run(out, dry, lambda line: print_line(console, line))
     if not healthy:
         raise typer.Exit(1)
 

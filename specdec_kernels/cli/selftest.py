@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from specdec_kernels import selftest
+from specdec_kernels.cli.consoles import print_line
 from specdec_kernels.cli.doctor import describe
 from specdec_kernels.ops import BACKENDS
 
@@ -58,9 +59,9 @@ def report(console: Console, device: str, backends: Sequence[str], count: int) -
             result.add(part)
         healthy &= not result.wrong
         seconds = time.perf_counter() - started
-        console.print(summary(name, device, result, seconds), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, summary(name, device, result, seconds))
         for line in result.wrong[:MOST_LINES]:
-            console.print("  " + line, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, "  " + line)
         if len(result.wrong) > MOST_LINES:
             console.print(f"  and {len(result.wrong) - MOST_LINES} more", highlight=False)
     return healthy

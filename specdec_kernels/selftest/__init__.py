@@ -23,6 +23,7 @@ from specdec_kernels.selftest.common import (
     Report,
     Selection,
     known_answers,
+    root_line,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "chains",
     "gpu",
     "known_answers",
+    "root_line",
     "run",
     "run_in_processes",
     "trees",

@@ -28,7 +28,6 @@ KNOWN_ANSWERS = (
     ),
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAFT_KINDS = ("point mass", "dense", "statistics")
 VOCABS = (2, 5, 127, 128, 129, 300, 1000, 2500)
 #: What a draw from the first row of a request takes as its verification does, the mask aside.
@@ -163,6 +162,14 @@ class Selection:
 EVERYTHING = Selection()
 
 
+def root_line(error: BaseException) -> str:
+    """What an error began with, in a line: compilers wrap it in pages of source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
 @dataclass
 class Report:
     """How a backend did: decisions closer than :data:`EPSILON` are counted, not judged."""
@@ -182,11 +189,7 @@ class Report:
         try:
             check(self, *arguments)
         except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            lines = str(cause).strip().splitlines() or [""]
-            self.wrong.append(f"{what}: {type(cause).__name__}: {lines[-1]}")
+            self.wrong.append(f"{what}: {root_line(error)}")
 
     def compare(self, what: str, got: object, want: object, margin: float) -> bool:
         """Count one comparison; whether it was clear and right."""

@@ -157,5 +157,7 @@ def test_lines_are_printed_as_they_come(capsys):
     assert capsys.readouterr().out == ""
     lines.print("a[x]", "12")
     assert capsys.readouterr().out == "name       us\na[x]       12\n"
+    lines.print(":dog:", "3")
+    assert capsys.readouterr().out == ":dog:       3\n"
     lines.print("b" * 90, "7")
     assert capsys.readouterr().out == "b" * 90 + "      7\n"
