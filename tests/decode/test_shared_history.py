@@ -157,12 +157,34 @@ def test_files_that_are_refused(tmp_path):
         np.savez(file, tokens=np.zeros(3, np.int64))
     with pytest.raises(ValueError, match=r"must be of a file that SharedHistory\.save wrote"):
         SharedHistory.load(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(
+        ValueError, match=r"must be of a file that SharedHistory\.save wrote, got .* \(an array alone\)"
+    ):
+        SharedHistory.load(path)
     arrays = {"lengths": [4], "seeds": [0], "seeded": [True], "tokenizer": ""}
     for tokens, message in (([1, 2, -3, 4], r"token ids in \[0"), ([1, 2, 3], "must have 4 tokens, got 3")):
         with path.open("wb") as file:
             np.savez(file, tokens=np.array(tokens), **arrays)
         with pytest.raises(ValueError, match=message):
             SharedHistory.load(path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    """Wherever a byte is wrong: zlib, zipfile and NumPy each raise errors of their own."""
+    path = tmp_path / "history"
+    history = SharedHistory()
+    history.begin(list(range(200)), 0)
+    history.save(path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            SharedHistory.load(path)
+        except (ValueError, OSError):
+            refused += 1
+    assert refused > 50
 
 
 def test_a_file_is_written_as_a_whole(tmp_path, monkeypatch):

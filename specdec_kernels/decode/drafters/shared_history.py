@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zipfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,9 +117,14 @@ class SharedHistory:
         """
         history = cls(max_tokens, tokenizer)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("an array alone")
+            with file:
                 arrays = {name: file[name] for name in ("tokens", "lengths", "seeds", "seeded", "tokenizer")}
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file NumPy, zipfile and zlib raise errors of many kinds
             raise ValueError(f"path must be of a file that SharedHistory.save wrote, got {path} ({error})") from None
         if str(arrays["tokenizer"]) != tokenizer:
             raise ValueError(f"{path} must be of the tokenizer {tokenizer!r}, got {str(arrays['tokenizer'])!r}")
