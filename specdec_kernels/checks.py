@@ -44,8 +44,13 @@ def whole(name: str, value: object, least: int | None = None, end: int | None = 
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-#: The largest float32, and the smallest that GPUs do not take for 0: where float32 is all there is, a larger number is
-#: infinite, and a smaller one nothing.
+def real(name: str, value: object) -> None:
+    """An int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {describe(value)}")
+
+
+#: The largest float32 and the smallest normal one: larger values overflow to inf, smaller ones may be flushed to 0.
 MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 #: More than any vocabulary, and a whole number in float32.

@@ -64,8 +64,7 @@ def typical_acceptance(
     Source: Cai et al., Medusa, arXiv:2401.10774, section 2.3.1.
     """
     for name, value in (("temperature", temperature), ("epsilon", epsilon), ("delta", delta)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float, got {checks.describe(value)}")
+        checks.real(name, value)
         most = 1 if name == "epsilon" else checks.MOST
         if not 0 < value <= most:
             raise ValueError(f"{name} must be positive and at most {most:.8g}, got {value!r}")

@@ -84,6 +84,24 @@ def refuse_sources(prompts: Sequence[Sequence[int]], name: str) -> None:
             )
 
 
+def read_lengths(
+    prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], limit: int | None, name: str
+) -> list[int]:
+    """How many tokens of each history are read: all but the last.
+
+    Raises:
+        ValueError: more than the ``limit`` of positions that a model has; None is no limit.
+    """
+    lengths = [len(prompt) + count - 1 for prompt, count in zip(prompts, max_new_tokens, strict=True)]
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"max_new_tokens must leave prompt and new tokens within the {limit} positions of {name}, the last "
+                f"token not counted, got {length} for prompt {index} of {len(prompt)} tokens"
+            )
+    return lengths
+
+
 class Scores(NamedTuple):
     """What the target says after each of the rows it was given."""
 
@@ -415,8 +433,25 @@ class DrafterSession(Protocol):
         """Go on with the requests in these slots only, in this order."""
 
 
+class Traits(NamedTuple):
+    """What a drafter may say of itself, as attributes of these names, and what is known of one that says nothing."""
+
+    vocab_size: int | None = None
+    """How many ids it drafts from: as many as the target has."""
+    siblings: int = 0
+    """Drafts that may lie beside each one of a chain."""
+    walked: bool = False
+    """Whether it drafts trees of point masses at every temperature, which are walked."""
+
+
+def traits_of(drafter: Any) -> Traits:
+    """What a drafter says of itself."""
+    said: dict[str, Any] = {name: getattr(drafter, name) for name in Traits._fields if hasattr(drafter, name)}
+    return Traits(**said)
+
+
 class Drafter(Protocol):
-    """Something that proposes tokens. A ``vocab_size``, where it has one, says of what ids: the target's."""
+    """Something that proposes tokens. It may have the attributes of :class:`Traits` too."""
 
     @property
     def feature_layers(self) -> Sequence[int]:

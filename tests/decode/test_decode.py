@@ -386,6 +386,9 @@ def test_bad_constructions(target_model):
         DraftConfig(min_confidence=2)
     with pytest.raises(ValueError, match="temperature_scale must be finite and not negative, got -1"):
         DraftConfig(temperature_scale=-1)
+    for name, value in (("min_confidence", "0.5"), ("temperature_scale", torch.tensor([0.5, 1.0]))):
+        with pytest.raises(TypeError, match=f"{name} must be a float, got"):
+            DraftConfig(**{name: value})
     assert generate(TransformersTarget(target_model), []) == []
 
 

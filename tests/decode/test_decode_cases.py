@@ -636,6 +636,14 @@ def test_what_is_no_target_or_no_drafter(model):
         generate(TransformersTarget(model), [[1]], drafter=model)
     with pytest.raises(TypeError, match=r"propose must be a function of"):
         CallableDrafter([1, 2])
+    with pytest.raises(TypeError, match=r"what propose returns must be a list of token ids, got None"):
+        generate(TransformersTarget(model), [[1]], drafter=CallableDrafter(lambda history, count: None))
+    with pytest.raises(TypeError, match=r"growth must be a Growth, got None"):
+        TreeDrafter(ModelDrafter(model), None)
+    for drafter in (NGramDrafter(), AdaptiveDrafter(ModelDrafter(model))):
+        message = f"drafter must have a model of its own .* got {type(drafter).__name__}"
+        with pytest.raises(TypeError, match=message):
+            generate(TransformersTarget(model), [[1]], drafter=TreeDrafter(drafter))
     with pytest.raises(TypeError, match=r"min_match must be an int, got 1.5"):
         NGramDrafter(1.5)
     with pytest.raises(TypeError, match=r"check must be True or False, got 'no'"):

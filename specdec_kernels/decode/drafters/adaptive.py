@@ -20,6 +20,7 @@ from specdec_kernels.decode.protocols import (
     counted,
     joinable,
     require_chain,
+    traits_of,
 )
 
 
@@ -272,9 +273,7 @@ class AdaptiveDrafter:
         self.feature_layers = drafter.feature_layers
         self.drafting = self.costs.drafting()
         """Measured seconds of drafting, by drafts; of all streams, as the costs."""
-        self.siblings: int = getattr(drafter, "siblings", 0)
-        self.walked: bool = getattr(drafter, "walked", False)
-        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
+        self.vocab_size, self.siblings, self.walked = traits_of(drafter)
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AdaptiveSession:
         return AdaptiveSession(self, self.drafter.begin(prompts, features), len(prompts))

@@ -22,6 +22,7 @@ from specdec_kernels.decode.protocols import (
     joinable,
     require_chain,
     revertible,
+    traits_of,
 )
 from specdec_kernels.tensors import longer, to_device
 
@@ -70,11 +71,11 @@ class AsyncDrafter:
                 "drafter must read tokens alone to draft ahead of the target, got one that reads its hidden states "
                 f"(feature_layers={list(drafter.feature_layers)})"
             )
-        if siblings := getattr(drafter, "siblings", 0):
+        if siblings := traits_of(drafter).siblings:
             raise ValueError(f"drafter must draft chains to draft ahead of the target, got siblings={siblings}")
         whole("outcomes", outcomes, 1)
         self.drafter, self.outcomes = drafter, outcomes
-        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
+        self.vocab_size = traits_of(drafter).vocab_size
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AsyncSession:
         return AsyncSession(self.drafter, self.outcomes, prompts)

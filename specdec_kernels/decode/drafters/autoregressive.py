@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec_kernels.checks import MOST, whole
+from specdec_kernels.checks import MOST, real, whole
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
 from specdec_kernels.ops import BackendName, DraftVocabulary, sample
@@ -26,7 +26,7 @@ class DraftConfig:
     """How a model drafts. None of it changes the distribution of the text, only its speed.
 
     Raises:
-        ValueError: a value out of its range.
+        TypeError, ValueError: a value of another type, or out of its range.
     """
 
     min_confidence: float = 0.0
@@ -47,6 +47,8 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         whole("siblings", self.siblings, 0)
+        for name in ("min_confidence", "temperature_scale"):
+            real(name, getattr(self, name))
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
         if not 0 <= self.temperature_scale < float("inf"):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from specdec_kernels.checks import listed
 from specdec_kernels.decode.protocols import Draft, Step
 
 Propose = Callable[[list[int], int], Sequence[int]]
@@ -42,7 +43,7 @@ class CallableSession:
     def propose(self, step: Step) -> Draft:
         return Draft.point_masses(
             [
-                list(self._propose(list(history), count))[:count]
+                listed("what propose returns", self._propose(list(history), count), "token ids")[:count]
                 for history, count in zip(self._histories, step.num_draft, strict=True)
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from specdec_kernels.decode.drafters.autoregressive import (
     children_method,
     drawn_children,
 )
-from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
+from specdec_kernels.decode.protocols import Draft, Step, TreeDraft, traits_of
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName
@@ -74,15 +75,26 @@ class TreeDrafter:
     Args:
         drafter: a drafter with a model of its own.
         growth: the shape of the trees.
+
+    Raises:
+        TypeError: a drafter that has no model that it reads level by level, once a stream begins; ``growth`` is none.
     """
 
     def __init__(self, drafter: AutoregressiveDrafter, growth: Growth = Growth()) -> None:
+        if not isinstance(growth, Growth):
+            raise TypeError(f"growth must be a Growth, got {growth!r}")
         self.drafter, self.growth = drafter, growth
         self.feature_layers = drafter.feature_layers
-        self.vocab_size: int | None = getattr(drafter, "vocab_size", None)
+        self.vocab_size = traits_of(drafter).vocab_size
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> TreeSession:
-        return TreeSession(self.drafter.begin(prompts, features), self.growth)
+        session: Any = self.drafter.begin(prompts, features)
+        if not isinstance(session, AutoregressiveSession):
+            raise TypeError(
+                "drafter must have a model of its own that is read level by level, such as ModelDrafter, got "
+                f"{type(self.drafter).__name__}"
+            )
+        return TreeSession(session, self.growth)
 
 
 class TreeSession:

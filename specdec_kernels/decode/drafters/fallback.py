@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
+from specdec_kernels.decode.protocols import (
+    Draft,
+    Drafter,
+    DrafterSession,
+    Step,
+    TreeDraft,
+    counted,
+    require_chain,
+    traits_of,
+)
 from specdec_kernels.ops import sample
 from specdec_kernels.tensors import longer, to_device
 
@@ -19,7 +28,7 @@ class FallbackDrafter:
 
     Which of the two drafted depends on the history alone, so the distribution stays exact. A chain of ``first`` in a
     batch with trees of ``second`` is tested as they are, which gives what the chain alone gives, bit for bit. Where
-    ``second`` drafts trees of point masses whatever the temperature (it says so by ``walked = True``), chains of
+    ``second`` drafts trees of point masses whatever the temperature (:class:`Traits`), chains of
     ``first`` are passed on as trees, whoever else is in the batch: a point mass that is walked meets other noise than
     one tested.
 
@@ -29,9 +38,7 @@ class FallbackDrafter:
 
     def __init__(self, first: Drafter, second: Drafter) -> None:
         self.first, self.second = first, second
-        self.walked: bool = getattr(second, "walked", False)
-        self.siblings: int = getattr(second, "siblings", 0)
-        self.vocab_size: int | None = getattr(second, "vocab_size", None)
+        self.vocab_size, self.siblings, self.walked = traits_of(second)
         self.feature_layers = common_layers([first, second])
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> FallbackSession:

@@ -1,4 +1,4 @@
-"""Prompt lookup: continue as the history did the last time that it looked like this."""
+"""Prompt lookup: continue as the history did the first time that it looked like this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specdec_kernels.decode.protocols import Draft, SourcePrompt, Step
 
 
 class NGramDrafter:
-    """Drafts what followed the longest suffix of the history that occurred before; point masses.
+    """Drafts what followed the longest suffix of the history that occurred before, the first time; point masses.
 
     Args:
         min_match: tokens of that suffix at least; below it nothing is drafted.

@@ -19,7 +19,7 @@ from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
 from specdec_kernels.decode.drafters.translation import Translation
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, joinable, require_chain
+from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, joinable, require_chain, traits_of
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.tensors import to_device
 
@@ -120,8 +120,7 @@ class TranslatedDrafter:
     def __init__(self, drafter: Drafter, translation: Translation, vocab_size: int) -> None:
         _check_translation(translation)
         whole("vocab_size", vocab_size, 1)
-        siblings: int = getattr(drafter, "siblings", 0)
-        if drafter.feature_layers or siblings:
+        if drafter.feature_layers or traits_of(drafter).siblings:
             raise ValueError(f"drafter must draft chains and read no features, got {type(drafter).__name__}")
         self.drafter, self.translation, self.vocab_size = drafter, translation, vocab_size
         self.back = translation.reversed()
