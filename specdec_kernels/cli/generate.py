@@ -115,14 +115,26 @@ class Session:
         return {token for token in stop if token is not None}
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a user's message, or of the bare text where there is no chat template."""
+        """Token ids of a user's message, or of the bare text where there is no chat template.
+
+        Raises:
+            ValueError: the template refuses such a message, or is none.
+        """
         if self.tokenizer.chat_template is None:
             ids: list[int] = self.tokenizer(prompt)["input_ids"]
             return ids
         message = [{"role": "user", "content": prompt}]
-        templated: list[int] = self.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=False
-        )
+        try:
+            templated: list[int] = self.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=False
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # the template is a program, which raises what it likes
+            raise ValueError(
+                f"the chat template of {self.settings.target} must take one message, of the user, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return templated
 
     def _most_drafts(self) -> int:

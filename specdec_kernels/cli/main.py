@@ -32,8 +32,8 @@ def _errors_in_a_line() -> Iterator[None]:
     """What a caller can do wrong, or what is missing here, as one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        line = " ".join(str(error).split())
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__  # Python's own MemoryError says nothing
         print_line(notes, f"error: {line}", style="red")
         raise typer.Exit(2) from None
 
@@ -73,7 +73,7 @@ def generate(
         typer.Option(
             help="auto: lookup where the text repeats itself, else the model. tree: the model, drafting trees that "
             "follow what is drafted; static-tree: the same tree every step. medusa: heads, drafting a static tree. "
-            "eagle3: a model in the layout of published EAGLE-3 drafters. "
+            "eagle3: an EAGLE-3 drafter, for smollm2 alone, as the heads are. "
             "merged: lookup and the model in one tree."
         ),
     ] = "auto",

@@ -10,13 +10,16 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from specdec_kernels.decode import Drafter, pack_linear
+from specdec_kernels.cli.consoles import notes, print_line
+from specdec_kernels.decode import Drafter, model_facts, pack_linear
 from specdec_kernels.decode.drafters import (
     AdaptiveDrafter,
     Costs,
@@ -49,6 +52,12 @@ DRAFTER_WEIGHTS, MEDUSA_WEIGHTS = "smollm2-drafter.safetensors", "smollm2-medusa
 EAGLE3_WEIGHTS = "smollm2-eagle3"
 #: Drafters that were trained for SmolLM2, and for which no other model can be named.
 _OWN_WEIGHTS = {"medusa": MEDUSA_WEIGHTS, "eagle3": EAGLE3_WEIGHTS}
+
+#: Any of these makes a tokenizer of a folder: as transformers saves it now or did before, or as SentencePiece does.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)  # fmt: skip
 
 #: Tokens of context a lookup wants to have seen before, where a model could draft instead. 2 beat 3 and 4 here.
 SURE_MATCH = 2
@@ -176,22 +185,53 @@ def check_device(device: str) -> None:
         raise ValueError("device must be cpu where PyTorch finds no GPU, got 'cuda'")
 
 
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Around what libraries read from a path. Of files that are cut off, damaged or only point to others they raise
+    errors of many kinds, most of which name no file.
+
+    Raises:
+        ValueError: naming it.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):  # these say what is missing
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"a model or tokenizer must have files that can be read, got {path} ({reason})") from error
+
+
+def _tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    with _reading(path):
+        return AutoTokenizer.from_pretrained(path)
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A causal model, as :func:`model_path` finds it; its linear layers packed where they can be."""
+    """A causal model, as :func:`model_path` finds it; its linear layers packed where they can be.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its files cannot be read.
+    """
     from transformers import AutoModelForCausalLM
 
     _quiet()
-    return pack_linear(AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype).eval().to(device))
+    path = model_path(name)
+    with _reading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return pack_linear(model.eval().to(device))
 
 
 def load_target(
     name: str = SMOLLM2, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> tuple[Any, Any]:
     """(model, tokenizer)."""
-    from transformers import AutoTokenizer
-
     model = load_model(name, dtype, device)
-    return model, AutoTokenizer.from_pretrained(model.name_or_path)
+    return model, _tokenizer(model.name_or_path)
 
 
 def load_gguf(path: Path, device: str = "cpu") -> tuple[LlamaCppTarget, Any]:
@@ -201,7 +241,8 @@ def load_gguf(path: Path, device: str = "cpu") -> tuple[LlamaCppTarget, Any]:
     _quiet()
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     target = LlamaCppTarget(path, gpu_layers=0 if device == "cpu" else -1)
-    return target, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with _reading(path):
+        return target, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def check_drafter(kind: str, target: Path, draft: str | None) -> None:
@@ -238,12 +279,13 @@ def _named_drafter(
     draft: str, tokenizer: Any, vocab_size: int, config: DraftConfig, dtype: torch.dtype, device: torch.device
 ) -> ModelDrafter:
     """The model at a path as the drafter of a target with a tokenizer."""
-    from transformers import AutoTokenizer
-
     model, path = load_model(draft, dtype, device), model_path(draft)
-    if tokenizer is None or not any((path / f"tokenizer{kind}").is_file() for kind in (".json", ".model")):
+    if tokenizer is None:
         return ModelDrafter(model, vocab_size, config)
-    own = AutoTokenizer.from_pretrained(path)
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        print_line(notes, f"{draft} has no tokenizer: it is taken to have the target's")
+        return ModelDrafter(model, vocab_size, config)
+    own = _tokenizer(path)
     if own.get_vocab() == tokenizer.get_vocab():
         return ModelDrafter(model, vocab_size, config)
     return IntersectionDrafter(model, Translation(tokenizer, own), vocab_size, config)
@@ -286,13 +328,14 @@ def load_drafter(
     """The drafter ``kind`` of the command line for a target model.
 
     Args:
-        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``eagle3`` (a model in the
-            layout of published ones), ``lookup``, ``tree`` (the model, drafting dynamic trees), ``static-tree`` (the
-            model, drafting the same tree every step), ``medusa`` (heads, drafting a static tree), ``merged`` (lookup
-            and the model in one tree) or ``none``.
+        kind: ``auto`` (lookup where the text repeats itself, else the model), ``model``, ``eagle3`` (the EAGLE-3
+            drafter trained here), ``lookup``, ``tree`` (the model, drafting dynamic trees), ``static-tree`` (the model,
+            drafting the same tree every step), ``medusa`` (heads, drafting a static tree), ``merged`` (lookup and the
+            model in one tree) or ``none``.
         target: the target's transformers model, or llama.cpp's target.
         draft: path of a drafting model; ``None`` for the one trained here, which fits SmolLM2 alone. One with another
-            tokenizer beside it drafts the tokens that both have.
+            tokenizer beside it drafts the tokens that both have; one without is taken to have the target's, which is
+            said.
         adaptive: choose the number of drafts step by step; trees are as large as ``num_draft`` says.
         config: how a model drafts.
         dtype: of a model that drafts for llama.cpp; for another target it is the target's.
@@ -300,7 +343,7 @@ def load_drafter(
         shared: earlier texts, where lookups look too.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`check_drafter`.
+        ValueError, FileNotFoundError: as :func:`check_drafter`; or its files cannot be read.
     """
     hosted = isinstance(target, LlamaCppTarget)
     check_drafter(kind, target.path if hosted else Path(target.name_or_path), draft)
@@ -314,22 +357,25 @@ def load_drafter(
     if kind == "lookup":
         return chosen(NGramDrafter(shared=shared))
     if kind == "medusa":
-        heads = MedusaModel.load(weights(MEDUSA_WEIGHTS), target.config, target.dtype).to(target.device)
-        return MedusaDrafter(heads, target)
+        with _reading(path := weights(MEDUSA_WEIGHTS)):
+            heads = MedusaModel.load(path, target.config, target.dtype)
+        return MedusaDrafter(heads.to(target.device), target)
     lookup = NGramDrafter(SURE_MATCH, shared=shared)
     if kind == "merged":
         config = replace(config, siblings=0)
     model: AutoregressiveDrafter
     dtype = dtype if hosted else target.dtype
     if draft is not None:
-        vocab_size = target.vocab_size if hosted else target.config.vocab_size
+        vocab_size = target.vocab_size if hosted else model_facts.vocab_size(target)
         model = _named_drafter(draft, tokenizer, vocab_size, config, dtype, target.device)
     else:
         host = load_model(SMOLLM2, dtype) if hosted else target  # whose embeddings and head it shares
         if kind == "eagle3":
-            return chosen(Eagle3Drafter(weights(EAGLE3_WEIGHTS), host, config))
-        features = FeatureModel.load(weights(DRAFTER_WEIGHTS), host.config, dtype).to(host.device)
-        model = FeatureDrafter(features, host, config, eight_bits_run(host.device))
+            with _reading(path := weights(EAGLE3_WEIGHTS)):
+                return chosen(Eagle3Drafter(path, host, config))
+        with _reading(path := weights(DRAFTER_WEIGHTS)):
+            features = FeatureModel.load(path, host.config, dtype)
+        model = FeatureDrafter(features.to(host.device), host, config, eight_bits_run(host.device))
     if kind in ("tree", "static-tree"):
         return TreeDrafter(model, Growth(dynamic=kind == "tree"))
     if kind == "merged":

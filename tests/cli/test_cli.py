@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,14 @@ from rich.console import Console
 from small_tokenizers import byte_fallback, byte_level, of_tokens
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from specdec_kernels.cli import compare, main
@@ -151,9 +161,22 @@ def saved(path, tokenizer):
     return str(path)
 
 
-def test_a_drafting_model_with_another_tokenizer(checkpoint, tmp_path):
+def as_gpt2_saved_it(path):
+    """The tokenizer of a folder in a file of tokens and one of merges, in place of tokenizer.json."""
+    tokens = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    (path / "vocab.json").write_text(json.dumps(tokens))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "tokenizer.json").unlink()
+    named = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**named, "tokenizer_class": "GPT2Tokenizer"}))
+
+
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json"])
+def test_a_drafting_model_with_another_tokenizer(checkpoint, tmp_path, layout):
     """The bytes are counted from the other end: its ids are translated, or none would be accepted."""
     other = saved(tmp_path, of_tokens(sorted(ByteLevel.alphabet(), reverse=True), end=True))
+    if layout == "vocab.json":
+        as_gpt2_saved_it(tmp_path)
     for kind in ("model", "tree"):
         result = generate(
             checkpoint, "--num-draft", 3, "--temperature", 0, drafter=("--drafter", kind, "--draft", other)
@@ -161,6 +184,39 @@ def test_a_drafting_model_with_another_tokenizer(checkpoint, tmp_path):
         assert result.exit_code == 0, result.output
         assert TEXT in result.stdout
         assert float(re.search(r"accepted by position: (\S+)", result.stderr)[1]) > 0.5
+        assert "no tokenizer" not in result.stderr
+
+
+def test_a_drafting_model_without_a_tokenizer_is_told(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    result = generate(checkpoint, drafter=("--drafter", "model", "--draft", tmp_path))
+    assert (result.exit_code, result.stdout) == (0, TEXT + "\n"), result.output
+    assert f"{tmp_path} has no tokenizer: it is taken to have the target's\n" in result.stderr
+
+
+def test_a_drafting_model_beside_a_target_of_images(checkpoint, tmp_path):
+    """Whose configuration has the size of the vocabulary in the part for text alone."""
+    tokenizer = TOKENIZERS["byte_level"]
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=6, eoi_token_index=7,
+        image_token_index=5,
+    )  # fmt: skip
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for drafter in (("--drafter", "none"), ("--drafter", "model", "--draft", checkpoint)):
+        result = generate(tmp_path, "--max-new-tokens", 4, drafter=drafter)
+        assert result.exit_code == 0, result.output
+        assert "4 tokens" in result.stderr
 
 
 #: No byte occurs twice; a tab, and what a console would take for markup or an emoji.
@@ -293,6 +349,11 @@ def test_a_gguf_file_is_run_by_llama_cpp(checkpoint, monkeypatch, tmp_path):
         assert result.exit_code == 0, result.output
         assert result.stdout == TEXT + "\n"
     assert max(library.reads) > 1, "drafts"
+    with monkeypatch.context() as without_memory:
+        without_memory.setattr(library, "llama_init_from_model", lambda *_: None)
+        result = generate(path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: llama.cpp gave no context for 1 requests of")
     for options, message in (
         (("--fixed-rows", 8), "fixed_rows must be left out for a GGUF target, got 8"),
         (
@@ -316,9 +377,65 @@ def test_an_empty_prompt_is_an_error():
     assert result.stderr == "error: prompt must not be empty: leave it out to measure the built-in prompts\n"
 
 
+def is_one_line(result, message):
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
 def test_a_checkpoint_that_is_none_is_one_line(tmp_path):
-    result = generate(tmp_path)
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    is_one_line(generate(tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        ("model.safetensors", None),
+        ("tokenizer_config.json", b"[]"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "many"}'),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_line(checkpoint, tmp_path, name, content):
+    """Of a target as of a drafting model; None is the first half of the file."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    message = f"a model or tokenizer must have files that can be read, got {tmp_path} ("
+    is_one_line(generate(tmp_path), message)
+    is_one_line(generate(checkpoint, drafter=("--drafter", "model", "--draft", tmp_path)), message)
+
+
+def test_weights_of_the_package_that_cannot_be_read_are_one_line(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "weights").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    monkeypatch.setattr(loading, "weights", lambda name: tmp_path / "weights")
+    monkeypatch.setattr(loading, "_is_smollm2", lambda target: True)
+    for kind in ("model", "medusa", "eagle3"):
+        is_one_line(generate(checkpoint, drafter=("--drafter", kind)), str(tmp_path / "weights"))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('a system prompt is needed') }}", "{{ 1 + messages }}", "{{"])
+def test_a_chat_template_that_fails_is_one_line(checkpoint, tmp_path, template):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    is_one_line(generate(tmp_path), f"the chat template of {tmp_path} must take one message, of the user, got ")
+
+
+def test_a_history_that_is_an_array_is_one_line(checkpoint, tmp_path):
+    np.save(tmp_path / "history.npy", np.zeros(3))
+    message = f"path must be of a file that SharedHistory.save wrote, got {tmp_path / 'history.npy'}"
+    is_one_line(generate(checkpoint, "--history", tmp_path / "history.npy"), message)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(MemoryError(), "MemoryError"), (TypeError("x must be an int, got None"), "x must be an int")]
+)
+def test_errors_without_a_text_and_of_types_are_one_line(checkpoint, monkeypatch, error, said):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(loading, "load_model", fails)
+    is_one_line(generate(checkpoint), f"error: {said}")
 
 
 @pytest.mark.parametrize(
@@ -344,6 +461,7 @@ def test_help_shows_defaults():
         "120.0", "(0; where the built-in prompts are measured, 0 and 0.8)", "(for smollm2 the one trained here)",
     ):  # fmt: skip
         assert f"[default: {default}]" in shown
+    assert "eagle3: an EAGLE-3 drafter, for smollm2 alone" in shown
     assert "[default: (nothing is written)]" in " ".join(run("bench", "--help").stdout.replace("│", " ").split())
 
 
