@@ -267,6 +267,10 @@ class Step:
     batch: int | None = None
     """Requests of the target's pass, where some of them are without a drafter; None: these are all."""
 
+    def lengths(self, most: Sequence[int]) -> list[int]:
+        """Drafts of each request's chain: so many at most, and no more than ``length`` says."""
+        return list(most) if self.length is None else list(map(min, most, self.length))
+
     def to(self, device: torch.device) -> Step:
         """The same on a device."""
         return _moved(self, device)

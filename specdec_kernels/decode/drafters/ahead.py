@@ -120,7 +120,7 @@ class AsyncSession:
         self._ahead: _Ahead | None = None
 
     def propose(self, step: Step) -> Draft:
-        wanted = list(step.num_draft) if step.length is None else list(map(min, step.num_draft, step.length))
+        wanted = step.lengths(step.num_draft)
         ahead, self._ahead = self._ahead, None
         self._thread.wait()  # for errors
         draft = None if ahead is None else ahead.fitting(wanted)

@@ -75,7 +75,7 @@ class StaticDraftSession(ModelSession):
 
     @torch.inference_mode()
     def propose(self, step: Step) -> Draft:
-        wanted = self.wanted(step) if step.length is None else list(map(min, self.wanted(step), step.length))
+        wanted = step.lengths(self.wanted(step))
         longest = max(wanted)
         if longest == 0:
             return Draft.nothing(len(wanted))
