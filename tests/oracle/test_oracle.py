@@ -146,14 +146,14 @@ def test_reused_noise_gives_a_wrong_distribution():
         def exponentials(self, purpose, level, row, count):
             return super().exponentials(Purpose.DRAFT, level, row, count)
 
-    target, draft = np.log([[0.1, 0.3, 0.6], [1, 1, 1]]), np.log([[0.8, 0.15, 0.05]])
+    probs, count = np.array([0.6, 0.37, 0.03]), 1500
+    target, draft = np.log([probs, np.ones(3)]), np.log([[0.38, 0.005, 0.615]])
     counts = {Reused: np.zeros(3), oracle.Noise: np.zeros(3)}
-    for seed in range(3000):
+    for seed in range(count):
         drawn = oracle.sample(draft[0], oracle.Noise(seed, 0)).token
         for kind, seen in counts.items():
             seen[oracle.verify_chain(target, [drawn], draft, None, kind(seed, 0)).tokens[0]] += 1
-    expected = 3000 * np.array([0.1, 0.3, 0.6])
-    chi2 = {kind: float(((seen - expected) ** 2 / expected).sum()) for kind, seen in counts.items()}
+    chi2 = {kind: float(((seen - count * probs) ** 2 / (count * probs)).sum()) for kind, seen in counts.items()}
     assert chi2[oracle.Noise] < 28 < chi2[Reused]  # two degrees of freedom, one in a million
 
 
