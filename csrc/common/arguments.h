@@ -179,7 +179,7 @@ struct ChainArguments {
     using torch::headeronly::ScalarType;
     const ArgumentChecker<Tensor> taken(target_logits);
     taken.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
-    const int64_t all = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = (vocab + 31) / 32;
+    const int64_t all = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = words_of(vocab);
     taken.require(cu_rows ? taken.logits(target_logits, {all, vocab}) &&
                                 taken.array(distribution.bitmask, ScalarType::Int, {all, words}) &&
                                 taken.offsets(*cu_rows, batch(), rows() - 1, all)
@@ -240,7 +240,7 @@ struct TreeArguments {
     taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
                   taken.logits(target_logits, {batch(), nodes(), vocab}) &&
                   drafts.taken(taken, batch(), nodes(), vocab) && distribution.taken(taken, batch()) &&
-                  taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), (vocab + 31) / 32}));
+                  taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), words_of(vocab)}));
   }
 
   template <class Results>
@@ -280,7 +280,7 @@ struct RowArguments {
     taken.require(taken.logits(logits, {rows, logits.size(1)}) &&
                   taken.array(target_to_draft, ScalarType::Int, {vocab()}) && taken.keys(seed, rows) &&
                   taken.keys(position, rows) && taken.rows_of_step(row, rows) && distribution.taken(taken, rows) &&
-                  taken.array(distribution.bitmask, ScalarType::Int, {rows, (vocab() + 31) / 32}));
+                  taken.array(distribution.bitmask, ScalarType::Int, {rows, words_of(vocab())}));
   }
 
   // `count` tokens of each row.

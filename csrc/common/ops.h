@@ -46,6 +46,12 @@ SPECDEC_SHARED static inline int column_of(const Columns& columns, int64_t id) {
 constexpr int64_t kTile = 128;
 SPECDEC_SHARED static inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
+// The words of 32 bits that hold a bit for each of `count`.
+template <class T>
+SPECDEC_SHARED static inline T words_of(T count) {
+  return (count + 31) / 32;
+}
+
 constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2, kCoupled = 3;  // purposes
 constexpr uint32_t kTileRace = 0, kTokenRace = 1;                       // levels
 
@@ -166,7 +172,7 @@ SPECDEC_SHARED static inline Adjustments adjustments_of(const Processing& all, i
 }
 
 SPECDEC_SHARED static inline const uint32_t* mask_of(const Processing& all, int64_t vocab, int64_t row) {
-  return all.bitmask ? all.bitmask + row * ((vocab + 31) / 32) : nullptr;
+  return all.bitmask ? all.bitmask + row * words_of(vocab) : nullptr;
 }
 
 // What verifying a chain and a tree have in common: R rows of target logits a request, as many tokens out at most.
@@ -205,12 +211,12 @@ enum class Children { top = 0, iid = 1, without_replacement = 2, race = 3 };
 // What verify_chain_workspace (specdec_kernels/workspace.py) asks for: enough for any backend. Blocks that share
 // requests, if not one each, are this many at most.
 constexpr int64_t kWorkspaceAlignment = 256, kMostBlocks = 1024;
+inline int64_t aligned(int64_t size) {
+  return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
 inline int64_t workspace_bytes(int64_t batch, int64_t rows, int64_t vocab) {
-  const auto aligned = [](int64_t size) {
-    return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  };
   const int64_t all = batch * rows, tiles = tiles_of(vocab), spans = (tiles + 7) / 8;
-  const int64_t counters = all + (2 + (rows + 31) / 32) * batch;
+  const int64_t counters = all + (2 + words_of(rows)) * batch;
   const auto of_triton = 5 * int64_t(std::bit_ceil(uint64_t(std::max(tiles, int64_t(16)))));
   const int64_t numbers = std::max(of_triton, 40 * spans);
   const int64_t blocks = std::min(batch * spans, std::max(batch, kMostBlocks));

@@ -56,7 +56,7 @@ class CutoffSearch {
     }
     if (filters.top_p < 1.0f) {
       if (collected) {
-        total = above(-INFINITY).mass;
+        total = mass_above(-INFINITY);
       } else {
         collect_mass(double(filters.top_p) * total, (1.0 - double(filters.top_p)) * total / double(vocab));
       }
@@ -106,7 +106,7 @@ class CutoffSearch {
     constexpr double kHope = 16.0;
     const auto logit_of_weight = [&](double w) { return float(double(base_) + (std::log(w) - 0.01) / double(scale_)); };
     collect(logit_of_weight(kHope * tail));
-    if (double(above(-INFINITY).mass) < 1.0001 * goal) collect(logit_of_weight(tail));
+    if (double(mass_above(-INFINITY)) < 1.0001 * goal) collect(logit_of_weight(tail));
   }
 
   // Of the candidates those in [low, high).
@@ -117,17 +117,12 @@ class CutoffSearch {
     count_ = kept;
   }
 
-  // What the candidates that are not below the pivot hold.
-  TailStats above(float pivot) const {
-    TailStats sum{0, 0.0f, 0.0f};
+  // The mass of the candidates that are not below the pivot.
+  float mass_above(float pivot) const {
     double mass = 0.0;
-    for (int64_t t = 0; t * kTile < count_; ++t) {
-      const TailStats tile = kernels_.tile_above(candidates(), scale_, base_, pivot, t);
-      sum.count += tile.count;
-      mass += double(tile.mass);
-    }
-    sum.mass = float(mass);
-    return sum;
+    for (int64_t t = 0; t * kTile < count_; ++t)
+      mass += double(kernels_.tile_above(candidates(), scale_, base_, pivot, t).mass);
+    return float(mass);
   }
 
   Row candidates() const { return {candidates_.data(), DType::f32, count_}; }
@@ -155,7 +150,7 @@ class CutoffSearch {
       float middle = 0.5f * low + 0.5f * high;
       if (step >= 40 || !(low < middle && middle < high)) middle = by_order(low, high);
       if (!(low < middle && middle < high)) return low;  // all that is left is equal
-      const double mass = double(above(middle).mass);
+      const double mass = double(mass_above(middle));
       if (done + mass >= goal) {
         low = middle;
         narrow(middle, high);
@@ -189,8 +184,8 @@ class CutoffSearch {
     return kernels_.tile_peak(at.row, at.tile);
   }
 
-  // A logit that at least `count` logits are not below, and not many more: what no heaviest tile is below; -inf
-  // where there are not so many tiles.
+  // A logit that at least `count` logits are not below, and not many more: the least of the largest logits of so many
+  // of the heaviest tiles, or of up to a quarter more of them; -inf where there are fewer tiles.
   float reached_by(int64_t count) {
     if (count > tiles_) return -INFINITY;
     float light = 0.0f, heavy = float(total_);

@@ -42,9 +42,8 @@ struct Combined {
   float total;  // of the tile weights
 };
 
-// The logits of a tile that are not below a pivot: how many, the sum of exp(scale * (logit - base)), the smallest.
+// The logits of a tile that are not below a pivot: the sum of exp(scale * (logit - base)), the smallest.
 struct TailStats {
-  int64_t count;
   float mass;
   float least;
 };

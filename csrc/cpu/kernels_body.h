@@ -254,18 +254,16 @@ TailStats tile_above(const Row& row, float scale, float base, float pivot, int64
   const Gap gap(V::set(base), V::set(scale * kLog2e));
   const V::F pivots = V::set(pivot);
   V::F mass = V::set(0.0f), least = V::set(INFINITY);
-  int64_t count = 0;
   with_dtype(row.dtype, [&](auto element) {
     const Tile<decltype(element)> logits(row, tile);
     for (int64_t i = 0; i < kTile; i += V::width) {
       const V::F x = V::load(logits + i);
       const V::M above = V::at_least(x, pivots);
-      count += __builtin_popcount(V::bits(above));
       mass = V::add(mass, V::keep(above, V::exp2(gap(x))));
       least = V::min(least, V::either_of(above, x, INFINITY));
     }
   });
-  return {count, V::reduce_add(mass), V::reduce_min(least)};
+  return {V::reduce_add(mass), V::reduce_min(least)};
 }
 
 float tile_peak(const Row& row, int64_t tile) {

@@ -51,7 +51,7 @@ class Request {
         sampling_(sampling_of(op.sampling, b)),
         draft_scale_(op.draft_stats ? 1.0f : op.draft_scale(b)),
         adjustments_(adjustments_of(op.processing, b)) {
-    // All rows that are held at a time at once: growing later would move what the views hold on to.
+    // Allocate every row's scratch now: a later resize would invalidate references that views keep.
     const auto held = size_t(rule == TreeRule::traversal ? drafts.deepest() + 1 : 1);
     if (scratch_.targets.size() < held) scratch_.targets.resize(held);
     path_.reserve(size_t(drafts.live));  // prefixes hold on to it

@@ -53,7 +53,7 @@ class Source {
     const int64_t first = begin * kTile, last = std::min(end * kTile, row_.vocab);
     const int64_t adjustment = first_adjustment(adjustments_, first);
     if (adjustment < adjustments_.count && adjustments_.ids[adjustment] < last) return true;
-    return mask_ && std::any_of(mask_ + first / 32, mask_ + (last + 31) / 32, [](uint32_t w) { return w != ~0u; });
+    return mask_ && std::any_of(mask_ + first / 32, mask_ + words_of(last), [](uint32_t w) { return w != ~0u; });
   }
 
   // The logits of `count` tiles, -inf past the end.

@@ -45,7 +45,8 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
     descend();
     if (all_.out_logprobs != nullptr) meet();  // tables are overwritten then
     if (part().slice == 0) {
-      // Its table was another node's since, where one table serves all nodes: then there are no others in the crew.
+      // Where one table serves all nodes, it is another node's by now, unless the rule never goes up again: measured
+      // anew, by this block, since a crew is one block then.
       if (!work_.ahead && !recursive()) measure_anew(target(node()));
       Base::finish(state().last, state().factor);
     }

@@ -19,8 +19,8 @@ namespace specdec::cuda {
 constexpr int64_t kSpanTiles = 8, kSpanIds = kSpanTiles * kTile, kSpanFloats = 2 * kSpanTiles + 4, kChunkSpans = 8;
 // Blocks that a multiprocessor has at a time: 1,024 threads of 64 registers.
 constexpr int64_t kBlocksAProcessor = 4;
-// Spans of a row that a block takes at most, one chunk after the other: it arrives once for all of them, but rows that
-// are not needed are found out by blocks that have not started.
+// Chunks of a row that a block takes at most, one after the other. With more of them fewer blocks have to arrive, but
+// only a block that has not started can skip a row that turned out not to be needed.
 constexpr int64_t kMostChunks = 8;
 
 // What is known of a row once it was judged (verify.h), and what each block of a crew knows of it (crew.h).
@@ -113,9 +113,6 @@ Plan plan_of(const Op& op, int64_t processors) {
       measured = ahead ? rows : requests;
     }
   }
-  const auto aligned = [](int64_t size) {
-    return (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  };
   return {.requests = int(requests),
           .spans = int(spans),
           .slices = int(slices),
@@ -126,7 +123,7 @@ Plan plan_of(const Op& op, int64_t processors) {
           .table_bytes = aligned(measured * 2 * spans * kSpanFloats * int64_t(sizeof(float))),
           .state_bytes = aligned(by_crews(op) ? rows * slices * kStateBytes : 0),
           .judged_bytes = aligned(rows * kJudgedBytes),
-          .counter_bytes = aligned(requests * (rows_each + 2 + (rows_each + 31) / 32) * int64_t(sizeof(uint32_t)))};
+          .counter_bytes = aligned(requests * (rows_each + 2 + words_of(rows_each)) * int64_t(sizeof(uint32_t)))};
 }
 
 // Which part of the work a block has: of rows, first rows of all requests first; of a crew, its block of it.

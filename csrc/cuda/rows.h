@@ -138,7 +138,7 @@ SPECDEC_SELDOM void process(Which which, int i, int first) {
     x(id - first) = adjusted(which, i, adjustment, id, x(id - first));
   }
   if (all.mask != nullptr && first < end) {
-    const uint32_t allowed = given(all.mask + (int64_t(i) * ((all.vocab + 31) / 32) + first / 32)) >> first % 32;
+    const uint32_t allowed = given(all.mask + (int64_t(i) * words_of(all.vocab) + first / 32)) >> first % 32;
     Eight<float> v = own(processed);
     SPECDEC_UNROLL
     for (int e = 0; e < kElements; ++e) v.x[e] = (allowed >> e & 1) != 0 ? v.x[e] : -INFINITY;

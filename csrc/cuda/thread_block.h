@@ -208,7 +208,8 @@ __device__ __forceinline__ uint32_t glance(const uint32_t* word) {
   return x;
 }
 
-// What follows from a number is computed where it is used, though the compiler could do it earlier and keep it.
+// An optimisation barrier: values derived from x are computed again at each use and not hoisted, which would cost
+// registers.
 __device__ __forceinline__ void compute_here(uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(20); }
 

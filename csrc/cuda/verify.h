@@ -117,7 +117,8 @@ class VerifyProgram {
     return depth;
   }
 
-  // A chain ends before -1, or another id that is none; the root's row is requested even where there is no tree.
+  // A chain ends before -1, or another id that is none. The root's row is always evaluated, even where the parents
+  // describe no valid tree, so that every request gets a token.
   SPECDEC_DEVICE int count_live() const {
     if constexpr (kIsChain)
       return block::first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });
@@ -326,7 +327,7 @@ class VerifyProgram {
   // A row is settled once it was judged, or once the path is known to pass it by. A request has a bit for each row in
   // words and their number, and whoever settles the last ones knows that the path is complete, and decides. That is as
   // soon as its last row was judged: rows behind the end of a chain, or beside the path through a tree, are passed by.
-  SPECDEC_DEVICE int words() const { return (rows_ + 31) / 32; }
+  SPECDEC_DEVICE int words() const { return words_of(rows_); }
   SPECDEC_DEVICE static uint32_t* counters() { return here().counters; }
   SPECDEC_DEVICE uint32_t* rows_done() const { return counters() + rows_; }
   SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
