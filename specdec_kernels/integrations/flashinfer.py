@@ -9,6 +9,7 @@ from torch.nn import functional
 from specdec_kernels.contract import TILE, Level, Purpose, counter_tag
 from specdec_kernels.ops import noise_words, validate
 from specdec_kernels.ops.backends import BackendName
+from specdec_kernels.reference.noise import exponential_of, uniform_of
 
 
 def chain_speculative_sampling(
@@ -139,11 +140,10 @@ def _race(weights: Tensor, level: Level, seed: Tensor, position: Tensor, backend
     count = weights.shape[1]
     tag = counter_tag(Purpose.TARGET, level)
     words = noise_words(seed, position, tag, counters=-(-count // 4), backend=backend)[:, :count]
-    arrivals = -torch.log1p(-(words.double() + 0.5) * 2.0**-32) / weights
+    arrivals = exponential_of(words) / weights
     return arrivals.where(weights > 0, torch.inf).argmin(1)
 
 
 def _uniform(seed: Tensor, position: Tensor, row: int, backend: BackendName | None) -> Tensor:
     """What decides on a draft (docs/noise.md): float64 [B] in [0, 1), as of :func:`specdec_kernels.verify_chain`."""
-    words = noise_words(seed, position, Purpose.ACCEPT | row << 16, backend=backend)
-    return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53
+    return uniform_of(noise_words(seed, position, Purpose.ACCEPT | row << 16, backend=backend))

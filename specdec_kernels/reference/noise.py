@@ -40,13 +40,21 @@ def _words(seed: Tensor, position: Tensor, tag: Tensor, first: int, counters: in
     return torch.stack(c, -1).reshape(rows, 4 * counters)
 
 
+def uniform_of(words: Tensor) -> Tensor:
+    """Uniforms in [0, 1), float64 ``[R]`` of 53 bits, from the first two words of each stream ``[R, 4]``."""
+    return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53
+
+
+def exponential_of(words: Tensor) -> Tensor:
+    """Standard exponentials, float64, one from each word."""
+    return -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
+
+
 def uniforms(seed: Tensor, position: Tensor, row: Tensor) -> Tensor:
     """The uniform in [0, 1) that decides on acceptance: float64 ``[R]``, 53 bits."""
-    words = _words(seed, position, Purpose.ACCEPT | row << 16, 0, 1)
-    return (words[:, 0] << 21 | words[:, 1] >> 11).double() * 2.0**-53
+    return uniform_of(_words(seed, position, Purpose.ACCEPT | row << 16, 0, 1))
 
 
 def exponentials(seed: Tensor, position: Tensor, purpose: int, level: int, row: Tensor, count: int) -> Tensor:
     """Standard exponentials of a race: float64 ``[R, count]``."""
-    words = _words(seed, position, counter_tag(purpose, level) | row << 16, 0, -(-count // 4))[:, :count]
-    return -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
+    return exponential_of(_words(seed, position, counter_tag(purpose, level) | row << 16, 0, -(-count // 4))[:, :count])
