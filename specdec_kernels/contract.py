@@ -21,6 +21,9 @@ STEEP = 2.0**31
 #: What turns a filter off, where requests of a batch differ; None does for all of them.
 TOP_K_OFF, TOP_P_OFF, MIN_P_OFF = 0, 1.0, 0.0
 
+#: The parameters of penalties, in the order of the operators.
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
 #: Seeds, from the least on: any 64 bits, as PyTorch has them in an int64.
 SEEDS = (-(1 << 63), 1 << 63)
 
@@ -74,6 +77,11 @@ class Children(IntEnum):
     IID = 1
     WITHOUT_REPLACEMENT = 2
     RACE = 3
+
+
+def numbers_of(kinds: type[IntEnum]) -> dict[str, int]:
+    """The numbers that the operators take, from 0 on, by the names that the public functions take."""
+    return {kind.name.lower(): int(kind) for kind in kinds}
 
 
 class MaskFormat(IntEnum):

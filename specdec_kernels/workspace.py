@@ -8,17 +8,27 @@ from __future__ import annotations
 from specdec_kernels.checks import whole
 from specdec_kernels.contract import TILE
 
-#: What each part begins at a multiple of, and bytes that a backend keeps of a row, at most.
+#: Every part begins at a multiple of ALIGNMENT. PLACE_BYTES is what a backend keeps of a judged row, at most.
 ALIGNMENT, PLACE_BYTES = 256, 128
-#: Of each row the programs that came; of each request two counters, and a bit for each row
-#: (Triton has a third counter there).
+#: One counter a row (programs that have finished it), two a request, and one bit a row in 32-bit words (where Triton,
+#: which has no bits, has a third counter).
 COUNTER_BYTES, COUNTERS_A_REQUEST, COUNTER_BITS = 4, 2, 32
-#: Tables of a row, of target and draft: in Triton five numbers of every tile, up to a power of two of them, no fewer
-#: than sixteen; in CUDA twenty for each of every eight tiles.
+#: The tables of a row, for target and draft: Triton has 5 numbers for each tile, tiles rounded up to a power of two, at
+#: least 16; CUDA has 40 for every 8 tiles.
 NUMBERS_A_TILE, LEAST_TILES, TILES_A_SPAN, NUMBERS_A_SPAN, NUMBER_BYTES = 5, 16, 8, 40, 4
-#: Bytes that each block of CUDA keeps of a row, where blocks share requests; and how many blocks do at most, if it is
-#: not one for each request.
+#: Bytes of state a row for each CUDA block that shares a request. Such blocks are at most MOST_BLOCKS, or one a request
+#: where there are more requests.
 STATE_BYTES, MOST_BLOCKS = 48, 1024
+
+
+def power_of_two(least: int) -> int:
+    """The first that is not below ``least``. Triton's own function takes as long as a tensor to make."""
+    return 1 << (least - 1).bit_length()
+
+
+def entries(vocab: int) -> int:
+    """Tiles that there is room for in Triton's tables of a row."""
+    return max(power_of_two(-(-vocab // TILE)), LEAST_TILES)
 
 
 def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
@@ -45,8 +55,7 @@ def verify_chain_workspace(batch: int, num_draft: int, vocab: int) -> int:
     rows, tiles = batch * (num_draft + 1), -(-vocab // TILE)
     counters = rows + (COUNTERS_A_REQUEST + -(-(num_draft + 1) // COUNTER_BITS)) * batch
     spans = -(-tiles // TILES_A_SPAN)
-    of_triton = NUMBERS_A_TILE << (max(tiles, LEAST_TILES) - 1).bit_length()
-    numbers = max(of_triton, NUMBERS_A_SPAN * spans)
+    numbers = max(NUMBERS_A_TILE * entries(vocab), NUMBERS_A_SPAN * spans)
     states = min(batch * spans, max(batch, MOST_BLOCKS)) * (num_draft + 1)
     parts = (counters * COUNTER_BYTES, rows * PLACE_BYTES, states * STATE_BYTES, rows * numbers * NUMBER_BYTES)
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)

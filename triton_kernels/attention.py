@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.triton_kernels import launch
-from specdec_kernels.triton_kernels.launch import power_of_two
-from specdec_kernels.triton_kernels.rows import INTERPRETED
+from specdec_kernels.triton_kernels.rows import INTERPRETED, LOG2E
+from specdec_kernels.workspace import power_of_two
 
 #: Tokens of the context that a program has at least, and programs for each multiprocessor, at a time or in turn.
 LEAST_SPLIT, PROGRAMS_EACH = 256, 2
@@ -183,7 +183,7 @@ def tree_attention(
         mixed = query.new_empty((batch * kv_heads, splits, rows, width), dtype=torch.float32)
         sums = query.new_empty((batch * kv_heads, splits, rows, 2), dtype=torch.float32)
     tree_attention_kernel[(programs, splits)](
-        query, key, value, packed, context_lens, out, mixed, sums, scale * 1.4426950408889634, nodes, rows, kv_heads,
+        query, key, value, packed, context_lens, out, mixed, sums, scale * LOG2E.value, nodes, rows, kv_heads,
         group, split, splits, packed.shape[2], tokens - nodes, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *out.stride()[:3], WIDTH=width, WIDE=wide, **asdict(config),
     )  # fmt: skip

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.workspace import power_of_two
+
 
 @triton.jit(do_not_specialize=["nodes", "tokens", "pages", "outer"])
 def compact_kv_kernel(
@@ -63,5 +65,5 @@ def compact_kv(caches: list[Tensor], nodes: Tensor, start: Tensor, page_table: T
         compact_kv_kernel[(len(some), nodes.shape[0], heads)](
             some, nodes, start, page_table, nodes.shape[1], tokens, pages, first.shape[0], page_size, width,
             *strides,
-            BLOCK=triton.next_power_of_2(width), num_warps=1,
+            BLOCK=power_of_two(width), num_warps=1,
         )  # fmt: skip

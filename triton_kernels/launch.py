@@ -12,8 +12,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from specdec_kernels.contract import TILE
-from specdec_kernels.triton_kernels.rows import VISITED
+from specdec_kernels.workspace import entries, power_of_two
 
 try:
     from specdec_kernels._native import launch_key
@@ -48,16 +47,6 @@ class LaunchConfig:
         """What a launch of a kernel that measures rows takes by name: constants of the kernel, then options."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"ENTRIES": self.entries, "TILES": self.tiles, "num_warps": self.warps, **limit}
-
-
-def entries(vocab: int) -> int:
-    """Of the table of a row: its tiles, up to a power of two, and no fewer than are visited at a time."""
-    return max(power_of_two(-(-vocab // TILE)), VISITED.value)
-
-
-def power_of_two(least: int) -> int:
-    """The first that is not below. Triton's own function and ``cdiv`` take as long as a tensor to make."""
-    return 1 << (least - 1).bit_length()
 
 
 @cache
@@ -142,7 +131,7 @@ def empty(like: Tensor, *kinds: tuple[torch.dtype, tuple[int, ...]]) -> tuple[Te
     return tuple(like.new_empty(shape, dtype=dtype) for dtype, shape in kinds)
 
 
-def scratch_in(workspace: Tensor, counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
+def scratch_in(workspace: Tensor, _counters: int, memory: int, tables: int) -> tuple[Tensor, Tensor, Tensor]:
     """(int32, float64 and float32 scratch) of so many elements in what was handed in: the counters at its begin, all
     else at its end, so that calls of different sizes never write over each other's counters, which have to be 0."""
     rest = workspace.shape[0] % 16

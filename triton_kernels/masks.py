@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import MaskFormat
+from specdec_kernels.workspace import power_of_two
 
 DENSE = tl.constexpr(int(MaskFormat.DENSE))
 FLAT_BITS = tl.constexpr(int(MaskFormat.FLAT_BITS))
@@ -95,10 +96,10 @@ def tree_mask_kernel(
 
 def tree_mask(out: Tensor, parents: Tensor, context_lens: Tensor | None, format: int) -> None:
     batch, nodes = parents.shape
-    block = triton.next_power_of_2(nodes)
+    block = power_of_two(nodes)
     if format == MaskFormat.PACKED:
         bits = 8 * out.element_size()
-        words = triton.next_power_of_2(triton.cdiv(nodes, bits))
+        words = power_of_two(triton.cdiv(nodes, bits))
         packed_kernel[(batch,)](out, parents, nodes, BITS=bits, WORDS=words, NODES=block, num_warps=1)
         return
     capacity = out.numel() // batch

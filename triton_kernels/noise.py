@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec_kernels.contract import Level, Purpose
+from specdec_kernels.workspace import power_of_two
 
 ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
 TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN) << 8)
@@ -92,7 +93,5 @@ def noise_words(seed: Tensor, position: Tensor, tag: int, first: int, counters: 
     if out.numel():
         # As they are in 32 bits: Triton's interpreter takes an int from 2^31 on for a negative one of 64.
         tag, first = ((x ^ 1 << 31) - (1 << 31) for x in (tag, first))
-        noise_words_kernel[(seed.shape[0],)](
-            seed, position, out, tag, first, counters, BLOCK=triton.next_power_of_2(counters)
-        )
+        noise_words_kernel[(seed.shape[0],)](seed, position, out, tag, first, counters, BLOCK=power_of_two(counters))
     return out

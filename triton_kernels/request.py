@@ -96,8 +96,8 @@ def load_draft_logits(drafts, i, ids):
 
 @triton.jit
 def measure_draft(drafts, i, part, slices, table, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """``measure`` the row that draft i was drawn from, unless that needs no table: there are the scalars that it would
-    be requested, or no logits, or the draft was drawn greedily."""
+    """``measure`` the row that draft i was drawn from. Skipped where no table is needed: the draft came with its
+    scalars, or without logits, or was drawn greedily."""
     if (drafts.flags & DRAFT_LOGITS != 0) & (drafts.flags & DRAFT_STATS == 0) & (drafts.scale < float("inf")):
         # Apart, so that whole rows are loaded 16 bytes at a time; and columns, which take registers, of few tiles.
         FEW: tl.constexpr = 16

@@ -12,6 +12,7 @@ import triton.language as tl
 from specdec_kernels.contract import STEEP as _STEEP
 from specdec_kernels.contract import TILE as _TILE
 from specdec_kernels.triton_kernels.noise import FLAT_RACE, exponentials
+from specdec_kernels.workspace import LEAST_TILES, NUMBERS_A_TILE
 
 TILE = tl.constexpr(_TILE)
 STEEP = tl.constexpr(_STEEP)
@@ -21,9 +22,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LANES = tl.constexpr(8)
 # Numbers of every tile in the table of a row: what is `measured`; from the third on, where there is no race, the same
 # of the row that its draft was drawn from, or the weights of a residual; and at last what filters list.
-NUMBERS, DRAFTS, LIST = tl.constexpr(5), tl.constexpr(2), tl.constexpr(4)
+NUMBERS, DRAFTS, LIST = tl.constexpr(NUMBERS_A_TILE), tl.constexpr(2), tl.constexpr(4)
 # Tiles that are visited at a time, where few are visited: a thread has eight ids of them.
-VISITED = tl.constexpr(16)
+VISITED = tl.constexpr(LEAST_TILES)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Larger than any id: what a minimum over ids starts from.
 NO_ID = tl.constexpr((1 << 31) - 1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_kernels.contract import Purpose
+from specdec_kernels.contract import Children, Purpose, numbers_of
 from specdec_kernels.triton_kernels.arguments import BITMASK, SAMPLING, flags_of, instead, processing_arguments
 from specdec_kernels.triton_kernels.arrivals import arrive
 from specdec_kernels.triton_kernels.distribution import (
@@ -43,8 +43,8 @@ from specdec_kernels.triton_kernels.rows import (
 )
 
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
-#: Methods of `Children`, by their numbers. One token a row is by "one", or by "coupled".
-CHILDREN = "top", "iid", "without_replacement", "race"
+#: By the numbers that the operators take. One token a row is by "one", or by "coupled".
+CHILDREN = tuple(numbers_of(Children))
 
 
 @triton.jit

@@ -104,8 +104,8 @@ def has_to_sum(drafts, draft, state):
 
 
 @triton.jit
-def measure_left(drafts, node, rejected, part, slices, sums, ENTRIES: tl.constexpr, TILES: tl.constexpr):
-    """One of the ``slices`` of a node's draft: what of its tiles the rejected children left, to ``sums [ENTRIES]``."""
+def measure_left(drafts, node, rejected, part, slices, sums, TILES: tl.constexpr):
+    """One of the ``slices`` of a node's draft: what of each of its tiles the rejected children left, to ``sums``."""
     _target, draft, _divided = load_state(rejected.states + node * STATE, tl.full([], 1.0, tl.float64))
     first, last = slice_of(drafts.rows.vocab, part, slices, TILES)
     for start in tl.range(first, last, TILES, num_stages=1):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec_kernels.contract import Rule, TreeRule, numbers_of
 from specdec_kernels.triton_kernels.arguments import (
     BITMASK,
     COUNT_INDEPENDENT,
@@ -48,7 +49,6 @@ from specdec_kernels.triton_kernels.launch import (
     config_for,
     empty,
     launch,
-    power_of_two,
     scratch,
     scratch_in,
     slices_of,
@@ -92,9 +92,10 @@ from specdec_kernels.triton_kernels.trees import (
     update_residual,
     visit,
 )
+from specdec_kernels.workspace import power_of_two
 
-#: What the kernel is compiled for, by the numbers of `Rule` and of `TreeRule`.
-CHAIN_RULES, TREE_RULES = ("token", "block", "coupled"), ("walk", "recursive", "traversal", "coupled")
+#: What the kernel is compiled for, by the numbers that the operators take.
+CHAIN_RULES, TREE_RULES = tuple(numbers_of(Rule)), tuple(numbers_of(TreeRule))
 
 
 @triton.jit
@@ -138,8 +139,9 @@ def verify_kernel(
     BY_DRAW: tl.constexpr = (RULE == "walk") | (RULE == "coupled")
     BY_MASS: tl.constexpr = (RULE == "block") | (RULE == "recursive") | (RULE == "traversal")
     b = (tl.program_id(0) % batch).to(tl.int64)
-    # At rest all counters are 0: of every row its programs that came (see `follow`); how many rows are done, then how
-    # many of the later programs; how far the path is known, or how many masses were wanted; which programs began.
+    # The counters of a request, all 0 between launches: of each row the programs that have finished it (see `follow`);
+    # how many rows are done, then how many of the later programs; how far the path is known, or how many masses were
+    # wanted; how many programs have begun.
     arrived = counters_ptr + b * (nodes + 3)
     done = arrived + nodes
     frontier = done + 1
@@ -169,7 +171,9 @@ def verify_kernel(
             most = tl.minimum(tl.load(num_draft_ptr + b).to(tl.int32), most)
         live = count_drafts(tokens, token_row_stride, most, vocab).to(tl.int64) + 1
         tokens -= token_row_stride
-    there = tl.maximum(live, 1)  # the first row is requested even where there is no tree
+    # The root's row is always evaluated, even where the parents describe no valid tree, so that every request gets a
+    # token.
+    there = tl.maximum(live, 1)
     tree = Tree(parents, tokens, token_row_stride, live, vocab)
     processing = None
     if PROCESSED:
@@ -247,7 +251,7 @@ def verify_kernel(
                     measure_residual(rows, drafts, node, target, divided, rejected, part, parts, sums, ENTRIES, TILES)
                     left = has_to_sum(drafts, divided, state)
                     if left:
-                        measure_left(drafts, node, rejected, part, parts, sums + ENTRIES, ENTRIES, TILES)
+                        measure_left(drafts, node, rejected, part, parts, sums + ENTRIES, TILES)
                     resumed = arrive(arrived, parts - 1)
                     if resumed:
                         if left:

@@ -34,7 +34,7 @@ def check_proposal(draft: Draft | TreeDraft, step: Step, vocab_size: int) -> Map
     # Under "coupled", and where point masses are walked, nothing is read of what drafts were drawn from.
     read = not (step.coupled or (isinstance(draft, TreeDraft) and draft.logits is None))
     target = torch.empty((vocab_size,), device="meta")
-    checked_drafts(check, rows, drafts(target, draft.logits, draft.stats, heat, draft.vocabulary, read), 0, 0)
+    checked_drafts(check, rows, drafts(target, draft.logits, draft.stats, heat, draft.vocabulary, read))
     if isinstance(draft, TreeDraft):
         return wrong | _wrong_trees(check, draft, step, tokens, vocab_size)
     _check_counts(draft.counts, batch, tokens.shape[1])

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from specdec_kernels import checks
 from specdec_kernels.checks import ids_of, whole
-from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, SEEDS, TOP_K_OFF, TOP_P_OFF
+from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, PENALTIES, SEEDS, TOP_K_OFF, TOP_P_OFF
 from specdec_kernels.decode.protocols import SourcePrompt
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts
 from specdec_kernels.tensors import CPU, padded, to_device
 
 #: What may follow: int32 [ceil(V/32)] in xgrammar's layout, from the tokens generated so far, drafts among them.
 Grammar = Callable[[Sequence[int]], Tensor]
-
-_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Sampling:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):
+        for name in ("temperature", "top_k", "top_p", "min_p", *PENALTIES):
             if isinstance(value := getattr(self, name), Tensor):
                 raise TypeError(f"{name} must be a number, got {checks.describe(value)}")
             checks.number(name, value, "B")
@@ -73,7 +71,7 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         """Whether any penalty is on."""
-        return tuple(getattr(self, name) for name in _PENALTIES) != (1.0, 0.0, 0.0)
+        return tuple(getattr(self, name) for name in PENALTIES) != (1.0, 0.0, 0.0)
 
 
 @dataclass
@@ -198,7 +196,7 @@ class Batch:
         """Temperature and filters: one for all where they are equal, else one of each a request."""
         self._fixed: dict[str, Any] = {}
         if self._counts is not None:
-            strengths = {name: self._column([float(getattr(s, name)) for s in samplings]) for name in _PENALTIES}
+            strengths = {name: self._column([float(getattr(s, name)) for s in samplings]) for name in PENALTIES}
             self._fixed["penalties"] = Penalties(counts=self._counts, **strengths)
         if any(s.logit_bias for s in samplings):
             self._fixed["logit_bias"] = LogitBias(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_kernels import checks
 from specdec_kernels.extras import brought_by
 
 with brought_by("decode"):
@@ -378,7 +379,7 @@ def _parameter(processor: Any, padding: Sequence[int]) -> dict[str, Any]:
         if kind is processors.TopKLogitsWarper:
             return {"top_k": int(processor.top_k)}
         if kind is processors.TopPLogitsWarper:
-            return {"top_p": max(float(processor.top_p), 1e-30)}  # 0 is the likeliest alone
+            return {"top_p": max(float(processor.top_p), checks.LEAST)}  # 0 is the likeliest alone
         return {"min_p": float(processor.min_p)}
     return {}
 

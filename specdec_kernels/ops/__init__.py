@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.contract import MAX_ROWS, Rule
+from specdec_kernels.contract import MAX_ROWS, Rule, numbers_of
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BACKENDS, BackendName, call, function, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
@@ -25,7 +25,7 @@ __all__ = [
 
 RuleName = Literal["token", "block", "coupled"]
 
-_RULES = {rule.name.lower(): int(rule) for rule in Rule}
+_RULES = numbers_of(Rule)
 
 
 def sample(
@@ -217,12 +217,13 @@ def verify_chain(
     target_logits = check.logits("target_logits", target_logits, f"{rows}, V")
     if cu_rows is not None:
         cu_rows = _row_offsets(check, cu_rows)
-    drafts = processing.checked_drafts(check, "B, K", drafts, *keys)
+    drafts = processing.checked_drafts(check, "B, K", drafts)
+    keys = tuple(map(check.integers, ("seed", "position"), keys))
     num_draft = check.optional("num_draft", num_draft, validate.ID_DTYPES, "B")
     read = processing.distribution(check, rows, read, bitmask, penalties, logit_bias, draft_tokens)
     if workspace is not None:
         workspace = _checked_workspace(check, workspace, longest)
-    arguments = (target_logits, draft_tokens, *drafts, num_draft, cu_rows, *read, *own, workspace)
+    arguments = (target_logits, draft_tokens, *drafts, *keys, num_draft, cu_rows, *read, *own, workspace)
     try:
         return call(Verified, backend, arguments)
     except RuntimeError:  # C++ cannot raise a ValueError across the stable ABI

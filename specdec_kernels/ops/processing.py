@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.contract import MAX_ROWS
+from specdec_kernels.contract import MAX_ROWS, PENALTIES
 from specdec_kernels.ops import validate
 from specdec_kernels.ops.backends import Result, call, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import table_of
@@ -108,8 +108,7 @@ def adjustments(
     if bias is not None:
         values = check.tensor("logit_bias[1]", bias[1], (torch.float32,), f"{check.dim}, M")
         added.scatter_add_(1, torch.searchsorted(ids, biased), values)
-    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return ids, counts, added, check.columns({name: getattr(penalties, name) for name in names})
+    return ids, counts, added, check.columns({name: getattr(penalties, name) for name in PENALTIES})
 
 
 def _counted(check: ArgumentChecker, kept: object, texts: bool) -> tuple[Tensor, Tensor]:
@@ -169,11 +168,9 @@ def drafts(
     return logits, None, table, each.contiguous(), 1.0
 
 
-def checked_drafts(
-    check: ArgumentChecker, rows: str, drafts: tuple[Any, ...], seed: object, position: object
-) -> tuple[Any, ...]:
-    """The same with what the noise is keyed on: ``rows`` of logits, as wide as the target's or, with a table of its
-    ids, as the drafter's own."""
+def checked_drafts(check: ArgumentChecker, rows: str, drafts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same, checked: ``rows`` of logits, as wide as the target's or, with a table of its ids, as the drafter's
+    own."""
     logits, stats, table, each, one = drafts
     width = "V" if table is None else "Vd"
     return (
@@ -182,8 +179,6 @@ def checked_drafts(
         check.optional("draft_to_target", table, (torch.int32,), "V"),
         check.optional("draft_temperature", each, (torch.float32,), check.dim),
         one,
-        check.integers("seed", seed),
-        check.integers("position", position),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.contract import MAX_ROWS, Children, TreeRule
+from specdec_kernels.contract import MAX_ROWS, Children, TreeRule, numbers_of
 from specdec_kernels.ops import processing, validate
 from specdec_kernels.ops.backends import BackendName, call, try_fast_path
 from specdec_kernels.ops.draft_vocabulary import DraftVocabulary
@@ -19,8 +19,7 @@ TreeRuleName = Literal["walk", "recursive", "traversal", "coupled"]
 ChildrenName = Literal["top", "iid", "without_replacement", "race"]
 SiblingsName = Literal["iid", "without_replacement"]
 
-_RULES = {rule.name.lower(): int(rule) for rule in TreeRule}
-_CHILDREN = {how.name.lower(): int(how) for how in Children}
+_RULES, _CHILDREN = numbers_of(TreeRule), numbers_of(Children)
 CHILDREN: tuple[ChildrenName, ...] = get_args(ChildrenName)
 #: Whether they were drawn with replacement.
 SIBLINGS = {"iid": True, "without_replacement": False}
@@ -199,9 +198,10 @@ def verify_tree(
         raise ValueError(f"parents must have at most {MAX_ROWS} nodes, got {checks.describe(tree)}")
     target_logits = check.logits("target_logits", target_logits, "B, N, V")
     tokens = checked_tokens(check, draft_tokens, tree)
-    drafts = processing.checked_drafts(check, "B, N", drafts, *keys)
+    drafts = processing.checked_drafts(check, "B, N", drafts)
+    keys = tuple(map(check.integers, ("seed", "position"), keys))
     read = processing.distribution(check, "B, N", read, bitmask, penalties, logit_bias, tokens)
-    return call(VerifiedTree, backend, (target_logits, tokens, tree, *drafts, *read, *own))
+    return call(VerifiedTree, backend, (target_logits, tokens, tree, *drafts, *keys, *read, *own))
 
 
 def checked_tokens(check: validate.ArgumentChecker, tokens: object, tree: Tensor) -> Tensor:

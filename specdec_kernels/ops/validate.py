@@ -137,9 +137,7 @@ def per_request(
     min_p = MIN_P_OFF if min_p is None else min_p
     sampling = None, temperature, top_k, top_p, min_p
     one = type(temperature) is float and not (type(top_k) is Tensor or type(top_p) is Tensor or type(min_p) is Tensor)
-    ints = False
-    for key in keys:  # in a third of the time that `int in map(type, keys)` takes
-        ints |= type(key) is int
+    ints = int in map(type, keys)
     if (ints or not one) and isinstance(like, Tensor) and like.dim() == 2:
         size, device = like.shape[0], like.device
         if ints:

@@ -13,10 +13,10 @@ from torch import Tensor
 from specdec_kernels import oracle
 from specdec_kernels.contract import Rule
 from specdec_kernels.ops import BackendName, sample, verify_chain
+from specdec_kernels.ops.validate import LOGIT_DTYPES
 from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
-    DTYPES,
     EVERYTHING,
     ROW_OPTIONS,
     VOCABS,
@@ -67,7 +67,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         def integers(low: int, high: int, *shape: int, generator: torch.Generator = generator) -> Tensor:
             return torch.randint(low, high, shape, generator=generator)
 
-        vocab, dtype, rule = vocabs[form % len(vocabs)], rng.choice(DTYPES), list(Rule)[form % len(Rule)]
+        vocab, dtype, rule = vocabs[form % len(vocabs)], rng.choice(LOGIT_DTYPES), list(Rule)[form % len(Rule)]
         kind, longest = DRAFT_KINDS[form // 3 % 3], rng.choice((4, 1, 6, 0))
         wide = torch.randn(BATCH, longest + 1, vocab + 3, generator=generator) * 2
         target = wide.to(dtype)[..., :vocab]  # rows with a stride of their own

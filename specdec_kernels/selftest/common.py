@@ -28,7 +28,6 @@ KNOWN_ANSWERS = (
     ),
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAFT_KINDS = ("point mass", "dense", "statistics")
 VOCABS = (2, 5, 127, 128, 129, 300, 1000, 2500)
 #: What a draw from the first row of a request takes as its verification does, the mask aside.

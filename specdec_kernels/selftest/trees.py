@@ -14,10 +14,10 @@ from specdec_kernels import oracle
 from specdec_kernels.contract import Children, TreeRule
 from specdec_kernels.ops import BackendName
 from specdec_kernels.ops.tree_rules import CHILDREN, ChildrenName, SiblingsName, sample_children, verify_tree
+from specdec_kernels.ops.validate import LOGIT_DTYPES
 from specdec_kernels.selftest.common import (
     BATCH,
     DRAFT_KINDS,
-    DTYPES,
     EVERYTHING,
     ROW_OPTIONS,
     Report,
@@ -66,7 +66,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
     """Random batches: rules, kinds of children, filters, processing, dtypes, ragged trees, rows that are not usable."""
     for index, form in selection.of(count):
         rng, values, generator = random.Random(~form), random.Random(index), torch.Generator().manual_seed(index)
-        vocab, dtype, rule = rng.choice(vocabs), rng.choice(DTYPES), list(TreeRule)[form % len(TreeRule)]
+        vocab, dtype, rule = rng.choice(vocabs), rng.choice(LOGIT_DTYPES), list(TreeRule)[form % len(TreeRule)]
         kind, nodes = DRAFT_KINDS[form // 4 % 3], rng.choice((4, 9, 14, 1 if form % 8 == 0 else 14))
         siblings: SiblingsName = rng.choice(("iid", "without_replacement"))
         parents = torch.tensor([random_parents(values, nodes) for _ in range(BATCH)])
@@ -172,11 +172,8 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
                 report.close(f"{name} {kind}", getattr(verified, kind)[request], scores + [torch.nan] * padding)
 
 
-def check_children(
-    report: Report, case: Case, index: int, backend: BackendName | None, device: str, form: int | None = None
-) -> None:
+def check_children(report: Report, case: Case, index: int, backend: BackendName | None, device: str, form: int) -> None:
     """``sample_children`` of the first row of every request."""
-    form = index if form is None else form
     how, count = CHILDREN[form % len(CHILDREN)], 1 + form % 5
     options = {name: case.options[name] for name in ROW_OPTIONS}
     bitmask = case.options["bitmask"]
