@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec_kernels.checks import whole
-from specdec_kernels.decode.protocols import Scores, refuse_sources
+from specdec_kernels.decode.protocols import Scores, read_lengths, refuse_sources
 from specdec_kernels.extras import brought_by
 from specdec_kernels.tensors import CPU
 
@@ -91,14 +91,7 @@ class LlamaCppTarget:
         most, limit = self.library.llama_max_parallel_sequences(), self.library.llama_model_n_ctx_train(self.model)
         if len(prompts) > most:
             raise ValueError(f"prompts must be at most {most}, llama.cpp's sequences of a context, got {len(prompts)}")
-        lengths = [len(prompt) + count - 1 for prompt, count in zip(prompts, max_new_tokens, strict=True)]
-        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-            if length > limit:
-                raise ValueError(
-                    f"max_new_tokens must leave prompt and new tokens within the {limit} positions of "
-                    f"{self.path.name}, the last token not counted, got {length} for prompt {index} of {len(prompt)} "
-                    "tokens"
-                )
+        lengths = read_lengths(prompts, max_new_tokens, limit, self.path.name)
         return LlamaCppSession(self, prompts, max(lengths), feature_layers)
 
 

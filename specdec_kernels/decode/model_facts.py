@@ -10,7 +10,7 @@ import torch
 
 from specdec_kernels.checks import ids_of
 from specdec_kernels.decode.cache import Kind, layer_kinds
-from specdec_kernels.decode.protocols import SourcePrompt, refuse_sources
+from specdec_kernels.decode.protocols import SourcePrompt, read_lengths, refuse_sources
 from specdec_kernels.decode.states import step_row_by_row
 
 
@@ -211,14 +211,7 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
     Raises:
         ValueError: a history gets longer than the model's context, or its rotary frequencies would change on the way.
     """
-    lengths = [len(prompt) + count - 1 for prompt, count in zip(prompts, max_new_tokens, strict=True)]  # that are read
-    limit = context_length(model)
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"max_new_tokens must leave prompt and new tokens within the {limit} positions of {_name(model)}, the "
-                f"last token not counted, got {length} for prompt {index} of {len(prompt)} tokens"
-            )
+    lengths = read_lengths(prompts, max_new_tokens, context_length(model), _name(model))
     for original in _original_lengths(text_config(model)):
         longer = max(lengths) > original
         if longer and not all(len(prompt) - 1 > original for prompt in prompts):

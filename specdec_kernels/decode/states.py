@@ -32,8 +32,6 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         super().__init__(states)
         self.lead = 0
         """Rows of the next pass that are sure of all requests: read at once where nothing was read before."""
-        self.rows = 0
-        """Of the last pass."""
         self._kept: list[list[Tensor]] = []  # after so many of its rows, less those that were read at once
         self._read_at_once = 0
 
@@ -57,8 +55,8 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         """``forward(hidden)`` of rows [B, R, H], keeping what is needed to go on from any of them."""
         at_once = 0 if self.state() else self.lead
         outputs = [forward(hidden[:, :at_once])] if at_once else []
-        self._kept, self._read_at_once, self.rows = [self.state()], at_once, hidden.shape[1]
-        for row in range(at_once, self.rows):
+        self._kept, self._read_at_once = [self.state()], at_once
+        for row in range(at_once, hidden.shape[1]):
             self.put([x.clone() for x in self.state()])  # kernels write in place
             outputs.append(forward(hidden[:, row : row + 1]))
             self._kept.append(self.state())

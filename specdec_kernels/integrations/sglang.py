@@ -228,7 +228,7 @@ def eagle_sample(
     from sglang.srt.runtime_context import get_spec
 
     info, spec = batch.sampling_info, get_spec()
-    if _is_sglangs(verify_input, batch, spec, uno_target_max_top_k, watermark_state):
+    if _is_sglangs(batch, spec, uno_target_max_top_k, watermark_state):
         return original(
             verify_input, batch, logits_output, grammar_mask, uno_target_max_top_k, watermark_state=watermark_state,
             watermark_full_mask=watermark_full_mask,
@@ -264,7 +264,7 @@ def eagle_sample(
     return found.predict, found.accept_token_num + 1, found.accept_index
 
 
-def _is_sglangs(verify_input: Any, batch: Any, spec: Any, max_top_k: int | None, watermark_state: Any) -> bool:
+def _is_sglangs(batch: Any, spec: Any, max_top_k: int | None, watermark_state: Any) -> bool:
     """Whether SGLang's own ``eagle_sample`` has to do it."""
     from sglang.srt.speculative import eagle_utils, spec_utils
 
