@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers, or lists of equally many of them, as a tensor on a device that nothing waits for."""
+    """Numbers, or lists of equally many of them, as a tensor on a device, copied without synchronising."""
     tensor = torch.tensor(values, dtype=dtype, device=CPU)
     if device.type == "cpu":
         return tensor

@@ -144,7 +144,8 @@ class Columns:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep(self, start: int, lengths: Sequence[int], counts: Sequence[int]) -> None:
-        """Have the first columns in use, which hold so many tokens of each request, and behind them ``counts[b]``."""
+        """Keep the first ``start`` columns, holding ``lengths[b]`` tokens of each request, and after them the first
+        ``counts[b]`` new rows."""
         longest = max(counts)
         if self.live is not None or any(count < longest for count in counts):
             self.live = torch.cat([self.mask()[:, :start], self._first(counts, longest)], 1)

@@ -213,11 +213,14 @@ def generate(
 
     Returns:
         One :class:`Generation` for each prompt, in their order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     named = dict(locals())
     tokens = stream(named.pop("target"), named.pop("prompts"), **named)
     endings: dict[int, Ending] = {}
-    results: dict[int, Generation] = {}  # in the end of every prompt: each has one token at least, or what ended it
+    results: dict[int, Generation] = {}  # one for each prompt: all yield something, if only that they ended
     for token in tokens:
         endings[token.request] = token.finished
         result = results.setdefault(token.request, Generation())
@@ -423,8 +426,8 @@ class Loop:
         if self._drafter is None:
             return Draft.nothing(len(step.num_draft)).to(self._device)
         draft = self._drafter.propose(step)
-        for wrong in check_proposal(draft, step, self._vocab).values():
-            raise ValueError(wrong)
+        if wrong := check_proposal(draft, step, self._vocab):
+            raise ValueError(next(iter(wrong.values())))
         draft = draft.to(self._device)
         if isinstance(draft, TreeDraft):
             return _usable_tree(draft, self._vocab)

@@ -371,8 +371,8 @@ class Scheduler:
     def cancel(self, submission: Submission) -> None:
         """See :meth:`Submission.cancel`."""
         self._cancelled.append(submission)
-        # A step has the same requests from its beginning to its end, and ends these when it is done. Who cancels does
-        # not wait for it: it may wait for who cancels, such as a drafter in a thread of its own.
+        # The requests of a step stay the same while it runs, and those that were cancelled end with it. Do not wait for
+        # it: it may itself wait for the thread that cancels, which may be a drafter's.
         if not self._in_step:
             with self._lock:
                 self._end_cancelled()
@@ -684,8 +684,8 @@ def _warn(what: str, error: Exception) -> None:
 
 
 class _FairLock:
-    """A lock that its owner can take again, and that who gives it back has again only after all who wait for it: of one
-    of Python, a thread that makes step after step would hardly let any other have it."""
+    """A reentrant lock that is fair: a thread that releases it queues behind those already waiting. With
+    ``threading.RLock`` a thread that makes step after step would starve the others."""
 
     def __init__(self) -> None:
         self._turn, self._lock = threading.Lock(), threading.Lock()

@@ -196,14 +196,15 @@ for _name in ("cuda", "triton", "cpu"):
 _FAST[None, False] = _FAST.get(("cpu", False), {})
 _FAST[None, True] = _FAST.get(("cuda", True), _FAST.get(("triton", True), {}))
 
-# Names of this module: each dot is another dictionary. It is not `is_compiling`, which asks the scripts of TorchScript
-# first; tracers other than Dynamo pass tensors of their own, or watch what is dispatched.
+# Names of this module, since each dot costs the look-up of an attribute. Not `is_compiling`, which asks TorchScript
+# first: tracers other than Dynamo are known by their class of tensors, or by their dispatch mode.
 _is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def try_fast_path(result: type[Result], backend: str | None, arguments: tuple[Any, ...]) -> Result | None:
-    """What an operator returns that is called at once, if it can be: not where somebody watches what is dispatched."""
+    """Call the operator past the dispatcher. None where that cannot be done, or somebody watches what is dispatched: a
+    tracer, a dispatch mode, the profiler."""
     logits = arguments[0]
     if type(logits) is not Tensor or _is_compiling() or _dispatch_modes() or profiler._is_profiler_enabled:
         return None

@@ -21,7 +21,8 @@ def insert_ids(ids: Tensor, counts: Tensor, added: Tensor, vocab: int) -> tuple[
     known = torch.searchsorted(ids, added) < torch.searchsorted(ids, added, right=True)
     known[:, 1:] |= added[:, 1:] == added[:, :-1]
     new = added.masked_fill(known, vocab).sort(1).values
-    # An id goes as many places to the right as the other row has smaller ones, its own `vocab` behind the other's.
+    # Merge two sorted rows: each id's slot is its index plus the number of smaller ids in the other row. Both may have
+    # `vocab`, in the new row behind the old one's.
     (batch, old_size), new_size = ids.shape, new.shape[1]
     old_slots = torch.arange(old_size, device=ids.device) + torch.searchsorted(new, ids)
     new_slots = torch.arange(new_size, device=ids.device) + torch.searchsorted(ids, new, right=True)

@@ -238,7 +238,7 @@ def tree_mask_mod(
     """The mask as a ``mask_mod`` of ``torch.nn.attention.flex_attention``.
 
     Args:
-        packed: ``tree_mask(parents, "packed")``.
+        packed: int32 [B, N, ceil(N/32)], as ``tree_mask(parents, "packed")`` gives it.
         context_lens: int64 or int32 [B]; None without a context.
 
     Returns:
