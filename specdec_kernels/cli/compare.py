@@ -37,6 +37,8 @@ class Comparison:
     """Pairs of texts that were decoded one right after the other, with drafts and without."""
 
     pairs: list[tuple[Statistics, Statistics]] = field(default_factory=list)
+    empty: int = 0
+    """Pairs that are left out, since a text of them has no token."""
 
     @property
     def speed_up(self) -> float:
@@ -85,37 +87,53 @@ def in_words(speed_up: float) -> str:
     return f"{speed_up:.2g} times as fast" if speed_up >= 1 else f"at {speed_up:.0%} of its speed"
 
 
-def until(end: float, tokens: Iterable[Token]) -> Iterator[Token]:
-    """What comes before a moment."""
-    for token in tokens:
-        yield token
-        if time.perf_counter() >= end:
-            return
+class Until:
+    """The tokens of a text that come before a moment."""
+
+    def __init__(self, end: float, tokens: Iterable[Token]) -> None:
+        self._end, self._tokens = end, tokens
+        self.complete = False
+        """Whether the text ended by itself."""
+
+    def __iter__(self) -> Iterator[Token]:
+        for token in self._tokens:
+            self.complete = bool(token.finished)
+            yield token
+            if time.perf_counter() >= self._end:
+                return
 
 
-#: Decodes a text, with or without drafts, until a moment.
-Decode = Callable[[bool, Statistics, float], None]
+#: Decodes a text, with or without drafts, until a moment; whether it ended by itself.
+Decode = Callable[[bool, Statistics, float], bool]
 
 
 def in_turns(texts: Sequence[Decode], end: float) -> Comparison:
     """Decode each text with and without drafts, the other way first each time, while another pair fits before the end.
-    A first pair that does not is cut off, each of its texts after half of the time."""
+    A first pair that does not is cut off, each of its texts after half of the time. Pairs that tell no rate are left
+    out: one text has no token, or was cut off too early."""
     comparison, slowest = Comparison(), 0.0
     for index, decode in enumerate(texts):
         started = time.perf_counter()
         if index and started + slowest > end:
             break
-        pair = {True: Statistics(), False: Statistics()}
+        pair, complete = {True: Statistics(), False: Statistics()}, {}
         for turn, drafted in enumerate((False, True) if index % 2 else (True, False)):
             now = time.perf_counter()
-            decode(drafted, pair[drafted], end if turn else now + (end - now) / 2)
+            complete[drafted] = decode(drafted, pair[drafted], end if turn else now + (end - now) / 2)
         slowest = max(slowest, time.perf_counter() - started)
-        if all(each.request_steps >= LEAST_STEPS for each in pair.values()):
+        if not all(each.emitted for each in pair.values()):
+            comparison.empty += 1
+        elif all(complete[drafted] or each.request_steps >= LEAST_STEPS for drafted, each in pair.items()):
             comparison.pairs.append((pair[True], pair[False]))
     return comparison
 
 
-def _too_short(seconds: float) -> RuntimeError:
+def _no_pair(empty: int, seconds: float) -> RuntimeError:
+    """Why there is none to tell a rate."""
+    if empty:
+        return RuntimeError(
+            "there is nothing to compare: texts ended without a token, since the model gave no distribution of the next"
+        )
     return RuntimeError(f"no two texts of {LEAST_STEPS} steps could be decoded in {seconds:g} s: allow more --seconds")
 
 
@@ -126,19 +144,21 @@ def compare(session: Session, prompt: str, temperature: float, seconds: float) -
     """Stream one answer and decode it plainly, in turns; print both rates, and what follows from them."""
     texts: dict[bool, list[int]] = {}
 
-    def decode(drafted: bool, statistics: Statistics, end: float) -> None:
-        tokens = until(end, session.decode(prompt, temperature, drafted, statistics))
+    def decode(drafted: bool, statistics: Statistics, end: float) -> bool:
+        text = Until(end, session.decode(prompt, temperature, drafted, statistics))
         if drafted and drafted not in texts:
             notes.print(Text.assemble(("drafted", ACCEPTED), " and ", ("drawn by the verification", DRAWN)))
-            texts[drafted] = print_stream(session, tokens)
+            texts[drafted] = print_stream(session, text)
         else:
-            texts.setdefault(drafted, [token.token for token in tokens])
+            # As it is printed: an end without a token has the id -1.
+            texts.setdefault(drafted, [token.token for token in text if token.token >= 0])
+        return text.complete
 
     for drafted in (True, False):  # warm up
         list(islice(session.decode(prompt, temperature, drafted, Statistics()), WARM_UP))
     comparison = in_turns([decode] * PAIRS, time.perf_counter() + seconds)
     if not comparison.pairs:
-        raise _too_short(seconds)
+        raise _no_pair(comparison.empty, seconds)
     with_drafts, plain = comparison.pairs[0]
     print_line(notes, f"with drafts:    {summary(with_drafts)}")
     print_line(notes, f"without drafts: {summary(plain)}")
@@ -189,7 +209,7 @@ def measure(session: Session, temperatures: Sequence[float], seconds: float) -> 
     first_prompt = next(iter(PROMPTS.values()))[0]
     notes.print(Text.assemble(first_prompt + "\n", ("drafted", ACCEPTED), ", ", ("drawn", DRAWN), ":"))
     tokens = session.decode(first_prompt, temperatures[0], True, Statistics())
-    print_stream(session, until(time.perf_counter() + seconds / len(cells), tokens), notes)
+    print_stream(session, Until(time.perf_counter() + seconds / len(cells), tokens), notes)
     list(islice(session.decode(first_prompt, temperatures[0], False, Statistics()), WARM_UP))
     lines = Lines(
         console, {"T": ">3", "prompts": "<7", "plain/s": ">7", "drafted/s": ">9", "a step": ">6",
@@ -206,28 +226,32 @@ def measure(session: Session, temperatures: Sequence[float], seconds: float) -> 
         now = time.perf_counter()
         with notes.status(f"temperature {temperature:g}, {kind}: with and without drafts, in turns"):
             comparison = in_turns(texts, now + (end - now) / (len(cells) - index))
-        cells_shown = comparison.cells() if comparison.pairs else ("no two texts in its share of the time",)
-        lines.print(f"{temperature:g}", kind, *cells_shown)
+        none = "texts without a token" if comparison.empty else "no two texts in its share of the time"
+        lines.print(f"{temperature:g}", kind, *(comparison.cells() if comparison.pairs else (none,)))
         found[temperature].pairs += comparison.pairs
+        found[temperature].empty += comparison.empty
         if kind == list(PROMPTS)[-1] and found[temperature].pairs:
             lines.print(f"{temperature:g}", "all", *found[temperature].cells(), style="bold")
     _conclude(found, planned, seconds)
 
 
 def _decoder(session: Session, prompt: str, temperature: float, seed: int) -> Decode:
-    def decode(drafted: bool, statistics: Statistics, end: float) -> None:
-        text = session.decode(prompt, temperature, drafted, statistics, session.settings.seed + seed)
-        for _ in until(end, text):
+    def decode(drafted: bool, statistics: Statistics, end: float) -> bool:
+        tokens = session.decode(prompt, temperature, drafted, statistics, session.settings.seed + seed)
+        text = Until(end, tokens)
+        for _ in text:
             pass
+        return text.complete
 
     return decode
 
 
 def _conclude(found: dict[float, Comparison], planned: int, seconds: float) -> None:
     """What the table says, in words."""
+    empty = sum(comparison.empty for comparison in found.values())
     measured = {temperature: comparison for temperature, comparison in found.items() if comparison.pairs}
     if not measured:
-        raise _too_short(seconds)
+        raise _no_pair(empty, seconds)
     everything = Comparison([pair for comparison in measured.values() for pair in comparison.pairs])
     if everything.scatters:
         console.print(everything.warning(), style="yellow", highlight=False)
@@ -236,6 +260,10 @@ def _conclude(found: dict[float, Comparison], planned: int, seconds: float) -> N
         for temperature, comparison in measured.items()
     )
     pairs = len(everything.pairs)
-    counted = f"{pairs} pairs" if pairs == planned else f"{pairs} pairs; {planned} would take more than {seconds:g} s"
+    counted = f"{pairs} pairs"
+    if empty:
+        counted += f", without {empty} where a text has no token"
+    if pairs + empty < planned:
+        counted += f"; {planned} would take more than {seconds:g} s"
     said = f"Compared with plain decoding, text came {told}: medians of {counted}."
     console.print(said, style="bold", highlight=False)

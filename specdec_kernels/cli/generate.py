@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.text import Text
 from specdec_kernels.cli.consoles import console, notes, print_line
 from specdec_kernels.cli.models import (
     DRAFTING,
+    TREES,
     WITH_SIBLINGS,
     DrafterName,
     check_device,
@@ -79,6 +80,11 @@ def check(settings: Settings, temperatures: Sequence[float]) -> None:
         raise ValueError(f"fixed_rows must be left out for a GGUF target, got {settings.fixed_rows}")
     else:
         gguf_path(settings.target)
+    if settings.fixed_rows is not None and settings.drafter in TREES:
+        raise ValueError(
+            f"fixed_rows must be left out with drafter={settings.drafter!r}, which drafts trees, got "
+            f"{settings.fixed_rows}"
+        )
     check_drafter(settings.drafter, target_path(settings.target), settings.draft)
     check_device(settings.device)
     if settings.history is not None:
@@ -168,7 +174,7 @@ class Session:
         )
 
 
-def print_stream(session: Session, tokens: Iterator[Token], to: Console = console) -> list[int]:
+def print_stream(session: Session, tokens: Iterable[Token], to: Console = console) -> list[int]:
     """Write tokens as they come, on a terminal coloured by who wrote them."""
     written: list[int] = []
     text = TextStream(session.tokenizer)
@@ -216,14 +222,13 @@ def write(session: Session, prompt: str, temperature: float, show_tree: bool = F
     if show_tree and session.drafter is not None:
         watched = Watched(session.drafter)
         session.drafter = watched
-    print_stream(session, session.decode(prompt, temperature, True, statistics))
+    text = print_stream(session, session.decode(prompt, temperature, True, statistics))
     if session.shared is not None and session.settings.history is not None:
         session.shared.save(session.settings.history)
     print_line(notes, summary(statistics), style="dim")
-    if watched is not None and watched.best is not None:
-        draft, emitted = watched.best
+    if watched is not None and (best := watched.best(text)) is not None:
         key = Text.assemble(
             ("accepted", ACCEPTED), ", ", ("drawn by the verification", DRAWN), ", ", ("rejected", REJECTED)
         )
         notes.print(key)
-        notes.print(picture(draft, emitted, lambda token: str(session.tokenizer.decode([token]))))
+        notes.print(picture(best, lambda token: str(session.tokenizer.decode([token]))))

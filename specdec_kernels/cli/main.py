@@ -138,6 +138,8 @@ def generate(
             raise ValueError("show_tree needs a prompt, a drafter, and no --compare")
         if history is not None and (compare or prompt is None):
             raise ValueError("history needs a prompt, and no --compare")
+        if drafter == "none" and (compare or prompt is None):
+            raise ValueError("drafter must be one that drafts where it is compared with plain decoding, got 'none'")
         commands.check(settings, temperatures)
         session = commands.Session(settings)
         if prompt is None:

@@ -46,6 +46,8 @@ from specdec_kernels.extras import brought_by
 
 SMOLLM2 = "smollm2"
 DrafterName = Literal["auto", "model", "eagle3", "lookup", "tree", "static-tree", "medusa", "merged", "none"]
+#: Those whose drafts are trees.
+TREES: tuple[DrafterName, ...] = ("tree", "static-tree", "medusa", "merged")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: Files and a folder of the distribution specdec-demo-weights, which is the folder demo_weights.
 DRAFTER_WEIGHTS, MEDUSA_WEIGHTS = "smollm2-drafter.safetensors", "smollm2-medusa.safetensors"
@@ -254,7 +256,7 @@ def check_drafter(kind: str, target: Path, draft: str | None) -> None:
     """
     if kind not in get_args(DrafterName):
         raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {kind!r}")
-    if is_gguf(target) and kind in ("tree", "static-tree", "medusa", "merged"):
+    if is_gguf(target) and kind in TREES:
         raise ValueError(
             f"drafter must be auto, model, eagle3, lookup or none for a GGUF target, which takes no trees, got {kind}"
         )

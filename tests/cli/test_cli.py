@@ -32,8 +32,9 @@ from typer.testing import CliRunner
 from specdec_kernels.cli import compare, main
 from specdec_kernels.cli import generate as commands
 from specdec_kernels.cli import models as loading
-from specdec_kernels.decode import Token, text_stream
-from specdec_kernels.decode.drafters import SharedHistory
+from specdec_kernels.cli.tree_view import Watched
+from specdec_kernels.decode import Token, TreeDraft, text_stream
+from specdec_kernels.decode.drafters import NGramDrafter, SharedHistory
 from specdec_kernels.decode.text_stream import TextStream
 from specdec_kernels.version import __version__
 
@@ -301,6 +302,56 @@ def test_comparing_and_measuring_keep_text_and_notes_apart(checkpoint, monkeypat
     assert "Compared with plain decoding, text came" in result.stdout
 
 
+def test_short_texts_are_compared(checkpoint):
+    result = generate(checkpoint, "--compare", "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == TEXT[:2] + "\n"
+    assert "Compared with plain decoding, this text came" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def breaking(checkpoint, tmp_path_factory):
+    """The same model, which makes nan of the second token of its text."""
+    path = tmp_path_factory.mktemp("breaking")
+    shutil.copytree(checkpoint, path, dirs_exist_ok=True)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[TOKENIZERS["byte_level"].encode(TEXT[1])[0]] = torch.nan
+    model.save_pretrained(path)
+    return str(path)
+
+
+def test_a_text_without_a_token_has_nothing_to_compare(breaking):
+    """The drafts of the first step have what the model makes nan of."""
+    drafter = "--drafter", "model", "--draft", breaking
+    result = generate(breaking, "--compare", "--num-draft", 4, drafter=drafter)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: there is nothing to compare: texts ended without a token")
+
+
+def test_a_pictured_tree_has_what_was_emitted(checkpoint, breaking):
+    for model in (checkpoint, breaking):
+        drafter = "--drafter", "tree", "--draft", checkpoint
+        result = generate(model, "--show-tree", "--num-draft", 4, "--max-new-tokens", 5, drafter=drafter)
+        assert result.exit_code == 0, result.output
+        tree = result.stderr.split("…\n")[1]
+        drafts, first = [repr(character) for character in TEXT[:4]], TOKENIZERS["byte_level"].decode([0])
+        assert all(draft in tree for draft in drafts)
+        assert (repr(first) in tree) is False
+        assert len(tree.splitlines()) == (5 if model == checkpoint else 4)
+
+
+def test_a_tree_is_the_best_by_what_the_text_took_of_it():
+    """Its last step ends within, at the third of five tokens: more than the first step has, none of them drawn."""
+    watched = Watched(NGramDrafter())
+    tree = TreeDraft(torch.tensor([[0, 5, 6, 7, 8]]), torch.tensor([[-1, 0, 1, 2, 3]]))
+    watched.steps = [(tree, [5, 9]), (tree, [5, 6, 7, 8, 9])]
+    assert watched.best([5, 9]) == (tree, [5], 9)
+    assert watched.best([5, 9, 5, 6, 7]) == (tree, [5, 6, 7], None)
+    assert watched.best([5, 9, 5]) == (tree, [5], 9)
+    assert watched.best([]) == (tree, [], None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -320,6 +371,15 @@ def test_comparing_and_measuring_keep_text_and_notes_apart(checkpoint, monkeypat
         (("--target", "/nowhere.GGUF", "--drafter", "auto"), "or of a GGUF file, got '/nowhere.GGUF'"),
         (("--show-tree", "--compare"), "show_tree needs a prompt, a drafter, and no --compare"),
         (("--show-tree", "--drafter", "none"), "show_tree needs a prompt, a drafter, and no --compare"),
+        (
+            ("--compare", "--drafter", "none"),
+            "drafter must be one that drafts where it is compared with plain decoding",
+        ),
+        (
+            ("--fixed-rows", 4, "--drafter", "tree"),
+            "fixed_rows must be left out with drafter='tree', which drafts trees",
+        ),
+        (("--fixed-rows", 4, "--drafter", "merged"), "fixed_rows must be left out with drafter='merged'"),
         (("--history", "/tmp/h", "--compare"), "history needs a prompt, and no --compare"),
         (
             ("--history", "/tmp/h", "--drafter", "none"),
@@ -369,6 +429,12 @@ def test_a_gguf_file_is_run_by_llama_cpp(checkpoint, monkeypatch, tmp_path):
         result = generate(path, *options)
         assert (result.exit_code, result.stdout) == (2, "")
         assert message in result.stderr
+
+
+def test_measuring_no_drafter_is_an_error():
+    result = run("generate", "--drafter", "none")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: drafter must be one that drafts")
 
 
 def test_an_empty_prompt_is_an_error():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 
 from specdec_kernels.cli import compare
-from specdec_kernels.cli.compare import LEAST_STEPS, Comparison, in_turns, in_words
+from specdec_kernels.cli.compare import LEAST_STEPS, Comparison, Until, in_turns, in_words
 from specdec_kernels.cli.consoles import Lines
 from specdec_kernels.decode import Statistics, Token
 
@@ -67,6 +68,7 @@ def texts(clock, seconds, count):
             statistics.count(0, 0)
         statistics.emitted += int(spent)
         statistics.seconds["target"] += spent
+        return spent == seconds
 
     return [decode] * count, log
 
@@ -98,6 +100,41 @@ def test_a_text_that_was_cut_off_too_early_tells_nothing(clock):
     assert len(in_turns(decoders, clock.seconds + 2.0 * LEAST_STEPS).pairs) == 1
 
 
+def test_a_short_text_that_ended_by_itself_is_kept(clock):
+    """Whatever its steps: those that are drafted well have few, and would be missing."""
+    decoders, _ = texts(clock, 2, 3)
+    comparison = in_turns(decoders, 1000.0)
+    assert [each.request_steps for pair in comparison.pairs for each in pair] == [2] * 6
+    assert LEAST_STEPS > 2
+
+
+def test_whether_a_text_ended_by_itself(clock):
+    def tokens(finished):
+        for last in (False, True):
+            clock.seconds += 1
+            yield Token(0, 0, False, finished if last else "")
+
+    for end, finished, came, complete in ((9, "stop", 2, True), (2, "length", 2, True), (1, "stop", 1, False)):
+        clock.seconds = 0.0
+        text = Until(end, tokens(finished))
+        assert (len(list(text)), text.complete) == (came, complete)
+
+
+def test_texts_without_a_token_are_left_out_and_told(clock):
+    decoders, _ = texts(clock, 5, 4)
+
+    def nothing(drafted, statistics, end):
+        clock.seconds += 1
+        statistics.count(0, 0)
+        statistics.seconds["target"] += 1
+        return True
+
+    comparison = in_turns([*decoders, nothing], 1000.0)
+    assert (len(comparison.pairs), comparison.empty) == (4, 1)
+    comparison = in_turns([nothing], 1000.0)
+    assert (comparison.pairs, comparison.empty) == ([], 1)
+
+
 class Session:
     """A model that takes so many seconds a step: one token, or two where there are drafts."""
 
@@ -115,6 +152,52 @@ class Session:
             statistics.emitted += 1 + drafted
             for _ in range(1 + drafted):
                 yield Token(0, 0, drafted)
+
+
+class Ending(Session):
+    """One whose plain texts end after so many steps, with no distribution of what follows."""
+
+    def __init__(self, clock, monkeypatch, steps):
+        super().__init__(clock, 0.02, monkeypatch)
+        self.steps = steps
+
+    def decode(self, prompt, temperature, drafted, statistics, seed=None):
+        tokens = super().decode(prompt, temperature, drafted, statistics, seed)
+        yield from tokens if drafted else islice(tokens, self.steps)
+        if not drafted:
+            statistics.count(0, 0)
+            yield Token(0, -1, False, "invalid")
+
+
+def test_what_has_no_token_is_told_in_place_of_advice(clock, monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="there is nothing to compare: texts ended without a token, since the model"):
+        compare.measure(Ending(clock, monkeypatch, 0), (0.0,), 120.0)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=2)[2] for line in said[1:]] == ["texts without a token"] * 4
+
+
+def test_pairs_without_a_token_are_not_said_to_lack_time(clock, monkeypatch, capsys):
+    session = Ending(clock, monkeypatch, 0)
+    decode = session.decode
+
+    def some(prompt, temperature, *arguments):
+        if prompt == compare.PROMPTS["chat"][0]:
+            return decode(prompt, temperature, *arguments)
+        return Session.decode(session, prompt, temperature, *arguments)
+
+    session.decode = some
+    compare.measure(session, (0.0,), 120.0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("medians of 7 pairs, without 1 where a text has no token.")
+
+
+def test_an_end_without_a_token_is_no_place_where_texts_part(clock, monkeypatch):
+    """The id -1 stands for it, which no row of logits has."""
+    session = Ending(clock, monkeypatch, 5)
+    session.settings = SimpleNamespace(seed=0, rule="block")
+    monkeypatch.setattr(compare, "print_stream", lambda session, tokens: [token.token for token in tokens])
+    monkeypatch.setattr(compare, "_report_divergence", lambda *_: pytest.fail("the texts part nowhere"))
+    compare.compare(session, "?", 0.0, 120.0)
 
 
 @pytest.mark.parametrize("seconds_a_step", [0.015, 0.3, 1.0])
