@@ -16,8 +16,8 @@ TEMPERATURE = 0.7
 FILTERS = {"top_k": 50, "top_p": 0.9}
 #: Noise of the draft's logits on the target's: two to four of eight drafts are accepted.
 DRAFT_NOISE = 0.45
-#: Buffers are rotated: between two uses of one, this much of the others is read, three times the last-level cache of 32
-#: MiB that this was written on. (Flushing the cache instead would evict Python and the thread pool with it.)
+#: Buffers are rotated: between two uses of a byte, this much is read, three times the last-level cache of 32 MiB that
+#: this was written on. (Flushing the cache instead would evict Python and the thread pool with it.)
 COLD_BYTES = 96 << 20
 MOST_BUFFERS = 128
 

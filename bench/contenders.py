@@ -1,4 +1,7 @@
-"""What is timed: this package, PyTorch in three ways, transformers, and reading the rows."""
+"""What is timed: this package, PyTorch in several ways, transformers, and reading the rows.
+
+PyTorch's ways give how many drafts of each request are accepted, and the token behind them.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from specdec_kernels.ops.backends import BACKENDS
 Contender = Callable[[Case, Inputs], Any]
 #: The same, made ready: what is timed is the call alone.
 Prepared = Callable[[Case, Inputs], Callable[[], Any]]
+#: Of rows of weights, which it may overwrite, an id each.
+Draw = Callable[[Tensor], Tensor]
 
 
 def fused(case: Case, x: Inputs, backend: Any = None, workspace: Tensor | None = None) -> Verified:
@@ -42,7 +47,25 @@ def token_rule_call(case: Case, x: Inputs) -> Callable[[], Verified]:
     return fused_call(replace(case, rule="token", filtered=False), x)
 
 
-def batched(case: Case, x: Inputs) -> Tensor:
+def scaled(logits: Tensor, by: float | Tensor = 1 / TEMPERATURE) -> Tensor:
+    """Times ``by`` in float32, in place where that is a copy: what the caller passed stays as it is."""
+    wide = logits.float()
+    return wide * by if wide is logits else wide.mul_(by)
+
+
+def by_race(weights: Tensor) -> Tensor:
+    """An id a row, as ``torch.multinomial`` draws it: an exponential number for every id, and the first wins."""
+    return weights.div_(torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
+
+
+def by_search(weights: Tensor) -> Tensor:
+    """An id a row by the inverse of its distribution: one uniform number a row, looked up among running sums. It is in
+    (0, 1], so that no id without mass is found, nor one behind the last."""
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, (1 - torch.rand_like(sums[..., :1])).mul_(sums[..., -1:]))
+
+
+def batched(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
     """Natural PyTorch: both softmaxes, every row, then one multinomial."""
     target = torch.softmax(x.target.float() / TEMPERATURE, -1)
     draft = torch.softmax(x.draft.float() / TEMPERATURE, -1)
@@ -52,55 +75,49 @@ def batched(case: Case, x: Inputs) -> Tensor:
     rows = torch.arange(case.batch, device=x.target.device)
     residual = (target[rows, accepted] - draft[rows, accepted.clamp(max=case.num_draft - 1)]).clamp(min=0)
     weights = torch.where((accepted < case.num_draft)[:, None], residual, target[:, -1])
-    emitted = torch.multinomial(weights, 1)
-    return torch.cat([x.tokens, emitted], 1)
+    return accepted, torch.multinomial(weights, 1)
 
 
-def lean_rows(case: Case, x: Inputs) -> list[list[int]]:
+def lean_rows(case: Case, x: Inputs, draw: Draw = by_race) -> list[tuple[int, int]]:
     """The leanest for few requests: the draft's logsumexp handed over, row by row, stop at the rejection."""
-    texts = []
+    verified = []
     for b in range(case.batch):
         uniforms = torch.rand(case.num_draft).tolist()
-        tokens = x.tokens[b].tolist()
-        stats = x.stats[b].tolist()
-        text: list[int] = []
-        for i, token in enumerate(tokens):
-            row = x.target[b, i].float()
-            target_lse = float(torch.logsumexp(row / TEMPERATURE, -1))
-            ratio = (
-                float(row[token]) / TEMPERATURE - target_lse - float(x.draft[b, i, token]) * stats[i][0] + stats[i][2]
-            )
-            if uniforms[i] < torch.e ** min(0.0, ratio):
-                text.append(token)
-                continue
-            target = torch.exp(row / TEMPERATURE - target_lse)
-            residual = target.sub_(torch.exp(x.draft[b, i].float() * stats[i][0] - stats[i][2])).clamp_(min=0)
-            text.append(int(residual.div_(torch.empty_like(residual).exponential_()).argmax()))
-            break
-        else:
-            target = torch.softmax(x.target[b, -1].float() / TEMPERATURE, -1)
-            text.append(int(target.div_(torch.empty_like(target).exponential_()).argmax()))
-        texts.append(text)
-    return texts
+        tokens, stats = x.tokens[b].tolist(), x.stats[b].tolist()
+        accepted = 0
+        while True:
+            weights = scaled(x.target[b, accepted])
+            if accepted == case.num_draft:
+                weights.sub_(weights.max()).exp_()
+                break
+            token, (scale, _cutoff, logsumexp) = tokens[accepted], stats[accepted]
+            lse = float(torch.logsumexp(weights, -1))
+            ratio = float(weights[token]) - lse - float(x.draft[b, accepted, token]) * scale + logsumexp
+            if uniforms[accepted] >= torch.e ** min(0.0, ratio):
+                draft = scaled(x.draft[b, accepted], scale).sub_(logsumexp).exp_()
+                weights.sub_(lse).exp_().sub_(draft).clamp_(min=0)
+                break
+            accepted += 1
+        verified.append((accepted, int(draw(weights))))
+    return verified
 
 
-def lean_batch(case: Case, x: Inputs) -> Tensor:
+def lean_batch(case: Case, x: Inputs, draw: Draw = by_race) -> tuple[Tensor, Tensor]:
     """The leanest for many requests: one logsumexp over all target rows, the residual of one row each."""
-    logits = x.target.float().mul_(1 / TEMPERATURE)
+    logits = scaled(x.target)
     lse = torch.logsumexp(logits, -1)
     target_logprob = logits[:, :-1].gather(-1, x.tokens[..., None])[..., 0] - lse[:, :-1]
     draft_logit = x.draft.gather(-1, x.tokens[..., None])[..., 0].float()
     draft_logprob = draft_logit * x.stats[..., 0] - x.stats[..., 2]
     accepted = (torch.rand_like(lse[:, 1:]).log() < target_logprob - draft_logprob).long().cumprod(1).sum(1)
     rows, at = torch.arange(case.batch, device=lse.device), accepted.clamp(max=case.num_draft - 1)
-    weights = torch.exp(logits[rows, accepted] - lse[rows, accepted, None])
-    draft = torch.exp(x.draft[rows, at].float() * x.stats[rows, at, :1] - x.stats[rows, at, 2:])
+    weights = logits[rows, accepted].sub_(lse[rows, accepted, None]).exp_()
+    draft = scaled(x.draft[rows, at], x.stats[rows, at, :1]).sub_(x.stats[rows, at, 2:]).exp_()
     weights.sub_(draft.mul_((accepted < case.num_draft)[:, None])).clamp_(min=0)
-    emitted = weights.div_(torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
-    return torch.cat([x.tokens, emitted], 1)
+    return accepted, draw(weights)
 
 
-def lean_filtered(case: Case, x: Inputs) -> Tensor:
+def lean_filtered(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
     """The leanest with top-k and top-p: after ``topk`` nothing is as wide as the vocabulary."""
     top_k, top_p = FILTERS["top_k"], FILTERS["top_p"]
     rows, longest = torch.arange(case.batch, device=x.target.device), case.num_draft
@@ -119,8 +136,7 @@ def lean_filtered(case: Case, x: Inputs) -> Tensor:
     draft = torch.exp(logits * stats[rows, at, :1] - stats[rows, at, 2:])
     draft = draft.masked_fill(logits < stats[rows, at, 1:2], 0.0)
     weights = (weights - draft * (accepted < longest)[:, None]).clamp(min=0)
-    emitted = kept.gather(1, torch.multinomial(weights + 1e-30, 1))
-    return torch.cat([x.tokens, emitted], 1)
+    return accepted, kept.gather(1, torch.multinomial(weights + 1e-30, 1))
 
 
 def transformers(case: Case, x: Inputs) -> Any:
@@ -150,7 +166,9 @@ def contenders(case: Case) -> dict[str, Prepared]:
     if case.filtered:
         chosen["lean filtered"] = later(lean_filtered)
     if case.kind == "statistics" and case.plain:
-        chosen |= {"batched": later(batched), "lean rows": later(lean_rows), "lean batch": later(lean_batch)}
+        chosen["batched"] = later(batched)
+        for name, lean in (("lean rows", lean_rows), ("lean batch", lean_batch)):
+            chosen |= {name: later(lean), f"{name}, searched": later(partial(lean, draw=by_search))}
         if case.batch == 1:
             chosen["transformers"] = later(transformers)
     return chosen

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec_kernels import compact_kv, sample_children, tree_mask, verify_tree
 from specdec_kernels.bench.cases import COLD_BYTES, DRAFT_NOISE, TEMPERATURE
+from specdec_kernels.bench.contenders import Draw, by_race, by_search, scaled
 from specdec_kernels.bench.machine import machine, require_floor, save
 from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.cli.generate import Session, Settings
@@ -29,6 +30,8 @@ from specdec_kernels.ops.tree_rules import TreeRuleName
 from specdec_kernels.ops.trees import FormatName
 
 ROUNDS, SLOW_ROUNDS = 60, 7
+#: Hand-tuned PyTorch, of which the fastest counts, by how it draws.
+LEAN: dict[str, Draw] = {"lean": by_race, "lean, searched": by_search}
 VOCAB = 128_256
 #: A tree of 16 rows: three children, the first ones with more.
 PARENTS = (-1, 0, 0, 0, 1, 1, 1, 2, 2, 4, 4, 5, 7, 9, 9, 13)
@@ -85,21 +88,24 @@ def fused(x: Inputs, rule: TreeRuleName, backend: Any = None) -> Any:
     )  # fmt: skip
 
 
-def lean(x: Inputs, rule: TreeRuleName) -> list[int]:
-    """The leanest PyTorch for the rules that go down: node by node, the draft's scalars handed over."""
+def lean(x: Inputs, rule: TreeRuleName, draw: Draw = by_race) -> list[tuple[int, int]]:
+    """The leanest PyTorch for the rules that go down: node by node, the draft's scalars handed over. The node that each
+    request comes to, and the token behind it."""
     ends = []
     for b in range(len(x.tokens)):
         node = 0
         while True:
-            left = torch.softmax(x.target[b, node].float() / TEMPERATURE, -1)
+            left = scaled(x.target[b, node])
+            left.sub_(left.max()).exp_()
             children = [child for child, up in enumerate(PARENTS) if up == node]
-            following = None
+            following = drawn = None
             if rule == "walk":
-                drawn = int(left.div(torch.empty_like(left).exponential_()).argmax())
+                drawn = int(draw(left))
                 following = next((child for child in children if int(x.tokens[b, child]) == drawn), None)
             elif children:
                 scale, _cutoff, logsumexp = x.stats[b, node].tolist()
                 draft, taken = None, 0.0
+                left.div_(left.sum())
                 for child in children:
                     token = int(x.tokens[b, child])
                     prob = torch.e ** (float(x.draft[b, node, token]) * scale - logsumexp)
@@ -107,51 +113,63 @@ def lean(x: Inputs, rule: TreeRuleName) -> list[int]:
                         following = child
                         break
                     if draft is None:
-                        draft = torch.exp(x.draft[b, node].float() * scale - logsumexp)
-                    left = left.sub_(draft / (1 - taken)).clamp_(min=0)
-                    left /= left.sum()
+                        draft = scaled(x.draft[b, node], scale).sub_(logsumexp).exp_()
+                    left.sub_(draft, alpha=1 / (1 - taken)).clamp_(min=0)
+                    left.div_(left.sum())
                     draft[token], taken = 0.0, taken + prob
             if following is None:
-                ends.append(int(left.div_(torch.empty_like(left).exponential_()).argmax()))
+                ends.append((node, int(draw(left)) if drawn is None else drawn))
                 break
             node = following
     return ends
+
+
+def cold_buffers(batch: int, dtype: str) -> list[Inputs]:
+    """As many as it takes to be cold under ``walk``, which reads the least: the target's rows on the path alone."""
+    made: list[Inputs] = []
+    read = 0
+    while read < COLD_BYTES:
+        made.append(inputs(batch, dtype, len(made)))
+        read += int((fused(made[-1], "walk").num_accepted + 1).sum()) * VOCAB * made[-1].target.element_size()
+    return made
 
 
 def verification() -> Iterator[dict[str, Any]]:
     """Every rule, cold buffers."""
     rules: tuple[TreeRuleName, ...] = ("walk", "recursive", "traversal")
     for batch, dtype in product((1, 8), ("bfloat16", "float32")):
-        size = 2 if dtype == "bfloat16" else 4
-        count = max(2, min(32, COLD_BYTES // (4 * batch * VOCAB * size)))
-        buffers = [inputs(batch, dtype, index) for index in range(count)]
+        buffers = cold_buffers(batch, dtype)
         for rule in rules:
             yield {"case": f"V={VOCAB} N={len(PARENTS)} B={batch} {dtype}", **verified(buffers, rule)}
 
 
 def verified(buffers: list[Inputs], rule: TreeRuleName) -> dict[str, Any]:
-    """One rule; where PyTorch has a lean form it is beside it, and so is reading the path's target rows."""
+    """One rule; where PyTorch has lean forms they are beside it, and so is reading the path's target rows."""
     if not torch.equal(fused(buffers[0], rule).tokens, fused(buffers[0], rule, "reference").tokens):
         raise RuntimeError(f"verify_tree {rule}: the reference disagrees")
     accepted = [fused(x, rule).num_accepted.long() for x in buffers]
     none = torch.zeros_like(accepted[0])
-    times = {"fused": timed(lambda i: fused(buffers[i], rule), len(buffers), ROUNDS)}
-    row = {"what": f"verify_tree {rule}", "accepted": float(torch.cat(accepted).float().mean()), "bytes": None}
+    count = len(buffers)
+    rounds = -(-ROUNDS // count) * count  # whole ones, so that what follows finds cold what it begins with
+    times = {"fused": timed(lambda i: fused(buffers[i], rule), count, rounds)}
+    row = {"what": f"verify_tree {rule}", "cache": "cold", "bytes": None}
+    row["accepted"] = float(torch.cat(accepted).float().mean())
     if rule != "traversal":  # which looks at what it does not keep, too
 
         def stream(i: int) -> Any:
             return torch.ops.specdec_bench.stream(buffers[i].target, accepted[i] + 1, buffers[i].draft, none)
 
-        times["stream"] = timed(stream, len(buffers), ROUNDS)
-        times["lean"] = timed(lambda i: lean(buffers[i], rule), len(buffers), SLOW_ROUNDS)
+        times["stream"] = timed(stream, count, rounds)
+        for name, draw in LEAN.items():
+            times[name] = timed(lambda i, draw=draw: lean(buffers[i], rule, draw), count, SLOW_ROUNDS)  # type: ignore[misc]
         x = buffers[0].target
         row["bytes"] = (row["accepted"] + 1) * len(x) * VOCAB * x.element_size()
     return {**row, "microseconds": times}
 
 
 def timed(call: Callable[[int], Any], buffers: int, rounds: int) -> float:
-    """Median microseconds of a call."""
-    call(0)
+    """Median microseconds of a call on the buffers in turn; the last one warms up."""
+    call(buffers - 1)
     seconds = []
     for index in range(rounds):
         start = time.perf_counter()
@@ -180,7 +198,7 @@ def torch_mask(parents: Tensor, format: str, context: int) -> Tensor:
 
 
 def masks() -> Iterator[dict[str, Any]]:
-    """64 nodes over a context of 4,096."""
+    """64 nodes over a context of 4,096; warm: the one buffer is that of the call before."""
     batch, nodes, context = 8, 64, 4096
     parents = torch.tensor([[-1] + [(i - 1) // 2 for i in range(1, nodes)]] * batch)
     formats: tuple[FormatName, ...] = ("packed", "flashinfer", "dense")
@@ -195,22 +213,29 @@ def masks() -> Iterator[dict[str, Any]]:
         }
         size = made.numel() * made.element_size()
         case = f"N={nodes} B={batch}" + (f" L={context}" if lens else "")
-        yield {"what": f"tree_mask {format}", "case": case, "bytes": size, "microseconds": times}
+        yield {"what": f"tree_mask {format}", "case": case, "cache": "warm", "bytes": size, "microseconds": times}
 
 
 def keys_and_values() -> Iterator[dict[str, Any]]:
-    """A cache of SmolLM2's shape, [1, 3, 544, 64] a layer; four nodes of 16 accepted, of which three move."""
+    """A cache of SmolLM2's shape, [1, 3, 544, 64] a layer; four nodes of 16 accepted, of which three move. Warm."""
     caches = [torch.randn(1, 3, 544, 64).bfloat16() for _ in range(60)]
     path, start = torch.tensor([[0, 2, 7, 12, *[-1] * 12]]), torch.tensor([500])
 
-    def by_torch(_: int) -> None:
+    def by_torch(caches: list[Tensor]) -> None:
         source = 500 + path[0, :4]
         for cache in caches:
             cache[:, :, 500:504] = cache[:, :, source]
 
-    times = {"fused": timed(lambda _: compact_kv(caches, path, start), 1, ROUNDS), "lean": timed(by_torch, 1, ROUNDS)}
-    case = "30 layers, 3 rows"
-    yield {"what": "compact_kv", "case": case, "bytes": 60 * 3 * 3 * 64 * 2 * 2, "microseconds": times}
+    by_torch(moved := [cache.clone() for cache in caches])
+    compact_kv(caches, path, start)
+    if not all(map(torch.equal, caches, moved)):
+        raise RuntimeError("compact_kv: PyTorch disagrees")
+    times = {
+        "fused": timed(lambda _: compact_kv(caches, path, start), 1, ROUNDS),
+        "lean": timed(lambda _: by_torch(caches), 1, ROUNDS),
+    }
+    row = {"what": "compact_kv", "case": "30 layers, 3 rows", "cache": "warm", "bytes": 60 * 3 * 3 * 64 * 2 * 2}
+    yield {**row, "microseconds": times}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -310,9 +335,10 @@ def print_kernels(console: Console, rows: Iterable[dict[str, Any]]) -> list[dict
     timed = []
     for row in rows:
         times = row["microseconds"]
-        shown = [f"{times[name]:,.0f}" if name in times else "" for name in ("fused", "stream", "lean")]
-        ratio = f"{times['lean'] / times['fused']:.0f}x" if "lean" in times else ""
-        lines.print(row["what"], row["case"].removeprefix(f"V={VOCAB} "), *shown, ratio)
+        shown = [f"{times[name]:,.0f}" if name in times else "" for name in ("fused", "stream")]
+        lean = min((times[name] for name in LEAN if name in times), default=None)
+        shown += ["", ""] if lean is None else [f"{lean:,.0f}", f"{lean / times['fused']:.0f}x"]
+        lines.print(row["what"], row["case"].removeprefix(f"V={VOCAB} "), *shown)
         timed.append(row)
     return timed
 
