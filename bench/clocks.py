@@ -4,6 +4,7 @@ for tests of what is around the timing."""
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,23 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     """p20, p50 and p80 in microseconds."""
     ordered = sorted(seconds)
     return {f"p{p}": 1e6 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (20, 50, 80)}
+
+
+def waits(call: Callable[[], object]) -> int:
+    """How often the host waits for the GPU in a call."""
+    if not torch.cuda.is_available():
+        call()
+        return 0
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    # That the mode itself "does not yet detect all synchronizing operations" is a warning too.
+    return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
 
 class GraphClock:
@@ -75,9 +93,10 @@ class GraphClock:
             seconds.append(start.elapsed_time(end) / 1e3)
         return seconds
 
-    def launches(self, call: Callable[[], object]) -> int:
-        """Kernels of a call, from the profiler."""
-        return len(launches(call))
+    def launches(self, call: Callable[[], object]) -> tuple[int, int]:
+        """Kernels of a call, and its memsets and copies, from the profiler."""
+        kernels, others = launches(call)
+        return len(kernels), len(others)
 
     @property
     def cache(self) -> int:
@@ -114,10 +133,10 @@ class WallClock:
         """The same of one."""
         return self.called(call, [x])[0]
 
-    def launches(self, call: Callable[[], object]) -> int:
+    def launches(self, call: Callable[[], object]) -> tuple[int, int]:
         """None to count."""
         call()
-        return 0
+        return 0, 0
 
     def copy_bandwidth(self) -> float:
         """Not measured."""

@@ -1,5 +1,5 @@
 """Time ``verify_chain`` on a GPU: in CUDA graphs over buffers that do not fit its cache, beside PyTorch and, where they
-are installed, FlashInfer and vLLM.
+are installed, FlashInfer and vLLM, in graphs too where they can be captured.
 
 Without a GPU the same code runs on the CPU for tests, by the clock and without graphs.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from specdec_kernels import Verified, verify_chain_workspace
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs, inputs
-from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, percentiles
-from specdec_kernels.bench.contenders import Contender, batched, fused, lean_batch, lean_filtered
+from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, percentiles, waits
+from specdec_kernels.bench.contenders import Contender, batched, by_search, fused, lean_batch, lean_filtered
 from specdec_kernels.bench.machine import machine, require_plots, save
 from specdec_kernels.cli.consoles import Lines, notes
 from specdec_kernels.ops.backends import BACKENDS, BackendName
@@ -87,8 +87,8 @@ def vllm(case: Case, x: Inputs) -> Any:
 
 
 def compiled(contender: Contender, case: Case) -> Contender:
-    """The same by `torch.compile`, for one shape."""
-    function = torch.compile(lambda *tensors: contender(case, Inputs(*tensors)), dynamic=False)
+    """The same by `torch.compile`, for one shape. Whole: what it leaves out would run as written, and look compiled."""
+    function = torch.compile(lambda *tensors: contender(case, Inputs(*tensors)), dynamic=False, fullgraph=True)
     return lambda _, x: function(*vars(x).values())
 
 
@@ -96,7 +96,11 @@ def others(case: Case) -> dict[str, Contender]:
     """PyTorch, eager and compiled; FlashInfer and vLLM where they are installed."""
     if (case.vocab, case.num_draft) != (OTHERS_VOCAB, OTHERS_DRAFTS):
         return {}
-    chosen = {"lean PyTorch": lean_filtered} if case.filtered else {"PyTorch": batched, "lean PyTorch": lean_batch}
+    torch.compiler.reset()  # else all cases' functions, whose code is the same, share the times it may be compiled
+    chosen: dict[str, Contender] = {"lean PyTorch": lean_filtered}
+    if not case.filtered:
+        searched = partial(lean_batch, draw=by_search)
+        chosen = {"PyTorch": batched, "lean PyTorch": lean_batch, "lean PyTorch, searched": searched}
     chosen |= {f"{name}, compiled": compiled(contender, case) for name, contender in chosen.items()}
     for name, contender in (("flashinfer", flashinfer), ("vllm", vllm)):
         if importlib.util.find_spec(name) is not None and (name == "flashinfer" or not case.filtered):
@@ -116,6 +120,17 @@ def check(case: Case, x: Inputs, contender: Contender, name: str) -> None:
         raise RuntimeError(f"{case.name}, {name}: the reference disagrees: {got.tolist()} and {want.tolist()}")
 
 
+def timed(clock: Clock, call: Callable[[Inputs], Any], buffers: list[Inputs]) -> tuple[list[float], bool]:
+    """Seconds a call, and whether from a graph; what cannot be captured is called, its launches included."""
+    call(buffers[0])  # compiled
+    if not waits(partial(call, buffers[0])):  # else capturing it would leave PyTorch's generator in a state of its own
+        try:
+            return clock.replayed(call, buffers), True
+        except RuntimeError:
+            pass
+    return clock.called(call, buffers), False
+
+
 def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
     """All contenders on the same buffers. A contender that fails says so in the results; ours must not."""
     cold = CACHES * clock.cache
@@ -124,6 +139,8 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
     workspace = torch.zeros(size, dtype=torch.uint8, device=clock.device)
     times: dict[str, dict[str, float]] = {}
     kernels: dict[str, int] = {}
+    transfers: dict[str, int] = {}
+    eager: list[str] = []
     failed: dict[str, str] = {}
     for name in OURS:
         backend = BACKENDS[name]
@@ -133,12 +150,15 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
         contender = partial(ours, name, workspace)
         check(case, buffers[0], contender, name)
         times[name] = percentiles(clock.replayed(partial(contender, case), buffers))
-        kernels[name] = clock.launches(partial(contender, case, buffers[0]))
+        kernels[name], transfers[name] = clock.launches(partial(contender, case, buffers[0]))
     for other, called in others(case).items():
         try:
-            times[other] = percentiles(clock.called(partial(called, case), buffers))
+            seconds, in_graph = timed(clock, partial(called, case), buffers)
         except Exception as error:  # whatever others raise is a result
             failed[other] = f"{type(error).__name__}: {error}"
+            continue
+        times[other] = percentiles(seconds)
+        eager += [] if in_graph else [other]
     whole = sum(x.numel() * x.element_size() for x in (buffers[0].target, buffers[0].draft))
     needed = sum(case.bytes_read(x) for x in buffers) / len(buffers)
     rates = {name: needed / (1e-6 * time["p50"]) for name, time in times.items() if name in OURS}
@@ -153,6 +173,8 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
         "of_copy_bandwidth": {name: rate / bandwidth for name, rate in rates.items()},
         "microseconds_to_read_inputs_once": 1e6 * whole / bandwidth,
         "kernels": kernels,
+        "memsets_and_copies": transfers,
+        "called_eagerly": eager,
         "failed": failed,
     }
 
@@ -174,7 +196,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         for cell in ([f"{times[name]:,.1f}", f"{row['of_copy_bandwidth'][name]:.0%}"] if name in times else ["-", "-"])
     ]
     name = min((name for name in times if name not in OURS), key=lambda name: times[name], default=None)
-    return [*shape, "yes" if row["filtered"] else "", *mine, "" if name is None else f"{times[name]:,.1f} {name}"]
+    fastest = "" if name is None else f"{times[name]:,.1f} {name}" + " (eager)" * (name in row["called_eagerly"])
+    return [*shape, "yes" if row["filtered"] else "", *mine, fastest]
 
 
 def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,6 @@ import math
 import os
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from specdec_kernels import sample, tree_attention, tree_mask, verify_chain_workspace
 from specdec_kernels.bench.cases import Case, inputs
-from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, WallClock, percentiles
+from specdec_kernels.bench.clocks import CACHES, MOST_BUFFERS, Clock, GraphClock, WallClock, percentiles, waits
 from specdec_kernels.bench.contenders import fused
 from specdec_kernels.bench.gpu import CHECKED, check
 from specdec_kernels.ops import BACKENDS, BackendName
@@ -61,6 +60,7 @@ class Bench:
         """Times of a call beside its floor."""
         times = percentiles(self.clock.replayed(call, buffers))
         floor = 1e6 * needed / self.bandwidth
+        kernels, others = self.clock.launches(partial(call, buffers[0]))
         return {
             "what": what,
             **more,
@@ -69,7 +69,8 @@ class Bench:
             "p50 / floor": _number(times["p50"] / floor if floor else math.nan),
             "MB": needed / 1e6,
             "host": 1e6 * self.clock.host(call, buffers[0]),
-            "kernels": self.clock.launches(partial(call, buffers[0])),
+            "kernels": kernels,
+            "memsets, copies": others,
         }
 
     def buffers(self, make: Callable[[int], Any], size: float) -> list[Any]:
@@ -366,22 +367,6 @@ def llama(setting: Setting, layers: int) -> Any:
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def waits(call: Callable[[], object]) -> int:
-    """How often the host waits for the GPU in a call."""
-    if not torch.cuda.is_available():
-        call()
-        return 0
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    return sum("synchronizing" in str(warning.message) for warning in seen)
 
 
 def decoded(setting: Setting, target: Any, drafter: Any, batch: int, what: str) -> Row:

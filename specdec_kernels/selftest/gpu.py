@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,13 +59,14 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def launches(call: Callable[[], object]) -> list[str]:
-    """Names of the kernels that a call launches."""
+def launches(call: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """Names of the kernels that a call launches; and of its memsets and copies."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
     on_device = [event.name for event in seen.events() if event.device_type.name == "CUDA"]
-    return [name for name in on_device if not name.startswith("Mem")]
+    kernels = [name for name in on_device if not name.startswith(("Memset", "Memcpy"))]
+    return kernels, [name for name in on_device if name.startswith(("Memset", "Memcpy"))]
 
 
 def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
@@ -90,9 +92,11 @@ def check_call(report: Report, name: str, call: Callable[[], tuple[Any, ...]], s
     except RuntimeError as error:
         report.wrong.append(f"{name}: waits for the device: {error}")
         return
-    names = launches(call)
+    names, others = launches(call)
     if len(names) != 1:
         report.wrong.append(f"{name}: launches {len(names)} kernels: {names}")
+    if others:
+        warnings.warn(f"{name}: beside its kernel a call launches {others}", stacklevel=1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()

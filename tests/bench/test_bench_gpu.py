@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
 
+from specdec_kernels import selftest
 from specdec_kernels.bench import gpu
-from specdec_kernels.bench.cases import TEMPERATURE, inputs
-from specdec_kernels.bench.clocks import WallClock
+from specdec_kernels.bench.cases import TEMPERATURE, Inputs, inputs
+from specdec_kernels.bench.clocks import WallClock, waits
 from specdec_kernels.bench.contenders import fused
 from specdec_kernels.cli import main
 
@@ -31,7 +36,8 @@ def test_the_grid_is_the_one_asked_for():
     assert set(gpu.cases(quick=True)) < set(grid)
     # At B = 64, K = 4, V = 151,936: the case of the targets, and the others take part in it.
     named = [case for case in gpu.cases(quick=True) if case.batch == 64 and not case.filtered]
-    assert list(gpu.others(named[0])) == ["PyTorch", "lean PyTorch", "PyTorch, compiled", "lean PyTorch, compiled"]
+    ways = ["PyTorch", "lean PyTorch", "lean PyTorch, searched"]
+    assert list(gpu.others(named[0])) == ways + [f"{way}, compiled" for way in ways]
 
 
 def test_results_are_written(tmp_path, monkeypatch):
@@ -47,10 +53,85 @@ def test_results_are_written(tmp_path, monkeypatch):
     for row, case in zip(results, small, strict=True):
         assert set(row["microseconds"]) == {*gpu.OURS, *gpu.others(case)}, row["failed"]
         assert row["failed"] == {}
+        assert row["called_eagerly"] == []
         rows = case.batch * (row["accepted"] + 1)
         size = 2 if case.dtype == "bfloat16" else 4
         assert row["bytes"] == pytest.approx(rows * case.vocab * size)
         assert row["bytes_of_inputs"] == case.batch * (2 * case.num_draft + 1) * case.vocab * size
+
+
+def test_what_is_called_compiled_is(monkeypatch):
+    """In every case, by a compiler that only counts: Dynamo runs a function as it is that it compiled too often."""
+    counters = []
+
+    def counted(function, **options):
+        counters.append(CompileCounter())
+        return compile_(function, backend=counters[-1], **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(gpu, "OTHERS_VOCAB", 64)
+    for case in [replace(case, vocab=64, batch=2 + case.batch // 8) for case in gpu.cases(quick=True)][:12]:
+        counters.clear()
+        batch, drafts, dtype = case.batch, case.num_draft, getattr(torch, case.dtype)
+        none = torch.zeros(batch, dtype=torch.int64)
+        target, draft = torch.randn(batch, drafts + 1, 64), torch.randn(batch, drafts, 64)
+        tokens, stats = torch.zeros(batch, drafts, dtype=torch.int64), torch.rand(batch, drafts, 3)
+        x = Inputs(target.to(dtype), tokens, draft.to(dtype), stats, none, none, none, none)
+        for contender in gpu.others(case).values():
+            contender(case, x)
+        assert [counter.frame_count for counter in counters] == [1] * (1 if case.filtered else 3), case.name
+
+
+def test_compiling_too_often_fails(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    case = next(gpu.cases(quick=True))
+    function = gpu.compiled(lambda case, x: x.target + 1, case)
+    shapes = [Inputs(*[torch.zeros(batch)] * 8) for batch in range(2, 4 + torch._dynamo.config.recompile_limit)]
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        list(map(partial(function, case), shapes))
+
+
+def test_others_are_replayed_where_they_can_be_captured(monkeypatch):
+    """Else called, and marked."""
+
+    def fails(call, buffers):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    replays = SimpleNamespace(replayed=lambda call, buffers: [1.0], called=lambda call, buffers: [2.0])
+    assert gpu.timed(replays, abs, [1]) == ([1.0], True)
+    assert gpu.timed(SimpleNamespace(replayed=fails, called=replays.called), abs, [1]) == ([2.0], False)
+    monkeypatch.setattr(gpu, "waits", lambda call: 1)  # nothing that waits can be captured, nor should be tried
+    assert gpu.timed(replays, abs, [1]) == ([2.0], False)
+    monkeypatch.setattr(gpu, "OTHERS_VOCAB", 300)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    row = gpu.measure(replace(next(gpu.cases(quick=True)), vocab=300, batch=3), WallClock(), 1.0)
+    assert row["called_eagerly"] == [name for name in row["microseconds"] if name not in gpu.OURS]
+    assert gpu.cells(row)[-1].endswith(" (eager)")
+
+
+def test_waits_are_counted(monkeypatch):
+    """And not PyTorch's own warning of the mode that tells of them."""
+
+    def mode(_):
+        warnings.warn("the mode is a prototype and does not yet detect all synchronizing operations", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
+    assert waits(lambda: None) == 0
+    assert waits(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)) == 1
+
+
+def test_memsets_and_copies_are_counted_apart(monkeypatch):
+    """By the names that the profiler gives them."""
+    named = ["verify", "Memset (Device)", "MemoryBound", "Memcpy DtoD (Device -> Device)"]
+    events = [SimpleNamespace(name=name, device_type=SimpleNamespace(name="CUDA")) for name in named]
+    seen = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(selftest.gpu, "profile", lambda **_: seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert selftest.gpu.launches(lambda: None) == (["verify", "MemoryBound"], [named[1], named[3]])
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch):
