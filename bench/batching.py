@@ -75,19 +75,25 @@ def measure(
     seconds: float,
     margin: Any,
 ) -> list[dict[str, Any]]:
-    """Serve the requests in every way, in so many seconds at most; ``margin(history, token, other)`` says how far apart
-    the target's logits of two tokens are.
+    """Serve the requests in every way, in so many seconds at most, of which warming up and trying how fast they are
+    served are a part; ``margin(history, token, other)`` says how far apart the target's logits of two tokens are.
 
     Raises:
         RuntimeError: a text is not that of its request alone, or there is no time for any.
     """
     end = time.perf_counter() + seconds
+
+    def left() -> float:
+        return end - time.perf_counter()
+
     sampling = Sampling(temperature=0.0)
     for drafter in drafters.values():  # warm up: what is made at first use, and the costs that a drafter measures
         for most, dynamic in WAYS.values():
             short = [replace(request, max_new_tokens=4) for request in requests[: min(most, 2)]]
-            Service(target, drafter, NUM_DRAFT, sampling=sampling, most=most, dynamic=dynamic).serve(short)
-    tried = Service(target, sampling=sampling).serve(requests[:TRIED])
+            Service(target, drafter, NUM_DRAFT, sampling=sampling, most=most, dynamic=dynamic).serve(short, left())
+    tried = Service(target, sampling=sampling).serve(requests[:TRIED], left())
+    if not all(own.finished for own in tried) or left() <= 0:
+        raise RuntimeError(f"no request could be served in {seconds:g} s, which trying took: allow more --seconds")
     rate = LOAD * len(tried) / tried[-1].times[-1]
     coming = arriving(requests, rate)
     notes.print(f"{len(coming)} requests, {rate:.2f} a second", highlight=False)
@@ -98,7 +104,7 @@ def measure(
         service = Service(target, drafter, NUM_DRAFT, sampling=sampling, most=most, dynamic=dynamic)
         statistics = Statistics()
         with notes.status(f"{way}, {drafts}"):
-            served = service.serve(coming, (end - time.perf_counter()) / (len(cells) - index), statistics)
+            served = service.serve(coming, left() / (len(cells) - index), statistics)
         if not any(own.finished for own in served):
             raise RuntimeError(f"no request could be served in its share of {seconds:g} s: allow more --seconds")
         texts = texts or served  # the first way is one at a time, without drafts

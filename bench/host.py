@@ -104,7 +104,8 @@ def _calls(backend: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     target = torch.zeros(BATCH, DRAFTS + 1, VOCAB, dtype=torch.bfloat16)
     draft, stats = target[:, :DRAFTS].contiguous(), torch.zeros(BATCH, DRAFTS, 3)
     tokens, keys = torch.zeros(BATCH, DRAFTS, dtype=torch.int64), torch.arange(BATCH)
-    parents = torch.arange(-1, DRAFTS).repeat(BATCH, 1)
+    parents, row = torch.arange(-1, DRAFTS).repeat(BATCH, 1), target[:, 0]
+    nodes = torch.zeros_like(parents)
     size = verify_chain_workspace(BATCH, DRAFTS, VOCAB)
     memory = torch.zeros(size + 256, dtype=torch.uint8)
     workspace = memory[-memory.data_ptr() % 256 :][:size]
@@ -112,8 +113,8 @@ def _calls(backend: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "verify_chain", lambda: verify_chain(target, tokens, draft, stats, **common)
     yield "verify_chain, workspace", lambda: verify_chain(target, tokens, draft, stats, workspace=workspace, **common)
     yield "verify_chain, ints as seeds", lambda: verify_chain(target, tokens, draft, stats, **(common | {"seed": 1}))
-    yield "verify_tree", lambda: verify_tree(target, torch.zeros_like(parents), parents, **common)
-    yield "sample", lambda: sample(target[:, 0], row=keys, **common)
+    yield "verify_tree, point masses", lambda: verify_tree(target, nodes, parents, **common)
+    yield "sample", lambda: sample(row, row=keys, **common)
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:
@@ -134,7 +135,8 @@ def times(backend: str) -> list[dict[str, Any]]:
     code = f"from specdec_kernels.bench import host; host.show({backend!r})"
     done = subprocess.run([sys.executable, "-c", code], env=STAND_IN, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the stand-in for {backend} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()]
+        raise RuntimeError(f"the stand-in for {backend} failed: {said[-1]}")
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 

@@ -1,7 +1,8 @@
 """Text of llama.cpp: its own loop and prompt lookup, as llama-cpp-python has them, and ours around it, in one run of at
 most eight minutes.
 
-What is timed is the work of the process over its threads, so that what else a machine does is not in it.
+What is timed is the work of the process over its threads, so that what else a machine does is not in it; but work that
+one thread does alone counts for its share only. So the results have the time by the clock too.
 """
 
 from __future__ import annotations
@@ -64,31 +65,37 @@ class Contenders:
         ids: list[int] = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         return ids
 
-    def run(self, way: str, ids: list[int], temperature: float, seed: int) -> tuple[list[int], float]:
-        """The text, and its tokens a second of work, the prompt not counted."""
+    def run(self, way: str, ids: list[int], temperature: float, seed: int) -> tuple[list[int], float, float]:
+        """The text, its tokens a second of work, and those a second by the clock, the prompt not counted."""
         if way in self.ours:
             drafter, most = self.ours[way]
             text = stream(
                 self.target, [ids], drafter=drafter, num_draft=most, temperature=temperature, seed=seed, rule="block",
                 max_new_tokens=TOKENS,
             )  # fmt: skip
-            started = time.process_time()
+            started = _now()
             tokens = [token.token for token in text]
-            return tokens, len(tokens) / self._worked(started)
-        model, tokens, started = self.theirs[way], [], 0.0
+            return tokens, *_rates(len(tokens), started)
+        model, tokens, first = self.theirs[way], [], None
         model.reset()
         model.set_seed(seed)
         for token in model.generate(ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0):
-            started = started or time.process_time()  # its first token comes with the prompt
+            first = first or _now()  # its first token comes with the prompt
             tokens.append(token)
             if len(tokens) == TOKENS or token in self.target.stop_tokens:
                 break
-        return tokens, (len(tokens) - 1) / self._worked(started)
+        return tokens, *_rates(len(tokens) - 1, first or _now())
 
-    @staticmethod
-    def _worked(started: float) -> float:
-        """Seconds since then that every thread worked in the mean."""
-        return max(1e-9, (time.process_time() - started) / get_num_threads())
+
+def _now() -> tuple[float, float]:
+    """Seconds that every thread has worked in the mean, and those of the clock."""
+    return time.process_time() / get_num_threads(), time.perf_counter()
+
+
+def _rates(tokens: int, started: tuple[float, float]) -> tuple[float, float]:
+    """Tokens a second of either since then."""
+    work, clock = (tokens / max(1e-9, now - then) for now, then in zip(_now(), started, strict=True))
+    return work, clock
 
 
 def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
@@ -119,6 +126,7 @@ def measure(contenders: Contenders, console: Console) -> list[dict[str, Any]]:
                         "way": way,
                         "rounds": len(rounds),
                         "tokens_per_second": speed,
+                        "tokens_per_second_by_the_clock": median(made[way][2] for made in rounds),
                         "speed_up": ratio,
                         "as_theirs": sum(made[way][0] == made["their loop"][0] for made in rounds),
                     }

@@ -25,6 +25,11 @@ Subject = Literal[
     "kernels", "trees", "text", "adaptive", "methods", "batching", "integrations", "llama-cpp", "host"
 ]  # fmt: skip
 Device = Literal["cpu", "cuda"]
+#: What subjects of ``bench`` have options of, and what these are where they are not given.
+_BENCH_OPTIONS: dict[str, dict[str, Any]] = {
+    "kernels": {"quick": False}, "text": {"seeds": 3}, "adaptive": {"seeds": 3}, "methods": {"seeds": 3},
+    "batching": {"requests": 200, "seconds": 900.0},
+}  # fmt: skip
 
 
 @contextmanager
@@ -169,26 +174,39 @@ def bench(
     ] = None,
     device: Annotated[Device, typer.Option(help="cuda: time kernels or text on the GPU.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Text, adaptive, methods: texts a prompt at a temperature.")] = 3,
-    requests: Annotated[int, typer.Option(min=1, max=200, help="Batching: how many come.")] = 200,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text, adaptive, methods: texts a prompt at a temperature.", show_default="3"),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, max=200, help="Batching: how many come.", show_default="200")
+    ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Batching: at most; what is not served by then is cut off, and told.")
-    ] = 900.0,
+        float | None,
+        typer.Option(
+            min=1, help="Batching: at most; what is not served by then is cut off, and told.", show_default="900"
+        ),
+    ] = None,
 ) -> None:
     """Time this library beside what it replaces, in one run."""
+    given = {"quick": quick or None, "seeds": seeds, "requests": requests, "seconds": seconds}
     with _errors_in_a_line():
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+        for option, value in given.items():
+            having = [name for name, defaults in _BENCH_OPTIONS.items() if option in defaults]
+            if value is not None and subject not in having:
+                raise ValueError(
+                    f"{option} must be left out for {subject!r}: it is for {', '.join(having)}, got {value}"
+                )
         if device == "cuda" and subject not in ("kernels", "text"):
             raise ValueError(f"device must be cpu for {subject!r}: it is timed there, got 'cuda'")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         name = {"kernels": "run" if device == "cpu" else "gpu"}.get(subject, subject.replace("-", "_"))
-        arguments: dict[str, tuple[Any, ...]] = {
-            "run": (quick,), "gpu": (quick,), "text": (seeds,), "adaptive": (seeds,), "methods": (seeds,),
-            "batching": (requests, seconds),
-        }  # fmt: skip
+        defaults = _BENCH_OPTIONS.get(subject, {})
+        arguments = [default if given[option] is None else given[option] for option, default in defaults.items()]
         options = {"device": device} if subject == "text" else {}
         measure = import_module(f"specdec_kernels.bench.{name}").main
-        measure(out, *arguments.get(name, ()), console, **options)
+        measure(out, *arguments, console, **options)
         if out is not None:
             print_line(notes, f"wrote to {out}")
 

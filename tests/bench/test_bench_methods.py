@@ -165,8 +165,29 @@ def test_what_does_not_fit_the_time_is_told(models, monkeypatch):
     assert [row["requests"] for row in rows] == [50] * 3
     assert 0 < rows[0]["ended"] < 50
     assert all(0 < row["compared"] <= min(row["ended"], rows[0]["ended"]) for row in rows)
-    with pytest.raises(RuntimeError, match="no request could be served in its share of 10 s: allow more --seconds"):
-        batching.measure(target, {"none": None}, many, 10.0, None)
+    served = []
+    monkeypatch.setattr(batching, "arriving", lambda requests, rate: served.append(rate) or requests)
+    for seconds in (10.0, 60.0):  # not even warm; how fast requests are served is known of a few
+        with pytest.raises(
+            RuntimeError, match=f"no request could be served in {seconds:g} s, which trying took: allow"
+        ):
+            batching.measure(target, {"none": None}, many, seconds, None)
+    assert not served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("host", "--quick"), "quick must be left out for 'host': it is for kernels, got True"),
+        (("trees", "--seeds", 9), "seeds must be left out for 'trees': it is for text, adaptive, methods, got 9"),
+        (("kernels", "--requests", 3), "requests must be left out for 'kernels': it is for batching, got 3"),
+        (("methods", "--seconds", 2), "seconds must be left out for 'methods': it is for batching, got 2.0"),
+    ],
+)
+def test_options_of_other_subjects_are_refused(tmp_path, arguments, said):
+    result = CliRunner().invoke(main.app, ["bench", *map(str, arguments), "--out", str(tmp_path / "new")])
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {said}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_arrivals():
