@@ -39,7 +39,8 @@ test-llama: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/decode/test_llama_cpp.py
 
-# The scheduler for an hour, with requests, cancellations and failures at random times, at a sixth of a core.
+# The scheduler for an hour, with requests, cancellations and failures at random times, at a sixth of a core. Replaces a
+# tracked file when it has ended.
 soak: $(STAMP)
 	nice -n 19 $(BIN)/python -m specdec_kernels.bench.soak --seconds 3600 --load 0.15 --out bench/results/soak.txt
 
@@ -65,9 +66,12 @@ lint: $(STAMP)
 package: $(STAMP)
 	$(BIN)/python tests/helpers/package.py
 
-# Everything that pyproject.toml promises, compiled: for when a version is raised.
+# Everything that pyproject.toml promises, compiled: for when a version is raised. Replaces a tracked file when it has
+# ended, also where a part failed; what is cut short leaves it as it is.
 versions: $(STAMP)
-	$(BIN)/python tests/helpers/versions.py > bench/results/versions.txt; status=$$?; cat bench/results/versions.txt; exit $$status
+	mkdir -p build
+	$(BIN)/python tests/helpers/versions.py > build/versions.txt; status=$$?; cat build/versions.txt; \
+		test ! -s build/versions.txt || mv build/versions.txt bench/results/versions.txt; exit $$status
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only --quiet .

@@ -119,7 +119,7 @@ def plot(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [r for r in rows if (r["vocab"], r["num_draft"], r["kind"]) == (128_256, 8, "statistics")]
-    names = ("stream", "fused", *LEAN[:-1], "batched", "transformers")
+    names = ("stream", "fused", *LEAN[:4], "batched", "transformers")  # without filters
     figure, axes = pyplot.subplots(figsize=(10, 4.5))
     for offset, name in enumerate(names):
         at = [(i, r["microseconds"][name]["p50"]) for i, r in enumerate(shown) if name in r["microseconds"]]
