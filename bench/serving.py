@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec_kernels.decode import Drafter, Sampling, Scheduler, Statistics, Target, Token, stream
-from specdec_kernels.decode.scheduler import Submission
+from specdec_kernels.decode.submission import Submission
 from specdec_kernels.ops import RuleName
 
 #: Drafts a step at most, where nothing else is said.

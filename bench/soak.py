@@ -39,7 +39,7 @@ from specdec_kernels.decode.drafters import (
     NGramDrafter,
     TreeDrafter,
 )
-from specdec_kernels.decode.scheduler import Submission
+from specdec_kernels.decode.submission import Submission
 
 VOCAB, LONGEST = 11, 128
 #: A token whose embedding is nan: requests with it in their prompts end as invalid, and no other draws it.

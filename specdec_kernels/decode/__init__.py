@@ -19,9 +19,10 @@ with brought_by("decode"):
         TreeDraft,
     )
     from specdec_kernels.decode.requests import Grammar, Sampling
-    from specdec_kernels.decode.scheduler import Scheduler, Submission
+    from specdec_kernels.decode.scheduler import Scheduler
     from specdec_kernels.decode.static import StaticTarget
     from specdec_kernels.decode.statistics import Statistics
+    from specdec_kernels.decode.submission import Submission
     from specdec_kernels.decode.targets import TransformersTarget
     from specdec_kernels.decode.text import Completion, Continuation, SamplingParams, TextGenerator
 

@@ -5,132 +5,25 @@ from __future__ import annotations
 import asyncio
 import heapq
 import queue
-import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec_kernels.checks import flags, ids_of, listed, whole
-from specdec_kernels.decode.loop import Generation, Loop, Options, StopWhen, Token, check_parties, check_stop_when
-from specdec_kernels.decode.proposals import check_proposal
-from specdec_kernels.decode.protocols import (
-    Draft,
-    Drafter,
-    DrafterSession,
-    Step,
-    Target,
-    TargetSession,
-    TreeDraft,
-    joinable,
-    shares_ids,
-    spread,
-)
-from specdec_kernels.decode.requests import Grammar, Request, Sampling, allowed, make_requests
+from specdec_kernels.decode.fair_lock import FairLock
+from specdec_kernels.decode.guarded import GuardedSession
+from specdec_kernels.decode.loop import Loop, Options, StopWhen, Token, check_parties, check_stop_when
+from specdec_kernels.decode.prompt_reading import PromptReading
+from specdec_kernels.decode.protocols import Drafter, DrafterSession, Target, shares_ids
+from specdec_kernels.decode.requests import Grammar, Sampling, allowed, make_requests
 from specdec_kernels.decode.statistics import Acceptance, Statistics
+from specdec_kernels.decode.submission import Submission
 from specdec_kernels.ops import BackendName, RuleName
-from specdec_kernels.tensors import CPU, to_device
-
-
-class Submission:
-    """A request that was handed to a :class:`Scheduler`: an iterator of its tokens, as they come, and an asynchronous
-    one.
-
-    Whoever waits for a token runs steps of the scheduler meanwhile, which serve all its requests. What went wrong with
-    this request alone is raised here, by an iterator once and by :meth:`result` every time; what would say something of
-    its reader (``StopIteration``, ``KeyboardInterrupt``) as the cause of a ``RuntimeError``.
-    """
-
-    def __init__(self, scheduler: Scheduler, request: Request, stop_when: StopWhen | None) -> None:
-        self._scheduler, self.request, self.stop_when = scheduler, request, stop_when
-        self._tokens: list[Token] = []
-        self._read = 0
-        self._error: Exception | None = None
-        self._raised = False
-        self.done = False
-        """Whether no more tokens will come than those not read yet: finished, cancelled or failed."""
-        self.acceptance = Acceptance()
-        """What became of its drafts, once it is done."""
-        self.prompt_logprobs: list[float] = []
-        """Of every token of the prompt, nan for the first, under the target's own distribution (temperature 1, nothing
-        filtered); where they were requested, once the prompt was read."""
-
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        token = self._scheduler.advance_to(self)
-        if token is None:
-            raise StopIteration
-        return token
-
-    def __aiter__(self) -> Submission:
-        return self
-
-    async def __anext__(self) -> Token:
-        while not self.ready:  # the thread takes no token, which would be lost where this is cancelled meanwhile
-            await self._scheduler.stepped()
-        token = self.take()
-        if token is None:
-            raise StopAsyncIteration
-        return token
-
-    def cancel(self) -> None:
-        """End the request where it is; tokens that were made can still be read. Later than its end it does nothing.
-        Within a step, of this thread or another, it takes effect when the step is done."""
-        self._scheduler.cancel(self)
-
-    def result(self) -> Generation:
-        """The whole request, once it has ended; ``finished`` is empty if it was cancelled."""
-        for _ in self:
-            pass
-        if self._error is not None:
-            raise self._error
-        tokens = [token for token in self._tokens if token.token >= 0]
-        return Generation(
-            [token.token for token in tokens],
-            [token.drafted for token in tokens],
-            [token.logprob for token in tokens],
-            self._tokens[-1].finished if self._tokens else "",
-        )
-
-    # What follows is the scheduler's, under its lock.
-
-    def put(self, token: Token) -> None:
-        self._tokens.append(token)
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ends with an error."""
-        return self._error is not None
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to take, or never will be."""
-        return self._read < len(self._tokens) or self.done
-
-    def take(self) -> Token | None:
-        """The next token that is there; an error, once, where there is none any more."""
-        if self._read < len(self._tokens):
-            self._read += 1
-            return self._tokens[self._read - 1]
-        if self._error is not None and not self._raised:
-            self._raised = True
-            raise self._error
-        return None
-
-    def fail(self, error: BaseException) -> None:
-        """Note what it ends with. It is done later: an asynchronous reader, who looks without the lock, has the tokens
-        of this step first."""
-        if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
-            cause, error = error, RuntimeError(f"the request was ended by {error!r}")
-            error.__cause__ = cause
-        self._error = error
+from specdec_kernels.tensors import CPU
 
 
 @dataclass(order=True)
@@ -138,7 +31,7 @@ class _Waiting:
     """A request in the queue: the highest priority first, and of one priority the first that came."""
 
     order: tuple[float, int]
-    prompt: _Prompt = field(compare=False)
+    prompt: PromptReading = field(compare=False)
 
 
 class Scheduler:
@@ -204,13 +97,13 @@ class Scheduler:
         self.max_requests = max_requests
         """Slots."""
         self._max_waiting, self._chunk = max_waiting, chunk
-        self._lock = _FairLock()
+        self._lock = FairLock()
         self._in_step = False
         self._awaited: asyncio.Future[bool] | None = None  # the step that tasks wait for
         self._cancelled: list[Submission] = []  # of which the lists below do not know yet
         self._told = False  # that requests wait for each other
         self._queue: list[_Waiting] = []
-        self._reading: _Prompt | None = None
+        self._reading: PromptReading | None = None
         self._running: dict[int, Submission] = {}  # by the index of the request
         self._loop = self._idle()
         self._submitted = 0
@@ -298,7 +191,7 @@ class Scheduler:
                 if sampling.grammar is not None:
                     request.sampling = replace(sampling, grammar=partial(self._allowed, submission, sampling.grammar))
                 submissions.append(submission)
-            reading = _Prompt(submissions, self._target, self._drafter, prompt_logprobs)
+            reading = PromptReading(submissions, self._target, self._drafter, prompt_logprobs)
             heapq.heappush(self._queue, _Waiting(order, reading))
             return submissions
 
@@ -461,7 +354,7 @@ class Scheduler:
             submission.fail(error)
             return torch.zeros(-(-self._target.vocab_size // 32), dtype=torch.int32, device=CPU)
 
-    def _unread(self) -> list[_Prompt]:
+    def _unread(self) -> list[PromptReading]:
         """Prompts that are not decoded from yet."""
         return [waiting.prompt for waiting in self._queue] + ([self._reading] if self._reading else [])
 
@@ -487,11 +380,11 @@ class Scheduler:
             if prompt.refused is None:
                 self._reading = None
 
-    def _read(self, prompt: _Prompt, most: int) -> int:
+    def _read(self, prompt: PromptReading, most: int) -> int:
         with torch.inference_mode(), self.statistics.timed("prompt"):
             return prompt.read(most)
 
-    def _start(self, prompt: _Prompt) -> str | None:
+    def _start(self, prompt: PromptReading) -> str | None:
         """Have it decoded; or why it cannot be, together with those that run."""
         requests = [submission.request for submission in prompt.submissions]
         if len(requests) != prompt.slots:  # one at first; more, where samples were cancelled while they waited
@@ -514,194 +407,8 @@ class Scheduler:
             self._running[submission.request.index] = submission
         return None
 
-    def _guarded(self, prompt: _Prompt) -> DrafterSession | None:
+    def _guarded(self, prompt: PromptReading) -> DrafterSession | None:
         if self._drafter is None:
             return None
         with torch.inference_mode(), self.statistics.timed("prompt"):
-            return _GuardedSession(self._drafter, prompt, self._target.vocab_size)
-
-
-class _Prompt:
-    """A prompt that is read in pieces, and the requests that go on from it."""
-
-    def __init__(
-        self, submissions: list[Submission], target: Target, drafter: Drafter | None, with_logprobs: bool
-    ) -> None:
-        self.submissions, self._target, self._with_logprobs = submissions, target, with_logprobs
-        self.request = submissions[0].request  # but for their seeds they are alike
-        self.logprobs: list[float] = [float("nan")] if with_logprobs else []
-        self._layers = () if drafter is None else drafter.feature_layers
-        self._features: list[Tensor] = []
-        self._read = 0
-        self._session: TargetSession | None = None
-        self.slots = 1
-        """Of the target's session."""
-        self.refused: str | None = None
-        """Why it cannot be decoded together with those that ran when it was read."""
-
-    @property
-    def session(self) -> TargetSession:
-        """Of the target."""
-        assert self._session is not None, "it was read"
-        return self._session
-
-    @property
-    def done(self) -> bool:
-        """Whether all but the last token was read."""
-        return self._session is not None and self._read == len(self.request.prompt) - 1
-
-    @property
-    def features(self) -> Tensor | None:
-        """As of a session of the target."""
-        return torch.cat(self._features, 1) if self._features else None
-
-    def read(self, most: int) -> int:
-        """Read up to so many tokens more, in one pass, or a prompt that cannot be read in pieces. How many it was."""
-        prompt = self.request.prompt
-        count = min(most, len(prompt) - 1 - self._read)
-        features = None
-        if self._session is None:
-            if self._with_logprobs:  # what a session reads as it begins, it gives no scores of
-                count = 0
-            elif getattr(self._target, "fixed_rows", None) is not None:  # rounds with the pieces that it begins with
-                count = len(prompt) - 1
-            try:
-                self._session = self._begin(count)
-            except ValueError:  # nothing was read; what is wrong with it is said of the whole prompt
-                count = len(prompt) - 1
-                self._session = self._begin(count)
-                if self._with_logprobs:
-                    raise ValueError(
-                        f"prompt_logprobs needs a prompt that can be read in pieces, got one of {len(prompt)} tokens"
-                    ) from None
-            joinable(self._session)
-            features = self._session.features
-        elif count:
-            count = min(count, self._session.max_rows())
-            rows = to_device([prompt[self._read : self._read + count + 1]], torch.int64, self._target.device)
-            logits, features = self._session.score(rows[:, :-1], [count])
-            self._session.commit([count])
-            if self._with_logprobs:
-                scores = logits.float().log_softmax(-1).gather(2, rows[:, 1:, None])
-                self.logprobs += scores.flatten().tolist()
-        if features is not None:
-            self._features.append(features)
-        self._read += count
-        return count
-
-    def _begin(self, count: int) -> TargetSession:
-        """Read so many tokens, of which the target knows how many follow."""
-        prompt, rest = self.request.prompt, len(self.request.prompt) - 1 - count
-        return self._target.begin([prompt[: count + 1]], [self.request.max_new_tokens + rest], self._layers)
-
-
-class _GuardedSession:
-    """A drafter's session whose errors cost its requests their drafts, and nothing else: without drafts the text is the
-    same in distribution."""
-
-    def __init__(self, drafter: Drafter, prompt: _Prompt, vocab_size: int) -> None:
-        self._drafted = [True] * len(prompt.submissions)  # of each request, whether it is in the drafter's session
-        self._vocab_size = vocab_size
-        self._wrong: list[int] = []  # slots of those whose drafts were wrong in this step
-        self._session: DrafterSession | None = None
-        self._session = self._attempt("begin", lambda: self._begin(drafter, prompt))
-        if self._session is not None:
-            joinable(self._session)  # else nothing is joined by halves
-
-    def _begin(self, drafter: Drafter, prompt: _Prompt) -> DrafterSession:
-        count = len(prompt.submissions)
-        features = None if prompt.features is None else prompt.features.expand(count, -1, -1)
-        return drafter.begin([prompt.request.prompt] * count, features)
-
-    def _attempt(self, what: str, call: Any) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            self._session, self._drafted = None, [False] * len(self._drafted)
-            _warn(what, error)
-            return None
-
-    @property
-    def _slots(self) -> list[int]:
-        """Of the requests with drafts, in the order that the drafter's session has them in."""
-        return [slot for slot, drafted in enumerate(self._drafted) if drafted]
-
-    def propose(self, step: Step) -> Draft | TreeDraft:
-        session = self._session
-        draft = None if session is None else self._attempt("propose", lambda: self._proposed(session, step))
-        return Draft.nothing(len(step.num_draft)) if draft is None else draft
-
-    def _proposed(self, session: DrafterSession, step: Step) -> Draft | TreeDraft | None:
-        """What is proposed, but for the drafts that are wrong: their requests leave the session after this step."""
-        slots, batch = self._slots, len(self._drafted)
-        own = step if len(slots) == batch else replace(step.select(slots), batch=batch)
-        draft = session.propose(own)
-        wrong = check_proposal(draft, own, self._vocab_size)
-        for reason in dict.fromkeys(wrong.values()):
-            _warn("propose", ValueError(reason))
-        self._wrong = [slots[row] for row in wrong]
-        rows = {slot: row for row, slot in enumerate(slots) if row not in wrong}
-        return draft if len(rows) == batch else spread(draft, rows, batch) if rows else None
-
-    def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
-        if (session := self._session) is not None:
-            if not all(self._drafted):
-                tokens = [tokens[slot] for slot in self._slots]
-                features = None if features is None else features[self._slots]
-            self._attempt("commit", lambda: session.commit(tokens, features))
-        if self._wrong:
-            kept = [row for row, slot in enumerate(self._slots) if slot not in self._wrong]
-            self._select([drafted and slot not in self._wrong for slot, drafted in enumerate(self._drafted)], kept)
-            self._wrong = []
-
-    def select(self, slots: Sequence[int]) -> None:
-        rows = {slot: row for row, slot in enumerate(self._slots)}
-        self._select([slot in rows for slot in slots], [rows[slot] for slot in slots if slot in rows])
-
-    def _select(self, drafted: list[bool], rows: list[int]) -> None:
-        """Go on with requests of which these have drafts, which are these of the session."""
-        self._drafted = drafted
-        if not rows:
-            self._session = None
-        if (session := self._session) is not None:
-            self._attempt("select", lambda: session.select(rows))
-
-    def join(self, other: _GuardedSession) -> None:
-        """Those of either that are without drafts stay without."""
-        self._drafted = self._drafted + other._drafted
-        if (session := self._session) is None:
-            self._session = other._session
-        elif other._session is not None:
-            self._attempt("join", lambda: joinable(session).join(other._session))
-
-
-def _warn(what: str, error: Exception) -> None:
-    with suppress(Exception):  # warnings that are errors (-W error) would end what goes on without drafts
-        warnings.warn(
-            f"the drafter failed in {what}, and requests go on without drafts: {type(error).__name__}: {error}",
-            RuntimeWarning, stacklevel=3,
-        )  # fmt: skip
-
-
-class _FairLock:
-    """A reentrant lock that is fair: a thread that releases it queues behind those already waiting. With
-    ``threading.RLock`` a thread that makes step after step would starve the others."""
-
-    def __init__(self) -> None:
-        self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._owner: int | None = None
-        self._depth = 0
-
-    def __enter__(self) -> None:
-        own = threading.get_ident()
-        if self._owner != own:
-            with self._turn:  # which who waits for the lock keeps from all others
-                self._lock.acquire()
-            self._owner = own
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._owner = None
-            self._lock.release()
+            return GuardedSession(self._drafter, prompt, self._target.vocab_size)

@@ -12,8 +12,9 @@ import pytest
 
 from specdec_kernels.bench import soak as soak_module
 from specdec_kernels.bench.soak import FLAT_BYTES, Report, Sample, Soak
-from specdec_kernels.decode import scheduler
-from specdec_kernels.decode.scheduler import Submission
+from specdec_kernels.decode.guarded import GuardedSession
+from specdec_kernels.decode.scheduler import Scheduler
+from specdec_kernels.decode.submission import Submission
 
 
 def report(objects: list[int], own: list[int]) -> Report:
@@ -78,7 +79,7 @@ def test_a_drafter_that_ends_requests_is_found(monkeypatch):
     """Also once a pass of the target has failed, whose error ends those that ran in that pass and no others."""
     soak = Soak(quiet_every=20)
     soak.report.faults["target"] += 1
-    monkeypatch.setattr(scheduler._GuardedSession, "_attempt", lambda self, what, call: call())
+    monkeypatch.setattr(GuardedSession, "_attempt", lambda self, what, call: call())
     soak.run(60, 0.0)
     ended = sum(count for ending, count in soak.report.endings.items() if "FaultError" in ending)
     found = [each for each in soak.report.problems() if "ended by 'FaultError'" in each]
@@ -87,11 +88,11 @@ def test_a_drafter_that_ends_requests_is_found(monkeypatch):
 
 def test_a_request_that_is_lost_is_told(monkeypatch):
     """And not waited for, once no scheduler has it."""
-    submit, lost = scheduler.Scheduler.submit, SimpleNamespace(done=False, cancel=lambda: None)
+    submit, lost = Scheduler.submit, SimpleNamespace(done=False, cancel=lambda: None)
     calls = itertools.count()
     soak = Soak(quiet_every=20)
     monkeypatch.setattr(
-        scheduler.Scheduler, "submit",
+        Scheduler, "submit",
         lambda *given, **named: lost if next(calls) == 5 else submit(*given, **named),
     )  # fmt: skip
     with warnings.catch_warnings():
@@ -125,7 +126,7 @@ def test_what_cannot_be_is_said_before_it_runs(monkeypatch, capsys, options, sai
 def test_a_scheduler_that_goes_on_for_ever_is_told(monkeypatch):
     soak = Soak()
     monkeypatch.setattr(soak_module, "MOST_STEPS", 20)
-    monkeypatch.setattr(scheduler.Scheduler, "step", lambda self: True)
+    monkeypatch.setattr(Scheduler, "step", lambda self: True)
     while not soak.under_way:
         soak._arrive()
     soak._look(0.0)
