@@ -3,8 +3,8 @@
 from specdec_kernels.extras import brought_by
 
 with brought_by("decode"):
+    from specdec_kernels.decode.generation import generate, stream
     from specdec_kernels.decode.llama_cpp import LlamaCppTarget
-    from specdec_kernels.decode.loop import Ending, Generation, Token, generate, stream
     from specdec_kernels.decode.packed import pack_linear
     from specdec_kernels.decode.protocols import (
         Draft,
@@ -19,6 +19,7 @@ with brought_by("decode"):
         TreeDraft,
     )
     from specdec_kernels.decode.requests import Grammar, Sampling
+    from specdec_kernels.decode.results import Ending, Generation, Token
     from specdec_kernels.decode.scheduler import Scheduler
     from specdec_kernels.decode.static import StaticTarget
     from specdec_kernels.decode.statistics import Statistics

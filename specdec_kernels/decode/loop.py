@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec_kernels.checks import choice, flags, ids_of, whole
-from specdec_kernels.contract import MIN_P_OFF, TOP_K_OFF, TOP_P_OFF
-from specdec_kernels.decode.names import explains_names
+from specdec_kernels.checks import choice, flags, whole
 from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
     Draft,
@@ -25,57 +23,17 @@ from specdec_kernels.decode.protocols import (
     TreeDraft,
     counted,
     joinable,
-    shares_ids,
 )
-from specdec_kernels.decode.requests import Batch, Grammar, Request, make_requests
+from specdec_kernels.decode.requests import Batch, Request
+from specdec_kernels.decode.results import Ending, Token
 from specdec_kernels.decode.statistics import Statistics
 from specdec_kernels.ops import BackendName, RuleName, sample, verify_chain
 from specdec_kernels.ops.results import Verified, VerifiedTree
 from specdec_kernels.ops.tree_rules import TreeRuleName, verify_tree
 from specdec_kernels.ops.trees import tree_positions
 
-Ending = Literal["", "stop", "length", "invalid", "dead_end"]
-
 #: Whether a request, of this index, ends with the last of the tokens generated.
 StopWhen = Callable[[int, Sequence[int]], bool]
-
-
-class Token(NamedTuple):
-    """One token of one request, as it is streamed.
-
-    Fields:
-        request: index of its prompt.
-        token: its id; -1 where a request ends without one, ``finished`` being "invalid" or "dead_end".
-        drafted: whether it was a draft that was accepted; False for a bonus or recovered token.
-        finished: why the request ends here: "stop" (a stop token), "length" (``max_new_tokens``), "invalid" (logits of
-            the target that are no distribution: nan, +inf, nothing finite), "dead_end" (a grammar that allows nothing);
-            empty if it goes on.
-        logprob: natural logarithm of its probability under the target's distribution, after all processing; nan unless
-            requested.
-    """
-
-    request: int
-    token: int
-    drafted: bool
-    finished: Ending = ""
-    logprob: float = float("nan")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished request.
-
-    Fields:
-        tokens: what the prompt was continued with.
-        drafted: of each token, whether it was a draft that was accepted.
-        logprobs: of each token; nan unless requested.
-        finished: as of :class:`Token`.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: Ending = ""
 
 
 @dataclass(frozen=True)
@@ -103,132 +61,6 @@ class Options:
     def drafts(self, batch: int) -> int:
         """Drafts of each of so many requests at most."""
         return self.num_draft if self.max_rows is None else max(0, min(self.num_draft, self.max_rows // batch - 1))
-
-
-@explains_names
-def stream(
-    target: Target,
-    prompts: Sequence[Sequence[int]],
-    *,
-    drafter: Drafter | None = None,
-    num_draft: int = 4,
-    max_new_tokens: int | Sequence[int] = 128,
-    min_new_tokens: int | Sequence[int] = 0,
-    seed: int | Sequence[int | None] | None = None,
-    stop_tokens: Collection[int] | None = None,
-    stop_when: StopWhen | None = None,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int] = TOP_K_OFF,
-    top_p: float | Sequence[float] = TOP_P_OFF,
-    min_p: float | Sequence[float] = MIN_P_OFF,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    presence_penalty: float | Sequence[float] = 0.0,
-    frequency_penalty: float | Sequence[float] = 0.0,
-    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = {},
-    grammar: Grammar | Sequence[Grammar | None] | None = None,
-    rule: RuleName = "token",
-    logprobs: bool = False,
-    statistics: Statistics | None = None,
-    backend: BackendName | None = None,
-) -> Iterator[Token]:
-    """Decode a batch, yielding each token as soon as it is verified.
-
-    The tokens have exactly the target's distribution, whatever the drafter. With the same seed a request gives the same
-    tokens alone and in any batch, as far as the target's logits are the same there and the drafter drafts the same;
-    under the rule ``"coupled"`` whatever is drafted. Arguments are checked, and the prompts read, when it is called.
-
-    Args:
-        target: see :mod:`specdec_kernels.decode.targets`.
-        prompts: token ids, at least one each.
-        drafter: see :mod:`specdec_kernels.decode.drafters`; ``None`` decodes plainly, one token a step.
-        num_draft: drafts a step at most; of a tree, its nodes beside the root.
-        max_new_tokens: one for all requests, or a list with one each.
-        min_new_tokens: likewise; before so many no stop token can be drawn.
-        seed: in [-2^63, 2^63), likewise; ``None`` draws one.
-        stop_tokens: ids that end a request; the id itself is the last token yielded. ``None``: the model's own end
-            tokens; ``()``: none.
-        stop_when: asked after every token but a stop token, with the index of its prompt and the tokens generated so
-            far; where it answers True the request ends, as with a stop token.
-        temperature, top_k, top_p, min_p: see :func:`specdec_kernels.sample`; one for all, or a list with one each.
-        repetition_penalty, presence_penalty, frequency_penalty: see :class:`specdec_kernels.Penalties`; likewise.
-        logit_bias: by token id, what is added to the logits; likewise.
-        grammar: see :class:`~specdec_kernels.decode.Sampling`; likewise.
-        rule: of :func:`specdec_kernels.verify_chain`. For trees of drawn drafts "token" is "recursive" and "block" is
-            "traversal"; trees of point masses are walked.
-        logprobs: yield the log-probability of every token.
-        statistics: filled in as decoding goes.
-        backend: of :func:`specdec_kernels.verify_chain`.
-
-    Yields:
-        :class:`Token`, in the order of every request's tokens.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    check_parties(target, drafter)
-    stops = target.stop_tokens if stop_tokens is None else frozenset(ids_of("stop_tokens", stop_tokens))
-    options = Options(num_draft, rule, logprobs, backend, stop_when)
-    sampling = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty, "logit_bias": logit_bias, "grammar": grammar,
-    }  # fmt: skip
-    requests = make_requests(
-        prompts, target.vocab_size, seed, max_new_tokens, sampling, stops, min_new_tokens, shares_ids(target)
-    )
-    if not requests:
-        return iter(())
-    loop = Loop(target, drafter, options, Statistics() if statistics is None else statistics)
-    loop.begin(requests)
-    return iter(loop)
-
-
-@explains_names
-def generate(
-    target: Target,
-    prompts: Sequence[Sequence[int]],
-    *,
-    drafter: Drafter | None = None,
-    num_draft: int = 4,
-    max_new_tokens: int | Sequence[int] = 128,
-    min_new_tokens: int | Sequence[int] = 0,
-    seed: int | Sequence[int | None] | None = None,
-    stop_tokens: Collection[int] | None = None,
-    stop_when: StopWhen | None = None,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int] = TOP_K_OFF,
-    top_p: float | Sequence[float] = TOP_P_OFF,
-    min_p: float | Sequence[float] = MIN_P_OFF,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    presence_penalty: float | Sequence[float] = 0.0,
-    frequency_penalty: float | Sequence[float] = 0.0,
-    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = {},
-    grammar: Grammar | Sequence[Grammar | None] | None = None,
-    rule: RuleName = "token",
-    logprobs: bool = False,
-    statistics: Statistics | None = None,
-    backend: BackendName | None = None,
-) -> list[Generation]:
-    """Decode a batch to the end; arguments as of :func:`stream`.
-
-    Returns:
-        One :class:`Generation` for each prompt, in their order.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    named = dict(locals())
-    tokens = stream(named.pop("target"), named.pop("prompts"), **named)
-    endings: dict[int, Ending] = {}
-    results: dict[int, Generation] = {}  # one for each prompt: all yield something, if only that they ended
-    for token in tokens:
-        endings[token.request] = token.finished
-        result = results.setdefault(token.request, Generation())
-        if token.token >= 0:
-            result.tokens.append(token.token)
-            result.drafted.append(token.drafted)
-            result.logprobs.append(token.logprob)
-    return [replace(results[request], finished=endings[request]) for request in sorted(results)]
 
 
 #: The rules of a chain, carried over to trees.
@@ -262,25 +94,6 @@ def check_stop_when(stop_when: object) -> None:
     """
     if stop_when is not None and not callable(stop_when):
         raise TypeError(f"stop_when must be a function of (index, tokens), got {stop_when!r}")
-
-
-def check_parties(target: Any, drafter: Any) -> None:
-    """Check that these are a target, and a drafter or none.
-
-    Raises:
-        TypeError: they are not.
-        ValueError: the drafter draws from another vocabulary than the target's.
-    """
-    examples = {"target": "TransformersTarget(model)", "drafter": "ModelDrafter(model)"}
-    for (name, example), value in zip(examples.items(), (target, drafter), strict=True):
-        if not (hasattr(value, "begin") or (name == "drafter" and value is None)):
-            raise TypeError(f"{name} must be a {name.capitalize()}, such as {example}, got {type(value).__name__}")
-    own = getattr(drafter, "vocab_size", None)  # of drafters that pass on what they drew from
-    if own not in (None, target.vocab_size):
-        raise ValueError(
-            f"drafter must draft from the target's vocabulary, ModelDrafter(model, vocab_size={target.vocab_size}) if "
-            f"its own is smaller, got vocab_size={own}"
-        )
 
 
 class Loop:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from specdec_kernels.checks import flags, ids_of, listed, whole
 from specdec_kernels.decode.fair_lock import FairLock
+from specdec_kernels.decode.generation import check_parties
 from specdec_kernels.decode.guarded import GuardedSession
-from specdec_kernels.decode.loop import Loop, Options, StopWhen, Token, check_parties, check_stop_when
+from specdec_kernels.decode.loop import Loop, Options, StopWhen, check_stop_when
 from specdec_kernels.decode.prompt_reading import PromptReading
 from specdec_kernels.decode.protocols import Drafter, DrafterSession, Target, shares_ids
 from specdec_kernels.decode.requests import Grammar, Sampling, allowed, make_requests
+from specdec_kernels.decode.results import Token
 from specdec_kernels.decode.statistics import Acceptance, Statistics
 from specdec_kernels.decode.submission import Submission
 from specdec_kernels.ops import BackendName, RuleName

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from specdec_kernels.decode.loop import Generation, StopWhen, Token
+from specdec_kernels.decode.loop import StopWhen
 from specdec_kernels.decode.requests import Request
+from specdec_kernels.decode.results import Generation, Token
 from specdec_kernels.decode.statistics import Acceptance
 
 if TYPE_CHECKING:

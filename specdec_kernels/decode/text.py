@@ -11,9 +11,9 @@ from typing import Any
 
 from specdec_kernels.checks import flags, listed, whole
 from specdec_kernels.contract import SEEDS
-from specdec_kernels.decode.loop import Ending
 from specdec_kernels.decode.protocols import Drafter, Target
 from specdec_kernels.decode.requests import Sampling
+from specdec_kernels.decode.results import Ending
 from specdec_kernels.decode.scheduler import Scheduler
 from specdec_kernels.decode.submission import Submission
 from specdec_kernels.decode.text_stream import TextStream
