@@ -30,10 +30,10 @@ def instead(pointer: Tensor | None, other: Tensor) -> Tensor:
 
 
 def processing_arguments(
-    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties:
+    bitmask: Tensor | None, adjusted_ids: Tensor | None, id_counts: Tensor | None, id_bias: Tensor | None, penalties:
     Tensor | None, int32: Tensor, float32: Tensor,
 ) -> tuple[Tensor | int, ...]:  # fmt: skip
     """(mask, ids, counts, bias, penalties, adjustments a request); what is missing points to other tensors."""
-    ids_or_other = instead(edit_ids, int32), instead(edit_counts, int32)
-    floats = instead(edit_bias, float32), instead(penalties, float32)
-    return instead(bitmask, int32), *ids_or_other, *floats, 0 if edit_ids is None else edit_ids.shape[1]
+    ids_or_other = instead(adjusted_ids, int32), instead(id_counts, int32)
+    floats = instead(id_bias, float32), instead(penalties, float32)
+    return instead(bitmask, int32), *ids_or_other, *floats, 0 if adjusted_ids is None else adjusted_ids.shape[1]

@@ -33,7 +33,7 @@ def arrive(counter, others):
 
 
 @triton.jit
-def seen(counter):
+def load_relaxed(counter):
     """A number that other programs may raise meanwhile, the same for all threads: one looks, and tells the others."""
     return tl.atomic_add(counter, 0, sem="relaxed")
 
@@ -60,7 +60,7 @@ def ticket(counter, programs):
 def passed_by(frontier, tree, row):
     """Whether the path is known not to come through ``row``. Rows follow the rows they depend on, so those on the path
     ascend, and ``frontier`` holds the last one that is known."""
-    known = seen(frontier)
+    known = load_relaxed(frontier)
     at = row.to(tl.int32)
     if tree.parents is not None:
         while (at > known) & (known < ENDED):
@@ -91,7 +91,7 @@ def follow(counters, frontier, states, row):
 
 
 @triton.jit
-def rest(counters, rows):
+def zero(counters, rows):
     """Leave the counters of so many rows at 0."""
     for row in range(0, rows):
         tl.store(counters + row, 0)

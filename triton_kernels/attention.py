@@ -146,10 +146,10 @@ def attention_config(rows: int, wide: int, element: int, of: launch.Multiprocess
     narrow = wide * element <= 256
     large = of.warpgroups and narrow and element == 2 and rows > 64
     keys = 128 if large else 64 if narrow else 32
-    room = of.shared // (wide * element) - 2 * keys  # for rows, beside the keys and values of one stage
-    fitting = power_of_two(max(16, room) + 1) // 2
+    capacity = of.shared // (wide * element) - 2 * keys  # for rows, beside the keys and values of one stage
+    fitting = power_of_two(max(16, capacity) + 1) // 2
     together = min(32 if element == 4 else 128 if large else 64, max(16, power_of_two(rows)), fitting)
-    stages = 1 + (room - together) // (2 * keys)
+    stages = 1 + (capacity - together) // (2 * keys)
     warps = 4 if together < 64 or (of.warpgroups and narrow and not large) else 8
     return AttentionConfig(together, keys, max(1, min(stages, 2 if large else 3)), warps)
 

@@ -66,7 +66,7 @@ def draw_without(
 @triton.jit(do_not_specialize=["top_k", "adjustments", "draft_width", "count", "slices", "flags"])  # 1: a constant
 def sample_kernel(
     logits_ptr, target_to_draft_ptr, seed_ptr, position_ptr, row_ptr, sampling_ptr, temperature, top_k, top_p, min_p,
-    bitmask_ptr, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr,
+    bitmask_ptr, adjusted_ids_ptr, id_counts_ptr, id_bias_ptr, penalties_ptr, adjustments, tokens_ptr, logprobs_ptr,
     stats_ptr, tables_ptr, counters_ptr, row_stride, draft_width, vocab, slices, flags, count, METHOD: tl.constexpr,
     PROCESSED: tl.constexpr, REDUCED: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def sample_kernel(
     processing = None
     if PROCESSED:
         processing = processing_of(
-            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments,
+            bitmask_ptr, flags & BITMASK != 0, adjusted_ids_ptr, id_counts_ptr, id_bias_ptr, penalties_ptr, adjustments,
             r, r, vocab,
         )  # fmt: skip
     tree = Tree(None, row_ptr, 0, 1, vocab)
@@ -136,7 +136,7 @@ def sample_kernel(
 def launch_sample(
     method: str, count: int, columns: tuple[int, ...], logits: Tensor, target_to_draft: Tensor | None, seed: Tensor,
     position: Tensor, row: Tensor, sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float,
-    bitmask: Tensor | None, edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None,
+    bitmask: Tensor | None, adjusted_ids: Tensor | None, id_counts: Tensor | None, id_bias: Tensor | None,
     penalties: Tensor | None, *, out: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``count`` tokens of each row, which have ``columns``; their log-probabilities, and the scalars of the
@@ -149,16 +149,17 @@ def launch_sample(
     tokens, logprobs, stats = out
     if rows:
         large, race = target_to_draft is not None, method == "coupled"
-        config = config_for(vocab, logits.device, bitmask, edit_ids, large=large, race=race)
+        config = config_for(vocab, logits.device, bitmask, adjusted_ids, large=large, race=race)
         counters, _, tables = scratch(logits.device, rows, 0, rows * NUMBERS.value * config.entries)
         slices = slices_of(rows, config, logits.device)
         launch(
             sample_kernel, rows * slices, logits, instead(target_to_draft, counters), seed, position, row,
             instead(sampling, tables), temperature, top_k, top_p, min_p,
-            *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, counters, tables),
+            *processing_arguments(bitmask, adjusted_ids, id_counts, id_bias, penalties, counters, tables),
             tokens, logprobs, stats, tables, counters, logits.stride(0), width, vocab, slices,
             flags_of(sampling=sampling, bitmask=bitmask), count, METHOD=method,
-            PROCESSED=bitmask is not None or edit_ids is not None, REDUCED=target_to_draft is not None, **config.named,
+            PROCESSED=bitmask is not None or adjusted_ids is not None, REDUCED=target_to_draft is not None,
+            **config.named,
         )  # fmt: skip
     return out
 

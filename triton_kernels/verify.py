@@ -33,7 +33,7 @@ from specdec_kernels.triton_kernels.arguments import (
     instead,
     processing_arguments,
 )
-from specdec_kernels.triton_kernels.arrivals import ENDED, arrive, follow, passed_by, rest, seen, ticket, wait
+from specdec_kernels.triton_kernels.arrivals import ENDED, arrive, follow, load_relaxed, passed_by, ticket, wait, zero
 from specdec_kernels.triton_kernels.chain import (
     chain_is_valid,
     end_chain,
@@ -129,7 +129,7 @@ def is_needed(frontier, tree, row, every):
 def verify_kernel(
     target_ptr, tokens_ptr, parents_ptr, draft_ptr, draft_stats_ptr, target_to_draft_ptr, draft_temperatures_ptr,
     draft_temperature, seed_ptr, position_ptr, num_draft_ptr, cu_rows_ptr, sampling_ptr, temperature, top_k, top_p,
-    min_p, bitmask_ptr, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments, tables_ptr,
+    min_p, bitmask_ptr, adjusted_ids_ptr, id_counts_ptr, id_bias_ptr, penalties_ptr, adjustments, tables_ptr,
     states_ptr, counters_ptr, out_tokens_ptr, out_nodes_ptr, out_accepted_ptr, out_valid_ptr, out_counters_ptr,
     out_logprobs_ptr, out_raw_logprobs_ptr, target_request_stride, target_row_stride, draft_request_stride,
     draft_row_stride, draft_width, token_request_stride, token_row_stride, nodes, vocab, batch, slices, passes, parts,
@@ -178,7 +178,7 @@ def verify_kernel(
     processing = None
     if PROCESSED:
         processing = processing_of(
-            bitmask_ptr, flags & BITMASK != 0, edit_ids_ptr, edit_counts_ptr, edit_bias_ptr, penalties_ptr, adjustments,
+            bitmask_ptr, flags & BITMASK != 0, adjusted_ids_ptr, id_counts_ptr, id_bias_ptr, penalties_ptr, adjustments,
             first_row, b, vocab,
         )  # fmt: skip
     rows = Rows(logits, target_row_stride, vocab, tree, processing, None)
@@ -229,7 +229,7 @@ def verify_kernel(
                             independent += (tl.load(states + row * STATE + NEXT) >= 0).to(tl.int32)
                         independent = tl.where(flags & COUNT_INDEPENDENT != 0, independent, -1)
                         tl.store(out_counters_ptr + 2 * b + 1, independent)
-                    rest(arrived, nodes + 2)
+                    zero(arrived, nodes + 2)
                 elif IS_TREE:
                     tl.store(visited, tl.full([], 0.0, tl.float64))
                     tl.store(visited + 1, tl.where(tl.load(states + LAST) < ENDED, 1.0, 0.0).to(tl.float64))
@@ -243,7 +243,7 @@ def verify_kernel(
             part = later % parts
             if IS_TREE:
                 wait(frontier, later // parts + 1)
-                if seen(frontier) < ENDED:
+                if load_relaxed(frontier) < ENDED:
                     node = tl.load(visited).to(tl.int64)
                     state = states + node * STATE
                     target, divided, rejected = load_residual(tree, node, states)
@@ -330,7 +330,7 @@ def launch_verify(
     draft_stats: Tensor | None, target_to_draft: Tensor | None, draft_temperatures: Tensor | None,
     draft_temperature: float, seed: Tensor, position: Tensor, num_draft: Tensor | None, cu_rows: Tensor | None,
     sampling: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float, bitmask: Tensor | None,
-    edit_ids: Tensor | None, edit_counts: Tensor | None, edit_bias: Tensor | None, penalties: Tensor | None,
+    adjusted_ids: Tensor | None, id_counts: Tensor | None, id_bias: Tensor | None, penalties: Tensor | None,
     logprobs: bool, independent: bool, replacement: bool, workspace: Tensor | None, nodes: int, tokens: Tensor,
     path: Tensor, accepted: Tensor, valid: Tensor, counters: Tensor, scores: Tensor, raw_scores: Tensor,
 ) -> None:  # fmt: skip
@@ -339,9 +339,9 @@ def launch_verify(
     if not batch:
         return
     is_tree = parents is not None
-    config = config_for(vocab, device, bitmask, edit_ids, large=is_tree, race=rule == "coupled")
+    config = config_for(vocab, device, bitmask, adjusted_ids, large=is_tree, race=rule == "coupled")
     sizes = batch * (nodes + 3), batch * (nodes + is_tree) * STATE.value, batch * nodes * NUMBERS.value * config.entries
-    at_rest, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
+    zeroed_counters, states, tables = scratch(device, *sizes) if workspace is None else scratch_in(workspace, *sizes)
     slices = slices_of(batch * nodes, config, device)
     passes, parts = 0, 1
     if rule == "block":
@@ -361,14 +361,14 @@ def launch_verify(
     target_strides = target_logits.stride()[:2] if cu_rows is None else (0, target_logits.stride(0))
     launch(
         verify_kernel, batch * (nodes * slices + passes * parts), target_logits, draft_tokens, instead(parents, seed),
-        instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, at_rest),
+        instead(draft_logits, target_logits), instead(draft_stats, tables), instead(target_to_draft, zeroed_counters),
         instead(draft_temperatures, tables), draft_temperature, seed, position, instead(num_draft, seed),
         instead(cu_rows, seed), instead(sampling, tables), temperature, top_k, top_p, min_p,
-        *processing_arguments(bitmask, edit_ids, edit_counts, edit_bias, penalties, at_rest, tables), tables, states,
-        at_rest, tokens, path, accepted, valid, counters, scores if logprobs else tables,
+        *processing_arguments(bitmask, adjusted_ids, id_counts, id_bias, penalties, zeroed_counters, tables), tables,
+        states, zeroed_counters, tokens, path, accepted, valid, counters, scores if logprobs else tables,
         raw_scores if logprobs else tables, *target_strides, *drafted, *draft_tokens.stride(), nodes, vocab, batch,
         slices, passes, parts, flags, RULE=rule, IS_TREE=is_tree,
-        PROCESSED=bitmask is not None or edit_ids is not None, BLOCK=power_of_two(nodes) if is_tree else 1,
+        PROCESSED=bitmask is not None or adjusted_ids is not None, BLOCK=power_of_two(nodes) if is_tree else 1,
         **config.named,
     )  # fmt: skip
 

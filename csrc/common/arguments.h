@@ -50,7 +50,7 @@ struct DistributionArguments {
   double temperature;
   int64_t top_k;
   double top_p, min_p;
-  std::optional<Tensor> bitmask, edit_ids, edit_counts, edit_bias, penalties;
+  std::optional<Tensor> bitmask, adjusted_ids, id_counts, id_bias, penalties;
 
   SamplingParameters parameters() const {
     return {data_of<float>(sampling), float(temperature), top_k, float(top_p), float(min_p)};
@@ -58,10 +58,10 @@ struct DistributionArguments {
 
   Processing processing() const {
     return {reinterpret_cast<const uint32_t*>(data_of<int32_t>(bitmask)),
-            edit_ids ? edit_ids->size(1) : 0,
-            data_of<int32_t>(edit_ids),
-            data_of<int32_t>(edit_counts),
-            data_of<float>(edit_bias),
+            adjusted_ids ? adjusted_ids->size(1) : 0,
+            data_of<int32_t>(adjusted_ids),
+            data_of<int32_t>(id_counts),
+            data_of<float>(id_bias),
             data_of<float>(penalties)};
   }
 
@@ -72,9 +72,9 @@ struct DistributionArguments {
   }
 
   // All but the mask, whose shape differs.
-  bool taken(const ArgumentChecker<Tensor>& by, int64_t requests) const {
-    return by.sampling(sampling, requests, temperature, top_k, top_p, min_p) &&
-           by.adjustments(requests, edit_ids, edit_counts, edit_bias, penalties);
+  bool accepted_by(const ArgumentChecker<Tensor>& check, int64_t requests) const {
+    return check.sampling(sampling, requests, temperature, top_k, top_p, min_p) &&
+           check.adjustments(requests, adjusted_ids, id_counts, id_bias, penalties);
   }
 };
 
@@ -92,9 +92,10 @@ struct DraftArguments {
             next.number(),   next.tensor(),   next.tensor()};
   }
 
-  bool taken(const ArgumentChecker<Tensor>& by, int64_t batch, int64_t rows, int64_t vocab) const {
-    return by.draft_rows(logits, stats, target_to_draft, batch, rows, vocab) &&
-           by.temperatures(temperatures, temperature, batch) && by.keys(seed, batch) && by.keys(position, batch);
+  bool accepted_by(const ArgumentChecker<Tensor>& check, int64_t batch, int64_t rows, int64_t vocab) const {
+    return check.draft_rows(logits, stats, target_to_draft, batch, rows, vocab) &&
+           check.temperatures(temperatures, temperature, batch) && check.keys(seed, batch) &&
+           check.keys(position, batch);
   }
 };
 
@@ -177,17 +178,17 @@ struct ChainArguments {
 
   void require() const {
     using torch::headeronly::ScalarType;
-    const ArgumentChecker<Tensor> taken(target_logits);
-    taken.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
+    const ArgumentChecker<Tensor> check(target_logits);
+    check.require(draft_tokens.dim() == 2 && target_logits.dim() == (cu_rows ? 2 : 3));
     const int64_t all = target_logits.size(0), vocab = target_logits.size(cu_rows ? 1 : 2), words = words_of(vocab);
-    taken.require(cu_rows ? taken.logits(target_logits, {all, vocab}) &&
-                                taken.array(distribution.bitmask, ScalarType::Int, {all, words}) &&
-                                taken.offsets(*cu_rows, batch(), rows() - 1, all)
-                          : taken.logits(target_logits, {batch(), rows(), vocab}) &&
-                                taken.array(distribution.bitmask, ScalarType::Int, {batch(), rows(), words}));
-    taken.require(taken.drafted(draft_tokens, num_draft) && drafts.taken(taken, batch(), rows() - 1, vocab) &&
-                  distribution.taken(taken, batch()) &&
-                  taken.workspace(workspace, workspace_bytes(batch(), rows(), vocab)));
+    check.require(cu_rows ? check.logits(target_logits, {all, vocab}) &&
+                                check.array(distribution.bitmask, ScalarType::Int, {all, words}) &&
+                                check.offsets(*cu_rows, batch(), rows() - 1, all)
+                          : check.logits(target_logits, {batch(), rows(), vocab}) &&
+                                check.array(distribution.bitmask, ScalarType::Int, {batch(), rows(), words}));
+    check.require(check.drafted(draft_tokens, num_draft) && drafts.accepted_by(check, batch(), rows() - 1, vocab) &&
+                  distribution.accepted_by(check, batch()) &&
+                  check.workspace(workspace, workspace_bytes(batch(), rows(), vocab)));
   }
 
   template <class Results>
@@ -234,13 +235,13 @@ struct TreeArguments {
 
   void require() const {
     using torch::headeronly::ScalarType;
-    const ArgumentChecker<Tensor> taken(target_logits);
-    taken.require(target_logits.dim() == 3 && parents.dim() == 2);
+    const ArgumentChecker<Tensor> check(target_logits);
+    check.require(target_logits.dim() == 3 && parents.dim() == 2);
     const int64_t vocab = target_logits.size(2);
-    taken.require(nodes() <= kMaxRows && taken.tree(parents, draft_tokens, vocab) &&
-                  taken.logits(target_logits, {batch(), nodes(), vocab}) &&
-                  drafts.taken(taken, batch(), nodes(), vocab) && distribution.taken(taken, batch()) &&
-                  taken.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), words_of(vocab)}));
+    check.require(nodes() <= kMaxRows && check.tree(parents, draft_tokens, vocab) &&
+                  check.logits(target_logits, {batch(), nodes(), vocab}) &&
+                  drafts.accepted_by(check, batch(), nodes(), vocab) && distribution.accepted_by(check, batch()) &&
+                  check.array(distribution.bitmask, ScalarType::Int, {batch(), nodes(), words_of(vocab)}));
   }
 
   template <class Results>
@@ -274,13 +275,14 @@ struct RowArguments {
 
   void require() const {
     using torch::headeronly::ScalarType;
-    const ArgumentChecker<Tensor> taken(logits);
-    taken.require(logits.dim() == 2 && (!target_to_draft || target_to_draft->dim() == 1));
+    const ArgumentChecker<Tensor> check(logits);
+    check.require(logits.dim() == 2 && (!target_to_draft || target_to_draft->dim() == 1));
     const int64_t rows = logits.size(0);
-    taken.require(taken.logits(logits, {rows, logits.size(1)}) &&
-                  taken.array(target_to_draft, ScalarType::Int, {vocab()}) && taken.keys(seed, rows) &&
-                  taken.keys(position, rows) && taken.rows_of_step(row, rows) && distribution.taken(taken, rows) &&
-                  taken.array(distribution.bitmask, ScalarType::Int, {rows, words_of(vocab())}));
+    check.require(check.logits(logits, {rows, logits.size(1)}) &&
+                  check.array(target_to_draft, ScalarType::Int, {vocab()}) && check.keys(seed, rows) &&
+                  check.keys(position, rows) && check.rows_of_step(row, rows) &&
+                  distribution.accepted_by(check, rows) &&
+                  check.array(distribution.bitmask, ScalarType::Int, {rows, words_of(vocab())}));
   }
 
   // `count` tokens of each row.

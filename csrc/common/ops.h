@@ -235,8 +235,8 @@ struct VerifyChain {
 
   SPECDEC_SHARED int64_t longest() const { return common.rows - 1; }
 
-  // Drafts a request has room for.
-  SPECDEC_SHARED int64_t room(int64_t request) const {
+  // Drafts of a request at most.
+  SPECDEC_SHARED int64_t num_drafts(int64_t request) const {
     int64_t limit = longest();
     if (cu_rows != nullptr && cu_rows[request + 1] - cu_rows[request] - 1 < limit)
       limit = cu_rows[request + 1] - cu_rows[request] - 1;
@@ -285,7 +285,7 @@ struct NoiseWords {
 struct SampleChildren {
   Sample common;  // tokens and log-probabilities [R, count]
   int64_t count;
-  Children how;
+  Children method;
 };
 
 }  // namespace specdec

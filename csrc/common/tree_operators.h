@@ -33,7 +33,7 @@ void tree_mask_of(torch::stable::Tensor out, torch::stable::Tensor parents,
   const TreeMask op{
       .batch = batch,
       .nodes = parents.size(1),
-      .room = int64_t(out.numel()) / batch,
+      .capacity = int64_t(out.numel()) / batch,
       .parents = static_cast<const int64_t*>(parents.const_data_ptr()),
       .context_lens = context_lens ? static_cast<const int64_t*>(context_lens->const_data_ptr()) : nullptr,
       .format = MaskFormat(format),

@@ -17,7 +17,7 @@ enum class MaskElement { byte, word16, word32, bool8, f32, bf16, f16 };
 
 struct TreeMask {
   int64_t batch, nodes;
-  int64_t room;                 // elements of `out` a request: as many as it may need
+  int64_t capacity;             // elements of `out` a request: as many as it may need
   const int64_t* parents;       // [B, N]
   const int64_t* context_lens;  // [B], or null
   MaskFormat format;

@@ -77,12 +77,12 @@ void run(const CompactKv& op, const std::vector<char*>& caches, const Tensor&) {
 // float32 [rows, outputs] of x [rows, inputs], x * weight^T * scale: for a drafter, a draft of which takes as long as
 // its weights take to read (specdec_kernels/decode/drafters/eight_bits.py).
 Tensor eight_bit_product(Tensor x, Tensor weight, Tensor scale) {
-  const ArgumentChecker<Tensor> taken(x);
-  taken.require(x.dim() == 2 && weight.dim() == 2);
+  const ArgumentChecker<Tensor> check(x);
+  check.require(x.dim() == 2 && weight.dim() == 2);
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
-  taken.require(taken.array(x, ScalarType::Float, {rows, inputs}) &&
-                taken.array(weight, ScalarType::Char, {outputs, inputs}) &&
-                taken.array(scale, ScalarType::Float, {outputs}));
+  check.require(check.array(x, ScalarType::Float, {rows, inputs}) &&
+                check.array(weight, ScalarType::Char, {outputs, inputs}) &&
+                check.array(scale, ScalarType::Float, {outputs}));
   const auto *from = data_of<float>(x), *scales = data_of<float>(scale);
   const auto* weights = data_of<int8_t>(weight);
   Tensor result = make(x, {rows, outputs}, aoti_torch_dtype_float32());

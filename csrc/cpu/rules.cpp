@@ -320,7 +320,7 @@ TreeRule on_trees(Rule rule) {
 
 bool ids_in_range(const VerifyChain& op) {
   for (int64_t b = 0; b < op.common.batch; ++b)
-    for (int64_t i = 0; i < op.room(b); ++i) {
+    for (int64_t i = 0; i < op.num_drafts(b); ++i) {
       const int64_t token = op.common.token(b, i);
       if (token < -1 || token >= op.common.vocab) return false;
       if (token == -1) break;
@@ -332,7 +332,7 @@ void verify_chain(const VerifyChain& op, int64_t threads, RunOnThreads run) {
   each_request(op.common.batch, op.common.vocab, threads, run, [&](int64_t b, const Workers& workers) {
     const int64_t first = op.cu_rows ? op.cu_rows[b] : 0;
     Drafts drafts{nullptr, 1};
-    while (drafts.live <= op.room(b) && op.common.token(b, drafts.live - 1) >= 0) ++drafts.live;
+    while (drafts.live <= op.num_drafts(b) && op.common.token(b, drafts.live - 1) >= 0) ++drafts.live;
     Request request(op.common, drafts, on_trees(op.rule), false, workers, b, first,
                     op.cu_rows ? first : b * op.common.rows);
     request.run();

@@ -93,8 +93,8 @@ std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_
   const Sample& row = op.common;
   if (!view.valid()) return {view.largest_finite()};
   if (is_greedy(view.scale()))
-    return std::vector<int64_t>(op.how == Children::iid ? size_t(op.count) : 1, view.argmax());
-  switch (op.how) {
+    return std::vector<int64_t>(op.method == Children::iid ? size_t(op.count) : 1, view.argmax());
+  switch (op.method) {
     case Children::top:
       return best_of_pieces(view, op.count, [&](uint32_t piece, Best& best) {
         view.each_logit(
@@ -109,7 +109,7 @@ std::vector<int64_t> children_of(const SampleChildren& op, RowView& view, int64_
       std::vector<int64_t> tokens;
       while (int64_t(tokens.size()) < op.count && view.share_left() >= kNothingLeft) {
         tokens.push_back(view.draw(draft_noise(row, r, row.row[r] + int64_t(tokens.size()))));
-        if (op.how == Children::without_replacement) view.remove(tokens.back());
+        if (op.method == Children::without_replacement) view.remove(tokens.back());
       }
       return tokens;
     }

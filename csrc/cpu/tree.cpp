@@ -13,8 +13,8 @@ void write_mask(const Attended& mask) {
   const bool bits = op.format == MaskFormat::flat_bits, flat = bits || op.format == MaskFormat::flat;
   int64_t begin = 0;  // flat requests follow each other
   for (int64_t b = 0; flat && b < mask.request; ++b) begin += mask.flat_elements(b);
-  T* const out = static_cast<T*>(op.out) + (flat ? begin : mask.request * op.room);
-  const int64_t width = flat ? mask.length + op.nodes : op.room / op.nodes;
+  T* const out = static_cast<T*>(op.out) + (flat ? begin : mask.request * op.capacity);
+  const int64_t width = flat ? mask.length + op.nodes : op.capacity / op.nodes;
   if (bits) {
     const int64_t count = mask.flat_elements(mask.request);
     for (int64_t i = 0, node = 0, key = 0; i < count; ++i) {
@@ -39,7 +39,7 @@ void write_mask(const Attended& mask) {
     }
   }
   if (flat && mask.request + 1 == op.batch)  // what no request uses is 0
-    std::fill(out + mask.flat_elements(mask.request), static_cast<T*>(op.out) + op.batch * op.room, T(0));
+    std::fill(out + mask.flat_elements(mask.request), static_cast<T*>(op.out) + op.batch * op.capacity, T(0));
 }
 
 }  // namespace

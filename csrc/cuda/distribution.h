@@ -52,8 +52,8 @@ SPECDEC_DEVICE Mass mass_of(const Row<T>& row) {
   Mass all;
   SPECDEC_ROLLED
   for (int span = block::rank(); span < row.table().spans; span += kThreads) {
-    Mass mass{fresh(row.table().base(span)), 0.0f};
-    const Four low = fresh(row.table().four_sums(2 * span)), high = fresh(row.table().four_sums(2 * span + 1));
+    Mass mass{load_l2(row.table().base(span)), 0.0f};
+    const Four low = load_l2(row.table().four_sums(2 * span)), high = load_l2(row.table().four_sums(2 * span + 1));
     SPECDEC_UNROLL
     for (int k = 0; k < 4; ++k) mass.sum += low.x[k] + high.x[k];
     all = together(all, mass);
@@ -94,7 +94,7 @@ SPECDEC_DEVICE void find_distribution(const Row<T>& row, Distribution& d) {
     int begin = 0, end = row.vocab();
     if (d.valid) {  // it is in the first span with that base
       int span = block::rank();
-      while (span < row.table().spans && fresh(row.table().base(span)) != d.base) span += kThreads;
+      while (span < row.table().spans && load_l2(row.table().base(span)) != d.base) span += kThreads;
       begin = block::reduce(span, [](int a, int b) { return std::min(a, b); }) * kSpan,
       end = std::min(begin + kSpan, end);
     }
@@ -127,9 +127,9 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
       const Table table = row.table();  // not kept
       const bool there = first < tiles;
       const Words words = philox(noise, uint32_t(first / 4));
-      const float share = there ? probability(fresh(table.base(first / kTilesOfSpan))) : 0.0f;
-      const Four sums = there ? fresh(table.four_sums(first / 4)) : Four{};
-      const Four tops = there && d.filtered() ? fresh(table.four_tops(first / 4)) : Four{};
+      const float share = there ? probability(load_l2(table.base(first / kTilesOfSpan))) : 0.0f;
+      const Four sums = there ? load_l2(table.four_sums(first / 4)) : Four{};
+      const Four tops = there && d.filtered() ? load_l2(table.four_tops(first / 4)) : Four{};
       Four bound;
       SPECDEC_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -156,7 +156,7 @@ SPECDEC_DEVICE int draw(const Row<T>& row, const Distribution& d, const Noise& n
       if (may_win) {
         if (next.id == mine) bounds[(mine - begin) / 4].x[mine % 4] = INFINITY;
         const Table table = row.table();
-        const float weight = fresh(table.sum(next.id)) * probability(fresh(table.base(next.id / kTilesOfSpan)));
+        const float weight = load_l2(table.sum(next.id)) * probability(load_l2(table.base(next.id / kTilesOfSpan)));
         float sum = 0.0f;
         SPECDEC_ROLLED
         for (int offset = 4 * block::lane(); offset < kTileIds; offset += 4 * kLanes) {
@@ -194,12 +194,12 @@ SPECDEC_DEVICE int flat_race(const Row<T>& row, const Distribution& d, const Noi
   Arrived first;
   SPECDEC_ROLLED
   for (int span = block::rank(); !d.filtered() && span < table.spans; span += kThreads) {
-    const float share = probability(fresh(table.base(span)));
-    const float time = quotient(fresh(table.time(span)), share);
-    if (share > 0.0f && time < INFINITY) first = Earlier()(first, {time, bits_of(fresh(table.winner(span)))});
+    const float share = probability(load_l2(table.base(span)));
+    const float time = quotient(load_l2(table.time(span)), share);
+    if (share > 0.0f && time < INFINITY) first = Earlier()(first, {time, bits_of(load_l2(table.winner(span)))});
   }
   for (int span = block::warp(); d.filtered() && span < table.spans; span += kWarps) {
-    if (fresh(table.base(span)) < d.cutoff) continue;
+    if (load_l2(table.base(span)) < d.cutoff) continue;
     SPECDEC_ROLLED
     for (int u = 0; u < kLoads; ++u) {
       const int id = span * kSpan + load_offset(u);

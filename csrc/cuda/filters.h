@@ -39,7 +39,7 @@ SPECDEC_SELDOM Above all_above(const Row<T> row, bool counts, float pivot) {
   const Weights weight = counts ? Weights{0.0f, 0.0f} : Weights{row.sampling().scale2(), block::memory().top};
   Above own;
   for (int span = block::warp(); span < row.table().spans; span += kWarps) {
-    const float top = fresh(row.table().base(span));
+    const float top = load_l2(row.table().base(span));
     if (top < pivot) {  // nothing to find
       own.below = fmaxf(own.below, top);
       continue;
@@ -119,7 +119,7 @@ struct Filter {
     SPECDEC_UNROLL
     for (int c = 0; c < kCached; ++c) {
       const int tile = c * kThreads + block::rank();
-      own[c] = tile < tiles() ? fresh(row.table().top(tile)) : -INFINITY;
+      own[c] = tile < tiles() ? load_l2(row.table().top(tile)) : -INFINITY;
     }
     constexpr float kSlack = 15.0f;  // of top-k 50, 64 tiles: what a block loads at a time
     return threshold_for_mass(float(k), kSlack, -INFINITY, top(), [&](float pivot) {
@@ -128,7 +128,7 @@ struct Filter {
       for (const float top : own) found = found + above(top, 1.0f, pivot);
       SPECDEC_ROLLED
       for (int tile = kCached * kThreads + block::rank(); tile < tiles(); tile += kThreads)
-        found = found + above(fresh(row.table().top(tile)), 1.0f, pivot);
+        found = found + above(load_l2(row.table().top(tile)), 1.0f, pivot);
       return block::reduce(found, std::plus<>());
     });
   }
@@ -142,7 +142,7 @@ struct Filter {
     SPECDEC_ROLLED
     for (int first = 0; first < tiles(); first += kThreads, listed += more) {
       const int tile = first + block::rank();
-      const bool may = tile < tiles() && fresh(row.table().top(tile)) >= pivot;
+      const bool may = tile < tiles() && load_l2(row.table().top(tile)) >= pivot;
       const int at = listed + block::before(may, more);
       if (may && at < kListed) memory().list[at] = tile;
     }

@@ -1,5 +1,5 @@
 // The kernels of `verify_chain`.
-#include "crew.h"
+#include "cooperative.h"
 #include "start.h"
 
 template cudaError_t specdec::cuda::launch(const VerifyChain&, const Plan&, cudaStream_t);

@@ -8,11 +8,11 @@ namespace {
 // A row of the mask by a warp; but rows of bits that begin anywhere in a byte by all warps of the request together.
 template <class T>
 SPECDEC_KERNEL void tree_mask_kernel(SPECDEC_PARAMETER TreeMask op) {
-  const int64_t row = block_index() * kWarps + block::warp(), lane = block::lane(), all = op.batch * op.room;
+  const int64_t row = block_index() * kWarps + block::warp(), lane = block::lane(), all = op.batch * op.capacity;
   if (row >= op.batch * op.nodes) return;
   const int64_t request = row / op.nodes, node = row % op.nodes;
   const Attended mask{op, request, live_nodes(op.parents + request * op.nodes, int(op.nodes))};
-  int64_t width = op.room / op.nodes, begin = request * op.room, used = all;
+  int64_t width = op.capacity / op.nodes, begin = request * op.capacity, used = all;
   if (op.format == MaskFormat::flat || op.format == MaskFormat::flat_bits) {  // each request behind the others
     width = mask.length + op.nodes, begin = used = 0;
     for (int64_t b = lane; b < op.batch; b += kLanes) {

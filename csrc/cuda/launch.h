@@ -23,16 +23,15 @@ constexpr int64_t kBlocksAProcessor = 4;
 // only a block that has not started can skip a row that turned out not to be needed.
 constexpr int64_t kMostChunks = 8;
 
-// What is known of a row once it was judged (verify.h), and what each block of a crew knows of it (crew.h).
+// What is known of a row once it was judged (verify.h), and what each cooperating block knows of it (cooperative.h).
 constexpr int64_t kJudgedBytes = 80, kStateBytes = 48;
 
-// How an operation works. By rows: each block has a slice of a row, and no block waits for another (verify.h). By
-// crews: the blocks that share a request go through its rows together, and wait for each other after each pass
-// (crew.h).
-inline bool by_crews(const VerifyChain& op) { return op.rule == Rule::block; }
-inline bool by_crews(const VerifyTree& op) { return op.rule == TreeRule::recursive || op.rule == TreeRule::traversal; }
+// How an operation works: by rows, of which each block has a slice and waits for no other (verify.h); or the blocks
+// that share a request go through its rows together, and wait for each other after each pass (cooperative.h).
+inline bool cooperates(const VerifyChain& op) { return op.rule == Rule::block; }
+inline bool cooperates(const VerifyTree& op) { return op.rule != TreeRule::walk && op.rule != TreeRule::coupled; }
 template <class Op>
-bool by_crews(const Op&) {
+bool cooperates(const Op&) {
   return false;
 }
 
@@ -63,7 +62,7 @@ Shape shape_of(const Op& op) {
 struct Plan {
   float* tables = nullptr;  // two of each row, of target and draft
   void *states = nullptr, *judged = nullptr;
-  uint32_t* counters = nullptr;  // of each request (verify.h, crew.h): who uses them leaves them 0, as they were
+  uint32_t* counters = nullptr;  // of each request (verify.h, cooperative.h): who uses them leaves them 0, as they were
   int requests, spans;           // spans of a row
   int slices;                    // blocks that share a row, or a request
   int length;                    // spans of each slice of a row
@@ -92,7 +91,7 @@ Plan plan_of(const Op& op, int64_t processors) {
   const int64_t on_device = std::min(kBlocksAProcessor * processors, kMostBlocks);  // blocks at a time
   int64_t slices, length = spans, blocks, measured = rows;
   bool ahead = true;
-  if (by_crews(op)) {
+  if (cooperates(op)) {
     // All that the GPU has at a time, as long as each has a span of a row and a multiprocessor to itself.
     slices = std::clamp<int64_t>(on_device / std::max<int64_t>(requests, 1), 1, std::min(spans, processors));
     blocks = requests * slices;
@@ -106,8 +105,8 @@ Plan plan_of(const Op& op, int64_t processors) {
     blocks = rows * slices;
   }
   if constexpr (std::is_same_v<Op, VerifyTree>) {
-    if (by_crews(op)) {
-      // Rows are each measured when a crew visits them, in two tables a request; or ahead, all of them: where the rule
+    if (cooperates(op)) {
+      // Rows are each measured when they are visited, in two tables a request; or ahead, all of them: where the rule
       // visits all nodes, or there are so few that they keep no multiprocessor busy.
       ahead = op.rule == TreeRule::traversal ? requests < on_device : rows <= processors;
       measured = ahead ? rows : requests;
@@ -117,16 +116,16 @@ Plan plan_of(const Op& op, int64_t processors) {
           .spans = int(spans),
           .slices = int(slices),
           .length = int(length),
-          .in_waves = !by_crews(op) && blocks > on_device,
+          .in_waves = !cooperates(op) && blocks > on_device,
           .ahead = ahead,
           .blocks = blocks,
           .table_bytes = aligned(measured * 2 * spans * kSpanFloats * int64_t(sizeof(float))),
-          .state_bytes = aligned(by_crews(op) ? rows * slices * kStateBytes : 0),
+          .state_bytes = aligned(cooperates(op) ? rows * slices * kStateBytes : 0),
           .judged_bytes = aligned(rows * kJudgedBytes),
           .counter_bytes = aligned(requests * (rows_each + 2 + words_of(rows_each)) * int64_t(sizeof(uint32_t)))};
 }
 
-// Which part of the work a block has: of rows, first rows of all requests first; of a crew, its block of it.
+// Which part of the work a block has: of rows, first rows of all requests first; cooperating, a share of a request.
 struct Part {
   int request, row, slice;
 };

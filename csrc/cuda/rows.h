@@ -67,7 +67,7 @@ struct alignas(16) Eight {
 
 template <class T>
 SPECDEC_DEVICE Eight<T> eight_at(const T* p) {
-  return streamed(reinterpret_cast<const Eight<T>*>(p));
+  return load_streaming(reinterpret_cast<const Eight<T>*>(p));
 }
 
 template <class T>
@@ -281,7 +281,7 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
   for (int u = 0; u < kLoads; ++u) x[u] = v(u).top(), top = u == 0 ? x[u] : LargerOrNan()(top, x[u]);
   if constexpr (kSums == Sums::with_tops) block::put_tiles(x, own_tile, LargerOrNan(), table.top(first_tile));
   top = block::in_warp(top, LargerOrNan());
-  if (block::lane() == 0) put(table.base(span), top);
+  if (block::lane() == 0) store_l2(table.base(span), top);
   const Weights weight{scale2, top};
   Arrived first;
   SPECDEC_UNROLL
@@ -297,7 +297,8 @@ SPECDEC_DEVICE void measure_span(int span, int own_tile, float scale2, const Noi
   }
   if constexpr (kSums == Sums::none) return;
   block::put_tiles(x, own_tile, std::plus<>(), table.sum(first_tile));
-  if (kRace && block::lane() == 0) put(table.time(span), first.time), put(table.winner(span), float_of_bits(first.id));
+  if (kRace && block::lane() == 0)
+    store_l2(table.time(span), first.time), store_l2(table.winner(span), float_of_bits(first.id));
 }
 
 // Spans that take more than to load them whole and to add them up: at the end of a row, of rows that lie at odd

@@ -74,7 +74,7 @@ class SampleProgram {
 class ChildrenProgram : SampleProgram<Mixed, false> {
  public:
   SPECDEC_DEVICE ChildrenProgram(const SampleChildren& op, const Plan& work, const Part& part)
-      : SampleProgram(op.common, work, part), count_(int(op.count)), how_(op.how) {}
+      : SampleProgram(op.common, work, part), count_(int(op.count)), method_(op.method) {}
 
   // Fewer than `count` where the distribution has no more to give.
   SPECDEC_DEVICE void run() {
@@ -86,13 +86,13 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
       int drawn = kNobody;
       if (found().argmax >= 0) {
         // A point mass has one child, unless it is drawn again; a row that is not valid has one.
-        if (child == 0 || (how_ == Children::iid && found().valid)) drawn = found().argmax;
-      } else if (how_ == Children::top || how_ == Children::race) {
+        if (child == 0 || (method_ == Children::iid && found().valid)) drawn = found().argmax;
+      } else if (method_ == Children::top || method_ == Children::race) {
         if (last.id != kNobody) last = next_best(last);
         drawn = last.id;
       } else {
         block::sync();  // the tokens before were written by one thread
-        drawn = draw_without(tokens, how_ == Children::iid ? 0 : child, noise(child));
+        drawn = draw_without(tokens, method_ == Children::iid ? 0 : child, noise(child));
       }
       write(tokens + child, op_.out_logprobs + row() * count_ + child, drawn);
     }
@@ -105,7 +105,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     Arrived best;
     row_.for_ids(0, row_.vocab(), [&](int id, float x) {
       Arrived here{-x, id};
-      if (how_ == Children::race) {
+      if (method_ == Children::race) {
         const float weight = probability(x);
         if (weight < float(kNothingLeft)) return;
         const Words words = philox(coupled_noise(), uint32_t(id / 4));
@@ -123,7 +123,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
     const Probabilities probability = probabilities_of(found());
     const auto left = [&](int id, float x) {
       for (int index = 0; index < count; ++index)
-        if (fresh(tokens + index) == id) return 0.0f;
+        if (load_l2(tokens + index) == id) return 0.0f;
       return probability(x);
     };
     const int drawn = draw(row_, found(), noise, [&](int first, float (&w)[4], const auto&) {
@@ -138,7 +138,7 @@ class ChildrenProgram : SampleProgram<Mixed, false> {
   }
 
   const int count_;
-  const Children how_;
+  const Children method_;
 };
 
 template <class F>

@@ -27,7 +27,7 @@ SPECDEC_KERNEL void program_kernel(SPECDEC_PARAMETER Op op, SPECDEC_PARAMETER Pl
 
 template <class Op>
 cudaError_t launch(const Op& op, const Plan& plan, cudaStream_t stream) {
-  const bool together = by_crews(op) && plan.slices > 1;
+  const bool together = cooperates(op) && plan.slices > 1;
   return with_program(op, [&](auto type) {
     const auto kernel = program_kernel<typename decltype(type)::type, Op>;
     return launch_kernel(kernel, plan.blocks, together, stream, op, plan);

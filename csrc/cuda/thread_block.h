@@ -135,7 +135,7 @@ struct BlockMemory {
   float top, sum;  // the largest logit of a row, and the sum of all weights relative to it
   Rows rows[3];
   Eights processed;                                // eight logits of each thread (rows.h)
-  alignas(16) unsigned char request[352];          // what all its threads know of it (verify.h, crew.h)
+  alignas(16) unsigned char request[352];          // what all its threads know of it (verify.h, cooperative.h)
   alignas(16) unsigned char scratch[16 * kWarps];  // of the functions of a block
 };
 
@@ -161,19 +161,19 @@ __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 
 // What is read once.
 template <class T>
-__device__ __forceinline__ T streamed(const T* p) {
+__device__ __forceinline__ T load_streaming(const T* p) {
   return by_words<uint4>(T{}, [&](uint4, int k) { return __ldcs(reinterpret_cast<const uint4*>(p) + k); });
 }
 // What blocks of this launch wrote, and writing it. It is not read from this multiprocessor's own cache.
 template <class T>
-__device__ __forceinline__ T fresh(const T* p) {
+__device__ __forceinline__ T load_l2(const T* p) {
   if constexpr (sizeof(T) <= 8)
     return __ldcg(p);
   else
     return by_words<uint4>(T{}, [&](uint4, int k) { return __ldcg(reinterpret_cast<const uint4*>(p) + k); });
 }
 template <class T>
-__device__ __forceinline__ void put(T* p, const T& x) {
+__device__ __forceinline__ void store_l2(T* p, const T& x) {
   if constexpr (sizeof(T) <= 8)
     __stcg(p, x);
   else
@@ -197,12 +197,12 @@ __device__ __forceinline__ float ex2(float x) {
     asm volatile(instruction " %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(x) : "memory"); \
     return before;                                                                            \
   }
-SPECDEC_ATOMIC(come_to, "atom.release.gpu.global.inc.u32")  // 0 again after x
-SPECDEC_ATOMIC(add_to, "atom.acq_rel.gpu.global.add.u32")
-SPECDEC_ATOMIC(set_bits, "atom.acq_rel.gpu.global.or.b32")
+SPECDEC_ATOMIC(atomic_inc, "atom.release.gpu.global.inc.u32")  // 0 again after x
+SPECDEC_ATOMIC(atomic_add, "atom.acq_rel.gpu.global.add.u32")
+SPECDEC_ATOMIC(atomic_or, "atom.acq_rel.gpu.global.or.b32")
 #undef SPECDEC_ATOMIC
-__device__ __forceinline__ void acquire(const uint32_t*) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-__device__ __forceinline__ uint32_t glance(const uint32_t* word) {
+__device__ __forceinline__ void fence_acquire(const uint32_t*) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* word) {
   uint32_t x;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(word) : "memory");
   return x;
@@ -317,7 +317,7 @@ SPECDEC_DEVICE void put_tiles(const float (&x)[4], int own_tile, const F& combin
   float mine = combine(upper4 ? high : low, shuffled(upper4 ? low : high, 4));
   mine = combine(mine, shuffled(mine, 2));
   mine = combine(mine, shuffled(mine, 1));
-  if (lane() % 4 == 0) put(own, mine);
+  if (lane() % 4 == 0) store_l2(own, mine);
 }
 
 // What the first lane of each warp has, known to all, in the block's memory until this is called again.
@@ -373,8 +373,8 @@ SPECDEC_DEVICE int before(int x, int& all) {
 // of them wrote before.
 SPECDEC_DEVICE bool comes_last(uint32_t* counter, int blocks) {
   block::sync();  // all threads have written
-  const bool last = block::rank() == 0 && come_to(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1);
-  if (last) acquire(counter);
+  const bool last = block::rank() == 0 && atomic_inc(counter, uint32_t(blocks - 1)) == uint32_t(blocks - 1);
+  if (last) fence_acquire(counter);
   return block::any(last);
 }
 

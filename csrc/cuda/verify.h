@@ -79,8 +79,8 @@ class VerifyProgram {
     leave();
     if (!decides) return;
     int end = 0;
-    for (int next = 0; next >= 0; next = fresh(&judged()[end].next)) end = next;
-    block::by_one([&] { here().row = fresh(judged() + end), here().node = end; });
+    for (int next = 0; next >= 0; next = load_l2(&judged()[end].next)) end = next;
+    block::by_one([&] { here().row = load_l2(judged() + end), here().node = end; });
     finish(std::min(end + 1, live() - 1), 1.0);
   }
 
@@ -121,7 +121,7 @@ class VerifyProgram {
   // describe no valid tree, so that every request gets a token.
   SPECDEC_DEVICE int count_live() const {
     if constexpr (kIsChain)
-      return block::first_where(1, int(op_.room(request())) + 1, [&](int node) { return !is_token(token(node)); });
+      return block::first_where(1, int(op_.num_drafts(request())) + 1, [&](int i) { return !is_token(token(i)); });
     else
       return std::max(live_nodes(parents(), rows_), 1);
   }
@@ -222,7 +222,7 @@ class VerifyProgram {
           // Strict: a token the target gives probability 0 is never accepted, even by uniform 0.
           if (prob > 0.0 && uniform_of(i + 1) * drafted_prob(i, id) < prob) found.next = i + 1;
         }
-        put(judged() + i, found);
+        store_l2(judged() + i, found);
       });
     } else {
       int drawn = found.drawn;
@@ -234,7 +234,7 @@ class VerifyProgram {
       block::by_one([&] {
         found.drawn = drawn;
         if (child < live() && found.usable) found.next = child;
-        put(judged() + i, found);
+        store_l2(judged() + i, found);
       });
     }
     return found.next;
@@ -297,14 +297,14 @@ class VerifyProgram {
       all_.out_accepted[request()] = depth, all_.out_valid[request()] = here().valid && row().usable != 0;
       if constexpr (kIsChain) {
         int independent = op_.independent ? 0 : -1;
-        for (int i = 0; op_.independent && i + 1 < live(); ++i) independent += fresh(&judged()[i].next) >= 0;
+        for (int i = 0; op_.independent && i + 1 < live(); ++i) independent += load_l2(&judged()[i].next) >= 0;
         op_.out_counters[2 * request()] = live() - 1, op_.out_counters[2 * request() + 1] = independent;
       }
       SPECDEC_ROLLED
       for (int i = rows_ - 1, node = here().node; i >= 0; --i) {
         const bool on_path = i <= depth;
-        put(here().tokens + i, int64_t(on_path ? id : -1));
-        if (!kIsChain) put(here().nodes + i, on_path ? node : -1);
+        store_l2(here().tokens + i, int64_t(on_path ? id : -1));
+        if (!kIsChain) store_l2(here().nodes + i, on_path ? node : -1);
         if (on_path && i > 0) id = int(token(node)), node = parent(node);
       }
     });
@@ -313,15 +313,15 @@ class VerifyProgram {
   }
   // Of token i of the results, which is written.
   SPECDEC_DEVICE void write_logprobs(int i) const {
-    const int id = int(fresh(here().tokens + i)), node = kIsChain ? i : fresh(here().nodes + i);
+    const int id = int(load_l2(here().tokens + i)), node = kIsChain ? i : load_l2(here().nodes + i);
     float logprob = NAN;
     if (id >= 0) {
-      const Distribution d = fresh(&judged()[node].target);
+      const Distribution d = load_l2(&judged()[node].target);
       if (d.valid) logprob = float(d.log_prob(target(node).logit(id), id));
     }
-    if (block::rank() == 0) put(here().logprobs + i, logprob);
+    if (block::rank() == 0) store_l2(here().logprobs + i, logprob);
     if (id >= 0) logprob = logprob_anew(Row<T>{kRawRows, node}, id);
-    if (block::rank() == 0) put(here().raw_logprobs + i, logprob);
+    if (block::rank() == 0) store_l2(here().raw_logprobs + i, logprob);
   }
 
   // A row is settled once it was judged, or once the path is known to pass it by. A request has a bit for each row in
@@ -331,8 +331,8 @@ class VerifyProgram {
   SPECDEC_DEVICE static uint32_t* counters() { return here().counters; }
   SPECDEC_DEVICE uint32_t* rows_done() const { return counters() + rows_; }
   SPECDEC_DEVICE uint32_t* rows_settled() const { return counters() + rows_ + 1; }
-  SPECDEC_DEVICE uint32_t* settled_bits() const { return counters() + rows_ + 2; }
-  SPECDEC_DEVICE bool is_settled() const { return glance(settled_bits() + part().row / 32) >> part().row % 32 & 1; }
+  SPECDEC_DEVICE uint32_t* settled() const { return counters() + rows_ + 2; }
+  SPECDEC_DEVICE bool is_settled() const { return load_relaxed(settled() + part().row / 32) >> part().row % 32 & 1; }
 
   // Whether the path passes a row by, since it goes on from this one to `next`: it is below this row, but not below
   // `next`, nor that itself.
@@ -352,20 +352,20 @@ class VerifyProgram {
         const int node = 32 * word + bit;
         return node < live() && (node == part().row || passed_by(node, next));
       });
-      if (block::lane() == 0 && bits != 0) more += std::popcount(bits & ~set_bits(settled_bits() + word, bits));
+      if (block::lane() == 0 && bits != 0) more += std::popcount(bits & ~atomic_or(settled() + word, bits));
     }
     more = block::reduce(more, std::plus<>());
-    return block::any(block::rank() == 0 && more > 0 && int(add_to(rows_settled(), uint32_t(more))) + more == live());
+    return block::any(block::rank() == 0 && more > 0 && int(atomic_add(rows_settled(), more)) + more == live());
   }
 
   // Once all blocks of a row have come. The last row of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
     if (block::rank() != kThreads - 1) return;  // not who has most to do
-    if (come_to(rows_done(), uint32_t(live() - 1)) != uint32_t(live() - 1)) return;
-    acquire(rows_done());
-    put(rows_settled(), 0u);
+    if (atomic_inc(rows_done(), uint32_t(live() - 1)) != uint32_t(live() - 1)) return;
+    fence_acquire(rows_done());
+    store_l2(rows_settled(), 0u);
     SPECDEC_ROLLED
-    for (int word = 0; word < words(); ++word) put(settled_bits() + word, 0u);
+    for (int word = 0; word < words(); ++word) store_l2(settled() + word, 0u);
   }
 
   const Op& op_;

@@ -30,30 +30,30 @@ def check_proposal(draft: Draft | TreeDraft, step: Step, vocab_size: int) -> Map
     check = ArgumentChecker("draft_tokens", None, B=batch, V=vocab_size)  # of any device each
     rows = "B, N" if isinstance(draft, TreeDraft) else "B, K"
     tokens = check.ids("draft_tokens", draft.tokens, rows)
-    heat, wrong = _sound(draft.temperature)
+    temperature, wrong = _sound(draft.temperature)
     # Under "coupled", and where point masses are walked, nothing is read of what drafts were drawn from.
     read = not (step.coupled or (isinstance(draft, TreeDraft) and draft.logits is None))
     target = torch.empty((vocab_size,), device="meta")
-    checked_drafts(check, rows, drafts(target, draft.logits, draft.stats, heat, draft.vocabulary, read))
+    checked_drafts(check, rows, drafts(target, draft.logits, draft.stats, temperature, draft.vocabulary, read))
     if isinstance(draft, TreeDraft):
         return wrong | _wrong_trees(check, draft, step, tokens, vocab_size)
     _check_counts(draft.counts, batch, tokens.shape[1])
     return wrong | _outside(tokens, -math.inf, vocab_size)
 
 
-def _sound(heat: Tensor | float | None) -> tuple[Tensor | float | None, dict[int, str]]:
+def _sound(temperature: Tensor | float | None) -> tuple[Tensor | float | None, dict[int, str]]:
     """Temperatures that can be, and which requests have others."""
-    if not isinstance(heat, Tensor) or not heat.is_cpu:
-        return heat, {}
+    if not isinstance(temperature, Tensor) or not temperature.is_cpu:
+        return temperature, {}
     in_range, expected = checks.RANGES["draft_temperature"]
-    values = heat.flatten().tolist()
-    sound = torch.tensor([in_range(own) for own in values], dtype=torch.bool, device=heat.device).view(heat.shape)
+    values = temperature.flatten().tolist()
+    sound = torch.tensor([in_range(own) for own in values], dtype=torch.bool).view_as(temperature)
     wrong = {
         slot: f"drafter must propose temperatures that are {expected}, got {own}"
         for slot, own in enumerate(values)
         if not in_range(own)
     }
-    return torch.where(sound, heat, 1.0), wrong
+    return torch.where(sound, temperature, 1.0), wrong
 
 
 def _outside(tokens: Tensor, least: float, vocab_size: int) -> dict[int, str]:

@@ -42,32 +42,32 @@ def sample_children(
     top_p: float,
     min_p: float,
     bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
+    adjusted_ids: Tensor | None,
+    id_counts: Tensor | None,
+    id_bias: Tensor | None,
     penalties: Tensor | None,
     count: int,
-    how: int,
+    method: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
-    logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed_rows(logits, Adjustments.of(adjusted_ids, id_counts, id_bias, penalties), bitmask)
     distribution = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     greedy = distribution.scale.isinf()
     weights = distribution.probs.nan_to_num(0.0)
-    if how == Children.RACE:
+    if method == Children.RACE:
         weights = weights.masked_fill(weights < NOTHING_LEFT, 0.0)
     kept = torch.where(greedy[:, None], weights > 0, logits.isfinite() & (logits >= distribution.cutoff[:, None]))
     tokens = torch.full((logits.shape[0], count), -1, dtype=torch.int64, device=logits.device)
     for child in range(count):
-        left = kept.any(-1) if how == Children.TOP else weights.sum(-1) >= NOTHING_LEFT
-        if how == Children.TOP:
+        left = kept.any(-1) if method == Children.TOP else weights.sum(-1) >= NOTHING_LEFT
+        if method == Children.TOP:
             drawn = logits.masked_fill(~kept, -torch.inf).argmax(-1)
-        elif how == Children.RACE:
+        elif method == Children.RACE:
             drawn = flat_race(weights, seed, position + row)
         else:
             drawn = two_level_race(weights, seed, position, Purpose.DRAFT, row + child)
         tokens[:, child] = torch.where(left, drawn, -1)
-        if how != Children.IID:
+        if method != Children.IID:
             weights = weights.scatter(1, drawn[:, None], 0.0)
             kept = kept.scatter(1, drawn[:, None], False)
     score = distribution.scale[:, None] * logits.gather(1, tokens.clamp(min=0)) - distribution.logsumexp[:, None]
@@ -248,9 +248,9 @@ def verify_tree(
     top_p: float,
     min_p: float,
     bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
+    adjusted_ids: Tensor | None,
+    id_counts: Tensor | None,
+    id_bias: Tensor | None,
     penalties: Tensor | None,
     rule: int,
     replacement: bool,
@@ -268,7 +268,11 @@ def verify_tree(
     before = ancestors & (index > 0)[:, None, :]
     depth = before.sum(-1)
     logits = processed(
-        target_logits, tokens, before, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask
+        target_logits,
+        tokens,
+        before,
+        Adjustments.of(adjusted_ids, id_counts, id_bias, penalties),
+        bitmask,
     )
     target = distributions(logits, parameters.repeated(nodes))
 
@@ -276,8 +280,8 @@ def verify_tree(
         draft_logits = draft_stats = None
     if draft_logits is not None:
         draft_logits = rows_of_target(draft_logits, target_to_draft)
-    heat = draft_temperatures_of(draft_temperatures, draft_temperature, tokens)
-    draft_probs = _child_distributions(draft_logits, draft_stats, heat, tokens, up, replacement, vocab)
+    temperatures = draft_temperatures_of(draft_temperatures, draft_temperature, tokens)
+    draft_probs = _child_distributions(draft_logits, draft_stats, temperatures, tokens, up, replacement, vocab)
     greedy = parameters.scale.isinf()
     draft_probs = torch.where(greedy[:, None, None], point_mass(tokens, vocab), draft_probs)
     broken = (up >= 0) & ~draft_probs.gather(-1, tokens[..., None])[..., 0].isfinite()

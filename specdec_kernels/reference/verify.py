@@ -41,14 +41,14 @@ def sample(
     top_p: float,
     min_p: float,
     bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
+    adjusted_ids: Tensor | None,
+    id_counts: Tensor | None,
+    id_bias: Tensor | None,
     penalties: Tensor | None,
     coupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = rows_of_target(logits, target_to_draft)
-    logits = processed_rows(logits, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask)
+    logits = processed_rows(logits, Adjustments.of(adjusted_ids, id_counts, id_bias, penalties), bitmask)
     distribution = distributions(logits, Sampling.of(sampling, (temperature, top_k, top_p, min_p), logits))
     weights = distribution.probs.nan_to_num(0.0)
     if coupled:
@@ -203,7 +203,7 @@ def _emit(chains: _Chains, decision: _Decision, logits: Tensor, draws: Tensor | 
 
 
 def _padded(target_logits: Tensor, cu_rows: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Ragged rows ``[N, V]`` as ``[B, K+1, V]``, and the drafts there is room for."""
+    """Ragged rows ``[N, V]`` as ``[B, K+1, V]``, and the drafts that each may have."""
     starts = cu_rows.long()
     index = (starts[:-1, None] + torch.arange(rows, device=starts.device)).clamp(max=len(target_logits) - 1)
     return target_logits[index], (starts.diff() - 1).clamp(min=0)
@@ -227,9 +227,9 @@ def verify_chain(
     top_p: float,
     min_p: float,
     bitmask: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_counts: Tensor | None,
-    edit_bias: Tensor | None,
+    adjusted_ids: Tensor | None,
+    id_counts: Tensor | None,
+    id_bias: Tensor | None,
     penalties: Tensor | None,
     rule: int,
     logprobs: bool,
@@ -241,22 +241,26 @@ def verify_chain(
     if draft_tokens.device.type == "cpu":
         check_ids(draft_tokens, num_draft, cu_rows, vocab)
     if cu_rows is not None:
-        target_logits, room = _padded(target_logits, cu_rows, rows)
+        target_logits, capacity = _padded(target_logits, cu_rows, rows)
         bitmask = None if bitmask is None else _padded(bitmask, cu_rows, rows)[0]
-        num_draft = room if num_draft is None else torch.minimum(num_draft.long(), room)
+        num_draft = capacity if num_draft is None else torch.minimum(num_draft.long(), capacity)
     parameters = Sampling.of(sampling, (temperature, top_k, top_p, min_p), draft_tokens)
     drafted_tokens = draft_tokens.long().masked_fill(draft_tokens >= vocab, -1)
     lengths = _draft_lengths(drafted_tokens, num_draft)
     drafted = drafted_tokens.clamp(min=0)
     before = torch.ones((rows, rows - 1), dtype=torch.bool, device=device).tril(-1).expand(batch, -1, -1)
     logits = processed(
-        target_logits, drafted, before, Adjustments.of(edit_ids, edit_counts, edit_bias, penalties), bitmask
+        target_logits,
+        drafted,
+        before,
+        Adjustments.of(adjusted_ids, id_counts, id_bias, penalties),
+        bitmask,
     )
 
-    heat = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
+    temperatures = draft_temperatures_of(draft_temperatures, draft_temperature, drafted)
     if draft_logits is not None:
         draft_logits = rows_of_target(draft_logits, target_to_draft)
-    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, heat, parameters.scale.isinf())
+    draft, draft_valid = _draft_probs(vocab, drafted, draft_logits, draft_stats, temperatures, parameters.scale.isinf())
     steps = torch.arange(rows - 1, device=device).expand(batch, rows - 1)
     u = torch.stack([uniforms(seed, position, steps[:, i]) for i in range(rows - 1)], 1) if rows > 1 else steps.double()
     target = distributions(logits, parameters.repeated(rows))

@@ -74,8 +74,8 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         draft = (target[:, :longest].float() + torch.randn(BATCH, longest, vocab, generator=generator) * 0.7).to(dtype)
         seed, position = integers(-(2**61), 2**61, BATCH), integers(0, 2**40, BATCH)
         temperature = torch.tensor([0.7, 1.0, 0.0, 1.6, 0.02])[integers(0, 5, BATCH)]
-        heat = torch.tensor([1.0, 0.6, 0.0])[integers(0, 3, BATCH)]
-        drawn_with: dict[str, Any] = {"temperature": heat.repeat_interleave(longest)}
+        draft_temperature = torch.tensor([1.0, 0.6, 0.0])[integers(0, 3, BATCH)]
+        drawn_with: dict[str, Any] = {"temperature": draft_temperature.repeat_interleave(longest)}
         if kind == "statistics":
             drawn_with = {
                 "temperature": temperature.repeat_interleave(longest),
@@ -100,7 +100,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         options = {
             "seed": seed,
             "position": position,
-            "draft_temperature": heat if kind == "dense" else None,
+            "draft_temperature": draft_temperature if kind == "dense" else None,
             "cu_rows": torch.cat([counts.new_zeros(1), counts.cumsum(0)]) if ragged else None,
             "num_draft": integers(0, longest + 1, BATCH) if form % 7 == 0 else None,
             "temperature": temperature,

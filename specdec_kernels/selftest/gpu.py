@@ -42,8 +42,8 @@ def calls(backend: BackendName | None, seed: Tensor) -> Iterator[tuple[str, Call
         yield f"verify_chain {rule} in a workspace", partial(plain, workspace=workspace)
     row = torch.zeros_like(seed)  # made of an int, it would be a launch
     yield "sample", partial(sample, target[:, 0], row=row, **keys)
-    for how in get_args(ChildrenName):
-        yield f"sample_children {how}", partial(sample_children, target[:, 0], 4, how, row=row, **keys)
+    for method in get_args(ChildrenName):
+        yield f"sample_children {method}", partial(sample_children, target[:, 0], 4, method, row=row, **keys)
     for tree_rule in get_args(TreeRuleName):
         yield f"verify_tree {tree_rule}", partial(verify_tree, target, nodes, parents, **keys, rule=tree_rule)
 

@@ -78,19 +78,19 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         temperature = torch.tensor([0.7, 1.0, 1.0, 1.6, 1.2, 0.02, 0.0])[
             torch.randint(0, 7, (BATCH,), generator=generator)
         ]
-        heat = torch.tensor([1.0, 0.6, 0.0])[torch.randint(0, 3, (BATCH,), generator=generator)]
-        options: dict[str, Any] = {"temperature": heat.repeat_interleave(nodes)}
+        draft_temperature = torch.tensor([1.0, 0.6, 0.0])[torch.randint(0, 3, (BATCH,), generator=generator)]
+        options: dict[str, Any] = {"temperature": draft_temperature.repeat_interleave(nodes)}
         if kind == "statistics":
             options = {
                 "temperature": temperature.repeat_interleave(nodes),
                 "top_k": rng.choice([None, vocab // 2 + 1]),
             }
         first = (parents[:, None, :] < torch.arange(nodes)[:, None]).sum(-1) - 1  # node - 1 of the first child
-        how: ChildrenName = "top" if kind == "point mass" else "race" if rule == TreeRule.COUPLED else siblings
+        method: ChildrenName = "top" if kind == "point mass" else "race" if rule == TreeRule.COUPLED else siblings
         drawn = sample_children(
             draft.reshape(BATCH * nodes, vocab),
             WIDEST,
-            how,
+            method,
             seed=seed.repeat_interleave(nodes),
             position=position.repeat_interleave(nodes),
             row=first.clamp(min=0).flatten(),
@@ -110,7 +110,7 @@ def cases(count: int, vocabs: tuple[int, ...] = VOCABS, selection: Selection = E
         options = {
             "seed": seed,
             "position": position,
-            "draft_temperature": heat if kind == "dense" else None,
+            "draft_temperature": draft_temperature if kind == "dense" else None,
             "temperature": temperature,
             **random_filters(values, vocab),
             **random_processing(rng, vocab, (BATCH, nodes), generator),
@@ -174,25 +174,25 @@ def check_verified(report: Report, case: Case, index: int, backend: BackendName 
 
 def check_children(report: Report, case: Case, index: int, backend: BackendName | None, device: str, form: int) -> None:
     """``sample_children`` of the first row of every request."""
-    how, count = CHILDREN[form % len(CHILDREN)], 1 + form % 5
+    method, count = CHILDREN[form % len(CHILDREN)], 1 + form % 5
     options = {name: case.options[name] for name in ROW_OPTIONS}
     bitmask = case.options["bitmask"]
     options["bitmask"] = None if bitmask is None else bitmask[:, 0]
     rows = case.target[:, 0]
     named = {name: moved(value, device) for name, value in options.items()}
-    drawn = sample_children(rows.to(device), count, how, row=index, **named, backend=backend)
+    drawn = sample_children(rows.to(device), count, method, row=index, **named, backend=backend)
     for request in range(BATCH):
         want = oracle.sample_children(
             rows[request].double().numpy(),
             count,
-            Children[how.upper()],
+            Children[method.upper()],
             oracle.Noise(int(options["seed"][request]), int(options["position"][request])),
             index,
             oracle_sampling(options, request),
             oracle_processing(options, request, None if bitmask is None else bitmask[request, :1], rows.shape[1]),
         )
         padding = count - len(want.tokens)
-        name = f"sample_children case {index} row {request} ({how})"
+        name = f"sample_children case {index} row {request} ({method})"
         if report.compare(name, drawn.tokens[request].tolist(), want.tokens + [-1] * padding, want.margin):
             report.close(f"{name} stats", drawn.stats[request], want.stats)
             report.close(f"{name} logprobs", drawn.logprobs[request], want.logprobs + [torch.nan] * padding)

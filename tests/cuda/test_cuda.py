@@ -126,7 +126,7 @@ def test_by_many_threads():
     assert int(result.stdout.split()[0]) > some(30, 100)
 
 
-#: Rows in two slices, and crews of several blocks, whose counters are given back.
+#: Rows in two slices, and several blocks that cooperate on a request, whose counters are given back.
 BLOCKS = """
 from specdec_kernels import verify_chain, verify_tree
 target = 3 * torch.randn(2, 4, 8300, generator=torch.Generator().manual_seed(0))

@@ -147,12 +147,12 @@ def tool() -> Path:
 
 #: What the programs are for, by the names of their classes and of what is in their types.
 PROGRAMS = {
-    ".*VerifyChain": "verify_chain", "Verify": "walk_tree", "Crew": "descend_tree",
+    ".*VerifyChain": "verify_chain", "Verify": "walk_tree", "Cooperative": "descend_tree",
     "Sample": "sample", "Children": "sample_children",
 }  # fmt: skip
 DTYPES = {"Children": "", ".*BFloat16": "bf16", ".*Half": "f16", ".*Mixed": "mixed", "": "f32"}
 RULES = {
-    "Crew.*VerifyChain": "block", ".*ByE0": "token", ".*(ByE1|Lb0)": "plain", ".*(ByE2|Lb1)": "coupled", "": "",
+    "Cooperative.*VerifyChain": "block", ".*ByE0": "token", ".*(ByE1|Lb0)": "plain", ".*(ByE2|Lb1)": "coupled", "": "",
 }  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def test_filters_look_at_tiles_that_have_what_they_keep(launched, monkeypatch, f
         assert looked <= {1, 4, 7, 10}
 
 
-def test_counters_are_left_at_rest(launched, monkeypatch):
+def test_counters_are_zeroed_again(launched, monkeypatch):
     counters = torch.zeros(64, dtype=torch.int32)
     scratch = module("launch").scratch
     monkeypatch.setattr(module("verify"), "scratch", lambda *sizes: (counters, *scratch(*sizes)[1:]))

@@ -10,10 +10,10 @@
 
 namespace specdec::cuda {
 
-inline auto fresh(const auto* p) { return *p; }
-inline auto streamed(const auto* p) { return *p; }
+inline auto load_l2(const auto* p) { return *p; }
+inline auto load_streaming(const auto* p) { return *p; }
 inline auto uniform_value(const auto& x) { return x; }
-inline void put(auto* p, const auto& x) { *p = x; }
+inline void store_l2(auto* p, const auto& x) { *p = x; }
 inline float quotient(float a, float b) { return a / b; }
 inline float log_of_small(float x) { return logf(x); }
 inline float ex2(float x) { return exp2f(x); }
@@ -23,17 +23,17 @@ inline float ex2(float x) { return exp2f(x); }
 inline std::atomic_ref<uint32_t> shared(const uint32_t* word) {
   return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(word));
 }
-inline uint32_t come_to(uint32_t* counter, uint32_t wrap) {
+inline uint32_t atomic_inc(uint32_t* counter, uint32_t wrap) {
   uint32_t before = shared(counter).load(std::memory_order_relaxed);
   while (!shared(counter).compare_exchange_weak(before, before >= wrap ? 0 : before + 1, std::memory_order_release,
                                                 std::memory_order_relaxed)) {
   }
   return before;
 }
-inline uint32_t add_to(uint32_t* counter, uint32_t more) { return shared(counter).fetch_add(more); }
-inline uint32_t set_bits(uint32_t* word, uint32_t bits) { return shared(word).fetch_or(bits); }
-inline void acquire(const uint32_t* counter) { shared(counter).load(std::memory_order_acquire); }
-inline uint32_t glance(const uint32_t* word) { return shared(word).load(std::memory_order_relaxed); }
+inline uint32_t atomic_add(uint32_t* counter, uint32_t more) { return shared(counter).fetch_add(more); }
+inline uint32_t atomic_or(uint32_t* word, uint32_t bits) { return shared(word).fetch_or(bits); }
+inline void fence_acquire(const uint32_t* counter) { shared(counter).load(std::memory_order_acquire); }
+inline uint32_t load_relaxed(const uint32_t* word) { return shared(word).load(std::memory_order_relaxed); }
 inline void compute_here(uint32_t&) {}
 inline void wait_a_little() { std::this_thread::yield(); }
 

@@ -221,9 +221,9 @@ def _side_by_side(drafts: Sequence[Draft], slots: Sequence[int]) -> Draft | None
         if any(row is None for row in rows):
             return None
         columns[name] = torch.cat([longer(row, longest, value) for row in rows])
-    heats = [draft.temperature for draft in each]
-    if any(isinstance(heat, Tensor) for heat in heats):
-        columns["temperature"] = torch.cat([heat for heat in heats if isinstance(heat, Tensor)])
+    temperatures = [draft.temperature for draft in each]
+    if any(isinstance(own, Tensor) for own in temperatures):
+        columns["temperature"] = torch.cat([own for own in temperatures if isinstance(own, Tensor)])
     return replace(each[0], **columns, counts=[count for draft in each for count in counted(draft)])
 
 

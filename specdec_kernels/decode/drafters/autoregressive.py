@@ -54,7 +54,7 @@ class DraftConfig:
         if not 0 <= self.temperature_scale < float("inf"):
             raise ValueError(f"temperature_scale must be finite and not negative, got {self.temperature_scale}")
 
-    def heat(self, temperature: Tensor | float) -> Tensor | float:
+    def draft_temperature(self, temperature: Tensor | float) -> Tensor | float:
         """What the drafts of requests of this temperature are drawn at; never more than float32 holds."""
         scaled = temperature * self.temperature_scale
         return scaled.clamp(max=MOST) if isinstance(scaled, Tensor) else min(scaled, MOST)
@@ -93,7 +93,7 @@ def drawn_children(
     if method == "top":  # greedily there would be one child; these are ranked by the model's own probabilities
         each = {"seed": step.seed, "position": step.position}
     elif method == "without_replacement":
-        each["temperature"] = config.heat(step.temperature)
+        each["temperature"] = config.draft_temperature(step.temperature)
     spread: dict[str, Any] = {
         name: x.repeat_interleave(nodes) if isinstance(x, Tensor) and nodes > 1 else x for name, x in each.items()
     }
@@ -152,8 +152,8 @@ class AutoregressiveSession(ABC):
         depths = torch.full_like(tokens, depth)
         if self._context is None:
             return depths
-        room = [self._context - 1 - length for length in self._cache.lengths]  # -1 where it is full
-        return torch.minimum(depths, to_device(room, torch.int64, self.device)[:, None])
+        last = [self._context - 1 - length for length in self._cache.lengths]  # -1 where it is full
+        return torch.minimum(depths, to_device(last, torch.int64, self.device)[:, None])
 
     def drop_tree(self) -> None:
         """Take back the rows of the tree."""
@@ -287,7 +287,7 @@ class AutoregressiveSession(ABC):
             seed=step.seed,
             position=step.position,
             row=row,
-            temperature=self.config.heat(step.temperature),
+            temperature=self.config.draft_temperature(step.temperature),
             top_k=step.top_k,
             top_p=step.top_p,
             min_p=step.min_p,

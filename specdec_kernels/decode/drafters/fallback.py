@@ -100,8 +100,8 @@ def _stats(draft: Draft | TreeDraft) -> Tensor:
     if draft.logits is None or draft.temperature is None:
         raise ValueError("second must propose stats or a temperature with its logits, got neither")
     batch, drafts = draft.logits.shape[:2]
-    heat = draft.temperature
-    each = heat.repeat_interleave(drafts) if isinstance(heat, Tensor) else heat
+    temperature = draft.temperature
+    each = temperature.repeat_interleave(drafts) if isinstance(temperature, Tensor) else temperature
     nothing = torch.zeros(batch * drafts, dtype=torch.int64, device=draft.logits.device)
     # What a sample says of the distribution that it drew from; its token is of no interest.
     drawn = sample(draft.logits.flatten(0, 1), seed=nothing, position=nothing, temperature=each)

@@ -92,7 +92,7 @@ class StaticDraftSession(ModelSession):
             wanted=most,
             seed=step.seed,
             position=step.position,
-            temperature=self.config.heat(step.temperature),
+            temperature=self.config.draft_temperature(step.temperature),
             top_k=step.top_k,
             top_p=step.top_p,
             min_p=step.min_p,

@@ -31,7 +31,7 @@ static_assert(sizeof(Visited) <= sizeof(BlockMemory::request));
 // Rule recursive goes down to the first child that passes. Rule traversal (Weng et al., arXiv:2505.12398; on a chain it
 // is block, Sun et al., arXiv:2403.10444) goes down to any child that may be visited, and up again where a node fails.
 template <class T, class Op>
-class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
+class CooperativeProgram : VerifyProgram<T, Op, By::acceptance> {
   using Base = VerifyProgram<T, Op, By::acceptance>;
   using Base::all_, Base::counters, Base::dense, Base::draft, Base::judged, Base::kIsChain, Base::live,
       Base::next_child, Base::node, Base::op_, Base::row, Base::part, Base::target, Base::token, Base::uniform_of,
@@ -46,7 +46,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
     if (all_.out_logprobs != nullptr) meet();  // tables are overwritten then
     if (part().slice == 0) {
       // Where one table serves all nodes, it is another node's by now, unless the rule never goes up again: measured
-      // anew, by this block, since a crew is one block then.
+      // anew, by this block, since it has the request alone then.
       if (!work_.ahead && !recursive()) measure_anew(target(node()));
       Base::finish(state().last, state().factor);
     }
@@ -73,14 +73,14 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
     block::by_one([&] {
       ++here().meetings;
       if (work_.slices == 1) return;
-      add_to(counters(), 1);
-      while (glance(counters()) < here().meetings * uint32_t(work_.slices)) wait_a_little();
-      acquire(counters());
+      atomic_add(counters(), 1);
+      while (load_relaxed(counters()) < here().meetings * uint32_t(work_.slices)) wait_a_little();
+      fence_acquire(counters());
     });
   }
   // The last block of the request leaves its counters as they were found.
   SPECDEC_DEVICE void leave() const {
-    if (comes_last(counters() + 1, work_.slices) && block::rank() == 0) put(counters(), 0u);
+    if (comes_last(counters() + 1, work_.slices) && block::rank() == 0) store_l2(counters(), 0u);
   }
 
   // The spans of a pass go around all blocks, so that a row keeps as many multiprocessors busy as there are; who has
@@ -89,8 +89,8 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
   SPECDEC_DEVICE int first_span(int round) const {
     return (block::warp() * work_.slices + part().slice + round * (stride() - work_.spans % stride())) % stride();
   }
-  // Measures the node that is visited and judges it; or all, before the root. Rules by crews keep so many registers
-  // that a whole span of float32 and the next one cannot be held.
+  // Measures the node that is visited and judges it; or all, before the root. These rules keep so many registers that
+  // a whole span of float32 and the next one cannot be held.
   SPECDEC_DEVICE void judge_nodes() const {
     const auto now = [&](int i) { return i < live() && (kIsChain || work_.ahead || i == node()); };
     if (node() > 0) meet();  // all have read the tables of the node before
@@ -119,13 +119,13 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
         for (int e = 0; e < kElements; ++e) mass += w[e];
       }
       mass = block::in_warp(mass, std::plus<>());
-      if (block::lane() == 0) put(sum_of(target(node()).table(), span), mass);
+      if (block::lane() == 0) store_l2(sum_of(target(node()).table(), span), mass);
     }
     meet();
     float sum = 0.0f;
     SPECDEC_ROLLED
     for (int span = block::rank(); span < work_.spans; span += kThreads)
-      sum += fresh(sum_of(target(node()).table(), span));
+      sum += load_l2(sum_of(target(node()).table(), span));
     return block::reduce(sum, std::plus<>());
   }
 
@@ -136,10 +136,10 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
       // Rows of a tree are judged each when its node is visited; or all before the root.
       if (!kIsChain && here().below > 0.0 && (!work_.ahead || node() == 0)) judge_nodes();
       block::by_one([&] {
-        Visited& here = CrewProgram::here();
-        here.row = fresh(judged() + here.node);
+        Visited& here = CooperativeProgram::here();
+        here.row = load_l2(judged() + here.node);
         here.state = here.below > 0.0 ? State{.path_prob = here.below, .last = row().usable ? here.node : live()}
-                                      : fresh(states() + here.node);
+                                      : load_l2(states() + here.node);
         here.below = 0.0, here.valid &= row().usable != 0;
       });
       const int found = next_child(node(), state().last);
@@ -164,7 +164,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
       mass = pass([&](int first, float (&w)[kElements]) { Base::weigh(probability, first, w); });
     }
     block::by_one([&] {
-      Visited& here = CrewProgram::here();
+      Visited& here = CooperativeProgram::here();
       State& state = here.state;
       const double left = state.path_prob * mass / state.mass;
       state.mass = mass, state.updated = true;
@@ -180,7 +180,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
                                      return Base::is_child(earlier, node()) && token(earlier) == token(child());
                                    });
     block::by_one([&] {
-      Visited& here = CrewProgram::here();
+      Visited& here = CooperativeProgram::here();
       State& state = here.state;
       const int tested = here.child, id = int(token(tested));
       const double prob = Base::drafted_prob(node(), id);
@@ -199,7 +199,7 @@ class CrewProgram : VerifyProgram<T, Op, By::acceptance> {
       }
       state.drafted += fresh ? prob : 0.0;
       state.last = tested, state.updated = false;
-      put(states() + here.node, state);
+      store_l2(states() + here.node, state);
       // The row behind the last draft of a chain is read only if that is accepted.
       if (kIsChain && tested + 1 == live() && uniform_of(tested) >= here.below) here.below = 0.0;
       if (here.below > 0.0) here.node = tested;
@@ -229,7 +229,7 @@ template <class Op, class F>
 auto with_program(const Op& op, const F& f) {
   return with_dtype(shape_of(op), [&](auto type) {
     using T = typename decltype(type)::type;
-    if (by_crews(op)) return f(TypeOf<CrewProgram<T, Op>>());
+    if (cooperates(op)) return f(TypeOf<CooperativeProgram<T, Op>>());
     if (op.rule == decltype(op.rule)::coupled) return f(TypeOf<VerifyProgram<T, Op, By::race>>());
     return f(TypeOf<VerifyProgram<T, Op, std::is_same_v<Op, VerifyChain> ? By::acceptance : By::draw>>());
   });
