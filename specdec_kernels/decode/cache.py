@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -322,10 +322,12 @@ class RaggedCache:
         kinds: of the model's layers.
         batch: requests.
         device: of the model.
+        forward: what is called on rows, with a cache of transformers among its arguments.
         mask: dtype of the masks [B, 1, R, columns] that the model takes: ``torch.bool``, or a floating one that is
             added to its scores; ``None`` where it takes none but [B, columns], of 1 where there is a token.
-        argument: of the model's forward pass that a cache is handed over as.
-        column_positions: hand over the positions of all columns [B, S] too, an argument of that name.
+        argument: of ``forward`` that the cache is handed over as.
+        positions: whether it takes the positions of rows [B, R], as ``position_ids``.
+        column_positions: whether it takes those of all columns [B, S] too, as an argument of that name.
     """
 
     def __init__(
@@ -333,12 +335,15 @@ class RaggedCache:
         kinds: Sequence[Kind],
         batch: int,
         device: torch.device,
+        forward: Callable[..., Any],
+        *,
         mask: torch.dtype | None = torch.bool,
         argument: str = "past_key_values",
+        positions: bool = True,
         column_positions: bool = False,
     ) -> None:
-        self._device, self._mask, self._argument = device, mask, argument
-        self._column_positions = column_positions
+        self._device, self._forward, self._mask, self._argument = device, forward, mask, argument
+        self._positions, self._column_positions = positions, column_positions
         by_kind = {kind: Columns(kind, batch, device) for kind in dict.fromkeys(kinds) if not kind.states}
         self._columns = list(by_kind.values())
         self.layers = [StateLayer(kind.states) if kind.states else PreallocatedLayer(by_kind[kind]) for kind in kinds]
@@ -355,20 +360,12 @@ class RaggedCache:
         """Columns in use of the first layer that has any, holes among them."""
         return self._columns[0].used if self._columns else 0
 
-    def run(
-        self,
-        forward: Callable[..., Any],
-        counts: Sequence[int],
-        rows: int,
-        positions: bool = True,
-        decided: bool = False,
-        **inputs: Any,
-    ) -> Any:
-        """Call ``forward`` on ``rows`` new rows, of which the first ``counts[b]`` of each request are real; with their
-        positions, unless it takes none. Rows that are decided on are not taken back by a commit."""
+    def run(self, counts: Sequence[int], rows: int, decided: bool = False, **inputs: Any) -> Any:
+        """Call ``forward`` on ``rows`` new rows, of which the first ``counts[b]`` of each request are real. Rows that
+        are decided on are not taken back by a commit."""
         index = torch.arange(rows, device=self._device)
         lengths, own = to_device([self.lengths, counts], torch.int64, self._device)[..., None].unbind()
-        if positions:  # no row is behind the last real one, which may be the last position there is
+        if self._positions:  # no row is behind the last real one, which may be the last position there is
             inputs["position_ids"] = (lengths + torch.minimum(index, own - 1)).clamp(min=0)
         mask = self._chain_mask(counts, lengths + index)
         if self._column_positions:
@@ -377,7 +374,7 @@ class RaggedCache:
             columns.add(counts, rows)
         for layer in self._states:
             layer.lead = min(counts) if decided else 0
-        outputs = self._forward(forward, mask, rows, inputs)
+        outputs = self._called(mask, rows, inputs)
         for layer in self._states:
             layer.keep(counts)
             if decided:
@@ -402,7 +399,7 @@ class RaggedCache:
         for columns in self._columns:
             columns.settle(columns.used, columns.lengths)
 
-    def run_tree(self, forward: Callable[..., Any], ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
+    def run_tree(self, ancestors: Tensor, depth: Tensor, **inputs: Any) -> Any:
         """Call ``forward`` on R rows of a tree: row r is ``depth[b, r]`` behind the history, and attends to it and to
         those of the tree's rows so far, these R the last of them, that ``ancestors [B, R, T]`` marks."""
         assert self._mask is not None, "that was checked before"
@@ -417,7 +414,7 @@ class RaggedCache:
         }
         if self._column_positions:
             inputs["column_positions"] = self._positions_with(start, lengths + self._tree)
-        outputs = self._forward(forward, masks_by_kind(masks, self._mask), rows, {"position_ids": queries, **inputs})
+        outputs = self._called(masks_by_kind(masks, self._mask), rows, {"position_ids": queries, **inputs})
         for columns in self._columns:
             if columns.live is not None:
                 columns.live = functional.pad(columns.live, (0, rows))
@@ -467,7 +464,7 @@ class RaggedCache:
         for columns in self._columns:
             columns.select(slots, index)
 
-    def join(self, other: RaggedCache) -> None:
+    def join(self, other: Self) -> None:
         """Go on with the requests of another cache of the same model too, behind one's own."""
         for columns, more in zip(self._columns, other._columns, strict=True):
             columns.join(more)
@@ -503,15 +500,15 @@ class RaggedCache:
         new = torch.arange(rows, device=self._device) < own
         return torch.cat([columns.mask(), new], 1).long()
 
-    def _forward(self, forward: Callable[..., Any], mask: Any, rows: int, inputs: dict[str, Any]) -> Any:
-        outputs = forward(attention_mask=mask, use_cache=True, **{self._argument: self.cache}, **inputs)
+    def _called(self, mask: Any, rows: int, inputs: dict[str, Any]) -> Any:
+        outputs = self._forward(attention_mask=mask, use_cache=True, **{self._argument: self.cache}, **inputs)
         for columns in self._columns:
             columns.used += rows
         idle = [index for index, layer in enumerate(self.layers) if not layer.was_written(rows)]
         if idle:
             raise ValueError(
-                f"model must write its keys and values, or states, to the cache that it is given, but "
-                f"{type(forward).__name__} did not in layers {idle}: gradient checkpointing in training mode, and "
-                "architectures with a state of their own, do not"
+                "model must write its keys and values, or states, to the cache that it is given, but "
+                f"{type(self._forward).__name__} did not in layers {idle}: gradient checkpointing in training mode, "
+                "and architectures with a state of their own, do not"
             )
         return outputs

@@ -13,10 +13,9 @@ from torch.nn import functional
 
 from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import RaggedCache
+from specdec_kernels.decode.model_cache import ModelCache
 from specdec_kernels.decode.probe import Use, probe
 from specdec_kernels.decode.protocols import Scores, SourcePrompt
-from specdec_kernels.decode.sources import sources_of
 from specdec_kernels.ops.trees import tree_mask, tree_positions
 from specdec_kernels.tensors import padded
 
@@ -162,12 +161,7 @@ class TransformersSession:
     ) -> None:
         self._target, self._model, self._feature_layers = target, target.model, feature_layers
         self._longest = max(map(len, prompts)) + max(max_new_tokens)
-        mask = model_facts.mask_dtype(self._model)
-        argument = model_facts.cache_argument(self._model)
-        self._sources = sources_of(self._model, prompts)
-        encoded = self._sources is not None
-        self._cache = RaggedCache(target.layers, len(prompts), target.device, mask, argument, column_positions=encoded)
-        self._positions = encoded or model_facts.takes(self._model, "position_ids")
+        self._cache = ModelCache(self._model, target.layers, prompts)
         self._prompt = prompts[0]
         read = [list(prompt[:-1]) for prompt in prompts]
         self.features: Tensor | None = None
@@ -175,11 +169,6 @@ class TransformersSession:
             tokens = padded(read, 0, device=target.device)
             last = {"logits_to_keep": 1} if model_facts.takes(self._model, "logits_to_keep") else {}
             self.features = self._run(tokens, [len(tokens) for tokens in read], decided=True, **last).features
-
-    @property
-    def _forward(self) -> Any:
-        """What the cache is handed to."""
-        return self._model if self._sources is None else self._sources
 
     @property
     def lengths(self) -> list[int]:
@@ -200,7 +189,7 @@ class TransformersSession:
         self._check_trees()
         depth = tree_positions(parents).clamp(min=0)
         outputs = self._cache.run_tree(
-            self._forward, tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
+            tree_mask(parents), depth, input_ids=tokens, output_hidden_states=bool(self._feature_layers)
         )
         return self._scores(outputs)
 
@@ -211,14 +200,10 @@ class TransformersSession:
         if len(slots) > len(self.lengths):  # several that go on from one
             self._target.check_batch([self._longest] * len(slots), self._prompt)
         self._cache.select(slots)
-        if self._sources is not None:
-            self._sources.select(slots)
 
     def join(self, other: TransformersSession) -> None:
         self._target.check_batch([self._longest, other._longest], self._prompt)
-        if self._sources is not None and other._sources is not None:
-            self._sources.join(other._sources)  # which may refuse
-        self._cache.join(other._cache)
+        self._cache.join(other._cache)  # which may refuse
         self._longest = max(self._longest, other._longest)
 
     def _check_trees(self) -> None:
@@ -230,13 +215,7 @@ class TransformersSession:
     @torch.inference_mode()
     def _run(self, tokens: Tensor, counts: Sequence[int], **options: Any) -> Scores:
         outputs = self._cache.run(
-            self._forward,
-            counts,
-            tokens.shape[1],
-            self._positions,
-            input_ids=tokens,
-            output_hidden_states=bool(self._feature_layers),
-            **options,
+            counts, tokens.shape[1], input_ids=tokens, output_hidden_states=bool(self._feature_layers), **options
         )
         return self._scores(outputs)
 

@@ -13,7 +13,7 @@ from architectures import CONV, STATES, Architecture, build, decoded, expected
 from decoding import PROMPTS
 from host_reads import HostReads
 
-from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, model_facts, stream
+from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, stream
 from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters import ModelDrafter, NGramDrafter, StaticDrafter
 
@@ -51,17 +51,12 @@ def test_a_mark_is_gone_back_to(name):
         mark, rows = cache.mark(), torch.tensor([[3, 1, 4]])
         first, second = (
             (
-                cache.run(model, [3], 3, target_takes_positions(model), decided=True, input_ids=rows),
+                cache.run([3], 3, decided=True, input_ids=rows),
                 cache.restore(mark),
             )[0]
             for _ in range(2)
         )
     assert torch.equal(first.logits, second.logits)
-
-
-def target_takes_positions(model):
-
-    return model_facts.takes(model, "position_ids")
 
 
 @pytest.mark.parametrize("name", KINDS)

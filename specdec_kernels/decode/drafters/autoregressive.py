@@ -312,13 +312,13 @@ class AutoregressiveSession(ABC):
             self._pending_features = [self._pending_features[slot] for slot in slots]
 
     def join(self, other: Self) -> None:
+        self._cache.join(other._cache)  # which may refuse
         features = [each if each is None else list(each) for each in (self._pending_features, other._pending_features)]
         known = next((each for each in features if each), None)
         if known is not None:  # a side without features has nothing pending
             sides = zip(features, (self, other), strict=True)
             every = [each or [known[0][:0] for _ in side._pending] for each, side in sides]
             self._pending_features = [*every[0], *every[1]]
-        self._cache.join(other._cache)
         self._pending = self._pending + other._pending
         self._exhausted = self._exhausted + other._exhausted
 

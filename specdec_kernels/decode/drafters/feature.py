@@ -91,7 +91,7 @@ class FeatureSession(AutoregressiveSession):
         self._repetitions = drafter.repetitions
         self._histories = None if self._repetitions is None else Histories(prompts)
         device = drafter.device
-        cache = RaggedCache([drafter.kind], len(prompts), device)
+        cache = RaggedCache([drafter.kind], len(prompts), device, drafter.forward)
         super().__init__(drafter.config, cache, device, drafter.vocabulary, drafter.context, prompts, features)
 
     def commit(self, tokens: Sequence[Sequence[int]], features: Tensor | None) -> None:
@@ -140,7 +140,7 @@ class FeatureSession(AutoregressiveSession):
         assert features is not None, "every node has a parent that was read"
         drafter = self._drafter
         outputs = self._cache.run_tree(
-            drafter.forward, ancestors, self._depths(tokens, depth), embeddings=drafter.embed(tokens), features=features
+            ancestors, self._depths(tokens, depth), embeddings=drafter.embed(tokens), features=features
         )
         return drafter.head(outputs), outputs
 
@@ -148,8 +148,6 @@ class FeatureSession(AutoregressiveSession):
         if features is None:
             raise ValueError("features must come with the tokens: the target was not asked for them, got None")
         drafter = self._drafter
-        outputs = self._cache.run(
-            drafter.forward, counts, tokens.shape[1], embeddings=drafter.embed(tokens), features=features
-        )
+        outputs = self._cache.run(counts, tokens.shape[1], embeddings=drafter.embed(tokens), features=features)
         last = last_rows(outputs, counts)
         return drafter.head(last), last

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
-from specdec_kernels.decode.sources import sources_of
+from specdec_kernels.decode.model_cache import ModelCache
 from specdec_kernels.decode.targets import TransformersTarget, try_out
 from specdec_kernels.ops import DraftVocabulary
 
@@ -47,27 +46,23 @@ class ModelDrafter:
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> ModelSession:
         return ModelSession(self, prompts, self.cache(prompts))
 
-    def cache(self, prompts: Sequence[Sequence[int]]) -> RaggedCache:
+    def cache(self, prompts: Sequence[Sequence[int]]) -> ModelCache:
         """A cache of the model for so many prompts, which were checked.
 
         Raises:
             TypeError, ValueError: they have not the sources that an encoder-decoder needs.
         """
-        encoded = model_facts.is_encoder_decoder(self.model)
-        if encoded:
+        if model_facts.is_encoder_decoder(self.model):
             model_facts.check_sources(self.model, prompts)
-        how = model_facts.mask_dtype(self.model), model_facts.cache_argument(self.model)
-        return RaggedCache(self.layers, len(prompts), self.model.device, *how, column_positions=encoded)
+        return ModelCache(self.model, self.layers, prompts)
 
 
 class ModelSession(AutoregressiveSession):
     """One stream of a :class:`ModelDrafter`."""
 
-    def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]], cache: RaggedCache) -> None:
+    def __init__(self, drafter: ModelDrafter, prompts: Sequence[Sequence[int]], cache: ModelCache) -> None:
         self._model, self._own_vocab = drafter.model, drafter.own_vocab
         self._tried, self._prompt = False, prompts[0]
-        self._sources = sources_of(self._model, prompts)
-        self._positions = self._sources is not None or model_facts.takes(drafter.model, "position_ids")
         super().__init__(
             drafter.config,
             cache,
@@ -77,21 +72,6 @@ class ModelSession(AutoregressiveSession):
             prompts,
             None,
         )
-
-    @property
-    def _forward(self) -> Any:
-        """What the cache is handed to."""
-        return self._model if self._sources is None else self._sources
-
-    def select(self, slots: Sequence[int]) -> None:
-        super().select(slots)
-        if self._sources is not None:
-            self._sources.select(slots)
-
-    def join(self, other: Self) -> None:
-        if self._sources is not None and other._sources is not None:
-            self._sources.join(other._sources)
-        super().join(other)
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -115,7 +95,7 @@ class ModelSession(AutoregressiveSession):
     def _advance(self, tokens: Tensor, features: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         known, rows = self._known(tokens), tokens.shape[1]
         # Drafts are taken back to a mark, not by a commit.
-        outputs = self._cache.run(self._forward, counts, rows, self._positions, decided=True, input_ids=known)
+        outputs = self._cache.run(counts, rows, decided=True, input_ids=known)
         return self._columns(last_rows(outputs.logits, counts)), None
 
     def advance_tree(
@@ -125,5 +105,5 @@ class ModelSession(AutoregressiveSession):
             try_out(TransformersTarget(self._model), "trees", self._prompt)
             self._tried = True
         depths, known = self._depths(tokens, depth), self._known(tokens)
-        outputs = self._cache.run_tree(self._forward, ancestors, depths, input_ids=known)
+        outputs = self._cache.run_tree(ancestors, depths, input_ids=known)
         return self._columns(outputs.logits), None
