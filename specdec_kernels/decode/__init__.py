@@ -3,21 +3,12 @@
 from specdec_kernels.extras import brought_by
 
 with brought_by("decode"):
+    from specdec_kernels.decode.drafts import Draft, Step, TreeDraft
     from specdec_kernels.decode.generation import generate, stream
     from specdec_kernels.decode.llama_cpp import LlamaCppTarget
     from specdec_kernels.decode.packed import pack_linear
-    from specdec_kernels.decode.protocols import (
-        Draft,
-        Drafter,
-        DrafterSession,
-        JoinableSession,
-        Scores,
-        SourcePrompt,
-        Step,
-        Target,
-        TargetSession,
-        TreeDraft,
-    )
+    from specdec_kernels.decode.prompts import SourcePrompt
+    from specdec_kernels.decode.protocols import Drafter, DrafterSession, JoinableSession, Scores, Target, TargetSession
     from specdec_kernels.decode.requests import Grammar, Sampling
     from specdec_kernels.decode.results import Ending, Generation, Token
     from specdec_kernels.decode.scheduler import Scheduler

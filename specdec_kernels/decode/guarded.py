@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft, spread
 from specdec_kernels.decode.prompt_reading import PromptReading
 from specdec_kernels.decode.proposals import check_proposal
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, joinable, spread
+from specdec_kernels.decode.protocols import Drafter, DrafterSession, joinable
 
 
 class GuardedSession:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec_kernels.checks import whole
-from specdec_kernels.decode.protocols import Scores, read_lengths, refuse_sources
+from specdec_kernels.decode.prompts import read_lengths, refuse_sources
+from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.extras import brought_by
 from specdec_kernels.tensors import CPU
 

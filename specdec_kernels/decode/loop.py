@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.checks import choice, flags, whole
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft, counted
 from specdec_kernels.decode.proposals import check_proposal
 from specdec_kernels.decode.protocols import (
-    Draft,
     Drafter,
     DrafterSession,
     Scores,
-    Step,
     SteppingSession,
     Target,
     TargetSession,
-    TreeDraft,
-    counted,
     joinable,
 )
 from specdec_kernels.decode.requests import Batch, Request

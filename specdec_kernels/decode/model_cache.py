@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import Kind, RaggedCache
+from specdec_kernels.decode.cache import RaggedCache
+from specdec_kernels.decode.layer_kinds import Kind
 from specdec_kernels.decode.sources import sources_of
 
 

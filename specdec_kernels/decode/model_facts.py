@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from specdec_kernels.checks import ids_of
-from specdec_kernels.decode.cache import Kind, layer_kinds
-from specdec_kernels.decode.protocols import SourcePrompt, read_lengths, refuse_sources
+from specdec_kernels.decode.layer_kinds import Kind, layer_kinds
+from specdec_kernels.decode.prompts import SourcePrompt, read_lengths, refuse_sources
 from specdec_kernels.decode.states import step_row_by_row
 
 

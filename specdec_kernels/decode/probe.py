@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.protocols import SourcePrompt
+from specdec_kernels.decode.prompts import SourcePrompt
 from specdec_kernels.decode.sources import encoder_inputs
 
 Use = Literal["chains", "batches", "trees"]

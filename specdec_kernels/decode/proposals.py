@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec_kernels import checks
-from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft
 from specdec_kernels.ops.processing import checked_drafts, drafts
 from specdec_kernels.ops.tree_rules import SIBLINGS
 from specdec_kernels.ops.trees import first_bad

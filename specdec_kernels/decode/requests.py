@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_kernels import checks
 from specdec_kernels.checks import ids_of, whole
 from specdec_kernels.contract import MIN_P_OFF, MIN_TEMPERATURE, PENALTIES, SEEDS, TOP_K_OFF, TOP_P_OFF
-from specdec_kernels.decode.protocols import SourcePrompt
+from specdec_kernels.decode.prompts import SourcePrompt
 from specdec_kernels.ops import LogitBias, Penalties, TokenCounts
 from specdec_kernels.tensors import CPU, padded, to_device
 

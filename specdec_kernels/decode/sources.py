@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.positions import Positions, listen_for_positions, told
-from specdec_kernels.decode.protocols import SourcePrompt
+from specdec_kernels.decode.prompts import SourcePrompt
 from specdec_kernels.tensors import padded, to_device
 
 

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from specdec_kernels.checks import whole
 from specdec_kernels.decode import model_facts
+from specdec_kernels.decode.drafts import Draft
 from specdec_kernels.decode.probe import LONGEST
-from specdec_kernels.decode.protocols import Draft, Scores
+from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.decode.static_cache import CachePool, StaticCache, bucket
 from specdec_kernels.decode.targets import TransformersTarget, features_of
 from specdec_kernels.ops import verify_chain

@@ -22,7 +22,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import Kind, keep_paths, masks_by_kind
+from specdec_kernels.decode.cache import keep_paths
+from specdec_kernels.decode.layer_kinds import Kind, masks_by_kind
 from specdec_kernels.tensors import padded, to_device
 
 #: Columns of a cache are a multiple of this, so that streams of about the same length can have the same one.

@@ -15,7 +15,8 @@ from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.model_cache import ModelCache
 from specdec_kernels.decode.probe import Use, probe
-from specdec_kernels.decode.protocols import Scores, SourcePrompt
+from specdec_kernels.decode.prompts import SourcePrompt
+from specdec_kernels.decode.protocols import Scores
 from specdec_kernels.ops.trees import tree_mask, tree_positions
 from specdec_kernels.tensors import padded
 

@@ -25,7 +25,7 @@ from specdec_kernels.decode.drafters import (
     NGramDrafter,
     TreeDrafter,
 )
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 
 REQUESTS = [Request([1, 2, 3, 1, 2], 9, seed=1), Request([4, 4], 3, seed=2), Request([5, 6], 12, seed=3)]
 

@@ -33,7 +33,8 @@ from specdec_kernels.decode.drafters import (
     TreeDrafter,
 )
 from specdec_kernels.decode.drafters import ahead as module
-from specdec_kernels.decode.protocols import Step, revertible
+from specdec_kernels.decode.drafts import Step
+from specdec_kernels.decode.protocols import revertible
 
 INNER = ["model", "small vocabulary", "self", "lookup", "rule", "first of", "confident"]
 

@@ -24,7 +24,7 @@ from specdec_kernels.decode import (
     Statistics,
     TransformersTarget,
     TreeDraft,
-    cache,
+    columns,
     generate,
     model_facts,
     stream,
@@ -42,8 +42,8 @@ from specdec_kernels.decode.drafters import (
     NGramDrafter,
     TreeDrafter,
 )
+from specdec_kernels.decode.drafts import Step
 from specdec_kernels.decode.loop import Loop, Options
-from specdec_kernels.decode.protocols import Step
 from specdec_kernels.decode.requests import make_requests
 
 
@@ -107,7 +107,7 @@ def test_holes_are_squeezed_out(model, monkeypatch):
 
 def test_more_rows_than_a_cache_begins_with(model, monkeypatch):
     """It grows, with what it has."""
-    monkeypatch.setattr(cache, "CAPACITY", 4)
+    monkeypatch.setattr(columns, "CAPACITY", 4)
     results = greedy(model, PROMPTS, drafter=drafters(model)["lookup"], max_new_tokens=30)
     assert [r.tokens for r in results] == [slow_greedy(model, prompt, 30) for prompt in PROMPTS]
 

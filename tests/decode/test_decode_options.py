@@ -15,8 +15,9 @@ from tiny import Altered, tiny
 from specdec_kernels.decode import Draft, Sampling, Scheduler, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, NGramDrafter
 from specdec_kernels.decode.drafters import adaptive as adaptive_module
-from specdec_kernels.decode.drafters.adaptive import Acceptance, BentCost, Costs, LinearCost, RowCosts
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafters.adaptive import ExpectedAcceptance
+from specdec_kernels.decode.drafters.costs import BentCost, Costs, LinearCost, RowCosts
+from specdec_kernels.decode.drafts import Step
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +231,9 @@ def test_steps_without_drafts_are_timed_now_and_then(monkeypatch):
 
 
 def test_gains_follow_what_was_accepted():
-    acceptance = Acceptance()
+    acceptance = ExpectedAcceptance()
     hopes = [gain for gain, _ in acceptance.gains(3)]
-    assert hopes == pytest.approx([Acceptance.HOPE**depth for depth in (1, 2, 3)])
+    assert hopes == pytest.approx([ExpectedAcceptance.HOPE**depth for depth in (1, 2, 3)])
     for time in range(60):
         # The first two always, the third never, what lies beside it every other time; of the fourth nothing is known.
         acceptance.add(4, 2, siblings=3, beside=time % 2 == 0)
@@ -246,7 +247,7 @@ def test_gains_follow_what_was_accepted():
 
 
 def test_what_lies_behind_a_rejected_draft_says_nothing():
-    told, silent = Acceptance(), Acceptance()
+    told, silent = ExpectedAcceptance(), ExpectedAcceptance()
     for accepted in (0, 1, 0, 2):
         told.add(4, accepted)
         silent.add(accepted + 1, accepted)
@@ -385,7 +386,7 @@ def test_assumed_costs_choose_by_the_text_alone(monkeypatch):
     for row, batch in ((0.0, 1), (0.02, 1), (0.02, 4), (0.3, 4), (0.8, 1)):
 
         def rate(drafts, row=row, batch=batch):
-            tokens = batch * sum(Acceptance.HOPE**depth for depth in range(drafts + 1))
+            tokens = batch * sum(ExpectedAcceptance.HOPE**depth for depth in range(drafts + 1))
             return tokens / (1 + row * (batch * (1 + drafts) - 1))
 
         wanted = max(range(9), key=rate)

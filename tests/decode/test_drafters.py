@@ -10,7 +10,7 @@ from tiny import VOCAB, Altered, steady, tiny
 from specdec_kernels import verify_chain
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import AdaptiveDrafter, CallableDrafter, DraftConfig, ModelDrafter, StaticDrafter
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specdec_kernels.decode import Statistics, TransformersTarget, generate
 from specdec_kernels.decode.drafters import DraftConfig, Eagle3Drafter, Growth, TreeDrafter
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER = 24, 4, 2, 8, 40
 #: Not ascending: what the layout allows, and whoever mixes up the two vocabularies is seen.

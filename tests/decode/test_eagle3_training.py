@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tiny import VOCAB, tiny
 
 from specdec_kernels.decode.drafters import Eagle3Drafter, FeatureModel
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 from training import eagle3, train
 from training.eagle3 import started, training_of
 

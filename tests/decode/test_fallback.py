@@ -20,7 +20,7 @@ from specdec_kernels.decode.drafters import (
     ModelDrafter,
     NGramDrafter,
 )
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 
 
 def drawing(tree):

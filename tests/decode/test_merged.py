@@ -10,7 +10,7 @@ from tiny import VOCAB, slow_greedy, steady, tiny
 from specdec_kernels.decode import Draft, Statistics, TransformersTarget, TreeDraft, generate
 from specdec_kernels.decode.drafters import CallableDrafter, FallbackDrafter, MergedDrafter, ModelDrafter, NGramDrafter
 from specdec_kernels.decode.drafters.merged import merged
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from specdec_kernels.decode.drafters import (
     Translation,
 )
 from specdec_kernels.decode.drafters import shared_history as module
-from specdec_kernels.decode.protocols import Step, revertible
+from specdec_kernels.decode.drafts import Step
+from specdec_kernels.decode.protocols import revertible
 
 
 @pytest.fixture(scope="module")

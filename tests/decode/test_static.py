@@ -34,7 +34,7 @@ from transformers import (
 from specdec_kernels.decode import StaticTarget, Statistics, TransformersTarget, generate, static, stream
 from specdec_kernels.decode.drafters import DraftConfig, ModelDrafter, StaticDrafter, TreeDrafter
 from specdec_kernels.decode.drafters.static import drafted
-from specdec_kernels.decode.protocols import Step
+from specdec_kernels.decode.drafts import Step
 from specdec_kernels.decode.static_cache import Graphs, StaticCache, bucket
 
 RULES = ["token", "block", "coupled"]

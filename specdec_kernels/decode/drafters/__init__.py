@@ -1,9 +1,10 @@
 """Drafters. Each proposes tokens and says from which distribution; none can change the distribution of the text."""
 
-from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter, Costs, RowCosts
+from specdec_kernels.decode.drafters.adaptive import AdaptiveDrafter
 from specdec_kernels.decode.drafters.ahead import AsyncDrafter
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.callable import CallableDrafter
+from specdec_kernels.decode.drafters.costs import Costs, RowCosts
 from specdec_kernels.decode.drafters.dynamic_tree import Growth, TreeDrafter
 from specdec_kernels.decode.drafters.eagle3 import Eagle3Drafter
 from specdec_kernels.decode.drafters.fallback import FallbackDrafter

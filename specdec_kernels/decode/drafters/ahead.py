@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.checks import whole
-from specdec_kernels.decode.protocols import (
-    Draft,
-    Drafter,
-    DrafterSession,
-    Step,
-    counted,
-    joinable,
-    require_chain,
-    revertible,
-    traits_of,
-)
+from specdec_kernels.decode.drafts import Draft, Step, counted, require_chain
+from specdec_kernels.decode.protocols import Drafter, DrafterSession, joinable, revertible, traits_of
 from specdec_kernels.tensors import longer, to_device
 
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from specdec_kernels.checks import MOST, real, whole
 from specdec_kernels.decode.cache import RaggedCache
-from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft
 from specdec_kernels.ops import BackendName, DraftVocabulary, sample
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName, sample_children

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from specdec_kernels.checks import listed
-from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.decode.drafts import Draft, Step
 
 Propose = Callable[[list[int], int], Sequence[int]]
 

@@ -17,7 +17,8 @@ from specdec_kernels.decode.drafters.autoregressive import (
     children_method,
     drawn_children,
 )
-from specdec_kernels.decode.protocols import Draft, Step, TreeDraft, traits_of
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft
+from specdec_kernels.decode.protocols import traits_of
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.ops.results import DrawnChildren
 from specdec_kernels.ops.tree_rules import ChildrenName

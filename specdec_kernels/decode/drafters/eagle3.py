@@ -22,10 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from specdec_kernels.checks import describe, ids_of
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import WHOLE, Kind
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.feature import FeatureSession
 from specdec_kernels.decode.drafters.feature_model import FeatureModel, FeatureNetwork
+from specdec_kernels.decode.layer_kinds import WHOLE, Kind
 from specdec_kernels.ops import DraftVocabulary
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
-from specdec_kernels.decode.protocols import (
-    Draft,
-    Drafter,
-    DrafterSession,
-    Step,
-    TreeDraft,
-    counted,
-    require_chain,
-    traits_of,
-)
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft, counted, require_chain
+from specdec_kernels.decode.protocols import Drafter, DrafterSession, traits_of
 from specdec_kernels.ops import sample
 from specdec_kernels.tensors import longer, to_device
 

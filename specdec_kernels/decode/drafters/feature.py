@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from specdec_kernels.checks import flags
 from specdec_kernels.decode import model_facts
-from specdec_kernels.decode.cache import WHOLE, Kind, RaggedCache
+from specdec_kernels.decode.cache import RaggedCache
 from specdec_kernels.decode.drafters.autoregressive import AutoregressiveSession, DraftConfig, last_rows
 from specdec_kernels.decode.drafters.eight_bits import EightBitLinear, with_eight_bits
 from specdec_kernels.decode.drafters.feature_model import FeatureModel
 from specdec_kernels.decode.drafters.histories import Histories, placed_followers
+from specdec_kernels.decode.layer_kinds import WHOLE, Kind
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.tensors import to_device
 

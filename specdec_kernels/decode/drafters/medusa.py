@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec_kernels.decode.drafters.medusa_model import MedusaModel
-from specdec_kernels.decode.protocols import Draft, Step, TreeDraft
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft
 from specdec_kernels.tensors import to_device
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from specdec_kernels.decode.drafters.group import SessionGroup, common_layers
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, TreeDraft, counted, require_chain
+from specdec_kernels.decode.drafts import Draft, Step, TreeDraft, counted, require_chain
+from specdec_kernels.decode.protocols import Drafter, DrafterSession
 from specdec_kernels.tensors import padded
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from specdec_kernels.checks import flags, whole
 from specdec_kernels.decode.drafters.histories import Histories
 from specdec_kernels.decode.drafters.shared_history import SharedHistory, SharedText
-from specdec_kernels.decode.protocols import Draft, SourcePrompt, Step
+from specdec_kernels.decode.drafts import Draft, Step
+from specdec_kernels.decode.prompts import SourcePrompt
 
 
 class NGramDrafter:

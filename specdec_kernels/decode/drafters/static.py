@@ -12,7 +12,7 @@ from torch.nn import functional
 from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
-from specdec_kernels.decode.protocols import Draft, Step
+from specdec_kernels.decode.drafts import Draft, Step
 from specdec_kernels.decode.static_cache import GRANULARITY, CachePool, StaticCache, bucket
 from specdec_kernels.ops import BackendName, sample
 from specdec_kernels.tensors import padded, to_device

@@ -19,7 +19,8 @@ from specdec_kernels.decode import model_facts
 from specdec_kernels.decode.drafters.autoregressive import DraftConfig
 from specdec_kernels.decode.drafters.model import ModelDrafter, ModelSession
 from specdec_kernels.decode.drafters.translation import Translation
-from specdec_kernels.decode.protocols import Draft, Drafter, DrafterSession, Step, joinable, require_chain, traits_of
+from specdec_kernels.decode.drafts import Draft, Step, require_chain
+from specdec_kernels.decode.protocols import Drafter, DrafterSession, joinable, traits_of
 from specdec_kernels.ops import DraftVocabulary
 from specdec_kernels.tensors import to_device
 
