@@ -99,7 +99,9 @@ def with_norms_of_states(config, weights):
 
 
 def with_window(config, weights):
-    config["transformer_layer_config"] |= {"layer_types": ["sliding_attention"], "sliding_window": 3}
+    config["transformer_layer_config"] |= {
+        "layer_types": ["sliding_attention"], "sliding_window": 3, "use_sliding_window": True,
+    }  # fmt: skip
 
 
 def step(wanted, **named):
@@ -119,6 +121,7 @@ def step(wanted, **named):
         {"change": with_input_norm},
         {"change": with_norms_of_states},
         {"change": with_window},
+        {"kind": "qwen3", "change": with_window},
     ],
     ids=[
         "llama",
@@ -129,6 +132,7 @@ def step(wanted, **named):
         "norm before fc",
         "norms of hidden states",
         "window",
+        "window of qwen3",
     ],
 )
 def test_drafts_are_those_of_the_layout(tmp_path, described):
@@ -154,6 +158,21 @@ def test_drafts_are_those_of_the_layout(tmp_path, described):
             histories = [history + own for history, own in zip(histories, new, strict=True)]
             rows = [hidden_states(model, h[:-1], LAYERS)[-len(own) :] for h, own in zip(histories, new, strict=True)]
             session.commit(new, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_is_saved_is_loaded(tmp_path, kind):
+    """With its window and its norms."""
+    model = steady(tiny(1, layers=5, hidden_size=WIDTH, num_attention_heads=4))
+    folder = write(tmp_path / "one", kind=kind, norm_output=True, target_width=WIDTH, change=with_window)
+    drafter = Eagle3Drafter(folder, model)
+    drafter.network.save(tmp_path / "other", torch.tensor(TARGETS), model, LAYERS, torch.float64)
+    again = Eagle3Drafter(tmp_path / "other", model)
+    assert (again.kind, again.network.norms) == (drafter.kind, drafter.network.norms)
+    assert drafter.kind.window == 3
+    assert drafter.network.norms.norm_output
+    weights = again.network.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in drafter.network.state_dict().items())
 
 
 def test_embeddings_that_are_not_in_the_files_are_the_targets(tmp_path):
@@ -288,18 +307,21 @@ def other(name, value):
             "path must say norm_before_residual, true or false, in its config.json, got None",
         ),
         ({"norm_output": "yes"}, "path must say norm_output, true or false, in its config.json, got 'yes'"),
-        ({"norm_before_fc": True}, r"the weights {'input_norm.weight': \[96\]} .* got {'input_norm.weight': None}"),
+        ({"norm_before_fc": True}, r"the weights {'input_norm.weight': \[96\]} .* got .* norm_before_fc=True"),
         ({"norm_before_fc": True, "fc_norm": True}, "with norm_before_fc or fc_norm, got both"),
         ({"draft_vocab_size": 3}, "path must have a head of its draft_vocab_size, 3, got 5 rows"),
         ({"transformer_layer_config": []}, "with a transformer_layer_config, got"),
         (edit(num_attention_heads=5, head_dim=None), "a transformer_layer_config of llama, got"),
-        (edit(layer_types=["sliding_attention"]), "its sliding_window, got 'sliding_attention' and None"),
-        (edit(layer_types=["chunked_attention"]), "its sliding_window, got 'chunked_attention' and None"),
+        (edit(layer_types=["sliding_attention"]), "its sliding_window .*, got 'sliding_attention' and None"),
+        (edit(layer_types=["chunked_attention"]), "its sliding_window .*, got 'chunked_attention' and None"),
         (edit(partial_rotary_factor=0.5), "path must be of a drafter with partial_rotary_factor 1.0, got 0.5"),
         (
             edit(rope_parameters={"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 9.0}}),
-            r"with rope_parameters of one kind, got those of \['full_attention', 'sliding_attention'\]",
+            "with rope_parameters of one kind, by names, got {'full_attention': ",
         ),
+        (edit(rope_parameters=[1]), r"with rope_parameters of one kind, by names, got \[1\]"),
+        (edit(model_type=["llama"]), r"whose layer is one of \['llama', 'qwen3'\], got \['llama'\]"),
+        (other("lm_head.weight", torch.tensor(1.0)), r"'lm_head.weight': \[5, 24\]} .* got {'lm_head.weight': \[\]}"),
         (edit(model_type="gemma"), r"whose layer is one of \['llama', 'qwen3'\], got 'gemma'"),
         (edit(num_hidden_layers=2), "path must be of a drafter with num_hidden_layers 1, got 2"),
         (edit(hidden_act="gelu"), "path must be of a drafter with hidden_act silu, got 'gelu'"),

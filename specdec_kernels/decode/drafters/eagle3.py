@@ -67,7 +67,7 @@ class Eagle3Model(FeatureNetwork):
 
     def __init__(self, config: Any, states: int, target_width: int, draft_vocab: int, norms: Norms) -> None:
         super().__init__()
-        self.config, self._norms = config, norms
+        self.config, self.norms, self.kind = config, norms, _kind(config)
         width, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -121,14 +121,14 @@ class Eagle3Model(FeatureNetwork):
             )
         normed: Tensor = layer["hidden_norm"](features)
         read = torch.cat([layer["input_layernorm"](embeddings), normed], -1)
-        return (normed if self._norms.norm_before_residual else features), read
+        return (normed if self.norms.norm_before_residual else features), read
 
     def _normed(self, features: Tensor) -> Tensor:
         """The target's hidden states as ``fc`` reads them."""
-        if self._norms.fc_norm:
+        if self.norms.fc_norm:
             states = features.chunk(len(self.fc_norm), -1)
             return torch.cat([norm(state) for norm, state in zip(self.fc_norm, states, strict=True)], -1)
-        normed: Tensor = self.input_norm(features) if self._norms.norm_before_fc else features
+        normed: Tensor = self.input_norm(features) if self.norms.norm_before_fc else features
         return normed
 
     def project(self, x: tuple[Tensor, Tensor], position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,11 +151,11 @@ class Eagle3Model(FeatureNetwork):
         hidden = residual + layer["self_attn"]["o_proj"](attended.transpose(1, 2).flatten(2))
         y = layer["post_attention_layernorm"](hidden)
         outputs: Tensor = hidden + mlp["down_proj"](functional.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
-        return self.norm(outputs) if self._norms.norm_output else outputs
+        return self.norm(outputs) if self.norms.norm_output else outputs
 
     def head(self, features: Tensor) -> Tensor:
         """The Vd logits after each output."""
-        logits: Tensor = self.lm_head(features if self._norms.norm_output else self.norm(features))
+        logits: Tensor = self.lm_head(features if self.norms.norm_output else self.norm(features))
         return logits
 
     @torch.no_grad()
@@ -186,13 +186,13 @@ class Eagle3Model(FeatureNetwork):
         weights["d2t"] = shortlist - torch.arange(len(shortlist))
         weights["t2d"] = torch.zeros(vocab, dtype=torch.bool).scatter(0, shortlist, True)
         layer = {name: getattr(self.config, name, None) for name in _LAYER_FIELDS}
-        if (kind := _kind(self.config)).window is not None:
-            layer |= {"layer_types": [kind.name], "sliding_window": kind.window}
+        if self.kind.window is not None:
+            layer |= {"layer_types": [self.kind.name], "sliding_window": self.kind.window, "use_sliding_window": True}
         config = {
             "architectures": ["Eagle3DraftModel"],
             "speculators_model_type": "eagle3",
             "draft_vocab_size": len(shortlist),
-            **self._norms._asdict(),
+            **self.norms._asdict(),
             "target_hidden_size": model_facts.text_config(target).hidden_size,
             "eagle_aux_hidden_state_layer_ids": list(feature_layers),
             "tie_word_embeddings": False,
@@ -247,7 +247,6 @@ class Eagle3Drafter:
         written = _read(folder / "config.json", lambda path: json.loads(path.read_text()))
         state = _read(folder / "model.safetensors", load_file)
         self.config, self.model_config = config, _layer_config(written)
-        self.kind = _kind(self.model_config)
         text = model_facts.text_config(target)
         self.feature_layers = _feature_layers(feature_layers, written, text.num_hidden_layers)
         self.vocab_size = model_facts.vocab_size(target)
@@ -276,6 +275,7 @@ class Eagle3Drafter:
         self.network = Eagle3Model(
             self.model_config, len(self.feature_layers), text.hidden_size, len(shortlist), _norms(written)
         )
+        self.kind = self.network.kind
         _load(self.network, {name: weight.to(target.dtype) for name, weight in state.items()})
         self.network.to(target.device).eval()
         self.forward: Callable[..., Tensor] = self.network
@@ -320,10 +320,10 @@ def _layer_config(written: dict[str, Any]) -> Any:
             f"speculators_model_type {written.get('speculators_model_type')!r}"
         )
     kind, rotary = layer.get("model_type", "llama"), layer.get("rope_parameters") or {}
-    if kind not in _CONFIGS:
+    if kind not in list(_CONFIGS):  # whatever it is
         raise ValueError(f"path must be of a drafter whose layer is one of {list(_CONFIGS)}, got {kind!r}")
-    if several := [name for name, value in rotary.items() if isinstance(value, dict)]:
-        raise ValueError(f"path must be of a drafter with rope_parameters of one kind, got those of {several}")
+    if not isinstance(rotary, dict) or any(isinstance(value, dict) for value in rotary.values()):
+        raise ValueError(f"path must be of a drafter with rope_parameters of one kind, by names, got {rotary!r}")
     try:
         config = _CONFIGS[kind](**{name: value for name, value in layer.items() if name != "model_type"})
     except Exception as error:  # transformers' own checks
@@ -350,8 +350,8 @@ def _kind(config: Any) -> Kind:
         return WHOLE
     if name != "sliding_attention" or not isinstance(window, int) or window < 1:
         raise ValueError(
-            "path must be of a drafter with full_attention, or with sliding_attention and its sliding_window, got "
-            f"{name!r} and {window!r}"
+            "path must be of a drafter with full_attention, or with sliding_attention and its sliding_window (of Qwen3 "
+            f"with use_sliding_window too), got {name!r} and {window!r}"
         )
     return Kind(name, window)
 
@@ -359,8 +359,8 @@ def _kind(config: Any) -> Kind:
 def _feature_layers(requested: Sequence[int] | None, written: dict[str, Any], count: int) -> tuple[int, ...]:
     """The layers of the target that are read, of which it has ``count``."""
     name, layers = "feature_layers", requested
-    if layers is None:
-        name, layers = "path", written.get("eagle_aux_hidden_state_layer_ids")
+    if layers is None and (layers := written.get("eagle_aux_hidden_state_layer_ids")) is not None:
+        name = "path"
     layers = (2, count // 2, count - 3) if layers is None else layers
     # The output of the last layer before the norm, number `count` for others, is none of transformers' hidden states.
     found = ids_of(name, layers, count, "layers of this target")
@@ -372,7 +372,8 @@ def _feature_layers(requested: Sequence[int] | None, written: dict[str, Any], co
 def _targets(state: dict[str, Tensor], written: dict[str, Any], vocab_size: int) -> Tensor:
     """int64 [Vd]: the target id of every draft id; taken from the weights."""
     offsets, mask = state.pop("d2t", None), state.pop("t2d", None)
-    rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else written.get("draft_vocab_size")
+    head = state.get("lm_head.weight")
+    rows = written.get("draft_vocab_size") if head is None or head.dim() != 2 else len(head)
     if (said := written.get("draft_vocab_size", rows)) != rows:
         raise ValueError(f"path must have a head of its draft_vocab_size, {said}, got {rows} rows")
     if offsets is None:
@@ -405,5 +406,8 @@ def _load(network: Eagle3Model, state: dict[str, Tensor]) -> None:
             name: found.get(name) for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)
         }
         wanted = {name: expected.get(name) for name in wrong}
-        raise ValueError(f"path must hold the weights {wanted} of an EAGLE-3 drafter for this target, got {wrong}")
+        raise ValueError(
+            f"path must hold the weights {wanted} of an EAGLE-3 drafter for this target, got {wrong}; its config has "
+            f"{network.norms}"
+        )
     network.load_state_dict(state, assign=True)
