@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specdec_kernels import Verified, verify_chain
 from specdec_kernels.bench.cases import FILTERS, TEMPERATURE, Case, Inputs
 from specdec_kernels.bench.machine import require_floor
+from specdec_kernels.contract import TILE
 from specdec_kernels.ops.backends import BACKENDS
 
 Contender = Callable[[Case, Inputs], Any]
@@ -59,10 +61,18 @@ def by_race(weights: Tensor) -> Tensor:
 
 
 def by_search(weights: Tensor) -> Tensor:
-    """An id a row by the inverse of its distribution: one uniform number a row, looked up among running sums. It is in
-    (0, 1], so that no id without mass is found, nor one behind the last."""
-    sums = weights.cumsum(-1)
-    return torch.searchsorted(sums, (1 - torch.rand_like(sums[..., :1])).mul_(sums[..., -1:]))
+    """An id a row by the inverse of its distribution: one uniform number a row, looked up among running sums of tiles,
+    and then within one. In float64: by sums in float32 most ids of a large vocabulary would never come."""
+    rows = weights.reshape(-1, weights.shape[-1])
+    if beside := -rows.shape[1] % TILE:
+        rows = functional.pad(rows, (0, beside))
+    tiles = rows.unflatten(1, (-1, TILE))
+    sums = tiles.sum(2, dtype=torch.float64).cumsum(1)
+    drawn = (1 - torch.rand_like(sums[:, :1])) * sums[:, -1:]  # not 0, where an id without mass would be found
+    tile = torch.searchsorted(sums, drawn)
+    inside = tiles[torch.arange(len(rows), device=rows.device), tile[:, 0]].cumsum(1, dtype=torch.float64)
+    drawn = torch.minimum(drawn - functional.pad(sums, (1, 0)).gather(1, tile), inside[:, -1:])
+    return (tile * TILE + torch.searchsorted(inside, drawn)).view(*weights.shape[:-1], 1)
 
 
 def batched(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:

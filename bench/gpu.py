@@ -120,15 +120,17 @@ def check(case: Case, x: Inputs, contender: Contender, name: str) -> None:
         raise RuntimeError(f"{case.name}, {name}: the reference disagrees: {got.tolist()} and {want.tolist()}")
 
 
-def timed(clock: Clock, call: Callable[[Inputs], Any], buffers: list[Inputs]) -> tuple[list[float], bool]:
-    """Seconds a call, and whether from a graph; what cannot be captured is called, its launches included."""
+def timed(clock: Clock, call: Callable[[Inputs], Any], buffers: list[Inputs]) -> tuple[list[float], str]:
+    """Seconds a call, from a graph; what cannot be captured is called, its launches included, and why is told."""
     call(buffers[0])  # compiled
-    if not waits(partial(call, buffers[0])):  # else capturing it would leave PyTorch's generator in a state of its own
-        try:
-            return clock.replayed(call, buffers), True
-        except RuntimeError:
-            pass
-    return clock.called(call, buffers), False
+    if waited := waits(partial(call, buffers[0])):  # capturing it would leave PyTorch's generator in a state of its own
+        return clock.called(call, buffers), f"the host waits {waited} times"
+    try:
+        return clock.replayed(call, buffers), ""
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return clock.called(call, buffers), str(error).splitlines()[0] or type(error).__name__
 
 
 def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
     times: dict[str, dict[str, float]] = {}
     kernels: dict[str, int] = {}
     transfers: dict[str, int] = {}
-    eager: list[str] = []
+    eager: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in OURS:
         backend = BACKENDS[name]
@@ -153,12 +155,12 @@ def measure(case: Case, clock: Clock, bandwidth: float) -> dict[str, Any]:
         kernels[name], transfers[name] = clock.launches(partial(contender, case, buffers[0]))
     for other, called in others(case).items():
         try:
-            seconds, in_graph = timed(clock, partial(called, case), buffers)
+            seconds, reason = timed(clock, partial(called, case), buffers)
         except Exception as error:  # whatever others raise is a result
             failed[other] = f"{type(error).__name__}: {error}"
             continue
         times[other] = percentiles(seconds)
-        eager += [] if in_graph else [other]
+        eager |= {other: reason} if reason else {}
     whole = sum(x.numel() * x.element_size() for x in (buffers[0].target, buffers[0].draft))
     needed = sum(case.bytes_read(x) for x in buffers) / len(buffers)
     rates = {name: needed / (1e-6 * time["p50"]) for name, time in times.items() if name in OURS}

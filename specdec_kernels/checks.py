@@ -83,9 +83,10 @@ def number(name: str, value: object, dim: str) -> float:
 def listed(name: str, value: Any, what: str) -> list[Any]:
     """What can be gone over, as a list."""
     try:
-        return list(value)
+        items = iter(value)
     except TypeError:
         raise TypeError(f"{name} must be a list of {what}, got {shortened(value)}") from None
+    return list(items)  # whose own errors are the caller's
 
 
 def ids_of(name: str, value: Any, end: int = 1 << 63, what: str = "token ids") -> list[int]:

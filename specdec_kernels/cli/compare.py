@@ -39,6 +39,8 @@ class Comparison:
     pairs: list[tuple[Statistics, Statistics]] = field(default_factory=list)
     empty: int = 0
     """Pairs that are left out, since a text of them has no token."""
+    cut: int = 0
+    """Pairs that are, since one was cut off too early."""
 
     @property
     def speed_up(self) -> float:
@@ -125,16 +127,18 @@ def in_turns(texts: Sequence[Decode], end: float) -> Comparison:
             comparison.empty += 1
         elif all(complete[drafted] or each.request_steps >= LEAST_STEPS for drafted, each in pair.items()):
             comparison.pairs.append((pair[True], pair[False]))
+        else:
+            comparison.cut += 1
     return comparison
 
 
-def _no_pair(empty: int, seconds: float) -> RuntimeError:
+def _no_pair(comparison: Comparison, seconds: float) -> RuntimeError:
     """Why there is none to tell a rate."""
-    if empty:
-        return RuntimeError(
-            "there is nothing to compare: texts ended without a token, since the model gave no distribution of the next"
-        )
-    return RuntimeError(f"no two texts of {LEAST_STEPS} steps could be decoded in {seconds:g} s: allow more --seconds")
+    without = "texts ended without a token, since the model gave no distribution of the next"
+    if comparison.empty and not comparison.cut:
+        return RuntimeError(f"there is nothing to compare: {without}")
+    said = f"no two texts of {LEAST_STEPS} steps could be decoded in {seconds:g} s: allow more --seconds"
+    return RuntimeError(f"{said}; others were left out: {without}" if comparison.empty else said)
 
 
 # --- one prompt -------------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def compare(session: Session, prompt: str, temperature: float, seconds: float) -
         list(islice(session.decode(prompt, temperature, drafted, Statistics()), WARM_UP))
     comparison = in_turns([decode] * PAIRS, time.perf_counter() + seconds)
     if not comparison.pairs:
-        raise _no_pair(comparison.empty, seconds)
+        raise _no_pair(comparison, seconds)
     with_drafts, plain = comparison.pairs[0]
     print_line(notes, f"with drafts:    {summary(with_drafts)}")
     print_line(notes, f"without drafts: {summary(plain)}")
@@ -226,10 +230,11 @@ def measure(session: Session, temperatures: Sequence[float], seconds: float) -> 
         now = time.perf_counter()
         with notes.status(f"temperature {temperature:g}, {kind}: with and without drafts, in turns"):
             comparison = in_turns(texts, now + (end - now) / (len(cells) - index))
-        none = "texts without a token" if comparison.empty else "no two texts in its share of the time"
+        none = "no two texts in its share of the time" if comparison.cut else "texts without a token"
         lines.print(f"{temperature:g}", kind, *(comparison.cells() if comparison.pairs else (none,)))
         found[temperature].pairs += comparison.pairs
         found[temperature].empty += comparison.empty
+        found[temperature].cut += comparison.cut
         if kind == list(PROMPTS)[-1] and found[temperature].pairs:
             lines.print(f"{temperature:g}", "all", *found[temperature].cells(), style="bold")
     _conclude(found, planned, seconds)
@@ -251,7 +256,8 @@ def _conclude(found: dict[float, Comparison], planned: int, seconds: float) -> N
     empty = sum(comparison.empty for comparison in found.values())
     measured = {temperature: comparison for temperature, comparison in found.items() if comparison.pairs}
     if not measured:
-        raise _no_pair(empty, seconds)
+        cut = sum(comparison.cut for comparison in found.values())
+        raise _no_pair(Comparison(empty=empty, cut=cut), seconds)
     everything = Comparison([pair for comparison in measured.values() for pair in comparison.pairs])
     if everything.scatters:
         console.print(everything.warning(), style="yellow", highlight=False)

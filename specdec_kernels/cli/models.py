@@ -373,8 +373,7 @@ def load_drafter(
     else:
         host = load_model(SMOLLM2, dtype) if hosted else target  # whose embeddings and head it shares
         if kind == "eagle3":
-            with _reading(path := weights(EAGLE3_WEIGHTS)):
-                return chosen(Eagle3Drafter(path, host, config))
+            return chosen(Eagle3Drafter(weights(EAGLE3_WEIGHTS), host, config))
         with _reading(path := weights(DRAFTER_WEIGHTS)):
             features = FeatureModel.load(path, host.config, dtype)
         model = FeatureDrafter(features.to(host.device), host, config, eight_bits_run(host.device))

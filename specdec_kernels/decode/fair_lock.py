@@ -1,4 +1,4 @@
-"""A lock that is given to whoever waits the longest."""
+"""A lock that who gives it back does not have again before one that waits for it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 
 
 class FairLock:
-    """A reentrant lock that is fair: a thread that releases it queues behind those already waiting. With
-    ``threading.RLock`` a thread that makes step after step would starve the others."""
+    """A reentrant lock. A thread that gives it back does not have it again before one of those that wait (which one,
+    Python does not say). With ``threading.RLock`` a thread that makes step after step would starve the others."""
 
     def __init__(self) -> None:
         self._turn, self._lock = threading.Lock(), threading.Lock()

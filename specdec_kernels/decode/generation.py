@@ -110,6 +110,10 @@ def _collecting(stream: Callable[P, Iterator[Token]]) -> Callable[P, list[Genera
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        try:
+            signature.bind(*arguments, **named)
+        except TypeError as error:  # else it would name `stream`
+            raise TypeError(f"generate() {error}") from None
         endings: dict[int, Ending] = {}
         results: dict[int, Generation] = {}  # one for each prompt: all yield something, if only that they ended
         for token in stream(*arguments, **named):

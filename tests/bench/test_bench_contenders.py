@@ -204,3 +204,17 @@ def test_keys_and_values_are_compared(monkeypatch):
     monkeypatch.setattr(trees, "compact_kv", lambda *_: None)
     with pytest.raises(RuntimeError, match="compact_kv: PyTorch disagrees"):
         next(trees.keys_and_values())
+
+
+@pytest.mark.parametrize("vocab", [7, 1000, 151_936])
+def test_every_id_with_mass_comes_by_its_own_uniforms(monkeypatch, vocab):
+    """Also where a float32 of all that came before has no digits left for it: the uniform in the middle of its part of
+    the distribution draws it."""
+    weights = (3 * torch.randn(vocab, generator=torch.Generator().manual_seed(1))).exp()
+    weights[::3] = 0
+    sums = weights.double().cumsum(0)
+    ids = torch.randint(0, vocab, (50,), generator=torch.Generator().manual_seed(2)) // 3 * 3 + 1
+    ids = torch.cat([ids[ids < vocab], weights.nonzero()[[0, -1], 0]])
+    middles = ((sums[ids] - weights[ids].double() / 2) / sums[-1])[:, None]
+    monkeypatch.setattr(torch, "rand_like", lambda like: 1 - middles)
+    assert by_search(weights.expand(len(ids), -1)).flatten().tolist() == ids.tolist()

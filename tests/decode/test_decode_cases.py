@@ -638,6 +638,16 @@ def test_what_is_no_target_or_no_drafter(model):
         CallableDrafter([1, 2])
     with pytest.raises(TypeError, match=r"what propose returns must be a list of token ids, got None"):
         generate(TransformersTarget(model), [[1]], drafter=CallableDrafter(lambda history, count: None))
+
+    def failing(history, count):
+        yield history[0] + "a mistake of its own"
+
+    with pytest.raises(TypeError, match=r"unsupported operand"):
+        generate(TransformersTarget(model), [[1]], drafter=CallableDrafter(failing))
+    with pytest.raises(TypeError, match=r"generate\(\) missing a required argument: 'target'"):
+        generate()
+    with pytest.raises(TypeError, match=r"generate\(\) too many positional arguments"):
+        generate(TransformersTarget(model), [[1]], None)
     with pytest.raises(TypeError, match=r"growth must be a Growth, got None"):
         TreeDrafter(ModelDrafter(model), None)
     for drafter in (NGramDrafter(), AdaptiveDrafter(ModelDrafter(model))):

@@ -183,7 +183,7 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
             SharedHistory.load(path)
-        except (ValueError, OSError):
+        except ValueError:
             refused += 1
     assert refused > 50
 

@@ -116,16 +116,16 @@ class SharedHistory:
             ValueError: it is no such file, or of another tokenizer.
         """
         history = cls(max_tokens, tokenizer)
-        try:
-            file = np.load(path, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("an array alone")
-            with file:
+        with Path(path).open("rb") as opened:
+            try:
+                file = np.load(opened, allow_pickle=False)
+                if not isinstance(file, np.lib.npyio.NpzFile):
+                    raise ValueError("an array alone")
                 arrays = {name: file[name] for name in ("tokens", "lengths", "seeds", "seeded", "tokenizer")}
-        except OSError:
-            raise
-        except Exception as error:  # of a damaged file NumPy, zipfile and zlib raise errors of many kinds
-            raise ValueError(f"path must be of a file that SharedHistory.save wrote, got {path} ({error})") from None
+            except Exception as error:  # of a damaged file NumPy, zipfile and zlib raise errors of many kinds
+                raise ValueError(
+                    f"path must be of a file that SharedHistory.save wrote, got {path} ({error})"
+                ) from None
         if str(arrays["tokenizer"]) != tokenizer:
             raise ValueError(f"{path} must be of the tokenizer {tokenizer!r}, got {str(arrays['tokenizer'])!r}")
         tokens = ids_of(f"tokens of {path}", arrays["tokens"].tolist())
