@@ -115,9 +115,13 @@ class EncodedSources:
         width = max(self._states.shape[1], other._states.shape[1])
         self._project()
         other._project()
-        for layer, more in zip(self._cross.layers, other._cross.layers, strict=True):
-            layer.keys, layer.values = _joined(layer.keys, more.keys, width), _joined(layer.values, more.values, width)
-        self._states = _joined(self._states, other._states, width)
+        joined = [
+            (_joined(layer.keys, more.keys, width), _joined(layer.values, more.values, width))
+            for layer, more in zip(self._cross.layers, other._cross.layers, strict=True)
+        ]
+        self._states = _joined(self._states, other._states, width)  # nothing fails from here on
+        for layer, (keys, values) in zip(self._cross.layers, joined, strict=True):
+            layer.keys, layer.values = keys, values
         self._lengths = self._lengths + other._lengths
         self._mask = self._mask_of(width, self._states.device)
 
