@@ -165,9 +165,12 @@ def test_trees_lie_in_buffers_that_are_cold(monkeypatch, dtype):
     monkeypatch.setattr(trees, "VOCAB", 64)
     monkeypatch.setattr(trees, "COLD_BYTES", 20_000)
     monkeypatch.setattr(trees, "inputs", partial(trees.inputs, vocab=64))
-    buffers = trees.cold_buffers(2, dtype)
+    buffers, total = trees.cold_buffers(2, dtype)
     read = [int((trees.fused(x, "walk").num_accepted + 1).sum()) * 64 * x.target.element_size() for x in buffers]
-    assert sum(read[:-1]) < trees.COLD_BYTES <= sum(read)
+    assert sum(read[:-1]) < trees.COLD_BYTES <= sum(read) == total
+    monkeypatch.setattr(trees, "MOST_BYTES", 2 * buffers[0].target.nbytes)  # there is a draft beside each target
+    fewer, total = trees.cold_buffers(2, dtype)
+    assert (len(fewer), total) == (1, read[0])
     seen = []
     monkeypatch.setattr(trees, "timed", lambda call, count, rounds: seen.append((count, rounds)) or 1.0)
     row = trees.verified(buffers, "walk")
