@@ -39,7 +39,7 @@ def check(case: Case, buffers: list[Inputs]) -> None:
 
 def turns(names: Sequence[str], buffers: int) -> Iterator[tuple[str, int]]:
     """Who reads which buffer, without end: always the next one, so that between two uses of a byte all buffers are read
-    once, whoever used it; each time around another of the names begins, so that all of them come to every buffer."""
+    once, whoever used it; each time around another of the names begins, so that all of them read every buffer."""
     for lap in count():
         for index in range(buffers):
             yield names[(lap + index) % len(names)], index

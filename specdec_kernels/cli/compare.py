@@ -19,6 +19,7 @@ from specdec_kernels.cli.tree_view import ACCEPTED, DRAWN
 from specdec_kernels.contract import Level, Purpose, counter_tag
 from specdec_kernels.decode import Statistics, Token
 from specdec_kernels.ops import noise_words
+from specdec_kernels.reference.noise import exponential_of
 
 #: Pairs of texts of a prompt, where they differ or are all there is to time. One text differs from the next by a fifth.
 PAIRS = 3
@@ -180,8 +181,7 @@ def _race(logits: torch.Tensor, temperature: float, seed: int, position: int) ->
     """What the coupled rule takes the largest of: docs/noise.md, the flat race."""
     streams = torch.tensor([seed]), torch.tensor([position])
     words = noise_words(*streams, counter_tag(Purpose.COUPLED, Level.TOKEN), counters=-(-len(logits) // 4))
-    exponentials = -torch.log1p(-(words[0, : len(logits)].double() + 0.5) * 2.0**-32)
-    return logits.double() / temperature - exponentials.log()
+    return logits.double() / temperature - exponential_of(words[0, : len(logits)]).log()
 
 
 def _report_divergence(session: Session, prompt: str, text: list[int], alone: list[int], temperature: float) -> None:

@@ -26,9 +26,10 @@ Subject = Literal[
 ]  # fmt: skip
 Device = Literal["cpu", "cuda"]
 #: What subjects of ``bench`` have options of, and what these are where they are not given.
+_SEEDS, _REQUESTS, _SECONDS = 3, 200, 900.0
 _BENCH_OPTIONS: dict[str, dict[str, Any]] = {
-    "kernels": {"quick": False}, "text": {"seeds": 3}, "adaptive": {"seeds": 3}, "methods": {"seeds": 3},
-    "batching": {"requests": 200, "seconds": 900.0},
+    "kernels": {"quick": False}, "text": {"seeds": _SEEDS}, "adaptive": {"seeds": _SEEDS}, "methods": {"seeds": _SEEDS},
+    "batching": {"requests": _REQUESTS, "seconds": _SECONDS},
 }  # fmt: skip
 
 
@@ -176,15 +177,17 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Kernels: one vocabulary.")] = False,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Text, adaptive, methods: texts a prompt at a temperature.", show_default="3"),
+        typer.Option(min=1, help="Text, adaptive, methods: texts a prompt at a temperature.", show_default=f"{_SEEDS}"),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, max=200, help="Batching: how many come.", show_default="200")
+        int | None, typer.Option(min=1, max=200, help="Batching: how many come.", show_default=f"{_REQUESTS}")
     ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
-            min=1, help="Batching: at most; what is not served by then is cut off, and told.", show_default="900"
+            min=1,
+            help="Batching: at most; what is not served by then is cut off, and told.",
+            show_default=f"{_SECONDS:g}",
         ),
     ] = None,
 ) -> None:

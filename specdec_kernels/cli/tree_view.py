@@ -41,9 +41,9 @@ class Watched:
         or with no distribution to draw from."""
         best, begin = None, 0
         for draft, verified in self.steps:
-            emitted = text[begin : begin + len(verified)]
+            tokens = text[begin : begin + len(verified)]
             begin += len(verified)
-            accepted, drawn = emitted[: len(verified) - 1], emitted[len(verified) - 1 :]
+            accepted, drawn = tokens[: len(verified) - 1], tokens[len(verified) - 1 :]
             if draft.tokens.shape[1] > 1 and (best is None or len(accepted) > len(best.accepted)):
                 best = BestTree(draft, accepted, drawn[0] if drawn else None)
         return best

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """bool: whether tokens at some positions attend to others at positions that are not behind them."""
-        assert self.window is not None, "else nobody asks"
+        assert self.window is not None, "else all is seen"
         return queries // self.window == keys // self.window if self.chunked else queries - keys < self.window
 
 

@@ -68,8 +68,8 @@ def expected_rows(case: Case, x: Inputs) -> torch.Tensor:
 def far_apart(contender, case: Case, x: Inputs) -> float:
     """The largest chi square of the tokens of each place."""
     verified = contender(case, x)
-    accepted, emitted = torch.tensor(verified).T if isinstance(verified, list) else verified
-    tokens = torch.cat([x.tokens, x.tokens[:, :1]], 1).scatter_(1, accepted[:, None], emitted.reshape(-1, 1))
+    accepted, drawn = torch.tensor(verified).T if isinstance(verified, list) else verified
+    tokens = torch.cat([x.tokens, x.tokens[:, :1]], 1).scatter_(1, accepted[:, None], drawn.reshape(-1, 1))
     rows = expected_rows(case, x)
     return max(chi_square(tokens[accepted >= place, place], rows[place]) for place in range(DRAFTS + 1))
 

@@ -329,7 +329,7 @@ def test_a_text_without_a_token_has_nothing_to_compare(breaking):
     assert result.stderr.splitlines()[-1].startswith("error: there is nothing to compare: texts ended without a token")
 
 
-def test_a_pictured_tree_has_what_was_emitted(checkpoint, breaking):
+def test_a_pictured_tree_has_what_the_text_has(checkpoint, breaking):
     for model in (checkpoint, breaking):
         drafter = "--drafter", "tree", "--draft", checkpoint
         result = generate(model, "--show-tree", "--num-draft", 4, "--max-new-tokens", 5, drafter=drafter)

@@ -55,7 +55,7 @@ class Rates:
 class ExpectedAcceptance:
     """How often the drafts of one request were accepted, and, where one was not, what lay beside it."""
 
-    #: ExpectedAcceptance assumed before anything is known: of a draft high enough to try.
+    #: Acceptance assumed before anything is known: of a draft high enough to try.
     HOPE, HOPE_BESIDE = 0.7, 0.15
 
     def __init__(self) -> None:

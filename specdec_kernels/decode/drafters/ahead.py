@@ -62,11 +62,12 @@ class AsyncDrafter:
                 "drafter must read tokens alone to draft ahead of the target, got one that reads its hidden states "
                 f"(feature_layers={list(drafter.feature_layers)})"
             )
-        if siblings := traits_of(drafter).siblings:
-            raise ValueError(f"drafter must draft chains to draft ahead of the target, got siblings={siblings}")
+        traits = traits_of(drafter)
+        if traits.siblings:
+            raise ValueError(f"drafter must draft chains to draft ahead of the target, got siblings={traits.siblings}")
         whole("outcomes", outcomes, 1)
         self.drafter, self.outcomes = drafter, outcomes
-        self.vocab_size = traits_of(drafter).vocab_size
+        self.vocab_size = traits.vocab_size
 
     def begin(self, prompts: Sequence[Sequence[int]], features: Tensor | None) -> AsyncSession:
         return AsyncSession(self.drafter, self.outcomes, prompts)
